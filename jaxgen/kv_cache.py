@@ -1,0 +1,98 @@
+"""The KV cache: one pair of arrays per layer, written at one index that all rows share.
+
+Left padding is what makes the index a scalar: the newest token of every row sits in the same slot, so a step writes
+each layer with one `dynamic_update_slice`, which XLA does in place. The invariant: slot `s` of row `n` may be attended
+exactly if `valid[n, s]`, and slots at `length` and beyond are never valid.
+"""
+
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.tree_util import register_dataclass
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class KVCache:
+    """Keys and values of the columns seen so far.
+
+    The layout [N, K, S, H] keeps the products of attention free of transposed copies on CPU, GPU and TPU.
+
+    Attributes:
+        layers: one (keys, values) pair per layer, each [N, K, S, H] in the model's dtype, keys already rotated.
+        valid: bool [N, S]. Slots that later columns may attend.
+        length: int32 []. Columns written so far, which is the next slot to write.
+        position: int32 [N]. Position id of each row's next token.
+    """
+
+    layers: tuple[tuple[jax.Array, jax.Array], ...]
+    valid: jax.Array
+    length: jax.Array
+    position: jax.Array
+
+    @classmethod
+    def zeros(cls, layers: int, rows: int, slots: int, heads: int, head_dim: int, dtype: jax.typing.DTypeLike):
+        # Zeros, not `jnp.empty`: since jax 0.11 the latter is uninitialised memory, which can hold NaN.
+        shape = (rows, heads, slots, head_dim)
+        return cls(
+            layers=tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(layers)),
+            valid=jnp.zeros((rows, slots), bool),
+            length=jnp.zeros((), jnp.int32),
+            position=jnp.zeros((rows,), jnp.int32),
+        )
+
+    def extend(self, attention_mask: jax.Array) -> tuple["KVCache", jax.Array, jax.Array]:
+        """Makes room for T more columns; called once per forward pass, before the layers' `update`.
+
+        Positions count the unmasked columns and are 0 on masked ones, and the next token follows the position of the
+        last column, as in transformers 5.23: a right-padded row therefore continues at position 1.
+
+        Args:
+            attention_mask: bool [N, T].
+
+        Returns:
+            The cache, int32 [N, T] position ids, and bool [N, T, S] saying which slots each column attends.
+        """
+        columns = attention_mask.shape[1]
+        counted = self.position[:, None] + jnp.cumsum(attention_mask, axis=1, dtype=jnp.int32) - 1
+        positions = jnp.where(attention_mask, counted, 0)
+        valid = lax.dynamic_update_slice(self.valid, attention_mask, (0, self.length))
+        own_slot = self.length + jnp.arange(columns)
+        causal = jnp.arange(valid.shape[1]) <= own_slot[:, None]
+        cache = replace(self, valid=valid, length=self.length + columns, position=positions[:, -1] + 1)
+        return cache, positions, valid[:, None, :] & causal
+
+    def update(self, layer: int, keys: jax.Array, values: jax.Array) -> tuple["KVCache", jax.Array, jax.Array]:
+        """Writes one layer's [N, K, T, H] into the slots that `extend` made room for.
+
+        Returns:
+            The cache, and all keys and values of the layer, each [N, K, S, H].
+        """
+        start = (0, 0, self.length - keys.shape[2], 0)
+        old_keys, old_values = self.layers[layer]
+        pair = (lax.dynamic_update_slice(old_keys, keys, start), lax.dynamic_update_slice(old_values, values, start))
+        return replace(self, layers=(*self.layers[:layer], pair, *self.layers[layer + 1 :])), *pair
+
+    def grow(self, slots: int) -> "KVCache":
+        """The same cache with `slots` slots, the new ones zero and not valid."""
+        extra = slots - self.valid.shape[1]
+
+        def pad(array: jax.Array) -> jax.Array:
+            return jnp.pad(array, ((0, 0), (0, 0), (0, extra), (0, 0)))
+
+        return replace(
+            self,
+            layers=tuple((pad(keys), pad(values)) for keys, values in self.layers),
+            valid=jnp.pad(self.valid, ((0, 0), (0, extra))),
+        )
+
+    def cleared(self) -> "KVCache":
+        """The same cache with zero values in the slots that are not valid.
+
+        Masked slots have weight 0, and 0 x NaN is NaN. Once per dispatch is enough: inside the loop every slot that is
+        written is finite or makes its own row NaN anyway, and masking values at each step costs 6 % at batch 8 (CPU).
+        """
+        keep = self.valid[:, None, :, None]
+        return replace(self, layers=tuple((keys, jnp.where(keep, values, 0)) for keys, values in self.layers))

@@ -1,0 +1,18 @@
+"""The one place that imports transformers: late, since it takes up to seconds, and without its advice to get torch."""
+
+import importlib
+import os
+from typing import Any
+
+
+def transformers() -> Any:
+    """The `transformers` package: configs and tokenizers, which need no torch."""
+    before = os.environ.get("TRANSFORMERS_NO_ADVISORY_WARNINGS")
+    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
+    try:
+        return importlib.import_module("transformers")
+    finally:
+        if before is None:
+            del os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"]
+        else:
+            os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = before

@@ -1,0 +1,285 @@
+"""Rotary position embeddings: every `rope_type` that Llama checkpoints use.
+
+Same formulas as transformers 5.23 `modeling_rope_utils`, in NumPy float32, so that the frequencies enter the program as
+constants of full precision whatever the model's dtype. The types `dynamic` and `longrope` depend on the longest row of
+the batch; for them the frequencies are traced.
+
+Each type is a frozen dataclass whose fields are the keys of its `rope_parameters`, required ones without a default.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class Rope(Protocol):
+    """The rotary parameters of a checkpoint."""
+
+    def inverse_frequencies(self, length: jax.Array | int) -> jax.Array | np.ndarray:
+        """float32 [H/2] radians per position, for a batch whose longest row has `length` tokens."""
+        ...
+
+    def attention_scaling(self) -> float:
+        """The factor on cosines and sines that sharpens attention over extended contexts."""
+        ...
+
+
+def cos_sin(rope: Rope, positions: jax.Array, dtype: jax.typing.DTypeLike) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines of one forward pass, computed in float32 and then cast.
+
+    Args:
+        positions: int32 [N, T].
+
+    Returns:
+        Two arrays [N, T, H].
+    """
+    angles = positions[..., None].astype(jnp.float32) * rope.inverse_frequencies(positions.max() + 1)
+    angles = jnp.concatenate([angles, angles], axis=-1)
+    scaling = rope.attention_scaling()
+    return (jnp.cos(angles) * scaling).astype(dtype), (jnp.sin(angles) * scaling).astype(dtype)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotates [..., H] by angles [..., H]; the pairs are (i, i + H/2), as in Hugging Face checkpoints."""
+    first, second = jnp.split(x, 2, axis=-1)
+    return x * cos + jnp.concatenate([-second, first], axis=-1) * sin
+
+
+@dataclass(frozen=True, kw_only=True)
+class Default:
+    """Su et al. 2021 (arXiv:2104.09864)."""
+
+    rope_theta: float
+    head_dim: int
+
+    def inverse_frequencies(self, length: jax.Array | int) -> np.ndarray:
+        del length
+        return 1 / _powers(self.rope_theta, self.head_dim)
+
+    def attention_scaling(self) -> float:
+        return 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear:
+    """All positions divided by a factor."""
+
+    rope_theta: float
+    head_dim: int
+    factor: float
+
+    def inverse_frequencies(self, length: jax.Array | int) -> np.ndarray:
+        del length
+        return 1 / _powers(self.rope_theta, self.head_dim) / np.float32(self.factor)
+
+    def attention_scaling(self) -> float:
+        return 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dynamic:
+    """NTK scaling: the base grows once the batch is longer than the model was made for."""
+
+    rope_theta: float
+    head_dim: int
+    max_position_embeddings: int
+    factor: float
+
+    def inverse_frequencies(self, length: jax.Array | int) -> jax.Array:
+        longest = jnp.maximum(length, self.max_position_embeddings)
+        growth = self.factor * longest / self.max_position_embeddings - (self.factor - 1)
+        return 1 / _powers(self.rope_theta * growth ** (self.head_dim / (self.head_dim - 2)), self.head_dim)
+
+    def attention_scaling(self) -> float:
+        return 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Yarn:
+    """Peng et al. 2023 (arXiv:2309.00071): slow dimensions interpolated, fast ones kept, a ramp between."""
+
+    rope_theta: float
+    head_dim: int
+    max_position_embeddings: int
+    original_max_position_embeddings: int
+    factor: float | None = None
+    attention_factor: float | None = None
+    beta_fast: float = 32
+    beta_slow: float = 1
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+    def inverse_frequencies(self, length: jax.Array | int) -> np.ndarray:
+        del length
+        low, high = self._turning_dim(self.beta_fast), self._turning_dim(self.beta_slow)
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, self.head_dim - 1)
+        if low == high:
+            high += 0.001
+        ramp = np.clip((np.arange(self.head_dim // 2) - low) / (high - low), 0, 1).astype(np.float32)
+        powers = _powers(self.rope_theta, self.head_dim)
+        return 1 / (np.float32(_extension(self)) * powers) * ramp + 1 / powers * (1 - ramp)
+
+    def attention_scaling(self) -> float:
+        if self.attention_factor is not None:
+            return self.attention_factor
+        if self.mscale and self.mscale_all_dim:
+            return self._mscale(self.mscale) / self._mscale(self.mscale_all_dim)
+        return self._mscale(1)
+
+    def _turning_dim(self, turns: float) -> float:
+        """The dimension whose wave turns so many times over the original context."""
+        wavelength = self.original_max_position_embeddings / (turns * 2 * math.pi)
+        return self.head_dim * math.log(wavelength) / (2 * math.log(self.rope_theta))
+
+    def _mscale(self, weight: float) -> float:
+        return 0.1 * weight * math.log(_extension(self)) + 1 if _extension(self) > 1 else 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LongRope:
+    """Ding et al. 2024 (arXiv:2402.13753): one set of factors within the original context, another beyond it."""
+
+    rope_theta: float
+    head_dim: int
+    max_position_embeddings: int
+    original_max_position_embeddings: int
+    short_factor: tuple[float, ...]
+    long_factor: tuple[float, ...]
+    factor: float | None = None
+    attention_factor: float | None = None
+
+    def inverse_frequencies(self, length: jax.Array | int) -> jax.Array:
+        powers = _powers(self.rope_theta, self.head_dim)
+        short, long = (
+            1 / (np.array(factors, np.float32) * powers) for factors in (self.short_factor, self.long_factor)
+        )
+        return jnp.where(length > self.original_max_position_embeddings, long, short)
+
+    def attention_scaling(self) -> float:
+        if self.attention_factor is not None:
+            return self.attention_factor
+        if _extension(self) <= 1:
+            return 1.0
+        return math.sqrt(1 + math.log(_extension(self)) / math.log(self.original_max_position_embeddings))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Llama3:
+    """Llama 3.1: long waves divided by the factor, short ones kept, a smooth passage between."""
+
+    rope_theta: float
+    head_dim: int
+    original_max_position_embeddings: int
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+
+    def inverse_frequencies(self, length: jax.Array | int) -> np.ndarray:
+        del length
+        kept = 1 / _powers(self.rope_theta, self.head_dim)
+        divided = kept / np.float32(self.factor)
+        turns = self.original_max_position_embeddings * kept / np.float32(2 * math.pi)
+        smooth = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+        passage = (1 - smooth) * divided + smooth * kept
+        few, many = turns < self.low_freq_factor, turns > self.high_freq_factor
+        return np.where(few, divided, np.where(many, kept, passage)).astype(np.float32)
+
+    def attention_scaling(self) -> float:
+        return 1.0
+
+
+TYPES: dict[str, type[Any]] = {
+    "default": Default,
+    "linear": Linear,
+    "dynamic": Dynamic,
+    "yarn": Yarn,
+    "longrope": LongRope,
+    "llama3": Llama3,
+}
+_DEFAULT_THETA = 10000.0
+
+
+def _powers(theta: Any, head_dim: int) -> Any:
+    """float32 [H/2]: theta ** (2i / H)."""
+    return theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))
+
+
+def _extension(rope: Yarn | LongRope) -> float:
+    """How many times the original context the model was extended to."""
+    return rope.factor or rope.max_position_embeddings / rope.original_max_position_embeddings
+
+
+def from_config(raw: Mapping[str, Any], head_dim: int) -> Rope:
+    """Reads the rotary parameters of a `config.json`, in the spelling of transformers 4 or 5.
+
+    transformers 4 wrote `rope_theta` beside `rope_scaling`, 5 writes both into `rope_parameters`. A config that holds
+    the two spellings must say the same in both: reading only one of them is how scaling gets lost without a word.
+
+    Raises:
+        ValueError: on an unknown type, a missing or unknown key, or two spellings that disagree.
+    """
+    spellings = [name for name in ("rope_parameters", "rope_scaling") if raw.get(name)]
+    ropes = {_from_parameters(raw, name, raw[name], head_dim) for name in spellings}
+    if len(ropes) > 1:
+        raise ValueError(
+            f"config.json holds `rope_parameters`={raw['rope_parameters']!r} and `rope_scaling`="
+            f"{raw['rope_scaling']!r}, which disagree. Remove the one that is wrong."
+        )
+    return ropes.pop() if ropes else _from_parameters(raw, "rope_parameters", {}, head_dim)
+
+
+def to_config(rope: Rope) -> dict[str, Any]:
+    """The `rope_parameters` of a config.json, in the spelling of transformers 5."""
+    name = next(name for name, kind in TYPES.items() if isinstance(rope, kind))
+    given = {key: value for key, value in vars(rope).items() if value is not None}
+    return {"rope_type": name} | {k: v for k, v in given.items() if k not in ("head_dim", "max_position_embeddings")}
+
+
+def _from_parameters(raw: Mapping[str, Any], name: str, parameters: Mapping[str, Any], head_dim: int) -> Rope:
+    given = {key: value for key, value in parameters.items() if value is not None}
+    rope_type = given.pop("rope_type", given.get("type", "default"))
+    if given.pop("type", rope_type) != rope_type:
+        raise ValueError(f"`{name}` of config.json has both `type` and `rope_type`, and they differ: {parameters!r}.")
+    if rope_type not in TYPES:
+        raise ValueError(f"`rope_type`={rope_type!r} in config.json is not supported; it may be one of {list(TYPES)}.")
+    theta = given.pop("rope_theta", raw.get("rope_theta", _DEFAULT_THETA))
+    if raw.get("rope_theta", theta) != theta:
+        raise ValueError(
+            f"config.json has `rope_theta`={raw['rope_theta']!r} beside `{name}` with {theta!r}. Remove the wrong one."
+        )
+    # 1 says nothing; anything else would rotate a part of each head, which Llama does not do.
+    if given.get("partial_rotary_factor") == 1:
+        given.pop("partial_rotary_factor")
+    for key, value in given.items():
+        numbers = value if isinstance(value, list | tuple) else [value]
+        if not all(isinstance(number, int | float) for number in numbers):
+            raise ValueError(f"`{key}`={value!r} of `{name}` in config.json must be a number.")
+        given[key] = tuple(value) if isinstance(value, list) else value
+    longest = raw["max_position_embeddings"]
+    original = given.pop("original_max_position_embeddings", raw.get("original_max_position_embeddings")) or longest
+    if (raw.get("original_max_position_embeddings") or original) != original:
+        raise ValueError(
+            f"config.json has `original_max_position_embeddings`={raw['original_max_position_embeddings']!r} beside "
+            f"`{name}` with {original!r}. Remove the wrong one."
+        )
+    required = {field.name: field.default is MISSING for field in fields(TYPES[rope_type])}
+    if unknown := [key for key in given if key not in required]:
+        raise ValueError(f"`{name}` of config.json has keys that `rope_type`={rope_type!r} does not know: {unknown}.")
+    given |= {"rope_theta": float(theta), "head_dim": head_dim}
+    given |= {"max_position_embeddings": longest, "original_max_position_embeddings": original}
+    if missing := [key for key in required if required[key] and key not in given]:
+        raise ValueError(f"`{name}` of config.json lacks {missing}, which `rope_type`={rope_type!r} needs.")
+    for key in ("short_factor", "long_factor"):
+        if key in required and len(given[key]) != head_dim // 2:
+            raise ValueError(
+                f"`{key}` of config.json has {len(given[key])} entries, but half of `head_dim`={head_dim} is needed."
+            )
+    return TYPES[rope_type](**{key: value for key, value in given.items() if key in required})
