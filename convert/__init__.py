@@ -21,6 +21,7 @@ from jaxgen.safetensors_file import CheckpointError, write
 __all__ = ["convert_checkpoint"]
 
 _SHARD_BYTES = 4_000_000_000
+_TEMPLATES = "additional_chat_templates"  # the one folder that belongs to a tokenizer
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".msgpack", ".h5")
 
 
@@ -49,6 +50,8 @@ def convert_checkpoint(src: str | Path, dst: str | Path) -> Path:
         for file in source.folder.iterdir():
             if file.is_file() and not file.name.endswith((*_WEIGHT_SUFFIXES, ".index.json")):
                 shutil.copyfile(file, partial / file.name)
+        if (source.folder / _TEMPLATES).is_dir():
+            shutil.copytree(source.folder / _TEMPLATES, partial / _TEMPLATES)
         manifest = {
             "format": NATIVE_FORMAT,
             "jaxgen": __version__,

@@ -39,26 +39,44 @@ class Character:
 
 
 class Plot(NamedTuple):
-    """One kind of story: `facts` are sets of slots that belong together, `beats` the alternatives of each step."""
+    """One kind of story.
 
-    facts: tuple[dict[str, str], ...]
-    beats: tuple[tuple[str, ...], ...]
+    Attributes:
+        words: alternatives of the slots that hint at the plot from the first sentence.
+        facts: sets of slots that belong together.
+        beats: the alternatives of each step, in order.
+    """
+
+    words: dict[str, Sequence[str]]
+    facts: Sequence[dict[str, str]]
+    beats: Sequence[Sequence[str]]
+
+
+class Habitat(NamedTuple):
+    """Where some kinds of animals live, and the words and plots that fit there."""
+
+    kinds: Sequence[str]
+    words: dict[str, Sequence[str]]
+    plots: Sequence[Plot]
 
 
 def _story(rng: random.Random) -> str:
-    plot = _pick(rng, PLOTS)
-    hero, friend = _characters(rng)
-    slots = {slot: _pick(rng, words) for slot, words in WORDS.items()} | _pick(rng, plot.facts)
+    habitat = _pick(rng, HABITATS)
+    plot = _pick(rng, habitat.plots)
+    hero, friend = _characters(rng, habitat.kinds)
+    words = WORDS | habitat.words | plot.words
+    slots = {slot: _pick(rng, options) for slot, options in words.items()} | _pick(rng, plot.facts)
     beats = *_pick(rng, FRAMES), *plot.beats, ENDINGS
     sentences = [_spell(_pick(rng, beat).format(hero=hero, friend=friend, **slots)) for beat in beats]
     return " ".join(filter(None, sentences))
 
 
-def _characters(rng: random.Random) -> tuple[Character, Character]:
+def _characters(rng: random.Random, kinds: Sequence[str]) -> tuple[Character, Character]:
     """The hero and the friend differ in pronoun and in kind, so "he", "her" and "the fox" always mean one of them."""
-    she = Character(_pick(rng, SHE_NAMES), _pick(rng, KINDS), "she", "her", "her")
-    he = Character(_pick(rng, HE_NAMES), _pick(rng, [k for k in KINDS if k != she.kind]), "he", "him", "his")
-    return _pick(rng, ((she, he), (he, she)))
+    kind = _pick(rng, kinds)
+    other = _pick(rng, [each for habitat in HABITATS for each in habitat.kinds if each != kind])
+    hero, friend = _pick(rng, ((SHE, HE), (HE, SHE)))
+    return Character(_pick(rng, NAMES[hero]), kind, *hero), Character(_pick(rng, NAMES[friend]), other, *friend)
 
 
 def _spell(sentences: str) -> str:
@@ -74,51 +92,17 @@ def _pick(rng: random.Random, options: Sequence[T]) -> T:
 
 # ---- Words ----
 
-SHE_NAMES = "Mia Lily Ruby Daisy Poppy Rosie Tilly Ivy Nora Luna Clara Bella Fern Molly Anna Zoe Emma Sophie".split()
-HE_NAMES = "Tom Ben Max Leo Finn Oscar Toby Jack Sam Otto Hugo Pip Milo Theo Bruno Felix Jasper Noah".split()
-KINDS = (
-    "fox rabbit bear mouse hedgehog cat dog kitten puppy badger lamb pony goat deer piglet donkey hamster panda lion"
-).split()
+SHE = ("she", "her", "her")
+HE = ("he", "him", "his")
+NAMES = {
+    SHE: "Mia Lily Ruby Daisy Poppy Rosie Tilly Ivy Nora Luna Clara Bella Fern Molly Anna Zoe Emma Sophie".split(),
+    HE: "Tom Ben Max Leo Finn Oscar Toby Jack Sam Otto Hugo Pip Milo Theo Bruno Felix Jasper Noah".split(),
+}
 
 # Places that may meet in one story come from separate lists, so that the same one is never named twice.
 WORDS = {
-    "trait": "little small young kind gentle curious clever shy cheerful quiet tiny funny".split(),
     "weather": "sunny warm bright windy cool quiet fine".split(),
     "part": ("morning", "morning", "afternoon", "day"),
-    "home": (
-        "in a small house on a green hill",
-        "in a warm den in the woods",
-        "in a little village by the sea",
-        "in a valley full of flowers",
-        "at the edge of a big forest",
-        "near a quiet river",
-        "under an old oak tree",
-        "beside a blue lake",
-        "on a farm with a red barn",
-        "behind a tall stone wall",
-    ),
-    "joy": (
-        "to sing",
-        "to dance",
-        "to paint pictures",
-        "to pick flowers",
-        "to listen to stories",
-        "to watch the clouds",
-        "to count the stars",
-        "to run in the tall grass",
-        "to look for pretty stones",
-        "to jump over puddles",
-    ),
-    "out": (
-        "in the woods",
-        "in the garden",
-        "in the meadow",
-        "by the river",
-        "by the lake",
-        "on the hill",
-        "on the beach",
-        "near the old mill",
-    ),
     "thing": (
         "red ball",
         "blue kite",
@@ -156,7 +140,7 @@ WORDS = {
         "plate of pancakes",
         "bunch of carrots",
     ),
-    "treat": ("jar of honey", "slice of cake", "sweet pear", "warm cookie", "plum pie", "cup of hot milk"),
+    "treat": ("jar of honey", "slice of cake", "sweet pear", "warm cookie", "plum pie", "bag of cherries"),
     "cake": ("chocolate cake", "honey cake", "cake with seven candles", "cake as tall as a chair", "strawberry cake"),
     "broken": ("blue cup", "flower pot", "glass lamp", "clay bowl", "wooden chair", "little clock"),
     "gift": ("bunch of flowers", "pot of soup", "funny drawing", "basket of plums", "soft pillow"),
@@ -196,8 +180,7 @@ HABITS = (
     "",
     "{hero} loved {joy}.",
     "{hero.he} loved {joy}.",
-    "{hero} liked {joy} all day long.",
-    "{hero.he} always had a smile on {hero.his} face.",
+    "More than anything, {hero} loved {joy}.",
 )
 
 DAYS = (
@@ -245,6 +228,7 @@ ENDINGS = (
 # ---- Plots ----
 
 LOST = Plot(
+    words={"trait": ("little", "small", "funny"), "joy": ("to play outside", "to play with toys")},
     facts=({},),
     beats=(
         (
@@ -285,6 +269,7 @@ LOST = Plot(
 )
 
 NEW_FRIEND = Plot(
+    words={"trait": ("little", "shy", "lonely"), "joy": ("to play games", "to make new friends")},
     facts=(
         {"play": "play hide and seek", "played": "played hide and seek"},
         {"play": "play ball", "played": "played ball"},
@@ -331,6 +316,7 @@ NEW_FRIEND = Plot(
 )
 
 STORM = Plot(
+    words={"trait": ("little", "brave", "cheerful"), "joy": ("to be out in the wind", "to watch the clouds")},
     facts=({},),
     beats=(
         (
@@ -370,6 +356,7 @@ STORM = Plot(
 )
 
 RACE = Plot(
+    words={"trait": ("little", "quick", "cheerful"), "joy": ("to run", "to run in the tall grass")},
     facts=({"bump": "a stone"}, {"bump": "a root"}, {"bump": "a stick"}),
     beats=(
         (
@@ -410,6 +397,7 @@ RACE = Plot(
 )
 
 SHARING = Plot(
+    words={"trait": ("little", "kind", "hungry"), "joy": ("to eat", "to cook")},
     facts=({},),
     beats=(
         (
@@ -447,6 +435,7 @@ SHARING = Plot(
 )
 
 LEARNING = Plot(
+    words={"trait": ("little", "young", "clever"), "joy": ("to try new things", "to learn new things")},
     facts=(
         {"skill": "swim", "failed": "went under with a splash", "did": "swam across the pond"},
         {"skill": "whistle", "failed": "only made a puff of air", "did": "whistled a long and happy song"},
@@ -461,7 +450,7 @@ LEARNING = Plot(
     beats=(
         (
             "{hero} wanted to learn how to {skill}.",
-            "More than anything, {hero.he} wanted to {skill}.",
+            "{hero.he} had always wanted to {skill}.",
             "All the others could {skill}, but {hero} could not.",
         ),
         (
@@ -493,6 +482,7 @@ LEARNING = Plot(
 )
 
 FEAR = Plot(
+    words={"trait": ("little", "small", "shy"), "joy": ("to be with friends", "to hear about brave animals")},
     facts=(
         {"fear": "the dark", "trouble": "lost in a dark cave", "deed": "lit a candle and walked into the cave"},
         {"fear": "high places", "trouble": "stuck on a high branch", "deed": "climbed up, one branch at a time"},
@@ -519,8 +509,8 @@ FEAR = Plot(
             "{hero.his} heart beat fast, but {hero.he} wanted to be brave.",
         ),
         (
-            "{hero.he} {deed} and found {friend}.",
-            "Slowly, {hero.he} {deed}. There was {friend}!",
+            "{hero.he} {deed}, and there was {friend}.",
+            "Slowly, {hero.he} {deed}. At last {hero.he} found {friend}.",
         ),
         (
             '"You came!" said {friend}. "Were you not afraid?"',
@@ -535,6 +525,7 @@ FEAR = Plot(
 )
 
 BIRTHDAY = Plot(
+    words={"trait": ("little", "young", "cheerful"), "joy": ("parties", "to dance and sing")},
     facts=({},),
     beats=(
         (
@@ -570,6 +561,7 @@ BIRTHDAY = Plot(
 )
 
 RESCUE = Plot(
+    words={"trait": ("little", "brave", "clever"), "joy": ("to help others", "to hear about brave animals")},
     facts=(
         {"where": "in the deep mud", "tool": "a strong rope"},
         {"where": "in a deep hole", "tool": "a long ladder"},
@@ -612,6 +604,7 @@ RESCUE = Plot(
 )
 
 HONESTY = Plot(
+    words={"trait": ("little", "curious", "young"), "joy": ("pretty things", "to look for pretty things")},
     facts=({},),
     beats=(
         (
@@ -647,6 +640,7 @@ HONESTY = Plot(
 )
 
 GARDEN = Plot(
+    words={"trait": ("little", "gentle", "quiet"), "joy": ("flowers", "to watch things grow")},
     facts=(
         {"plant": "sunflower", "size": "taller than the fence"},
         {"plant": "pumpkin", "size": "bigger than a wheel"},
@@ -692,6 +686,7 @@ GARDEN = Plot(
 )
 
 BROKEN = Plot(
+    words={"trait": ("little", "funny", "quick"), "joy": ("to jump and run", "to visit friends")},
     facts=({},),
     beats=(
         (
@@ -733,11 +728,12 @@ BROKEN = Plot(
 SNOW = {"weather": "snowy", "out": "in the snow"}
 
 BUILDING = Plot(
+    words={"trait": ("little", "clever", "busy"), "joy": ("to make things", "to work with wood")},
     facts=(
         {"work": "tree house", "from": "old boards and a rope", "use": "sat high up in the leaves"},
         {"work": "boat", "from": "logs and a rope", "use": "sailed across the pond"},
         {"work": "bridge", "from": "stones and logs", "use": "walked over the stream with dry feet"},
-        {"work": "snow house", "from": "blocks of snow", "use": "sat inside, snug and warm", **SNOW},
+        {"work": "snow house", "from": "blocks of snow", "use": "sat inside and kept warm", **SNOW},
         {"work": "snowman", "from": "snow and a carrot", "use": "danced around it", **SNOW},
         {"work": "swing", "from": "a board and a rope", "use": "flew up and down in the air"},
         {"work": "tent", "from": "sticks and a blanket", "use": "sat inside and told stories"},
@@ -768,13 +764,14 @@ BUILDING = Plot(
             "They worked side by side, and by evening the {work} was ready.",
         ),
         (
-            "They {use} and were very proud.",
+            "They {use}, and they were very proud.",
             "They {use} until it was time to go home.",
         ),
     ),
 )
 
 SICK = Plot(
+    words={"trait": ("little", "kind", "gentle"), "joy": ("to help others", "to be with friends")},
     facts=({},),
     beats=(
         (
@@ -813,6 +810,7 @@ SICK = Plot(
 )
 
 BEDTIME = Plot(
+    words={"trait": ("little", "tiny", "curious"), "joy": ("the moon and the stars", "to count the stars")},
     facts=(
         {"sound": "a tapping sound at the window", "cause": "a branch in the wind"},
         {"sound": "a strange sound outside", "cause": "an owl in the old tree"},
@@ -856,6 +854,7 @@ BEDTIME = Plot(
 )
 
 BABY_BIRD = Plot(
+    words={"trait": ("little", "tiny", "gentle"), "joy": ("to listen to the birds", "to climb trees")},
     facts=({},),
     beats=(
         (
@@ -894,23 +893,41 @@ BABY_BIRD = Plot(
     ),
 )
 
-PLOTS = (
-    LOST,
-    NEW_FRIEND,
-    STORM,
-    RACE,
-    SHARING,
-    LEARNING,
-    FEAR,
-    BIRTHDAY,
-    RESCUE,
-    HONESTY,
-    GARDEN,
-    BROKEN,
-    BUILDING,
-    SICK,
-    BEDTIME,
-    BABY_BIRD,
+# ---- Habitats ----
+
+HABITATS = (
+    Habitat(
+        kinds="fox bear deer badger hedgehog".split(),
+        words={
+            "home": ("in a warm den in the woods", "under an old oak tree", "at the edge of a big forest"),
+            "out": ("in the woods", "among the tall trees", "along the forest path"),
+        },
+        plots=(STORM, FEAR, HONESTY, BABY_BIRD, LOST),
+    ),
+    Habitat(
+        kinds="lamb pony goat donkey piglet".split(),
+        words={
+            "home": ("on a farm with a red barn", "in a green valley", "behind a tall stone wall"),
+            "out": ("on the hill", "in the meadow", "near the old mill"),
+        },
+        plots=(RACE, RESCUE, GARDEN, SHARING, LEARNING),
+    ),
+    Habitat(
+        kinds="mouse cat dog kitten puppy hamster".split(),
+        words={
+            "home": ("in a small house on a hill", "in a little village by the sea", "in a house with a blue door"),
+            "out": ("in the garden", "in the park", "on the beach"),
+        },
+        plots=(NEW_FRIEND, BIRTHDAY, BROKEN, SICK, BEDTIME, LOST),
+    ),
+    Habitat(
+        kinds="rabbit panda lion monkey".split(),
+        words={
+            "home": ("near a quiet river", "beside a blue lake", "in a valley full of flowers"),
+            "out": ("by the river", "by the lake", "in the tall grass"),
+        },
+        plots=(BUILDING, LEARNING, SHARING, NEW_FRIEND, STORM, RACE),
+    ),
 )
 
 

@@ -58,9 +58,10 @@ Model = Callable[[jax.Array], jax.Array]  # int32 [N, T] input ids -> float32 [N
 def main() -> None:
     args = _arguments()
     begin = time.monotonic()
-    tokenizer = train_tokenizer(itertools.islice(stories(args.seed), 10_000))
-    batches = pack(stories(args.seed), tokenizer)
-    # Set aside before training begins; the grammar never runs out, so no row is ever seen twice.
+    # One endless stream of stories: some for the tokenizer, some set aside, and all that follow for training, once each.
+    told = stories(args.seed)
+    tokenizer = train_tokenizer(itertools.islice(told, 10_000))
+    batches = pack(told, tokenizer)
     held_out = list(itertools.islice(batches, HELD_OUT_BATCHES))
     model = jaxgen.from_config(CONFIG, key=args.seed, dtype="float32")
     model = train(model, batches, args.steps)

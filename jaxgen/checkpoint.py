@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from jaxgen import lazy, safetensors_file
 from jaxgen.models import FAMILIES, Family
+from jaxgen.models.layers import HostOnly
 from jaxgen.safetensors_file import DTYPES, CheckpointError, Tensor
 
 MANIFEST = "jaxgen.json"
@@ -47,9 +48,7 @@ def load(path: str | Path, dtype: jax.typing.DTypeLike | None = None) -> Any:
         CheckpointError: one sentence about what is missing, broken or unknown. Nothing is loaded then.
     """
     source = open_folder(path)
-    target = _dtype(
-        dtype or source.raw.get("dtype") or source.raw.get("torch_dtype") or source.own_dtype("embed_tokens.weight")
-    )
+    target = source.dtype if dtype is None else _dtype(dtype)
     leaves, treedef = jax.tree.flatten(source.abstract)
     total = sum(leaf.size for leaf in leaves) * target.itemsize
     with tqdm(total=total, unit="B", unit_scale=True, desc="loading weights", delay=2) as bar:
@@ -69,12 +68,14 @@ def from_config(config: Mapping[str, Any], key: jax.Array | int = 0, dtype: jax.
         dtype: what to hold the weights in: float32, bfloat16 or float16.
     """
     family, parsed, generation_config = _parse_config(config, None)
-    target = _dtype(dtype)
+    model = _random_model(family, parsed, _dtype(dtype), jax.random.key(key) if isinstance(key, int) else key)
+    model.host = HostOnly(generation_config)
+    return model
 
-    def build(key: jax.Array) -> Any:
-        return jax.tree.map(lambda leaf: leaf.astype(target), family.build(parsed, nnx.Rngs(key), generation_config))
 
-    return jax.jit(build)(jax.random.key(key) if isinstance(key, int) else key)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _random_model(family: Family, config: Any, dtype: np.dtype, key: jax.Array) -> Any:
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), family.build(config, nnx.Rngs(key)))
 
 
 def save(model: Any, path: str | Path) -> None:
@@ -82,14 +83,20 @@ def save(model: Any, path: str | Path) -> None:
 
     Args:
         path: the folder, made if needed; files of these names in it are replaced.
+
+    Raises:
+        ValueError: if the folder holds a checkpoint of another layout, whose files would win over the new ones.
     """
     folder = Path(path)
+    if taken := [name for name in (INDEX, MANIFEST) if (folder / name).exists()]:
+        raise ValueError(f"{folder} holds a checkpoint of another layout ({taken}). Choose an empty folder.")
     folder.mkdir(parents=True, exist_ok=True)
     config = {**model.config.to_json(), "dtype": str(model.dtype)}
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         config[key] = getattr(model.generation_config, key)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    model.generation_config.save_pretrained(folder)
+    # Not `save_pretrained`, which refuses what many checkpoints hold: sampling fields without `do_sample`.
+    model.generation_config.to_json_file(folder / "generation_config.json")
     parameters = dict(named_leaves(model))
     pieces = {
         name: (path, start, rows)
@@ -119,6 +126,15 @@ class Source:
     abstract: Any
     pieces: Mapping[str, list[Tensor]]
 
+    @property
+    def dtype(self) -> np.dtype:
+        """What `load` holds the weights in by default."""
+        named = self.raw.get("dtype") or self.raw.get("torch_dtype")
+        try:
+            return _dtype(named) if named else self.own_dtype("embed_tokens.weight")
+        except ValueError as error:
+            raise CheckpointError(f"{self.folder / 'config.json'}: {error} Or pass another to `load`.") from error
+
     def own_dtype(self, path: str) -> np.dtype:
         """The dtype that holds all tensors of a parameter without loss."""
         dtypes = [DTYPES[tensor.dtype] for tensor in self.pieces[path]]
@@ -144,6 +160,10 @@ def open_folder(path: str | Path) -> Source:
     folder = Path(path)
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder. Pass the one that holds config.json; nothing is downloaded.")
+    if (folder / "adapter_config.json").exists():
+        raise CheckpointError(
+            f"{folder} holds a LoRA adapter, which would be left out. Merge it into its base model first."
+        )
     raw = _read_json(folder / "config.json")
     generation_file = folder / "generation_config.json"
     try:
@@ -173,7 +193,7 @@ def open_folder(path: str | Path) -> Source:
 def _parse_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | None) -> tuple[Family, Any, Any]:
     """The family, its config, and the `transformers.GenerationConfig`, from the parsed JSON files."""
     generation_class = lazy.transformers().GenerationConfig
-    if raw.get("model_type") not in FAMILIES:
+    if str(raw.get("model_type")) not in FAMILIES:
         raise ValueError(f"`model_type`={raw.get('model_type')!r} is not supported; it may be one of {list(FAMILIES)}.")
     family = FAMILIES[raw["model_type"]]
     config = family.config(raw, frozenset(generation_class().to_dict()))
@@ -200,10 +220,7 @@ def _resolve_head(folder: Path, config: Any, tensors: dict[str, Tensor], native:
 def _equal(first: Tensor, second: Tensor) -> bool:
     if (first.dtype, first.shape) != (second.dtype, second.shape):
         return False
-    arrays = [np.empty(tensor.shape, DTYPES[tensor.dtype]) for tensor in (first, second)]
-    for tensor, array in zip((first, second), arrays, strict=True):
-        tensor.read_into(array)
-    return arrays[0].tobytes() == arrays[1].tobytes()
+    return all(one == other for one, other in zip(first.chunks(), second.chunks(), strict=True))
 
 
 def _account(
@@ -243,10 +260,8 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{index_file} has no `weight_map` from tensors to files. Download it again.")
     tensors: dict[str, Tensor] = {}
     for file in sorted(set(index.values())):
-        if Path(file).name != file or "\\" in file or file in ("", ".", ".."):
+        if Path(file).name != file or "\\" in file or not file.isprintable() or len(file) > 255:
             raise CheckpointError(f"{index_file} names {file!r}, which is not a plain file name in its folder.")
-        if not (folder / file).is_file():
-            raise CheckpointError(f"{folder / file} is missing, and {INDEX} names it. Download it again.")
         found = safetensors_file.read_header(folder / file)
         listed = {name for name, owner in index.items() if owner == file}
         if difference := sorted(listed ^ set(found)):
@@ -271,18 +286,19 @@ def _stack(sources: Mapping[str, int]) -> Iterator[tuple[str, int, int]]:
 
 
 def _dtype(dtype: jax.typing.DTypeLike) -> np.dtype:
-    resolved = jnp.dtype(dtype)
-    if resolved not in DTYPES.values():
-        raise ValueError(f"`dtype`={dtype!r} is not supported; it may be one of {[str(d) for d in DTYPES.values()]}.")
-    return resolved
+    try:
+        return next(known for known in DTYPES.values() if known == jnp.dtype(dtype))
+    except (TypeError, StopIteration) as error:
+        names = [str(known) for known in DTYPES.values()]
+        raise ValueError(f"`dtype`={dtype!r} is not supported; it may be one of {names}.") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing. Pass the folder that holds it.") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON ({error}). Download it again.") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds no JSON object. Download it again.")

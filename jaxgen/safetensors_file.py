@@ -6,7 +6,7 @@ readers map the whole file into memory, which counts a second copy of the model 
 
 import json
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,16 @@ class Tensor:
     shape: tuple[int, ...]
     offset: int
 
+    def chunks(self, size: int = 1 << 24) -> Iterator[bytes]:
+        """The bytes of the tensor, a few at a time."""
+        left = int(np.prod(self.shape)) * DTYPES[self.dtype].itemsize
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            while left > 0:
+                chunk = file.read(min(size, left))
+                left -= len(chunk)
+                yield chunk
+
     def read_into(self, out: np.ndarray) -> None:
         """Fills a C-contiguous array of the tensor's shape, casting to its dtype where they differ."""
         source = out if out.dtype == DTYPES[self.dtype] else np.empty(self.shape, DTYPES[self.dtype])
@@ -59,15 +69,18 @@ def read_header(path: Path) -> dict[str, Tensor]:
     """
     try:
         with path.open("rb") as file:
-            start = file.read(64)
-        if start.startswith(b"version https://git-lfs"):
-            raise CheckpointError(f"{path} is a Git LFS pointer, not the weights. Run `git lfs pull` in its folder.")
-        with safe_open(path, framework="numpy"):
-            pass  # opening validates the header, its offsets and the length of the file
-        with path.open("rb") as file:
+            if file.read(64).startswith(b"version https://git-lfs"):
+                raise CheckpointError(
+                    f"{path} is a Git LFS pointer, not the weights. Run `git lfs pull` in its folder."
+                )
+            with safe_open(path, framework="numpy"):
+                pass  # opening validates the header, its offsets and the length of the file
+            file.seek(0)
             length = struct.unpack("<Q", file.read(8))[0]
             header = json.loads(file.read(length), object_pairs_hook=_no_duplicates)
-    except (OSError, SafetensorError) as error:
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing. The checkpoint is incomplete; download it again.") from error
+    except (OSError, SafetensorError, _DuplicateKey, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as safetensors ({error}). Download it again.") from error
     header.pop("__metadata__", None)
     return {
@@ -88,11 +101,18 @@ def write(path: Path, tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]], a
     encoded += b" " * (-len(encoded) % 8)  # the format aligns the data to 8 bytes
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(encoded)) + encoded)
-        for array in arrays:
+        # The tensors come first in the zip: it must not take an array that belongs to the next file.
+        for _, array in zip(tensors, arrays, strict=False):
             file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
+class _DuplicateKey(ValueError):
+    pass
+
+
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len({name for name, _ in pairs}) < len(pairs):
-        raise CheckpointError("a safetensors header names a tensor twice. The file was tampered with or is broken.")
-    return dict(pairs)
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _DuplicateKey(f"`{next(name for name in names if names.count(name) > 1)}` is there twice")
+    return content

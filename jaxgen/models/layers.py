@@ -57,18 +57,25 @@ class RMSNorm(nnx.Module):
 def attend(queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array) -> jax.Array:
     """Grouped-query attention, with float32 scores and softmax.
 
+    The G heads of a group and the T columns are rows of one product with the group's keys, so nothing is repeated.
+
     Args:
         queries: [N, K, G, T, H].
-        keys, values: [N, K, S, H].
-        mask: bool [N, T, S]. A column that may look nowhere gets a finite average.
+        keys, values: [N, K, S, H], with or without the dimensions of size one among N and K.
+        mask: bool [N, T, S]. A column that may look nowhere gets zeros, as from torch's scaled_dot_product_attention.
 
     Returns:
-        [N, T, K, G, H].
+        [N, K, G, T, H].
     """
-    scores = jnp.einsum("nkgth,nksh->nkgts", queries, keys, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask[:, None, None], scores * queries.shape[-1] ** -0.5, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-    return jnp.einsum("nkgts,nksh->ntkgh", weights, values)
+    *batch, slots, head_dim = keys.shape
+    scores = jnp.einsum(
+        "...mh,...sh->...ms", queries.reshape(*batch, -1, head_dim), keys, preferred_element_type=jnp.float32
+    )
+    scores = scores.reshape(*queries.shape[:-1], slots) * head_dim**-0.5
+    allowed = mask[:, None, None]
+    weights = jax.nn.softmax(jnp.where(allowed, scores, jnp.finfo(jnp.float32).min), axis=-1)
+    weights = jnp.where(allowed, weights, 0).astype(values.dtype).reshape(*batch, -1, slots)
+    return jnp.einsum("...ms,...sh->...mh", weights, values).reshape(queries.shape)
 
 
 class HostOnly:

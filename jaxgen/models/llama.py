@@ -36,13 +36,21 @@ _DEFAULTS = {
     "initializer_range": 0.02,
 }
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_TYPES = dict.fromkeys((*_REQUIRED, "num_key_value_heads", "head_dim", "max_position_embeddings"), int) | {
+    "hidden_act": str,
+    "rms_norm_eps": float,
+    "initializer_range": float,
+    "attention_bias": bool,
+    "mlp_bias": bool,
+    "tie_word_embeddings": bool,
+}
 _ROPE = ("rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings")
 # Read elsewhere, or without effect on a forward pass.
 _NO_EFFECT = frozenset(
     "model_type architectures dtype torch_dtype transformers_version _name_or_path use_cache attention_dropout "
     "bos_token_id eos_token_id pad_token_id return_dict id2label label2id chunk_size_feed_forward tokenizer_class "
     "_attn_implementation_autoset _attn_implementation is_llama_config transformers.js_config unsloth_version "
-    "unsloth_fixed pretraining_tp".split()
+    "unsloth_fixed pretraining_tp max_sequence_length".split()
 )
 
 
@@ -78,26 +86,20 @@ class LlamaConfig:
             ValueError: naming the key, its value and the way out.
         """
         values = {**_DEFAULTS, **{key: value for key, value in raw.items() if value is not None}}
+        _refuse_unhandled(values, generation_fields)
+        for key, kind in _TYPES.items():
+            # JSON tells 1 from true, and 1e-5 may be written as a whole number.
+            if type(values.get(key)) not in (kind, *([int] if kind is float else [])) and values.get(key) is not None:
+                raise ValueError(f"`{key}`={values[key]!r} in config.json must be of type {kind.__name__}.")
+        for key in (*_REQUIRED, "num_key_value_heads", "head_dim", "max_position_embeddings"):
+            if values.get(key) is not None and values[key] < 1:
+                raise ValueError(f"`{key}`={values[key]!r} in config.json must be positive.")
         if missing := [key for key in _REQUIRED if key not in values]:
             raise ValueError(f"config.json lacks {missing}, which a Llama needs.")
-        known = {*_DEFAULTS, *_REQUIRED, *_ROPE, *_NO_EFFECT, *generation_fields}
-        if values.get("quantization_config"):
-            method = values["quantization_config"].get("quant_method", "an unnamed method")
-            raise ValueError(f"the checkpoint is quantised ({method}); use the unquantised original.")
-        # A falsy value is how configs say that a feature is off.
-        for key, value in values.items():
-            if key not in known and value:
-                raise ValueError(
-                    f"config.json has `{key}`={value!r}, which jaxgen does not know and which may change the "
-                    "computation. If it does not, remove it from the file."
-                )
-        architectures = values.get("architectures") or ["LlamaForCausalLM"]
-        if "LlamaForCausalLM" not in architectures:
-            raise ValueError(f"`architectures`={architectures!r} in config.json is not LlamaForCausalLM.")
         heads = values["num_attention_heads"]
         values["num_key_value_heads"] = values["num_key_value_heads"] or heads
         values["head_dim"] = values["head_dim"] or values["hidden_size"] // heads
-        _check(values)
+        _check_geometry(values)
         fields = {key: values[key] for key in (*_REQUIRED, *_DEFAULTS)}
         return cls(**fields, rope=rope.from_config(values, values["head_dim"]))
 
@@ -112,21 +114,32 @@ class LlamaConfig:
         return raw
 
 
-def _check(values: Mapping[str, Any]) -> None:
-    heads, kv_heads, head_dim = (values[key] for key in ("num_attention_heads", "num_key_value_heads", "head_dim"))
-    for key in (*_REQUIRED, "num_key_value_heads", "head_dim", "max_position_embeddings"):
-        if not isinstance(values[key], int) or isinstance(values[key], bool) or values[key] < 1:
-            raise ValueError(f"`{key}`={values[key]!r} in config.json must be a positive integer.")
+def _refuse_unhandled(values: Mapping[str, Any], generation_fields: frozenset[str]) -> None:
+    if quantization := values.get("quantization_config"):
+        method = quantization.get("quant_method", "unnamed") if isinstance(quantization, dict) else quantization
+        raise ValueError(f"the checkpoint is quantised (`quant_method`={method!r}). Use the unquantised original.")
+    if values.get("architectures") not in (None, ["LlamaForCausalLM"]):
+        raise ValueError(f"`architectures`={values['architectures']!r} in config.json is not ['LlamaForCausalLM'].")
+    known = {*_DEFAULTS, *_REQUIRED, *_ROPE, *_NO_EFFECT, *generation_fields}
+    for key, value in values.items():
+        # A falsy value is how configs say that a feature is off, and rotating all of each head is what Llama does.
+        if key not in known and value and (key, value) != ("partial_rotary_factor", 1):
+            raise ValueError(
+                f"config.json has `{key}`={value!r}, which jaxgen does not know and which may change the computation. "
+                "If it does not, remove it from the file."
+            )
+
+
+def _check_geometry(values: Mapping[str, Any]) -> None:
+    heads, kv_heads = values["num_attention_heads"], values["num_key_value_heads"]
     if values["hidden_size"] % heads:
         raise ValueError(f"`hidden_size`={values['hidden_size']} is not a multiple of `num_attention_heads`={heads}.")
     if heads % kv_heads:
         raise ValueError(f"`num_attention_heads`={heads} is not a multiple of `num_key_value_heads`={kv_heads}.")
-    if head_dim % 2:
-        raise ValueError(f"`head_dim`={head_dim} must be even: rotary embeddings turn pairs of dimensions.")
+    if values["head_dim"] % 2:
+        raise ValueError(f"`head_dim`={values['head_dim']} must be even: rotary embeddings turn pairs of dimensions.")
     if values["hidden_act"] not in ACTIVATIONS:
-        raise ValueError(
-            f"`hidden_act`={values['hidden_act']!r} is not supported; it may be one of {list(ACTIVATIONS)}."
-        )
+        raise ValueError(f"`hidden_act`={values['hidden_act']!r} is not supported; it may be one of {[*ACTIVATIONS]}.")
 
 
 class Attention(nnx.Module):
@@ -152,7 +165,8 @@ class Attention(nnx.Module):
         queries, keys = (rope.rotate(each, cos[:, None], sin[:, None]) for each in (queries, keys))
         cache, keys, values = cache.update(layer, keys, values)
         queries = queries.reshape(rows, kv_heads, heads // kv_heads, columns, head_dim)
-        return self.o_proj(attend(queries, keys, values, mask).reshape(rows, columns, -1)), cache
+        attended = attend(queries, keys, values, mask).transpose(0, 3, 1, 2, 4)
+        return self.o_proj(attended.reshape(rows, columns, -1)), cache
 
 
 class MLP(nnx.Module):

@@ -244,42 +244,48 @@ def to_config(rope: Rope) -> dict[str, Any]:
 
 
 def _from_parameters(raw: Mapping[str, Any], name: str, parameters: Mapping[str, Any], head_dim: int) -> Rope:
+    if not isinstance(parameters, Mapping):
+        raise ValueError(f"`{name}`={parameters!r} of config.json must be an object of rotary parameters.")
     given = {key: value for key, value in parameters.items() if value is not None}
     rope_type = given.pop("rope_type", given.get("type", "default"))
     if given.pop("type", rope_type) != rope_type:
         raise ValueError(f"`{name}` of config.json has both `type` and `rope_type`, and they differ: {parameters!r}.")
-    if rope_type not in TYPES:
+    if str(rope_type) not in TYPES:
         raise ValueError(f"`rope_type`={rope_type!r} in config.json is not supported; it may be one of {list(TYPES)}.")
-    theta = given.pop("rope_theta", raw.get("rope_theta", _DEFAULT_THETA))
-    if raw.get("rope_theta", theta) != theta:
-        raise ValueError(
-            f"config.json has `rope_theta`={raw['rope_theta']!r} beside `{name}` with {theta!r}. Remove the wrong one."
-        )
     # 1 says nothing; anything else would rotate a part of each head, which Llama does not do.
     if given.get("partial_rotary_factor") == 1:
         given.pop("partial_rotary_factor")
-    for key, value in given.items():
-        numbers = value if isinstance(value, list | tuple) else [value]
-        if not all(isinstance(number, int | float) for number in numbers):
-            raise ValueError(f"`{key}`={value!r} of `{name}` in config.json must be a number.")
-        given[key] = tuple(value) if isinstance(value, list) else value
     longest = raw["max_position_embeddings"]
-    original = given.pop("original_max_position_embeddings", raw.get("original_max_position_embeddings")) or longest
-    if (raw.get("original_max_position_embeddings") or original) != original:
-        raise ValueError(
-            f"config.json has `original_max_position_embeddings`={raw['original_max_position_embeddings']!r} beside "
-            f"`{name}` with {original!r}. Remove the wrong one."
-        )
-    required = {field.name: field.default is MISSING for field in fields(TYPES[rope_type])}
-    if unknown := [key for key in given if key not in required]:
-        raise ValueError(f"`{name}` of config.json has keys that `rope_type`={rope_type!r} does not know: {unknown}.")
-    given |= {"rope_theta": float(theta), "head_dim": head_dim}
-    given |= {"max_position_embeddings": longest, "original_max_position_embeddings": original}
-    if missing := [key for key in required if required[key] and key not in given]:
-        raise ValueError(f"`{name}` of config.json lacks {missing}, which `rope_type`={rope_type!r} needs.")
-    for key in ("short_factor", "long_factor"):
-        if key in required and len(given[key]) != head_dim // 2:
+    original = given.get("original_max_position_embeddings", raw.get("original_max_position_embeddings")) or longest
+    values = given | {
+        "rope_theta": given.get("rope_theta", raw.get("rope_theta", _DEFAULT_THETA)),
+        "head_dim": head_dim,
+        "max_position_embeddings": longest,
+        "original_max_position_embeddings": original,
+    }
+    for key in ("rope_theta", "original_max_position_embeddings"):
+        if (raw.get(key) or values[key]) != values[key]:
             raise ValueError(
-                f"`{key}` of config.json has {len(given[key])} entries, but half of `head_dim`={head_dim} is needed."
+                f"config.json has `{key}`={raw[key]!r} beside `{name}` with {values[key]!r}. Remove the wrong one."
             )
-    return TYPES[rope_type](**{key: value for key, value in given.items() if key in required})
+    required = {field.name: field.default is MISSING for field in fields(TYPES[rope_type])}
+    if unknown := [key for key in given if key not in {*required, "rope_theta", "original_max_position_embeddings"}]:
+        raise ValueError(f"`{name}` of config.json has keys that `rope_type`={rope_type!r} does not know: {unknown}.")
+    if missing := [key for key in required if required[key] and key not in values]:
+        raise ValueError(f"`{name}` of config.json lacks {missing}, which `rope_type`={rope_type!r} needs.")
+    checked = {key: _number(key, values[key], head_dim) for key in required if key in values}
+    return TYPES[rope_type](**checked | {"rope_theta": float(checked["rope_theta"])})
+
+
+def _number(key: str, value: Any, head_dim: int) -> Any:
+    """A positive number; a flag; or one positive number per pair of dimensions."""
+    if key == "truncate" and isinstance(value, bool):
+        return value
+    numbers = value if isinstance(value, list | tuple) else [value]
+    if any(type(number) not in (int, float) or number <= 0 for number in numbers):
+        raise ValueError(f"`{key}`={value!r} in the rotary parameters of config.json must be positive.")
+    per_pair = key in ("short_factor", "long_factor")
+    if per_pair != isinstance(value, list | tuple) or (per_pair and len(value) != head_dim // 2):
+        wanted = f"{head_dim // 2} numbers, half of `head_dim`={head_dim}" if per_pair else "one number"
+        raise ValueError(f"`{key}`={value!r} in the rotary parameters of config.json must be {wanted}.")
+    return tuple(value) if per_pair else value

@@ -1,0 +1,67 @@
+"""The oracle: transformers on torch in float32, run live, and its answers on record for machines without torch.
+
+`python tests/oracle.py` records the answers again.
+"""
+
+import json
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from architectures import ARCHITECTURES, NEW_TOKENS, Architecture
+
+RECORD = Path(__file__).parent / "data" / "greedy.json"
+
+
+def torch_model(folder: Path, dtype: str = "float32") -> Any:
+    import torch
+    from transformers import LlamaForCausalLM
+
+    torch.set_num_threads(1)  # idle threads of torch spin, and the tests already run in parallel
+    return LlamaForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+
+
+def torch_generate(model: Any, input_ids: Any, **kwargs: Any) -> np.ndarray:
+    import torch
+
+    mask = kwargs.pop("attention_mask", None)
+    if mask is not None:
+        kwargs["attention_mask"] = torch.tensor(np.asarray(mask))
+    return model.generate(torch.tensor(np.asarray(input_ids)), **kwargs).numpy()
+
+
+def torch_logits(model: Any, input_ids: Any, attention_mask: Any = None) -> np.ndarray:
+    """float32 [B, T, V]."""
+    import torch
+
+    mask = None if attention_mask is None else torch.tensor(np.asarray(attention_mask))
+    with torch.no_grad():
+        return model(torch.tensor(np.asarray(input_ids)), attention_mask=mask).logits.float().numpy()
+
+
+@cache
+def recorded() -> dict[str, list[list[int]]]:
+    """Sequences by the name of the architecture."""
+    return json.loads(RECORD.read_text())
+
+
+def live(architecture: Architecture, folder: Path) -> np.ndarray:
+    """What transformers generates for the architecture's prompts."""
+    ids, mask = architecture.prompts()
+    return torch_generate(torch_model(folder), ids, attention_mask=mask, max_new_tokens=NEW_TOKENS)
+
+
+def _record() -> None:
+    answers = {}
+    for architecture in ARCHITECTURES:
+        with tempfile.TemporaryDirectory() as folder:
+            answers[architecture.name] = live(architecture, architecture.write(Path(folder))).tolist()
+    RECORD.parent.mkdir(exist_ok=True)
+    lines = (f"{json.dumps(name)}: {json.dumps(rows, separators=(',', ':'))}" for name, rows in answers.items())
+    RECORD.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+if __name__ == "__main__":
+    _record()

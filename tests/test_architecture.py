@@ -1,0 +1,106 @@
+"""The arrows of the house: who may import whom. Read from the source, so that no import has to happen."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import jaxgen
+
+ROOT = Path(__file__).parent.parent
+MODEL_COLUMN = {"models", "kv_cache", "checkpoint", "safetensors_file"}
+DECODE_COLUMN = {"decoding", "sampling", "stopping_criteria"}
+FILES = [*(ROOT / "jaxgen").rglob("*.py"), *(ROOT / "convert").rglob("*.py")]
+
+
+def imports(file: Path) -> set[str]:
+    """The dotted names a file imports, wherever in it."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def columns(file: Path) -> set[str]:
+    """The parts of the package that a file imports."""
+    return {name.split(".")[1] for name in imports(file) if name.startswith("jaxgen.")}
+
+
+def part(file: Path) -> str:
+    return file.relative_to(ROOT / "jaxgen").parts[0].removesuffix(".py") if "convert" not in file.parts else "convert"
+
+
+def relative(file: Path) -> str:
+    return str(file.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("file", FILES, ids=relative)
+def test_no_file_imports_torch(file: Path) -> None:
+    assert not {name for name in imports(file) if name.split(".")[0] == "torch"}
+
+
+@pytest.mark.parametrize("file", FILES, ids=relative)
+def test_transformers_is_imported_late_and_in_one_place(file: Path) -> None:
+    assert not {name for name in imports(file) if name.split(".")[0] == "transformers"}
+
+
+@pytest.mark.parametrize("file", FILES, ids=relative)
+def test_only_the_model_column_knows_flax(file: Path) -> None:
+    knows = any(name.split(".")[0] == "flax" for name in imports(file))
+    assert not knows or part(file) in {"models", "checkpoint"}
+
+
+@pytest.mark.parametrize("file", FILES, ids=relative)
+def test_the_model_column_and_the_decode_column_do_not_import_each_other(file: Path) -> None:
+    if part(file) in MODEL_COLUMN:
+        assert not columns(file) & DECODE_COLUMN
+    if part(file) in DECODE_COLUMN:
+        assert not columns(file) & MODEL_COLUMN
+
+
+def test_strategies_know_neither_the_loop_nor_each_other() -> None:
+    assert "decoding" not in columns(ROOT / "jaxgen" / "sampling.py")
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if part(file) != "convert"], ids=relative)
+def test_the_package_never_imports_the_converter(file: Path) -> None:
+    assert not {name for name in imports(file) if name.startswith(("convert", "jaxgen.convert"))}
+
+
+@pytest.mark.parametrize("file", FILES, ids=relative)
+def test_flax_only_declares_parameters(file: Path) -> None:
+    forbidden = {"jit", "scan", "vmap", "while_loop", "grad", "value_and_grad", "Cache", "remat", "cond", "switch"}
+    used = {
+        node.attr
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "nnx"
+    }
+    assert not used & forbidden
+
+
+@pytest.mark.parametrize("file", FILES, ids=relative)
+def test_no_memory_is_left_uninitialised_on_the_device(file: Path) -> None:
+    assert "jnp.empty" not in file.read_text().replace("`jnp.empty`", "")
+
+
+def test_the_facade_exports_exactly_its_public_names() -> None:
+    public = {name for name, value in vars(jaxgen).items() if not name.startswith("_") and not _is_module(value)}
+    assert public == {name for name in jaxgen.__all__ if name != "__version__"}
+
+
+def _is_module(value: object) -> bool:
+    return isinstance(value, type(sys))
+
+
+def test_importing_jaxgen_imports_neither_torch_nor_transformers_and_takes_about_a_second() -> None:
+    program = (
+        "import sys, time; start = time.process_time(); import jaxgen; seconds = time.process_time() - start; "
+        "assert not {'torch', 'transformers'} & set(sys.modules); print(seconds)"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert float(result.stdout) < 4  # about 1 on a quiet machine; processor time, with room for a busy one

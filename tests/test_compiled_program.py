@@ -1,0 +1,85 @@
+"""What XLA makes of the decode loop, read from its text: the reason why a step costs what it should."""
+
+import re
+from collections import Counter
+
+import jax
+import numpy as np
+import pytest
+
+import jaxgen
+from jaxgen import decoding, generation
+
+LAYERS, KV_HEADS, HEAD_DIM = 2, 2, 16
+CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": KV_HEADS,
+    "max_position_embeddings": 512,
+}
+
+
+def loop_instructions(text: str) -> list[tuple[str, str]]:
+    """(operation, result shape) of everything the body of the program's loop runs, fusions included."""
+    computations: dict[str, list[str]] = {}
+    lines: list[str] = []
+    for line in text.splitlines():
+        if header := re.match(r"(?:ENTRY )?%?([\w.\-]+) .*\{$", line):
+            lines = computations.setdefault(header[1], [])
+        else:
+            lines.append(line.strip())
+    bodies = re.findall(r" while\(.*body=%?([\w.\-]+)", text)
+    assert len(bodies) == 1, "the decode is one loop"
+    pending, reached = bodies, set()
+    while pending:
+        name = pending.pop()
+        if name not in reached:
+            reached.add(name)
+            pending += re.findall(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)", "\n".join(computations[name]))
+    found = (
+        re.match(r"(?:ROOT )?%?[\w.\-]+ = (\w+\[[\d,]*\])\S* ([\w\-]+)\(", line)
+        for name in reached
+        for line in computations[name]
+    )
+    return [(match[2], match[1]) for match in found if match]
+
+
+@pytest.fixture(scope="module", params=[1, 4], ids=lambda rows: f"{rows} rows")
+def instructions(request: pytest.FixtureRequest) -> tuple[int, list[tuple[str, str]]]:
+    model = jaxgen.from_config(CONFIG)
+    call = generation.lower(model, np.ones((request.param, 20), int), None, {"max_new_tokens": 200})
+    state = jax.eval_shape(lambda: decoding._prefill(model, call.prompt, call.strategy, call.slots))
+    compiled = decoding.advance.lower(model, state, call.strategy, np.int32(1)).compile()
+    return request.param * KV_HEADS * call.slots * HEAD_DIM, loop_instructions(compiled.as_text())
+
+
+def elements(shape: str) -> int:
+    sizes = shape[shape.index("[") + 1 : -1]
+    return int(np.prod([int(size) for size in sizes.split(",") if size]))
+
+
+def test_the_loop_runs_one_forward_pass_per_step(instructions: tuple[int, list[tuple[str, str]]]) -> None:
+    operations = Counter(operation for operation, _ in instructions[1])
+    products_per_layer = 6  # qkv, scores, weighted values, output, gate and up, down
+    assert operations["dot"] + operations["custom-call"] == LAYERS * products_per_layer + 1
+
+
+def test_the_loop_moves_nothing_of_the_size_of_a_cache_layer(instructions: tuple[int, list[tuple[str, str]]]) -> None:
+    cache_elements, found = instructions
+    moved = [
+        (operation, shape)
+        for operation, shape in found
+        if operation in ("copy", "transpose", "concatenate", "gather", "pad", "scatter", "select")
+        and elements(shape) >= cache_elements
+    ]
+    assert moved == []
+
+
+def test_each_layer_writes_its_keys_and_values_in_place(instructions: tuple[int, list[tuple[str, str]]]) -> None:
+    cache_elements, found = instructions
+    writes = [shape for operation, shape in found if operation == "dynamic-update-slice"]
+    assert sum(elements(shape) == cache_elements for shape in writes) == 2 * LAYERS

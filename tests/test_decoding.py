@@ -1,0 +1,132 @@
+"""The decode loop, with a transition table in the place of a Llama."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.tree_util import register_dataclass
+
+import jaxgen
+from jaxgen import decoding
+
+EOS, PAD = 7, 9
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class CountingCache:
+    """Counts forward passes and remembers how many slots it was given."""
+
+    passes: jax.Array
+    slots: jax.Array
+
+    def grow(self, slots: int) -> "CountingCache":
+        return replace(self, slots=jnp.int32(slots))
+
+    def cleared(self) -> "CountingCache":
+        return self
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class TransitionTable:
+    """A model whose next token depends on the last token only.
+
+    Attributes:
+        scores: float32 [V, V].
+    """
+
+    scores: jax.Array
+
+    def make_cache(self, rows: int, slots: int) -> CountingCache:
+        del rows
+        return CountingCache(jnp.int32(0), jnp.int32(slots))
+
+    def extend(self, cache: CountingCache, input_ids: jax.Array, attention_mask: jax.Array) -> Any:
+        del attention_mask
+        return self.scores[input_ids[:, -1]], replace(cache, passes=cache.passes + 1)
+
+
+def table(next_tokens: dict[int, int]) -> TransitionTable:
+    scores = np.zeros((10, 10), np.float32)
+    for token, following in next_tokens.items():
+        scores[token, following] = 1
+    return TransitionTable(jnp.asarray(scores))
+
+
+COUNT_UP = table({0: 1, 1: 2, 2: 3, 3: 4, 4: 5, 5: 6, 6: EOS, EOS: 8, 8: 0})
+
+
+def greedy(max_length: int, eos: int = EOS) -> jaxgen.Greedy:
+    return jaxgen.Greedy(jaxgen.EosToken(jnp.array([eos, -1])), jaxgen.MaxLength(jnp.int32(max_length)), jnp.int32(PAD))
+
+
+def prompt(last_tokens: list[int], bucket_rows: int = 0) -> jaxgen.Prompt:
+    ids = jnp.array([[0, 0, token] for token in [*last_tokens, *[0] * bucket_rows]])
+    return jaxgen.Prompt(ids, ids >= 0, jnp.int32(1), jnp.int32(len(last_tokens)))
+
+
+def sequences(outputs: Any) -> list[list[int]]:
+    return outputs["sequences"][:, : outputs["length"]].tolist()
+
+
+def test_each_row_follows_the_table_until_the_maximum_length() -> None:
+    assert sequences(jaxgen.decode(COUNT_UP, prompt([0, 2]), greedy(4), 8)) == [[0, 1, 2, 3], [2, 3, 4, 5]]
+
+
+def test_the_prompt_starts_in_column_zero_and_bucket_columns_never_show() -> None:
+    ids = jnp.array([[9, 9, 4, 5]])
+    two_columns = jaxgen.Prompt(ids, ids < 9, jnp.int32(2), jnp.int32(1))
+    assert sequences(jaxgen.decode(COUNT_UP, two_columns, greedy(4, eos=-1), 8)) == [[4, 5, 6, 7]]
+
+
+def test_a_finished_row_receives_padding_until_the_last_row_is_done() -> None:
+    assert sequences(jaxgen.decode(COUNT_UP, prompt([5, 3]), greedy(20), 24)) == [
+        [5, 6, EOS, PAD, PAD],
+        [3, 4, 5, 6, EOS],
+    ]
+
+
+def test_the_loop_ends_with_the_last_row_and_runs_no_forward_pass_too_many() -> None:
+    strategy = greedy(20)
+    state = decoding._prefill(COUNT_UP, prompt([5, 3]), strategy, 24)
+    state = decoding._advance(COUNT_UP, state, strategy, jnp.int32(24))
+    assert int(state.cache.passes) == 4  # the row that starts at 3 needs four tokens: 4, 5, 6 and the end
+
+
+def test_rows_of_the_batch_bucket_do_not_keep_the_loop_running() -> None:
+    strategy = greedy(20)
+    state = decoding._prefill(COUNT_UP, prompt([6], bucket_rows=3), strategy, 24)
+    assert not strategy.unfinished(state.inner)
+
+
+def test_the_first_of_equally_likely_tokens_wins() -> None:
+    assert sequences(jaxgen.decode(table({}), prompt([3]), greedy(3), 8)) == [[3, 0, 0]]
+
+
+def test_chunks_of_any_size_give_the_tokens_of_one_run() -> None:
+    strategy = greedy(12, eos=-1)
+    state = decoding.prefill(COUNT_UP, prompt([0, 4]), strategy, 16)
+    for steps in (1, 3, 2, 50):
+        state = decoding.advance(COUNT_UP, state, strategy, jnp.int32(steps))
+    assert sequences(decoding.finalize(strategy, state)) == sequences(
+        jaxgen.decode(COUNT_UP, prompt([0, 4]), strategy, 16)
+    )
+
+
+def test_decode_composes_with_the_callers_jit_and_vmap() -> None:
+    tables = jax.tree.map(lambda *leaves: jnp.stack(leaves), COUNT_UP, table({0: 5, 5: 0}))
+    decode = jax.jit(
+        jax.vmap(lambda model: jaxgen.decode(model, prompt([0]), greedy(4), 8)["sequences"][0, :4]), static_argnums=()
+    )
+    assert decode(tables).tolist() == [[0, 1, 2, 3], [0, 5, 0, 5]]
+
+
+@pytest.mark.parametrize("eos", [[EOS], [EOS, 2], [2, EOS, 5]])
+def test_any_of_several_eos_ids_ends_a_row(eos: list[int]) -> None:
+    strategy = replace(greedy(20), eos=jaxgen.EosToken(jnp.array(eos)))
+    row = sequences(jaxgen.decode(COUNT_UP, prompt([0]), strategy, 24))[0]
+    assert row == list(range(min(eos) + 1))

@@ -1,0 +1,280 @@
+"""`generate` at its door: what it accepts, refuses, warns about and returns, beside transformers if torch is there."""
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from architectures import architecture
+from oracle import torch_generate, torch_model
+
+import jaxgen
+from jaxgen.generation import bucket
+
+PROMPT = [[5, 6, 7]]
+BATCH = [[5, 6, 7], [8, 9, 10]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return architecture(1).write(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Any:
+    return jaxgen.load(folder)
+
+
+@pytest.fixture(scope="module")
+def twin(folder: Path) -> Any:
+    return torch_model(folder)
+
+
+def continuation(model: Any, prompt: Any = PROMPT, **kwargs: Any) -> list[list[int]]:
+    kwargs = {"max_new_tokens": 8, "eos_token_id": None, **kwargs}
+    return jaxgen.generate(model, prompt, **kwargs)[:, np.shape(prompt)[1] :].tolist()
+
+
+# ---- Same tokens as transformers ----
+
+INTERIOR_PADDING = [[0, 0, 5, 6], [7, 0, 8, 9], [5, 6, 0, 0]]
+SAME_AS_TRANSFORMERS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "a prompt of one token": ([[5]], {}),
+    "no eos": (BATCH, {"eos_token_id": None}),
+    "every token is an eos": (BATCH, {"eos_token_id": list(range(97))}),
+    "several eos ids and a pad": (BATCH, {"eos_token_id": list(range(3, 60)), "pad_token_id": 0}),
+    "pad defaults to the first eos": (BATCH, {"eos_token_id": list(range(3, 60)), "pad_token_id": None}),
+    "pad is an eos": (BATCH, {"eos_token_id": list(range(3, 60)), "pad_token_id": 3}),
+    "max_length counts the prompt": (BATCH, {"max_new_tokens": None, "max_length": 9}),
+    "one new token": (BATCH, {"max_new_tokens": 1}),
+    "the mask is inferred from pads on the left, inside and on the right": (INTERIOR_PADDING, {"pad_token_id": 0}),
+    "no mask is inferred when pad is eos": (INTERIOR_PADDING, {"pad_token_id": 0, "eos_token_id": 0}),
+    "no mask is inferred without a pad": (INTERIOR_PADDING, {"pad_token_id": None, "eos_token_id": None}),
+    "a mask is inferred without an eos": (INTERIOR_PADDING, {"pad_token_id": 0, "eos_token_id": None}),
+    "a right-padded row restarts its positions": (
+        [[26, 61, 41, 33, 0, 0], [5, 6, 7, 8, 9, 10]],
+        {"attention_mask": [[1, 1, 1, 1, 0, 0], [1] * 6]},
+    ),
+    "a row that is masked altogether": (BATCH, {"attention_mask": [[0, 0, 0], [1, 1, 1]]}),
+    "a mask that contradicts the pads": (INTERIOR_PADDING, {"attention_mask": [[1] * 4] * 3, "pad_token_id": 0}),
+    "a boolean mask": (BATCH, {"attention_mask": [[False, True, True], [True] * 3]}),
+}
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("case", SAME_AS_TRANSFORMERS)
+def test_tokens_and_width_equal_transformers_with(case: str, model: Any, twin: Any) -> None:
+    prompt, kwargs = SAME_AS_TRANSFORMERS[case]
+    kwargs = {"max_new_tokens": 8, **kwargs}
+    np.testing.assert_array_equal(jaxgen.generate(model, prompt, **kwargs), torch_generate(twin, prompt, **kwargs))
+
+
+@pytest.mark.oracle
+def test_without_a_prompt_each_row_starts_from_bos(model: Any, twin: Any) -> None:
+    import torch
+
+    np.testing.assert_array_equal(jaxgen.generate(model, max_new_tokens=5), twin.generate(max_new_tokens=5).numpy())
+    mask = np.ones((3, 1), int)
+    np.testing.assert_array_equal(
+        jaxgen.generate(model, attention_mask=mask, max_new_tokens=5),
+        twin.generate(attention_mask=torch.tensor(mask), max_new_tokens=5).numpy(),
+    )
+
+
+@pytest.mark.oracle
+def test_the_default_length_is_twenty_new_tokens_within_the_models_context(model: Any, twin: Any) -> None:
+    for columns in (3, 120):
+        prompt = np.arange(columns)[None] % 90 + 3
+        with pytest.warns(UserWarning, match=f"max_length` \\(={min(columns + 20, 128)}\\)"):
+            ours = jaxgen.generate(model, prompt, eos_token_id=None)
+        np.testing.assert_array_equal(ours, torch_generate(twin, prompt, eos_token_id=None))
+
+
+# ---- Rows do not know each other ----
+
+
+@pytest.mark.parametrize("padding", [0, 1, 3, 13, 14, 40])
+def test_left_padding_of_any_width_changes_no_token(model: Any, padding: int) -> None:
+    padded = [[0] * padding + PROMPT[0]]
+    assert continuation(model, padded, attention_mask=[[0] * padding + [1] * 3]) == continuation(model)
+
+
+@pytest.mark.parametrize("rows", [2, 3, 5, 9])
+def test_batch_mates_change_no_token(model: Any, rows: int) -> None:
+    rng = np.random.default_rng(rows)
+    batch = rng.integers(3, 97, (rows, 7))
+    mask = np.ones_like(batch)
+    batch[rows // 2], mask[rows // 2] = [0, 0, 0, 0, *PROMPT[0]], [0, 0, 0, 0, 1, 1, 1]
+    assert continuation(model, batch, attention_mask=mask)[rows // 2] == continuation(model)[0]
+
+
+def test_more_slots_change_no_token(model: Any) -> None:
+    assert continuation(model, max_new_tokens=100)[0][:8] == continuation(model)[0]
+
+
+def test_a_pad_id_inside_a_prompt_is_an_ordinary_token_if_the_mask_says_so(model: Any) -> None:
+    plain = continuation(model, [[5, 0, 7]], attention_mask=[[1, 1, 1]], pad_token_id=0)
+    assert plain == continuation(model, [[5, 0, 7]], pad_token_id=None)
+    assert plain != continuation(model, [[5, 0, 7]], pad_token_id=0)
+
+
+# ---- Forms of input and output ----
+
+
+def test_prompts_come_as_lists_or_arrays_of_any_integer_type_under_either_name(model: Any) -> None:
+    expected = continuation(model)
+    for prompt in (PROMPT, np.array(PROMPT, np.int64), np.array(PROMPT, np.uint8), jnp.array(PROMPT)):
+        assert continuation(model, prompt) == expected
+    assert jaxgen.generate(model, input_ids=PROMPT, max_new_tokens=8, eos_token_id=None)[:, 3:].tolist() == expected
+
+
+def test_the_output_is_int32_with_the_prompt_in_front(model: Any) -> None:
+    output = jaxgen.generate(model, BATCH, max_new_tokens=2, eos_token_id=None)
+    assert output.dtype == np.int32 and output.shape == (2, 5)
+    assert output[:, :3].tolist() == BATCH
+
+
+def test_return_dict_gives_the_same_sequences_by_attribute_and_by_key(model: Any) -> None:
+    output = jaxgen.generate(model, PROMPT, max_new_tokens=4, return_dict_in_generate=True)
+    np.testing.assert_array_equal(output.sequences, jaxgen.generate(model, PROMPT, max_new_tokens=4))
+    assert output["sequences"] is output.sequences
+    assert list(output) == output.keys() == ["sequences"]
+
+
+# ---- Errors, from the host, naming argument, value and remedy ----
+
+REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "an id beyond the vocabulary": ([[5, 97]], {}, r"`input_ids` holds 97, but ids of this model are 0 to 96"),
+    "a negative id": ([[-1, 5]], {}, r"`input_ids` holds -1"),
+    "an empty prompt": (np.zeros((1, 0), int), {}, r"shape \(1, 0\).*at least one token"),
+    "an empty batch": (np.zeros((0, 3), int), {}, r"shape \(0, 3\)"),
+    "one dimension": ([5, 6], {}, r"shape \(2,\).*\[prompts, tokens\]"),
+    "three dimensions": ([[[5]]], {}, r"\[prompts, tokens\]"),
+    "ragged lists": ([[5, 6], [7]], {}, r"rectangular.*Pad the rows"),
+    "floats": ([[0.5]], {}, r"dtype float64.*Tokenise"),
+    "both names of the prompt": (PROMPT, {"input_ids": PROMPT}, "`inputs` and `input_ids`"),
+    "no prompt and no bos": (None, {"bos_token_id": None}, "`bos_token_id` has to be defined when no `input_ids`"),
+    "a mask of another shape": (PROMPT, {"attention_mask": [[1, 1]]}, r"`attention_mask` has shape \(1, 2\).*\(1, 3\)"),
+    "a mask of three dimensions": (PROMPT, {"attention_mask": [[[1, 1, 1]]]}, "must be 2D"),
+    "a mask of other numbers": (PROMPT, {"attention_mask": [[1, 2, 1]]}, "holds 2, but may hold 0 and 1"),
+    "max_new_tokens=0": (PROMPT, {"max_new_tokens": 0}, "`max_new_tokens` must be greater than 0, but is 0"),
+    "max_new_tokens=-1": (PROMPT, {"max_new_tokens": -1}, "must be greater than 0, but is -1"),
+    "a fractional length": (PROMPT, {"max_new_tokens": 2.5}, "`max_new_tokens`=2.5 must be an integer"),
+    "max_length within the prompt": (
+        PROMPT,
+        {"max_length": 3, "max_new_tokens": None},
+        "Input length of input_ids is 3, but `max_length` is set to 3",
+    ),
+    "more memory than there is": (PROMPT, {"max_new_tokens": 10**9}, r"need a cache of .* GB.*Lower `max_new_tokens`"),
+    "a typo": (PROMPT, {"max_new_token": 3}, "not used by the model: .'max_new_token'.*Did you mean `max_new_tokens`"),
+    "an unknown keyword": (PROMPT, {"foo": 1}, "not used by the model: .'foo'"),
+    "a config of another class": (
+        PROMPT,
+        {"generation_config": {"max_length": 5}},
+        "must be a transformers.Generation",
+    ),
+    "eos as text": (PROMPT, {"eos_token_id": "</s>"}, "`eos_token_id`='</s>' must be a token id"),
+    "greedy with several sequences": (PROMPT, {"num_return_sequences": 2}, "do not support `num_return_sequences`"),
+    "sampling": (PROMPT, {"do_sample": True}, "`do_sample`=True is not supported yet"),
+    "beams": (PROMPT, {"num_beams": 4}, "`num_beams`=4 is not supported yet"),
+    "no beams": (PROMPT, {"num_beams": 0}, "`num_beams`=0 is not supported yet"),
+    "a processor's field": (PROMPT, {"repetition_penalty": 1.3}, "`repetition_penalty`=1.3 is not supported yet"),
+    "a streamer": (PROMPT, {"streamer": object()}, "`streamer` is not supported yet"),
+    "inputs_embeds": (None, {"inputs_embeds": np.ones((1, 2, 32))}, "`inputs_embeds` is not supported yet"),
+    "a cache": (PROMPT, {"past_key_values": object()}, "`past_key_values` is not supported yet"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_is_refused_before_anything_is_compiled(case: str, model: Any) -> None:
+    prompt, kwargs, message = REFUSED[case]
+    before = jaxgen.compile_counts()
+    with pytest.raises(ValueError, match=message):
+        jaxgen.generate(model, prompt, **{"max_new_tokens": 3, **kwargs})
+    assert jaxgen.compile_counts() == before
+
+
+def test_an_unknown_keyword_of_none_is_ignored_as_in_transformers(model: Any) -> None:
+    assert continuation(model, foo=None, streamer=None) == continuation(model)
+
+
+# ---- Warnings ----
+
+WARNED: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "right padding by the mask": (BATCH, {"attention_mask": [[1, 1, 0], [1, 1, 1]]}, "right-padding was detected"),
+    "right padding by the last token": ([[5, 0], [6, 7]], {"pad_token_id": 0}, "right-padding was detected"),
+    "a batch with neither mask nor pad": (
+        BATCH,
+        {"pad_token_id": None, "eos_token_id": 2},
+        "pad token id were not set",
+    ),
+    "a batch whose pad is eos": (BATCH, {"pad_token_id": 2, "eos_token_id": 2}, "pad token is same as eos token"),
+    "a negative eos": (PROMPT, {"eos_token_id": -1}, "`eos_token_id` should consist of positive integers"),
+    "two lengths": (PROMPT, {"max_length": 5}, "`max_new_tokens` will take precedence"),
+    "beyond the context": (PROMPT, {"max_new_tokens": 130}, "max_position_embeddings"),
+    "a masked row": (BATCH, {"attention_mask": [[1, 1, 1], [0, 0, 0]]}, "masks all of row 1"),
+}
+
+
+@pytest.mark.parametrize("case", WARNED)
+def test_is_warned_about_and_goes_on(case: str, model: Any, caplog: pytest.LogCaptureFixture) -> None:
+    prompt, kwargs, message = WARNED[case]
+    with caplog.at_level(logging.WARNING, logger="jaxgen"):
+        output = jaxgen.generate(model, prompt, **{"max_new_tokens": 3, **kwargs})
+    assert message in caplog.text
+    assert output.shape[1] > np.shape(prompt)[1]
+
+
+def test_an_ordinary_call_says_nothing(model: Any, caplog: pytest.LogCaptureFixture, capfd: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        jaxgen.generate(model, BATCH, attention_mask=np.ones((2, 3)), max_new_tokens=3)
+    assert caplog.text == "" and capfd.readouterr() == ("", "")
+
+
+# ---- Buckets and compiles ----
+
+
+def test_a_bucket_is_at_most_half_as_much_again() -> None:
+    for size in range(1, 3000):
+        assert size <= bucket(size) < max(size * 1.5, size + 1)
+    assert [bucket(size) for size in (1, 2, 3, 4, 5, 7, 9, 13, 17)] == [1, 2, 3, 4, 6, 8, 12, 16, 24]
+
+
+def test_calls_within_a_bucket_compile_one_prefill_and_one_decode(tmp_path: Path) -> None:
+    model = jaxgen.load(architecture(3).write(tmp_path))
+    rng = np.random.default_rng(0)
+    before = jaxgen.compile_counts()
+    for _ in range(30):
+        columns = int(rng.integers(17, 25))
+        jaxgen.generate(
+            model,
+            rng.integers(3, 97, (int(rng.integers(5, 7)), columns)),
+            max_new_tokens=int(rng.integers(9, 25)),
+            eos_token_id=rng.integers(3, 97, int(rng.integers(1, 8))).tolist(),
+            pad_token_id=int(rng.integers(0, 97)),
+        )
+    after = jaxgen.compile_counts()
+    assert {name: after[name] - before[name] for name in after} == {"prefill": 1, "advance": 1}
+
+
+def test_new_weights_and_new_defaults_compile_nothing(folder: Path, tmp_path: Path) -> None:
+    first, second = jaxgen.load(folder), jaxgen.load(folder)
+    jaxgen.generate(first, PROMPT, max_new_tokens=8)
+    before = jaxgen.compile_counts()
+    second.generation_config.eos_token_id = 50
+    second.embed_tokens.weight[...] *= 1.5
+    assert not np.array_equal(
+        jaxgen.generate(second, PROMPT, max_new_tokens=8), jaxgen.generate(first, PROMPT, max_new_tokens=8)
+    )
+    assert jaxgen.compile_counts() == before
+
+
+def test_a_second_call_with_another_eos_stops_there(model: Any) -> None:
+    """What is traced must not remember the first call's numbers."""
+    free = continuation(model)[0]
+    for stop in (free[2], free[5]):
+        assert continuation(model, eos_token_id=stop)[0] == free[: free.index(stop) + 1]

@@ -1,0 +1,72 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxgen.kv_cache import KVCache
+
+ROWS, HEADS, SLOTS, HEAD_DIM = 2, 3, 6, 4
+
+
+def empty() -> KVCache:
+    return KVCache.zeros(1, ROWS, SLOTS, HEADS, HEAD_DIM, jnp.float32)
+
+
+def filled(columns: int, value: float) -> jax.Array:
+    return jnp.full((ROWS, HEADS, columns, HEAD_DIM), value)
+
+
+def test_positions_count_unmasked_columns_and_are_zero_on_padding() -> None:
+    mask = jnp.array([[0, 0, 1, 1], [1, 1, 1, 1]], bool)
+    _, positions, _ = empty().extend(mask)
+    assert positions.tolist() == [[0, 0, 0, 1], [0, 1, 2, 3]]
+
+
+def test_the_next_token_follows_the_last_position_also_after_right_padding() -> None:
+    cache, _, _ = empty().extend(jnp.array([[1, 1, 1], [1, 1, 0]], bool))
+    _, positions, _ = cache.extend(jnp.ones((ROWS, 1), bool))
+    assert positions.tolist() == [[3], [1]]  # transformers restarts a right-padded row at 1
+
+
+def test_a_column_attends_to_valid_slots_up_to_its_own() -> None:
+    cache, _, mask = empty().extend(jnp.array([[0, 1, 1], [1, 1, 1]], bool))
+    assert mask[0].astype(int).tolist() == [[0] * 6, [0, 1, 0, 0, 0, 0], [0, 1, 1, 0, 0, 0]]
+    _, _, mask = cache.extend(jnp.ones((ROWS, 1), bool))
+    assert mask[:, 0].astype(int).tolist() == [[0, 1, 1, 1, 0, 0], [1, 1, 1, 1, 0, 0]]
+
+
+def test_updates_fill_the_slots_in_order_and_leave_the_rest_alone() -> None:
+    cache, _, _ = empty().extend(jnp.ones((ROWS, 2), bool))
+    cache, _, _ = cache.update(0, filled(2, 1.0), filled(2, -1.0))
+    cache, _, _ = cache.extend(jnp.ones((ROWS, 1), bool))
+    cache, keys, values = cache.update(0, filled(1, 2.0), filled(1, -2.0))
+    assert keys[0, 0, :, 0].tolist() == [1, 1, 2, 0, 0, 0]
+    assert values[1, 0, :, 0].tolist() == [-1, -1, -2, 0, 0, 0]
+    assert int(cache.length) == 3
+
+
+def test_growing_keeps_what_was_written_and_adds_slots_that_are_not_valid() -> None:
+    cache, _, _ = empty().extend(jnp.ones((ROWS, SLOTS), bool))
+    cache, _, _ = cache.update(0, filled(SLOTS, 1.0), filled(SLOTS, 1.0))
+    grown = cache.grow(9)
+    assert grown.layers[0][0].shape == (ROWS, HEADS, 9, HEAD_DIM)
+    assert grown.valid.sum(axis=1).tolist() == [SLOTS, SLOTS]
+    np.testing.assert_array_equal(grown.layers[0][1][:, :, SLOTS:], 0)
+
+
+def test_clearing_drops_values_nobody_may_attend() -> None:
+    cache, _, _ = empty().extend(jnp.array([[0, 1], [1, 1]], bool))
+    cache, _, _ = cache.update(0, filled(2, 1.0), filled(2, jnp.nan))
+    cleared = cache.cleared().layers[0][1][:, 0, :, 0]
+    np.testing.assert_array_equal(cleared, [[0, np.nan, 0, 0, 0, 0], [np.nan, np.nan, 0, 0, 0, 0]])
+
+
+@pytest.mark.parametrize(("rows", "heads"), [(1, 3), (2, 1), (1, 1)])
+def test_dimensions_of_size_one_are_left_out_of_the_arrays(rows: int, heads: int) -> None:
+    cache = KVCache.zeros(1, rows, SLOTS, heads, HEAD_DIM, jnp.float32)
+    cache, _, _ = cache.extend(jnp.ones((rows, 2), bool))
+    new = jnp.arange(rows * heads * 2 * HEAD_DIM, dtype=jnp.float32).reshape(rows, heads, 2, HEAD_DIM)
+    cache, keys, _ = cache.update(0, new, new)
+    assert 1 not in keys.shape
+    full = cache.grow(SLOTS + 2).cleared().layers[0][1].reshape(rows, heads, SLOTS + 2, HEAD_DIM)
+    np.testing.assert_array_equal(full[:, :, :2], new)

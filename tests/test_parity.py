@@ -1,0 +1,36 @@
+"""Same tokens and logits as transformers, for every architecture; without torch, as its recorded answers."""
+
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from architectures import ARCHITECTURES, NEW_TOKENS, Architecture
+from conftest import HAS_TORCH
+from oracle import live, recorded, torch_logits, torch_model
+
+import jaxgen
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda architecture: architecture.name)
+def test_greedy_tokens_of_a_ragged_batch_equal_transformers(architecture: Architecture, tmp_path: Path) -> None:
+    folder = architecture.write(tmp_path)
+    model = jaxgen.load(folder)
+    ids, mask = architecture.prompts()
+    ours = jaxgen.generate(model, ids, attention_mask=mask, max_new_tokens=NEW_TOKENS)
+    np.testing.assert_array_equal(ours, recorded()[architecture.name])
+    if HAS_TORCH:
+        np.testing.assert_array_equal(ours, live(architecture, folder))
+        # The columns of left padding attend to nothing and mean nothing.
+        difference = np.asarray(model(jnp.asarray(ids), jnp.asarray(mask))) - torch_logits(
+            torch_model(folder), ids, mask
+        )
+        assert np.abs(difference[mask.astype(bool)]).max() < 1e-4
+
+
+def test_there_are_enough_architectures_and_none_of_them_degenerates() -> None:
+    answers = recorded()
+    assert len(answers) == len(ARCHITECTURES) >= 60
+    for name, rows in answers.items():
+        continuation = np.array(rows)[:, ARCHITECTURES[0].prompts()[0].shape[1] :]
+        assert len(np.unique(continuation)) >= 4, name
