@@ -260,7 +260,7 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{index_file} has no `weight_map` from tensors to files. Download it again.")
     tensors: dict[str, Tensor] = {}
     for file in sorted(set(index.values())):
-        if Path(file).name != file or "\\" in file or not file.isprintable() or len(file) > 255:
+        if Path(file).name != file or file in ("", "..") or "\\" in file or not file.isprintable() or len(file) > 255:
             raise CheckpointError(f"{index_file} names {file!r}, which is not a plain file name in its folder.")
         found = safetensors_file.read_header(folder / file)
         listed = {name for name, owner in index.items() if owner == file}

@@ -405,7 +405,7 @@ def test_a_folder_holds_what_was_saved_last(tmp_path: Path) -> None:
 
 def test_saving_beside_shards_is_refused_since_their_index_would_win(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "saved", shards=2)
-    with pytest.raises(ValueError, match="another layout.*model.safetensors.index.json.*Choose an empty folder"):
+    with pytest.raises(ValueError, match=r"another layout.*model\.safetensors\.index\.json.*Choose an empty folder"):
         jaxgen.save(jaxgen.load(folder), folder)
 
 

@@ -243,7 +243,7 @@ def test_a_converted_folder_without_the_manifest_of_this_version_is_refused(
 def test_saving_into_a_converted_folder_is_refused_since_its_weights_would_win(source: Path, tmp_path: Path) -> None:
     converted = convert.convert_checkpoint(source, tmp_path / "converted")
     model = jaxgen.load(source)
-    with pytest.raises(ValueError, match="another layout.*jaxgen.json.*Choose an empty folder"):
+    with pytest.raises(ValueError, match=r"another layout.*jaxgen\.json.*Choose an empty folder"):
         jaxgen.save(model, converted)
 
 

@@ -1,0 +1,46 @@
+"""The command, as a person would run it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from architectures import architecture
+
+from jaxgen.cli import main
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "jaxgen", *arguments], capture_output=True, text=True)
+
+
+def test_without_a_model_the_bundled_one_tells_a_story_and_says_how_long_it_took() -> None:
+    ended = run("generate", "Once upon a time", "--max-new-tokens", "20")
+    assert ended.returncode == 0
+    assert ended.stdout.startswith("Once upon a time") and len(ended.stdout) > 40
+    for said in ("no --model given", "first token after", "tokens/s", "compiled 2 programs in"):
+        assert said in ended.stderr
+    assert "PyTorch" not in ended.stderr and "Warning" not in ended.stderr
+
+
+def test_a_folder_of_ones_own_is_used_and_the_bundled_one_not_mentioned(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", "x", "--model", str(tmp_path)]) == 1
+    said = capsys.readouterr().err
+    assert "config.json is missing" in said and "no --model" not in said
+
+
+def test_convert_is_reached_through_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = architecture(0).write(tmp_path / "source")
+    assert main(["convert", str(source), str(tmp_path / "native")]) == 0
+    assert (tmp_path / "native" / "jaxgen.json").exists()
+    assert main(["convert", str(source), str(tmp_path / "native")]) == 1
+    assert "exists already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [[], ["generate"], ["nonsense"], ["generate", "x", "--dtype", "int3"]])
+def test_wrong_arguments_end_with_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2 and "usage: jaxgen" in capsys.readouterr().err

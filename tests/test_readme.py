@@ -1,0 +1,47 @@
+"""The README is true: its snippet runs, its commands are the ones CI runs, what it links to exists."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import jaxgen
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_python_example_runs_and_prints_two_stories(capsys: pytest.CaptureFixture[str]) -> None:
+    (example,) = blocks("python")
+    exec(compile(example, "README.md", "exec"), {})
+    stories = capsys.readouterr().out.strip().splitlines()
+    assert [story.startswith(("Once upon a time", "One day, a small fox")) for story in stories] == [True, True]
+
+
+def test_the_first_screen_has_one_command_to_run_and_one_to_test() -> None:
+    run, test = blocks("bash")
+    assert run.strip().endswith('jaxgen generate "Once upon a time"')  # tests/test_cli.py runs it
+    assert "pytest" in test
+    assert README.index(test) < README.index("```python")
+
+
+def test_ci_runs_the_test_command_of_the_readme() -> None:
+    first = next(line for line in README.splitlines() if "pytest" in line)
+    assert first == blocks("bash")[1].strip()
+    assert "grep -m1 'pytest' README.md" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_every_name_of_the_package_in_the_readme_exists() -> None:
+    for name in re.findall(r"jaxgen\.(\w+)\(?", README):
+        assert hasattr(jaxgen, name), name
+
+
+@pytest.mark.parametrize(
+    "link", re.findall(r"\]\((?!http)([^)]+)\)", README) + re.findall(r"python ([\w/]+\.py)", README)
+)
+def test_every_file_the_readme_names_exists(link: str) -> None:
+    assert (ROOT / link).exists()
