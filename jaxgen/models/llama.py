@@ -181,7 +181,9 @@ class MLP(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """[N, T, D] -> [N, T, D]."""
         gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1)
-        return self.down_proj(ACTIVATIONS[self.hidden_act](gate) * up)
+        # In float32 and rounded once, as torch's activations are; rounding in between costs 5 % more KL in bf16.
+        activated = ACTIVATIONS[self.hidden_act](gate.astype(jnp.float32)).astype(x.dtype)
+        return self.down_proj(activated * up)
 
 
 class Layer(nnx.Module):

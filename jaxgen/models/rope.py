@@ -46,8 +46,9 @@ def cos_sin(rope: Rope, positions: jax.Array, dtype: jax.typing.DTypeLike) -> tu
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Rotates [..., H] by angles [..., H]; the pairs are (i, i + H/2), as in Hugging Face checkpoints."""
-    first, second = jnp.split(x, 2, axis=-1)
-    return x * cos + jnp.concatenate([-second, first], axis=-1) * sin
+    wide = x.astype(jnp.float32)
+    first, second = jnp.split(wide, 2, axis=-1)
+    return (wide * cos + jnp.concatenate([-second, first], axis=-1) * sin).astype(x.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
