@@ -112,5 +112,8 @@ class Strategy(Protocol[AnyState]):
         ...
 
     def finalize(self, state: AnyState) -> Mapping[str, jax.Array]:
-        """The outputs by their Hugging Face names, plus `length`: int32 [], valid columns of `sequences`."""
+        """The outputs by their Hugging Face names, and two more for the host.
+
+        `length` is int32 [], the valid columns of `sequences`; `invalid` is bool [N], the rows that met a NaN.
+        """
         ...

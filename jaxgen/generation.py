@@ -110,6 +110,11 @@ class Call:
         """int32 [B, length], waiting for the device."""
         # `device_get` can be interrupted while the device works, `np.asarray` cannot.
         fetched = jax.device_get(dict(outputs))
+        if fetched["invalid"].any():
+            logger.warning(
+                "The scores of rows %s held NaN: their tokens mean nothing. Check the weights, or load as float32.",
+                np.flatnonzero(fetched["invalid"]).tolist(),
+            )
         return fetched["sequences"][: self.rows, : fetched["length"]]
 
 
@@ -128,6 +133,12 @@ def lower(model: Model, inputs: Any, generation_config: Any, kwargs: dict[str, A
             "beyond. Lower `max_new_tokens` to avoid it.",
             max_length,
             model.max_position_embeddings,
+        )
+    if config.eos_token_id and max(config.eos_token_id) >= model.vocab_size:
+        logger.warning(
+            "`eos_token_id` holds %d, but ids of this model are 0 to %d: no text will end with it.",
+            max(config.eos_token_id),
+            model.vocab_size - 1,
         )
     prompt = _pad_to_buckets(input_ids, attention_mask)
     padded_rows, padded_columns = prompt.input_ids.shape

@@ -22,12 +22,14 @@ class GreedyState:
         cur_len: int32 []. Valid columns of `sequences`.
         tokens: int32 [N]. The last valid column.
         finished: bool [N]. Rows that only receive padding from here on; the bucket's rows from the start.
+        invalid: bool [N]. Rows that had a NaN among their scores before they were finished.
     """
 
     sequences: jax.Array
     cur_len: jax.Array
     tokens: jax.Array
     finished: jax.Array
+    invalid: jax.Array
 
 
 @register_dataclass
@@ -53,20 +55,24 @@ class Greedy:
             cur_len=prompt.length,
             tokens=prompt.input_ids[:, -1],
             finished=jnp.arange(rows) >= prompt.rows,
+            invalid=jnp.zeros(rows, bool),
         )
 
     def step(self, logits: jax.Array, state: GreedyState) -> GreedyState:
-        tokens = jnp.where(state.finished, self.pad_token_id, jnp.argmax(logits, axis=-1))
+        best = jnp.argmax(logits, axis=-1)  # a NaN is the greatest, for torch too: looking at the winner finds any
+        is_nan = jnp.isnan(jnp.take_along_axis(logits, best[:, None], axis=-1)[:, 0])
+        tokens = jnp.where(state.finished, self.pad_token_id, best)
         length = state.cur_len + 1
         return GreedyState(
             sequences=lax.dynamic_update_slice(state.sequences, tokens[:, None], (0, state.cur_len)),
             cur_len=length,
             tokens=tokens,
             finished=state.finished | self.eos(tokens, length) | self.max_length(tokens, length),
+            invalid=state.invalid | (is_nan & ~state.finished),
         )
 
     def unfinished(self, state: GreedyState) -> jax.Array:
         return ~state.finished.all()
 
     def finalize(self, state: GreedyState) -> Mapping[str, jax.Array]:
-        return {"sequences": state.sequences, "length": state.cur_len}
+        return {"sequences": state.sequences, "length": state.cur_len, "invalid": state.invalid}

@@ -130,3 +130,10 @@ def test_any_of_several_eos_ids_ends_a_row(eos: list[int]) -> None:
     strategy = replace(greedy(20), eos=jaxgen.EosToken(jnp.array(eos)))
     row = sequences(jaxgen.decode(COUNT_UP, prompt([0]), strategy, 24))[0]
     assert row == list(range(min(eos) + 1))
+
+
+def test_a_row_that_meets_nan_is_flagged_and_the_others_go_on() -> None:
+    broken = replace(COUNT_UP, scores=COUNT_UP.scores.at[4].set(jnp.nan))
+    outputs = jaxgen.decode(broken, prompt([0, 3], bucket_rows=1), greedy(4), 8)
+    assert outputs["invalid"].tolist() == [False, True, False]
+    assert sequences(outputs)[0] == [0, 1, 2, 3]

@@ -215,6 +215,7 @@ WARNED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "a negative eos": (PROMPT, {"eos_token_id": -1}, "`eos_token_id` should consist of positive integers"),
     "two lengths": (PROMPT, {"max_length": 5}, "`max_new_tokens` will take precedence"),
     "beyond the context": (PROMPT, {"max_new_tokens": 130}, "max_position_embeddings"),
+    "an eos beyond the vocabulary": (PROMPT, {"eos_token_id": 97}, "`eos_token_id` holds 97, but ids of this model"),
     "a masked row": (BATCH, {"attention_mask": [[1, 1, 1], [0, 0, 0]]}, "masks all of row 1"),
 }
 
@@ -226,6 +227,14 @@ def test_is_warned_about_and_goes_on(case: str, model: Any, caplog: pytest.LogCa
         output = jaxgen.generate(model, prompt, **{"max_new_tokens": 3, **kwargs})
     assert message in caplog.text
     assert output.shape[1] > np.shape(prompt)[1]
+
+
+def test_nan_weights_are_reported_with_the_rows_they_spoiled(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = jaxgen.load(folder)
+    model.embed_tokens.weight[...] = model.embed_tokens.weight[...].at[50].set(np.nan)
+    with caplog.at_level(logging.WARNING, logger="jaxgen"):
+        jaxgen.generate(model, [[5, 6], [50, 6]], attention_mask=np.ones((2, 2)), max_new_tokens=3, eos_token_id=None)
+    assert "scores of rows [1] held NaN" in caplog.text
 
 
 def test_an_ordinary_call_says_nothing(model: Any, caplog: pytest.LogCaptureFixture, capfd: Any) -> None:
