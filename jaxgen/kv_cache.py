@@ -60,7 +60,7 @@ class KVCache:
         columns = attention_mask.shape[1]
         counted = self.position[:, None] + jnp.cumsum(attention_mask, axis=1, dtype=jnp.int32) - 1
         positions = jnp.where(attention_mask, counted, 0)
-        valid = lax.dynamic_update_slice(self.valid, attention_mask, (0, self.length))
+        valid = lax.dynamic_update_slice_in_dim(self.valid, attention_mask, self.length, axis=1)
         own_slot = self.length + jnp.arange(columns)
         causal = jnp.arange(valid.shape[1]) <= own_slot[:, None]
         cache = replace(self, valid=valid, length=self.length + columns, position=positions[:, -1] + 1)
@@ -74,9 +74,9 @@ class KVCache:
         """
         rows, heads, columns, head_dim = keys.shape
         batch = _without_ones(rows, heads)
-        start = (*(0 for _ in batch), self.length - columns, 0)
+        start = self.length - columns
         all_keys, all_values = (
-            lax.dynamic_update_slice(old, new.reshape(*batch, columns, head_dim), start)
+            lax.dynamic_update_slice_in_dim(old, new.reshape(*batch, columns, head_dim), start, axis=-2)
             for old, new in zip(self.layers[layer], (keys, values), strict=True)
         )
         layers = (*self.layers[:layer], (all_keys, all_values), *self.layers[layer + 1 :])

@@ -59,12 +59,13 @@ class Greedy:
         )
 
     def step(self, logits: jax.Array, state: GreedyState) -> GreedyState:
-        best = jnp.argmax(logits, axis=-1)  # a NaN is the greatest, for torch too: looking at the winner finds any
+        best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        # A NaN is the greatest, for torch too, so the winner tells whether there is one.
         is_nan = jnp.isnan(jnp.take_along_axis(logits, best[:, None], axis=-1)[:, 0])
         tokens = jnp.where(state.finished, self.pad_token_id, best)
         length = state.cur_len + 1
         return GreedyState(
-            sequences=lax.dynamic_update_slice(state.sequences, tokens[:, None], (0, state.cur_len)),
+            sequences=lax.dynamic_update_slice_in_dim(state.sequences, tokens[:, None], state.cur_len, axis=1),
             cur_len=length,
             tokens=tokens,
             finished=state.finished | self.eos(tokens, length) | self.max_length(tokens, length),

@@ -5,6 +5,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -135,6 +136,12 @@ def test_the_output_is_int32_with_the_prompt_in_front(model: Any) -> None:
     output = jaxgen.generate(model, BATCH, max_new_tokens=2, eos_token_id=None)
     assert output.dtype == np.int32 and output.shape == (2, 5)
     assert output[:, :3].tolist() == BATCH
+
+
+def test_double_precision_mode_changes_no_token(model: Any) -> None:
+    expected = continuation(model)
+    with jax.enable_x64(True):
+        assert continuation(model) == expected
 
 
 def test_return_dict_gives_the_same_sequences_by_attribute_and_by_key(model: Any) -> None:
