@@ -20,7 +20,6 @@ from tqdm import tqdm
 
 from jaxgen import lazy, safetensors_file
 from jaxgen.models import FAMILIES, Family
-from jaxgen.models.layers import HostOnly
 from jaxgen.safetensors_file import DTYPES, CheckpointError, Tensor
 
 MANIFEST = "jaxgen.json"
@@ -38,8 +37,8 @@ def load(path: str | Path, dtype: jax.typing.DTypeLike | None = None) -> Any:
 
     Args:
         path: the folder. Nothing is downloaded.
-        dtype: what to hold the weights in: float32, bfloat16 or float16. By default the config's dtype, else that of
-            the embedding.
+        dtype: what to hold the weights in: float32, bfloat16 or float16. By default, and with "auto", the config's
+            dtype, else that of the embedding.
 
     Returns:
         The model, on JAX's default device, with `config` and `generation_config`.
@@ -48,7 +47,7 @@ def load(path: str | Path, dtype: jax.typing.DTypeLike | None = None) -> Any:
         CheckpointError: one sentence about what is missing, broken or unknown. Nothing is loaded then.
     """
     source = open_folder(path)
-    target = source.dtype if dtype is None else _dtype(dtype)
+    target = source.dtype if dtype in (None, "auto") else _dtype(dtype)
     leaves, treedef = jax.tree.flatten(source.abstract)
     total = sum(leaf.size for leaf in leaves) * target.itemsize
     with tqdm(total=total, unit="B", unit_scale=True, desc="loading weights", delay=2) as bar:
@@ -59,17 +58,18 @@ def load(path: str | Path, dtype: jax.typing.DTypeLike | None = None) -> Any:
     return jax.tree.unflatten(treedef, arrays)
 
 
-def from_config(config: Mapping[str, Any], key: jax.Array | int = 0, dtype: jax.typing.DTypeLike = "float32") -> Any:
+def from_config(config: Any, key: jax.Array | int = 0, dtype: jax.typing.DTypeLike = "float32") -> Any:
     """A model with random weights, normal with the config's `initializer_range`.
 
     Args:
-        config: the content of a config.json.
+        config: the content of a config.json, or a `transformers.LlamaConfig`.
         key: a `jax.random` key or a seed.
         dtype: what to hold the weights in: float32, bfloat16 or float16.
     """
-    family, parsed, generation_config = _parse_config(config, None)
+    raw = config if isinstance(config, Mapping) else config.to_dict()
+    family, parsed, generation_config = _parse_config(raw, None)
     model = _random_model(family, parsed, _dtype(dtype), jax.random.key(key) if isinstance(key, int) else key)
-    model.host = HostOnly(generation_config)
+    model.generation_config = generation_config
     return model
 
 

@@ -47,8 +47,11 @@ def _run(arguments: argparse.Namespace) -> int:
         _say(f"no --model given: using the small story model that comes with jaxgen ({folder})")
     try:
         model = load(folder, arguments.dtype)
+        if not any((folder / file).exists() for file in ("tokenizer.json", "tokenizer.model")):
+            raise ValueError(
+                f"{folder} has neither tokenizer.json nor tokenizer.model. Copy the tokenizer's files there."
+            )
         tokenizer = lazy.transformers().AutoTokenizer.from_pretrained(folder)
-        _say("compiling for this prompt length on first use")
         print(_continue(model, tokenizer, arguments.prompt, arguments.max_new_tokens))
     except (ValueError, OSError) as error:
         _say(str(error))
@@ -59,7 +62,8 @@ def _run(arguments: argparse.Namespace) -> int:
 def _continue(model: Model, tokenizer: Any, text: str, max_new_tokens: int) -> str:
     """The text and its continuation; says on stderr how long what took."""
     encoded = tokenizer(text, return_tensors="np")
-    call = lower(model, None, None, {**encoded, "max_new_tokens": max_new_tokens})
+    call = lower(model, None, None, {**encoded, "max_new_tokens": max_new_tokens, "do_sample": False})
+    _say("compiling for this prompt length on first use")
     compiling = _CompileClock()
     start = time.perf_counter()
     state = jax.block_until_ready(prefill(model, call.prompt, call.strategy, call.slots))

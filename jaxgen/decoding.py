@@ -38,14 +38,20 @@ def decode(model: Model, prompt: Prompt, strategy: Strategy, slots: int) -> Mapp
         model: the weights, a pytree.
         prompt: see `Prompt`; shapes [N, P].
         strategy: how tokens are chosen, a pytree; it also holds the maximum length.
-        slots: S, static: at least P plus the number of new tokens.
+        slots: S, static: P plus the most new tokens there is room for, whatever the strategy's maximum length.
 
     Returns:
         The strategy's outputs: `sequences` int32 [N, S], of which the first `length` columns count, and more by
         strategy.
+
+    Raises:
+        ValueError: if `slots` leaves no room for a token.
     """
+    columns = prompt.input_ids.shape[1]
+    if slots <= columns:
+        raise ValueError(f"`slots`={slots} leaves no room after a prompt of {columns} columns. Pass a larger number.")
     state = _prefill(model, prompt, strategy, slots)
-    return finalize(strategy, _advance(model, state, strategy, jnp.int32(slots)))
+    return finalize(strategy, _advance(model, state, strategy, jnp.int32(slots - columns - 1)))
 
 
 def finalize(strategy: Strategy, state: DecodeState) -> Mapping[str, jax.Array]:
@@ -59,7 +65,7 @@ def _prefill(model: Model, prompt: Prompt, strategy: Strategy, slots: int) -> De
     The prompt attends to its own columns only: the cache starts with P slots and grows to S afterwards.
     """
     cache = model.make_cache(*prompt.input_ids.shape)
-    logits, cache = model.extend(cache, prompt.input_ids, prompt.attention_mask)
+    logits, cache = model.extend(cache, prompt.input_ids, prompt.attention_mask.astype(bool))
     return DecodeState(cache.grow(slots), strategy.step(logits, strategy.init(prompt, slots)))
 
 

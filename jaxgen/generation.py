@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 from jaxgen.base import Model, Prompt
 from jaxgen.decoding import advance, finalize, prefill
@@ -24,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class GenerateDecoderOnlyOutput:
-    """What `generate(..., return_dict_in_generate=True)` returns; fields by attribute or by key.
+    """What `generate(..., return_dict_in_generate=True)` returns; fields by attribute, key or place.
 
     Attributes:
         sequences: int32 [B, length]. The prompt and the new tokens.
@@ -32,8 +33,8 @@ class GenerateDecoderOnlyOutput:
 
     sequences: np.ndarray
 
-    def __getitem__(self, name: str) -> Any:
-        return vars(self)[name]
+    def __getitem__(self, name: str | int) -> Any:
+        return list(vars(self).values())[name] if isinstance(name, int) else vars(self)[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(vars(self))
@@ -108,6 +109,7 @@ class Call:
 
     def trim(self, outputs: Mapping[str, jax.Array]) -> np.ndarray:
         """int32 [B, length], waiting for the device."""
+        _refuse_tracer(outputs["length"])
         # `device_get` can be interrupted while the device works, `np.asarray` cannot.
         fetched = jax.device_get(dict(outputs))
         if fetched["invalid"].any():
@@ -115,7 +117,7 @@ class Call:
                 "The scores of rows %s held NaN: their tokens mean nothing. Check the weights, or load as float32.",
                 np.flatnonzero(fetched["invalid"]).tolist(),
             )
-        return fetched["sequences"][: self.rows, : fetched["length"]]
+        return fetched["sequences"][: self.rows, : fetched["length"]].copy()  # writable, and without its bucket
 
 
 def lower(model: Model, inputs: Any, generation_config: Any, kwargs: dict[str, Any]) -> Call:
@@ -134,7 +136,8 @@ def lower(model: Model, inputs: Any, generation_config: Any, kwargs: dict[str, A
             max_length,
             model.max_position_embeddings,
         )
-    if config.eos_token_id and max(config.eos_token_id) >= model.vocab_size:
+    eos = [token for token in config.eos_token_id if token < model.vocab_size]
+    if len(eos) < len(config.eos_token_id):
         logger.warning(
             "`eos_token_id` holds %d, but ids of this model are 0 to %d: no text will end with it.",
             max(config.eos_token_id),
@@ -144,7 +147,7 @@ def lower(model: Model, inputs: Any, generation_config: Any, kwargs: dict[str, A
     padded_rows, padded_columns = prompt.input_ids.shape
     slots = bucket(padded_columns + max_length - columns)
     _check_memory(model, padded_rows, slots)
-    return Call(prompt, _strategy(config, max_length), slots, rows, config.return_dict_in_generate)
+    return Call(prompt, _strategy(eos, _pad_token_id(config), max_length), slots, rows, config.return_dict_in_generate)
 
 
 def bucket(size: int) -> int:
@@ -212,6 +215,9 @@ def _mask(given: Any, input_ids: np.ndarray) -> np.ndarray:
 
 
 def _array(name: str, given: Any) -> np.ndarray:
+    _refuse_tracer(given)
+    if isinstance(given, Mapping):
+        raise ValueError(f"`{name}` is a mapping of {list(given)}. Pass its parts: generate(model, **inputs).")
     try:
         array = np.asarray(given)
     except ValueError as error:
@@ -221,6 +227,11 @@ def _array(name: str, given: Any) -> np.ndarray:
             f"`{name}` has shape {array.shape}, but must be [prompts, tokens]. Wrap a single prompt in a list."
         )
     return array
+
+
+def _refuse_tracer(value: Any) -> None:
+    if isinstance(value, Tracer):
+        raise ValueError("`generate` runs on the host, not inside jit, vmap or grad. Use `jaxgen.decode` there.")
 
 
 def _warn_about_padding(input_ids: np.ndarray, mask: np.ndarray | None, config: Resolved) -> None:
@@ -273,13 +284,13 @@ def _pad_to_buckets(input_ids: np.ndarray, attention_mask: np.ndarray) -> Prompt
     )
 
 
-def _strategy(config: Resolved, max_length: int) -> Greedy:
-    places = bucket(max(_MIN_EOS_BUCKET, len(config.eos_token_id)))
-    eos = [*config.eos_token_id, *[-1] * (places - len(config.eos_token_id))]
+def _strategy(eos: list[int], pad_token_id: int, max_length: int) -> Greedy:
+    places = bucket(max(_MIN_EOS_BUCKET, len(eos)))
+    reachable = [token for token in eos if token >= 0]
     return Greedy(
-        eos=EosToken(_leaf(eos, np.int32)),
+        eos=EosToken(_leaf([*reachable, *[-1] * (places - len(reachable))], np.int32)),
         max_length=MaxLength(_leaf(max_length, np.int32)),
-        pad_token_id=_leaf(_pad_token_id(config), np.int32),
+        pad_token_id=_leaf(pad_token_id, np.int32),
     )
 
 

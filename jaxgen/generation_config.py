@@ -8,6 +8,7 @@ do is accepted without a word.
 import copy
 import difflib
 import logging
+import operator
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ _NOT_YET = {
     "use_cache": (None, True),
     "cache_implementation": (None, "dynamic", "static"),
     "min_length": (None, 0),
-    "min_new_tokens": (None,),
+    "min_new_tokens": (None, 0),
     "repetition_penalty": (None, 1.0),
     "encoder_repetition_penalty": (None, 1.0),
     "no_repeat_ngram_size": (None, 0),
@@ -39,8 +40,8 @@ _NOT_YET = {
     "forced_eos_token_id": (None,),
     "remove_invalid_values": (None, False),
     "exponential_decay_length_penalty": (None,),
-    "suppress_tokens": (None,),
-    "begin_suppress_tokens": (None,),
+    "suppress_tokens": (None, []),
+    "begin_suppress_tokens": (None, []),
     "sequence_bias": (None,),
     "token_healing": (None, False),
     "guidance_scale": (None, 1.0),
@@ -114,7 +115,7 @@ class Resolved:
                 f"Using the model-agnostic default `max_length` (={max_length}) to control the generation length. We "
                 "recommend setting `max_new_tokens` to control the maximum length of the generation.",
                 UserWarning,
-                stacklevel=3,
+                stacklevel=4,  # length_for, lower, generate, the caller
             )
         if prompt_length >= max_length:
             raise ValueError(
@@ -178,16 +179,14 @@ def _refuse_unsupported(merged: Any) -> None:
             raise ValueError(f"`{name}`={value!r} is not a generation field that jaxgen knows. Remove it.")
         if not any(value is off or (value == off and type(value) is not bool) for off in _NOT_YET[name]):
             off = _NOT_YET[name][-1]
-            raise ValueError(
-                f"`{name}`={value!r} is not supported yet. Pass `{name}={off!r}`; jaxgen is greedy so far."
-            )
+            raise ValueError(f"`{name}`={value!r} is not supported yet. Pass `{name}={off!r}`.")
 
 
 def _refuse_unknown(others: Mapping[str, Any], fields: set[str]) -> None:
     unknown = [name for name, value in others.items() if value is not None and name not in MODEL_INPUTS]
     if not unknown:
         return
-    close = {name: difflib.get_close_matches(name, fields | MODEL_INPUTS, n=1) for name in unknown}
+    close = {name: difflib.get_close_matches(name, fields | MODEL_INPUTS, n=1, cutoff=0.8) for name in unknown}
     hints = "".join(f" Did you mean `{match[0]}` instead of `{name}`?" for name, match in close.items() if match)
     raise ValueError(
         f"The following `model_kwargs` are not used by the model: {unknown} (note: typos in the generate arguments "
@@ -199,10 +198,8 @@ MODEL_INPUTS = frozenset({"input_ids", "attention_mask"})
 
 
 def _freeze(merged: Any, has_default_max_length: bool) -> Resolved:
-    max_new_tokens, max_length = merged.max_new_tokens, merged.max_length
-    for name, value in (("max_new_tokens", max_new_tokens), ("max_length", max_length)):
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
-            raise ValueError(f"`{name}`={value!r} must be an integer.")
+    max_new_tokens = _integer("max_new_tokens", merged.max_new_tokens)
+    max_length = _integer("max_length", merged.max_length)
     if max_new_tokens is not None and not has_default_max_length and max_length is not None:
         logger.warning(
             "Both `max_new_tokens` (=%s) and `max_length`(=%s) seem to have been set. `max_new_tokens` will take "
@@ -231,16 +228,25 @@ def _freeze(merged: Any, has_default_max_length: bool) -> Resolved:
 
 
 def _token_ids(name: str, value: Any) -> tuple[int, ...]:
-    """An id, a list of ids, an array of either, or None, as a tuple."""
+    """An id, several of them, an array of either, or None, as a tuple."""
     if value is None:
         return ()
     listed = value.tolist() if hasattr(value, "tolist") else value
-    ids = tuple(listed) if isinstance(listed, (list, tuple)) else (listed,)
-    if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
-        raise ValueError(f"`{name}`={value!r} must be a token id or a list of them: integers.")
-    if name != "eos_token_id" and len(ids) > 1:
-        raise ValueError(f"`{name}`={value!r} must be one token id.")
+    try:
+        ids = tuple(operator.index(token) for token in ([listed] if isinstance(listed, int) else listed))
+    except TypeError as error:
+        raise ValueError(f"`{name}`={value!r} must be a token id or a list of them: integers.") from error
+    if name != "eos_token_id" and (len(ids) != 1 or not -(2**31) <= ids[0] < 2**31):
+        raise ValueError(f"`{name}`={value!r} must be one token id, of 32 bits.")
     return ids
+
+
+def _integer(name: str, value: Any) -> int | None:
+    """An integer of any library, or None."""
+    try:
+        return None if value is None else operator.index(value)
+    except TypeError as error:
+        raise ValueError(f"`{name}`={value!r} must be an integer.") from error
 
 
 _warned: set[str] = set()

@@ -1,5 +1,6 @@
 """The command, as a person would run it."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 from architectures import architecture
 
+from jaxgen import BUNDLED_MODEL
 from jaxgen.cli import main
 
 
@@ -29,6 +31,20 @@ def test_a_folder_of_ones_own_is_used_and_the_bundled_one_not_mentioned(
     assert main(["generate", "x", "--model", str(tmp_path)]) == 1
     said = capsys.readouterr().err
     assert "config.json is missing" in said and "no --model" not in said
+
+
+def test_a_checkpoint_that_samples_by_default_is_decoded_greedily(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(BUNDLED_MODEL, tmp_path / "instruct")
+    (folder / "generation_config.json").write_text('{"do_sample": true, "temperature": 0.6, "eos_token_id": 2}')
+    assert main(["generate", "Once upon a time", "--model", str(folder), "--max-new-tokens", "3"]) == 0
+    assert capsys.readouterr().out.startswith("Once upon a time")
+
+
+def test_a_folder_without_a_tokenizer_is_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "x", "--model", str(architecture(0).write(tmp_path))]) == 1
+    assert "has neither tokenizer.json nor tokenizer.model" in capsys.readouterr().err
 
 
 def test_convert_is_reached_through_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -137,3 +137,9 @@ def test_a_row_that_meets_nan_is_flagged_and_the_others_go_on() -> None:
     outputs = jaxgen.decode(broken, prompt([0, 3], bucket_rows=1), greedy(4), 8)
     assert outputs["invalid"].tolist() == [False, True, False]
     assert sequences(outputs)[0] == [0, 1, 2, 3]
+
+
+def test_decode_stops_where_its_slots_end_and_refuses_to_start_without_any() -> None:
+    assert sequences(jaxgen.decode(COUNT_UP, prompt([0]), greedy(20, eos=-1), 5)) == [[0, 1, 2]]
+    with pytest.raises(ValueError, match="`slots`=3 leaves no room"):
+        jaxgen.decode(COUNT_UP, prompt([0]), greedy(20), 3)

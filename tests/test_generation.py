@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from architectures import architecture
 from oracle import torch_generate, torch_model
+from transformers import GenerationConfig
 
 import jaxgen
 from jaxgen.generation import bucket
@@ -138,6 +139,33 @@ def test_the_output_is_int32_with_the_prompt_in_front(model: Any) -> None:
     assert output[:, :3].tolist() == BATCH
 
 
+@pytest.mark.parametrize("integer", [np.int64, np.array, jnp.int32])
+def test_lengths_and_ids_may_be_integers_of_any_library(model: Any, integer: Any) -> None:
+    expected = continuation(model)[0]
+    assert continuation(model, max_new_tokens=integer(8))[0] == expected
+    for stop in (integer(expected[3]), [integer(expected[3]), 2**40]):
+        assert continuation(model, eos_token_id=stop)[0] == expected[: expected.index(expected[3]) + 1]
+
+
+def test_the_output_is_the_callers_own(model: Any) -> None:
+    output = jaxgen.generate(model, PROMPT, max_new_tokens=2)
+    output[0, 0] = 1
+    assert output.base is None
+
+
+def test_inside_a_transformation_the_error_points_to_decode(model: Any) -> None:
+    with pytest.raises(ValueError, match=r"Use `jaxgen\.decode`"):
+        jax.jit(lambda ids: jaxgen.generate(model, ids, max_new_tokens=3))(jnp.array(PROMPT))
+    with pytest.raises(ValueError, match=r"Use `jaxgen\.decode`"):
+        jax.jit(lambda model: jaxgen.generate(model, PROMPT, max_new_tokens=3))(model)
+
+
+def test_the_models_generation_config_can_be_replaced(folder: Path) -> None:
+    model = jaxgen.load(folder)
+    model.generation_config = GenerationConfig(max_new_tokens=5, pad_token_id=0)
+    assert jaxgen.generate(model, PROMPT).shape == (1, 8)
+
+
 def test_double_precision_mode_changes_no_token(model: Any) -> None:
     expected = continuation(model)
     with jax.enable_x64(True):
@@ -147,7 +175,7 @@ def test_double_precision_mode_changes_no_token(model: Any) -> None:
 def test_return_dict_gives_the_same_sequences_by_attribute_and_by_key(model: Any) -> None:
     output = jaxgen.generate(model, PROMPT, max_new_tokens=4, return_dict_in_generate=True)
     np.testing.assert_array_equal(output.sequences, jaxgen.generate(model, PROMPT, max_new_tokens=4))
-    assert output["sequences"] is output.sequences
+    assert output["sequences"] is output[0] is output.sequences
     assert list(output) == output.keys() == ["sequences"]
 
 
@@ -189,6 +217,8 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "beams": (PROMPT, {"num_beams": 4}, "`num_beams`=4 is not supported yet"),
     "no beams": (PROMPT, {"num_beams": 0}, "`num_beams`=0 is not supported yet"),
     "a processor's field": (PROMPT, {"repetition_penalty": 1.3}, "`repetition_penalty`=1.3 is not supported yet"),
+    "a mapping": ({"input_ids": PROMPT}, {}, r"mapping of .'input_ids'.. Pass its parts.*\*\*inputs"),
+    "a pad beyond 32 bits": (PROMPT, {"pad_token_id": 2**31}, "`pad_token_id`=2147483648 must be one token id"),
     "a streamer": (PROMPT, {"streamer": object()}, "`streamer` is not supported yet"),
     "inputs_embeds": (None, {"inputs_embeds": np.ones((1, 2, 32))}, "`inputs_embeds` is not supported yet"),
     "a cache": (PROMPT, {"past_key_values": object()}, "`past_key_values` is not supported yet"),

@@ -50,7 +50,7 @@ _NO_EFFECT = frozenset(
     "model_type architectures dtype torch_dtype transformers_version _name_or_path use_cache attention_dropout "
     "bos_token_id eos_token_id pad_token_id return_dict id2label label2id chunk_size_feed_forward tokenizer_class "
     "_attn_implementation_autoset _attn_implementation is_llama_config transformers.js_config unsloth_version "
-    "unsloth_fixed pretraining_tp max_sequence_length".split()
+    "unsloth_fixed pretraining_tp max_sequence_length task_specific_params auto_map".split()
 )
 
 
@@ -118,8 +118,11 @@ def _refuse_unhandled(values: Mapping[str, Any], generation_fields: frozenset[st
     if quantization := values.get("quantization_config"):
         method = quantization.get("quant_method", "unnamed") if isinstance(quantization, dict) else quantization
         raise ValueError(f"the checkpoint is quantised (`quant_method`={method!r}). Use the unquantised original.")
-    if values.get("architectures") not in (None, ["LlamaForCausalLM"]):
-        raise ValueError(f"`architectures`={values['architectures']!r} in config.json is not ['LlamaForCausalLM'].")
+    if values.get("architectures") not in (None, ["LlamaForCausalLM"], ["LLaMAForCausalLM"]):
+        raise ValueError(
+            f"`architectures`={values['architectures']!r} in config.json is not ['LlamaForCausalLM']. Save the model "
+            "with its language modelling head."
+        )
     known = {*_DEFAULTS, *_REQUIRED, *_ROPE, *_NO_EFFECT, *generation_fields}
     for key, value in values.items():
         # A falsy value is how configs say that a feature is off, and rotating all of each head is what Llama does.
@@ -236,6 +239,10 @@ class Llama(nnx.Module):
     @property
     def generation_config(self) -> Any:
         return self.host.value
+
+    @generation_config.setter
+    def generation_config(self, value: Any) -> None:
+        self.host = HostOnly(value)
 
     def __call__(self, input_ids: jax.Array, attention_mask: jax.Array | None = None) -> jax.Array:
         """Logits of every column, without a cache to keep: for training and scoring.

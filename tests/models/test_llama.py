@@ -48,7 +48,6 @@ def test_null_means_the_default(key: str) -> None:
         ("attn_logit_softcapping", 30.0),
         ("layer_types", ["full_attention"]),
         ("num_local_experts", 8),
-        ("auto_map", {"AutoModelForCausalLM": "modeling_llama.Custom"}),
         ("no_such_key", "x"),
         ("architectures", ["MistralForCausalLM"]),
         ("architectures", ["LlamaForSequenceClassification"]),
