@@ -87,9 +87,11 @@ def compare(shape: str, repeats: int) -> dict[str, Any]:
     theirs()
     times: dict[str, list[float]] = {"ours": [], "theirs": [], "new length": []}
     for repeat in range(repeats):
-        times["ours"].append(seconds(ours))
         times["theirs"].append(seconds(theirs))
+        time.sleep(0.5)  # idle threads of torch spin for a while, on the cores that the next call needs
+        times["ours"].append(seconds(ours))
         times["new length"].append(seconds(lambda columns=PROMPT_TOKENS - 1 - repeat: ours(columns)))
+        time.sleep(0.5)
     medians = {name: statistics.median(values) / NEW_TOKENS * 1e3 for name, values in times.items()}
     return {
         "shape": shape,

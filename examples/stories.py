@@ -74,9 +74,9 @@ def _story(rng: random.Random) -> str:
 def _characters(rng: random.Random, kinds: Sequence[str]) -> tuple[Character, Character]:
     """The hero and the friend differ in pronoun and in kind, so "he", "her" and "the fox" always mean one of them."""
     kind = _pick(rng, kinds)
-    other = _pick(rng, [each for habitat in HABITATS for each in habitat.kinds if each != kind])
-    hero, friend = _pick(rng, ((SHE, HE), (HE, SHE)))
-    return Character(_pick(rng, NAMES[hero]), kind, *hero), Character(_pick(rng, NAMES[friend]), other, *friend)
+    other = _pick(rng, [each for each in CAST if each != kind])
+    hero, friend = _pick(rng, ((0, 1), (1, 0)))
+    return Character(CAST[kind][hero], kind, *PRONOUNS[hero]), Character(CAST[other][friend], other, *PRONOUNS[friend])
 
 
 def _spell(sentences: str) -> str:
@@ -92,11 +92,31 @@ def _pick(rng: random.Random, options: Sequence[T]) -> T:
 
 # ---- Words ----
 
-SHE = ("she", "her", "her")
-HE = ("he", "him", "his")
-NAMES = {
-    SHE: "Mia Lily Ruby Daisy Poppy Rosie Tilly Ivy Nora Luna Clara Bella Fern Molly Anna Zoe Emma Sophie".split(),
-    HE: "Tom Ben Max Leo Finn Oscar Toby Jack Sam Otto Hugo Pip Milo Theo Bruno Felix Jasper Noah".split(),
+PRONOUNS = ("she", "her", "her"), ("he", "him", "his")
+
+# Each name has an animal of its own: a small model takes names that could all replace one another for one and the same
+# word, and never learns to carry the right one through a story.
+CAST = {
+    "fox": ("Ruby", "Felix"),
+    "bear": ("Bella", "Bruno"),
+    "deer": ("Fern", "Jasper"),
+    "badger": ("Nora", "Max"),
+    "hedgehog": ("Hazel", "Otto"),
+    "lamb": ("Lily", "Sam"),
+    "pony": ("Daisy", "Jack"),
+    "goat": ("Tilly", "Hugo"),
+    "donkey": ("Clara", "Ned"),
+    "piglet": ("Rosie", "Ben"),
+    "mouse": ("Mia", "Pip"),
+    "cat": ("Luna", "Oscar"),
+    "dog": ("Molly", "Toby"),
+    "kitten": ("Ivy", "Leo"),
+    "puppy": ("Poppy", "Milo"),
+    "hamster": ("Emma", "Theo"),
+    "rabbit": ("Anna", "Tom"),
+    "panda": ("Sophie", "Finn"),
+    "lion": ("Zoe", "Noah"),
+    "monkey": ("Lola", "Gus"),
 }
 
 # Places that may meet in one story come from separate lists, so that the same one is never named twice.

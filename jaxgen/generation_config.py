@@ -158,7 +158,7 @@ def resolve(
     merged = copy.deepcopy(generation_config) or config_class()
     merged.update(**model_config.to_dict(), defaults_only=True, allow_custom_entries=True)
     merged.update(**merged._get_default_generation_params(), defaults_only=True)
-    fields = set(merged.to_dict())
+    fields = set(vars(merged))
     others = merged.update(**kwargs)
     if generation_config is not None and (given := sorted(set(kwargs) - set(others))):
         _warn_once(
@@ -172,7 +172,7 @@ def resolve(
 
 
 def _refuse_unsupported(merged: Any) -> None:
-    for name, value in merged.to_dict().items():
+    for name, value in vars(merged).items():
         if name.startswith("_") or name in _SUPPORTED | _OTHER_MODES | _NO_EFFECT_IN_JAX | _BOOKKEEPING:
             continue
         if name not in _NOT_YET:

@@ -71,11 +71,15 @@ def attend(queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Arr
     scores = jnp.einsum(
         "...mh,...sh->...ms", queries.reshape(*batch, -1, head_dim), keys, preferred_element_type=jnp.float32
     )
-    scores = scores.reshape(*queries.shape[:-1], slots) * head_dim**-0.5
     allowed = mask[:, None, None]
-    weights = jax.nn.softmax(jnp.where(allowed, scores, jnp.finfo(jnp.float32).min), axis=-1)
-    weights = jnp.where(allowed, weights, 0).astype(values.dtype).reshape(*batch, -1, slots)
-    return jnp.einsum("...ms,...sh->...mh", weights, values).reshape(queries.shape)
+    scores = jnp.where(allowed, scores.reshape(*queries.shape[:-1], slots) * head_dim**-0.5, -jnp.inf)
+    highest = jnp.maximum(scores.max(axis=-1, keepdims=True), jnp.finfo(jnp.float32).min)
+    weights = jnp.exp(scores - highest)
+    # The sum divides the few products rather than the many weights; it is 0 only where there is nothing to divide.
+    total = jnp.maximum(weights.sum(axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
+    weights = weights.astype(values.dtype).reshape(*batch, -1, slots)
+    attended = jnp.einsum("...ms,...sh->...mh", weights, values, preferred_element_type=jnp.float32)
+    return (attended.reshape(queries.shape) / total).astype(values.dtype)
 
 
 class HostOnly:
