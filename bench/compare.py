@@ -87,11 +87,12 @@ def compare(shape: str, repeats: int) -> dict[str, Any]:
     theirs()
     times: dict[str, list[float]] = {"ours": [], "theirs": [], "new length": []}
     for repeat in range(repeats):
+        # Each takes the machine over with an untimed call: the threads of the other are still spinning.
+        theirs()
         times["theirs"].append(seconds(theirs))
-        time.sleep(0.5)  # idle threads of torch spin for a while, on the cores that the next call needs
+        ours()
         times["ours"].append(seconds(ours))
-        times["new length"].append(seconds(lambda columns=PROMPT_TOKENS - 1 - repeat: ours(columns)))
-        time.sleep(0.5)
+        times["new length"].append(seconds(lambda columns=PROMPT_TOKENS - 1 - repeat % 7: ours(columns)))
     medians = {name: statistics.median(values) / NEW_TOKENS * 1e3 for name, values in times.items()}
     return {
         "shape": shape,
