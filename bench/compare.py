@@ -9,10 +9,14 @@ length that was never seen before is timed too: within a bucket it must cost not
 
 import argparse
 import json
+import os
+import platform
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +106,9 @@ def compare(shape: str, repeats: int) -> dict[str, Any]:
         "first_call_s": first_call,
         "new_length_ratio": medians["new length"] / medians["ours"],
         "repeats": repeats,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "versions": {name: version(name) for name in ("jaxgen", "jax", "transformers", "torch")},
+        "date": date.today().isoformat(),
     }
 
 
