@@ -66,13 +66,13 @@ def convert_checkpoint(src: str | Path, dst: str | Path) -> Path:
 
 def _write_weights(source: Source, folder: Path) -> None:
     shards = _shards(source)
+    total = sum(_bytes(dtype, shape) for shard in shards for dtype, shape in shard.values())
+    arrays = _with_progress(source.parameters(), total)
     index = {}
-    arrays = _with_progress(source)
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05}-of-{len(shards):05}.safetensors"
         write(folder / name, shard, arrays)
         index |= dict.fromkeys(shard, name)
-    total = sum(_bytes(dtype, shape) for shard in shards for dtype, shape in shard.values())
     content = {"metadata": {"total_size": total}, "weight_map": index}
     (folder / INDEX).write_text(json.dumps(content, indent=1) + "\n")
 
@@ -91,10 +91,9 @@ def _shards(source: Source) -> list[dict[str, tuple[np.dtype, tuple[int, ...]]]]
     return shards
 
 
-def _with_progress(source: Source) -> Iterator[np.ndarray]:
-    total = sum(_bytes(source.own_dtype(path), leaf.shape) for path, leaf in named_leaves(source.abstract))
+def _with_progress(arrays: Iterator[np.ndarray], total: int) -> Iterator[np.ndarray]:
     with tqdm(total=total, unit="B", unit_scale=True, desc="converting weights", delay=2) as bar:
-        for array in source.parameters():
+        for array in arrays:
             yield array
             bar.update(array.nbytes)
 

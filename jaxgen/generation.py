@@ -136,13 +136,13 @@ def lower(model: Model, inputs: Any, generation_config: Any, kwargs: dict[str, A
             max_length,
             model.max_position_embeddings,
         )
-    eos = [token for token in config.eos_token_id if token < model.vocab_size]
-    if len(eos) < len(config.eos_token_id):
+    if max(config.eos_token_id, default=0) >= model.vocab_size:
         logger.warning(
             "`eos_token_id` holds %d, but ids of this model are 0 to %d: no text will end with it.",
             max(config.eos_token_id),
             model.vocab_size - 1,
         )
+    eos = [token for token in config.eos_token_id if 0 <= token < model.vocab_size]
     prompt = _pad_to_buckets(input_ids, attention_mask)
     padded_rows, padded_columns = prompt.input_ids.shape
     slots = bucket(padded_columns + max_length - columns)
@@ -286,9 +286,8 @@ def _pad_to_buckets(input_ids: np.ndarray, attention_mask: np.ndarray) -> Prompt
 
 def _strategy(eos: list[int], pad_token_id: int, max_length: int) -> Greedy:
     places = bucket(max(_MIN_EOS_BUCKET, len(eos)))
-    reachable = [token for token in eos if token >= 0]
     return Greedy(
-        eos=EosToken(_leaf([*reachable, *[-1] * (places - len(reachable))], np.int32)),
+        eos=EosToken(_leaf([*eos, *[-1] * (places - len(eos))], np.int32)),
         max_length=MaxLength(_leaf(max_length, np.int32)),
         pad_token_id=_leaf(pad_token_id, np.int32),
     )

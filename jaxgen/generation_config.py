@@ -87,10 +87,10 @@ class Resolved:
     """The configuration of one call, complete but for the prompt.
 
     Attributes:
-        max_length: columns of the output, prompt included; None if `max_new_tokens` decides, or nothing does.
-        max_new_tokens: None if `max_length` decides, or nothing does.
+        max_length: columns of the output, prompt included; None if nobody set it.
+        max_new_tokens: wins over `max_length`; None if nobody set it.
         eos_token_id: in the caller's order, empty for none.
-        pad_token_id: the first of `eos_token_id` by default, None without one.
+        pad_token_id: None if nobody set it, which transformers' warnings tell from the default (the first eos).
     """
 
     max_length: int | None
