@@ -1,11 +1,12 @@
 """Hugging Face `generate()` for JAX: the same arguments, the same tokens, the whole decode one compiled program."""
 
-from jaxgen.base import Model, Prompt, Strategy
+from jaxgen.base import LogitsProcessor, Model, Prompt, Strategy
 from jaxgen.checkpoint import BUNDLED_MODEL, from_config, load, save
 from jaxgen.decoding import compile_counts, decode
-from jaxgen.generation import generate
+from jaxgen.generation import generate, prepare
+from jaxgen.outputs import compute_transition_scores
 from jaxgen.safetensors_file import CheckpointError
-from jaxgen.sampling import Greedy
+from jaxgen.sampling import Sample
 from jaxgen.stopping_criteria import EosToken, MaxLength
 from jaxgen.version import __version__
 
@@ -14,15 +15,18 @@ __all__ = [
     "BUNDLED_MODEL",
     "CheckpointError",
     "EosToken",
-    "Greedy",
+    "LogitsProcessor",
     "MaxLength",
     "Model",
     "Prompt",
+    "Sample",
     "Strategy",
     "compile_counts",
+    "compute_transition_scores",
     "decode",
     "from_config",
     "generate",
     "load",
+    "prepare",
     "save",
 ]

@@ -5,10 +5,11 @@ each other. They meet through the Protocols of this file, so a test can put a tr
 
 Dimension letters, used in every docstring of the package:
 
-    B  prompts of one call              N  rows of the compiled program (B rounded up to a bucket)
+    B  prompts of one call              N  rows of a program: B, rounded up, times R
     P  prompt columns                   S  cache slots, and columns of the token buffer
     T  columns of one forward pass      E  end-of-sequence ids
     V  vocabulary                       D  hidden size              I  MLP size
+    W  candidates of one draw           M  sequences of a rule      R  returned sequences per prompt
     Q  query heads                      K  key-value heads          G  query heads per key-value head (Q = K * G)
     H  head dimension
 """
@@ -18,7 +19,13 @@ from dataclasses import dataclass
 from typing import Any, Protocol, Self, TypeVar
 
 import jax
+import numpy as np
 from jax.tree_util import register_dataclass
+
+
+def leaf(value: Any, dtype: Any) -> Any:
+    """A NumPy leaf of a traced pytree: the dispatch moves it to the device, where `jnp` would take one of its own."""
+    return np.asarray(value, dtype)
 
 
 @register_dataclass
@@ -31,12 +38,14 @@ class Prompt:
         attention_mask: bool [N, P]. False on the caller's padding and on the bucket's.
         length: int32 []. Columns of the caller's prompt.
         rows: int32 []. Rows of the caller's prompt; the rows below them belong to the bucket.
+        position_ids: int32 [N, P], or None to count the unmasked columns of each row.
     """
 
     input_ids: jax.Array
     attention_mask: jax.Array
     length: jax.Array
     rows: jax.Array
+    position_ids: jax.Array | None = None
 
 
 class Cache(Protocol):
@@ -46,12 +55,19 @@ class Cache(Protocol):
         """The same cache with room for `slots` columns."""
         ...
 
+    def take(self, rows: jax.Array) -> Self:
+        """The cache of int32 [M] rows of this one, in their order."""
+        ...
+
     def cleared(self) -> Self:
         """The same cache with zeros wherever attention may not look."""
         ...
 
 
 AnyCache = TypeVar("AnyCache", bound=Cache)
+
+
+Internals = dict[str, tuple[jax.Array, ...]]
 
 
 class Model(Protocol[AnyCache]):
@@ -71,19 +87,63 @@ class Model(Protocol[AnyCache]):
     @property
     def cache_bytes_per_token(self) -> int: ...
 
+    def internals_bytes(self, name: str, columns: int, slots: int) -> int:
+        """Bytes that `extend` returns per row as one of its internals, for T columns that attend S slots."""
+        ...
+
     def make_cache(self, rows: int, slots: int) -> AnyCache: ...
 
-    def extend(self, cache: AnyCache, input_ids: jax.Array, attention_mask: jax.Array) -> tuple[jax.Array, AnyCache]:
+    def extend(
+        self,
+        cache: AnyCache,
+        input_ids: jax.Array,
+        attention_mask: jax.Array,
+        position_ids: jax.Array | None = None,
+        collect: tuple[str, ...] = (),
+    ) -> tuple[jax.Array, AnyCache, Internals]:
         """One forward pass over the next T columns.
 
         Args:
             input_ids: int32 [N, T].
             attention_mask: bool [N, T]. False where no later column may look.
+            position_ids: int32 [N, T], or None to go on counting.
+            collect: which internals to return: "hidden_states", "attentions".
 
         Returns:
-            float32 [N, V] logits of the last column, and the cache T columns longer.
+            float32 [N, V] logits of the last column, the cache T columns longer, and the internals asked for:
+            `hidden_states`, one [N, T, D] more than there are layers, `attentions`, one [N, Q, T, S] per layer.
         """
         ...
+
+
+class LogitsProcessor:
+    """A rule that changes the scores before a token is chosen: a pytree, whose numbers are traced.
+
+    Most rules are a `__call__`. One that would have to read the whole history at every step keeps a state instead, by
+    overriding `init` and `step`.
+    """
+
+    def __call__(self, input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array) -> jax.Array:
+        """New scores.
+
+        Args:
+            input_ids: int32 [N, S]. The prompt and the new tokens, of which the first `cur_len` columns are valid.
+            scores: float32 [N, V].
+            cur_len: int32 [].
+
+        Returns:
+            float32 [N, V].
+        """
+        raise NotImplementedError
+
+    def init(self, prompt: Prompt, vocab_size: int) -> Any:
+        """The state before the first step, a pytree; the prompt has its N rows already."""
+        del prompt, vocab_size
+        return ()
+
+    def step(self, input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array, state: Any) -> tuple[jax.Array, Any]:
+        """New scores and the next state."""
+        return self(input_ids, scores, cur_len), state
 
 
 class StrategyState(Protocol):
@@ -91,7 +151,7 @@ class StrategyState(Protocol):
 
     @property
     def tokens(self) -> jax.Array:
-        """int32 [N]. The tokens chosen last: the next input of the model."""
+        """int32 [N]. The next input of the model: the tokens chosen last."""
         ...
 
 
@@ -101,7 +161,12 @@ AnyState = TypeVar("AnyState", bound=StrategyState)
 class Strategy(Protocol[AnyState]):
     """How tokens are chosen. A pytree: numbers are traced, so a new number compiles nothing."""
 
-    def init(self, prompt: Prompt, slots: int) -> AnyState: ...
+    @property
+    def num_return_sequences(self) -> int:
+        """R. The prompt's forward runs once; its rows are repeated R times afterwards."""
+        ...
+
+    def init(self, prompt: Prompt, slots: int, vocab_size: int) -> AnyState: ...
 
     def step(self, logits: jax.Array, state: AnyState) -> AnyState:
         """Chooses one more token per row from float32 [N, V] logits."""

@@ -62,14 +62,15 @@ def _run(arguments: argparse.Namespace) -> int:
 def _continue(model: Model, tokenizer: Any, text: str, max_new_tokens: int) -> str:
     """The text and its continuation; says on stderr how long what took."""
     encoded = tokenizer(text, return_tensors="np")
-    call = lower(model, None, None, {**encoded, "max_new_tokens": max_new_tokens, "do_sample": False})
+    fields = {"max_new_tokens": max_new_tokens, "do_sample": False, "return_dict_in_generate": False}
+    call = lower(model, None, None, {**encoded, **fields})
     _say("compiling for this prompt length on first use")
     compiling = _CompileClock()
     start = time.perf_counter()
     state = jax.block_until_ready(prefill(model, call.prompt, call.strategy, call.slots))
     first = time.perf_counter() - start
     state = advance(model, state, call.strategy, np.int32(call.slots))
-    sequences = call.trim(finalize(call.strategy, state))
+    sequences = np.asarray(call.wrap(finalize(call.strategy, state), state))
     total = time.perf_counter() - start
     new_tokens = sequences.shape[1] - encoded["input_ids"].shape[1]
     _say(

@@ -19,19 +19,28 @@ import jax.numpy as jnp
 from jax import lax
 from jax.tree_util import register_dataclass
 
-from jaxgen.base import Cache, Model, Prompt, Strategy, StrategyState
+from jaxgen.base import Cache, Internals, Model, Prompt, Strategy, StrategyState
 
 
 @register_dataclass
 @dataclass(frozen=True)
 class DecodeState:
-    """What the loop carries: the model's cache and the strategy's own state."""
+    """What the loop carries: the model's cache, the strategy's own state, and the internals asked for.
+
+    Attributes:
+        steps: int32 []. Forward passes since the prompt's.
+        prompt_internals: of the prompt's forward pass, as `Model.extend` returns them.
+        step_internals: of the passes since, in buffers with a leading axis of steps.
+    """
 
     cache: Cache
     inner: StrategyState
+    steps: jax.Array
+    prompt_internals: Internals
+    step_internals: Internals
 
 
-def decode(model: Model, prompt: Prompt, strategy: Strategy, slots: int) -> Mapping[str, jax.Array]:
+def decode(model: Model, prompt: Prompt, strategy: Strategy, slots: int) -> Mapping[str, Any]:
     """Decodes until every row is finished, as a pure function without a jit inside.
 
     Args:
@@ -41,7 +50,7 @@ def decode(model: Model, prompt: Prompt, strategy: Strategy, slots: int) -> Mapp
         slots: S, static: P plus the most new tokens there is room for, whatever the strategy's maximum length.
 
     Returns:
-        The strategy's outputs: `sequences` int32 [N, S], of which the first `length` columns count, and more by
+        The strategy's outputs: `sequences` int32 [N * R, S], of which the first `length` columns count, and more by
         strategy.
 
     Raises:
@@ -54,36 +63,61 @@ def decode(model: Model, prompt: Prompt, strategy: Strategy, slots: int) -> Mapp
     return finalize(strategy, _advance(model, state, strategy, jnp.int32(slots - columns - 1)))
 
 
-def finalize(strategy: Strategy, state: DecodeState) -> Mapping[str, jax.Array]:
+def finalize(strategy: Strategy, state: DecodeState) -> Mapping[str, Any]:
     """The outputs of a decode that is over, by their Hugging Face names."""
     return strategy.finalize(state.inner)
 
 
-def _prefill(model: Model, prompt: Prompt, strategy: Strategy, slots: int) -> DecodeState:
+def _prefill(
+    model: Model, prompt: Prompt, strategy: Strategy, slots: int, collect: tuple[str, ...] = ()
+) -> DecodeState:
     """One forward pass over the prompt; the first token of every row is chosen.
 
-    The prompt attends to its own columns only: the cache starts with P slots and grows to S afterwards.
+    The prompt attends to its own columns only: the cache starts with P slots and grows to S afterwards. Its rows are
+    repeated only after that, so that several sequences of one prompt pay for it once.
     """
-    cache = model.make_cache(*prompt.input_ids.shape)
-    logits, cache = model.extend(cache, prompt.input_ids, prompt.attention_mask.astype(bool))
-    return DecodeState(cache.grow(slots), strategy.step(logits, strategy.init(prompt, slots)))
+    rows, columns = prompt.input_ids.shape
+    cache = model.make_cache(rows, columns)
+    mask = prompt.attention_mask.astype(bool)
+    logits, cache, internals = model.extend(cache, prompt.input_ids, mask, prompt.position_ids, collect)
+    if strategy.num_return_sequences > 1:
+        repeated = jnp.repeat(jnp.arange(rows), strategy.num_return_sequences)
+        logits, cache = logits[repeated], cache.take(repeated)
+    cache = cache.grow(slots)
+    buffers: Internals = {}
+    if collect:
+        step = jax.eval_shape(lambda: _extend(model, cache, jnp.zeros(len(logits), jnp.int32), collect)[2])
+        buffers = jax.tree.map(lambda x: jnp.zeros((slots - columns, *x.shape), x.dtype), step)
+    inner = strategy.step(logits, strategy.init(prompt, slots, logits.shape[-1]))
+    return DecodeState(cache, inner, jnp.int32(0), internals, buffers)
 
 
-def _advance(model: Model, state: DecodeState, strategy: Strategy, n_steps: jax.Array) -> DecodeState:
+def _advance(
+    model: Model, state: DecodeState, strategy: Strategy, n_steps: jax.Array, collect: tuple[str, ...] = ()
+) -> DecodeState:
     """Chooses up to `n_steps` (traced) more tokens per row; stops early when every row is finished."""
+    last = state.steps + n_steps
 
-    def unfinished(carry: tuple[DecodeState, jax.Array]) -> jax.Array:
-        state, steps = carry
-        return (steps < n_steps) & strategy.unfinished(state.inner)
+    def unfinished(state: DecodeState) -> jax.Array:
+        return (state.steps < last) & strategy.unfinished(state.inner)
 
-    def step(carry: tuple[DecodeState, jax.Array]) -> tuple[DecodeState, jax.Array]:
-        state, steps = carry
-        tokens = state.inner.tokens[:, None]
-        logits, cache = model.extend(state.cache, tokens, jnp.ones_like(tokens, bool))
-        return DecodeState(cache, strategy.step(logits, state.inner)), steps + 1
+    def step(state: DecodeState) -> DecodeState:
+        logits, cache, internals = _extend(model, state.cache, state.inner.tokens, collect)
+        write = functools.partial(lax.dynamic_update_index_in_dim, index=state.steps, axis=0)
+        buffers = jax.tree.map(write, state.step_internals, internals)
+        inner = strategy.step(logits, state.inner)
+        return DecodeState(cache, inner, state.steps + 1, state.prompt_internals, buffers)
 
-    start = DecodeState(state.cache.cleared(), state.inner)
-    return lax.while_loop(unfinished, step, (start, jnp.int32(0)))[0]
+    start = DecodeState(state.cache.cleared(), state.inner, state.steps, state.prompt_internals, state.step_internals)
+    return lax.while_loop(unfinished, step, start)
+
+
+def _extend(
+    model: Model, cache: Cache, tokens: jax.Array, collect: tuple[str, ...]
+) -> tuple[jax.Array, Cache, Internals]:
+    """One forward pass over one column, int32 [N]."""
+    column = tokens[:, None]
+    return model.extend(cache, column, jnp.ones_like(column, bool), None, collect)
 
 
 _compile_counts: Counter[str] = Counter()
@@ -106,5 +140,5 @@ def _counted_jit(name: str, function: Callable[..., DecodeState], **options: Any
     return jax.jit(traced, **options)
 
 
-prefill = _counted_jit("prefill", _prefill, static_argnums=3)
-advance = _counted_jit("advance", _advance, donate_argnums=1)
+prefill = _counted_jit("prefill", _prefill, static_argnums=(3, 4))
+advance = _counted_jit("advance", _advance, static_argnums=4, donate_argnums=1)

@@ -5,42 +5,29 @@ anything is compiled.
 """
 
 import logging
+import operator
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import secrets
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxgen.base import Model, Prompt
-from jaxgen.decoding import advance, finalize, prefill
-from jaxgen.generation_config import Resolved, resolve
-from jaxgen.sampling import Greedy
-from jaxgen.stopping_criteria import EosToken, MaxLength
+from jaxgen import lazy
+from jaxgen.base import Model, Prompt, leaf
+from jaxgen.callbacks import HostCriterion, HostFunctions, for_criterion
+from jaxgen.decoding import DecodeState, advance, finalize, prefill
+from jaxgen.generation_config import Resolved, resolve, warn_once
+from jaxgen.outputs import GenerateDecoderOnlyOutput, PastKeyValues
+from jaxgen.processor_list import as_pytree, processor_list, takes_cur_len
+from jaxgen.sampling import Sample
+from jaxgen.stopping_criteria import CustomCriterion, EosToken, MaxLength
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class GenerateDecoderOnlyOutput:
-    """What `generate(..., return_dict_in_generate=True)` returns; fields by attribute, key or place.
-
-    Attributes:
-        sequences: int32 [B, length]. The prompt and the new tokens.
-    """
-
-    sequences: np.ndarray
-
-    def __getitem__(self, name: str | int) -> Any:
-        return list(vars(self).values())[name] if isinstance(name, int) else vars(self)[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(vars(self))
-
-    def keys(self) -> list[str]:
-        return list(vars(self))
 
 
 def generate(
@@ -56,41 +43,104 @@ def generate(
     negative_prompt_ids: Any = None,
     negative_prompt_attention_mask: Any = None,
     custom_generate: Any = None,
+    *,
+    key: Any = None,
+    output_logprobs: bool = False,
     **kwargs: Any,
 ) -> np.ndarray | GenerateDecoderOnlyOutput:
-    """Continues each prompt greedily; the arguments, and the tokens, of transformers 5.23 `generate`.
+    """Continues each prompt, greedily or by sampling; the arguments, and the tokens, of transformers 5.23 `generate`.
 
     Args:
         model: a model from `load` or `from_config`.
         inputs: integers [B, P]: an array of any library or nested lists. Also as `input_ids=`. Without any, each row
             starts from `bos_token_id`.
         generation_config: a `transformers.GenerationConfig`; its None fields fall back to the model's.
+        logits_processor: a list of callables. JAX functions of (input_ids [N, S], scores [N, V], cur_len []), of whose
+            `input_ids` the first `cur_len` columns are valid, are compiled into the decode. Transformers' own
+            processors, and NumPy functions of (input_ids, scores), run on the host at every step, with a warning. They
+            act where transformers has them act: after the built-in processors, before those of sampling.
+        stopping_criteria: a list of callables like these, that return a bool per row.
+        prefix_allowed_tokens_fn: (row, tokens [L]) -> the ids that may follow; runs on the host.
+        negative_prompt_ids: integers [B, P'] to guide away from, with `guidance_scale`; the last token of each prompt
+            by default.
+        negative_prompt_attention_mask: [B, P'].
+        key: for `do_sample`: an int, a `jax.random` key, or one of either per prompt. The same key, the same tokens;
+            fresh entropy by default. A prompt with its own key draws the same tokens in whatever batch.
+        output_logprobs: with `return_dict_in_generate`, also return the chosen tokens' log-probabilities.
         **kwargs: `attention_mask` ([B, P], 1 on tokens and 0 on padding, inferred from `pad_token_id` if left out) and
             any field of GenerationConfig, which wins over every config.
 
     Returns:
-        int32 [B, length]: the prompt, then the new tokens; rows that finish early are filled with `pad_token_id`, and
-        the width ends with the last token any row needed. With `return_dict_in_generate`, the same as `.sequences`.
+        int32 [B * num_return_sequences, length]: the prompt, then the new tokens; rows that finish early are filled
+        with `pad_token_id`, and the width ends with the last token any row needed. With `return_dict_in_generate`, a
+        `GenerateDecoderOnlyOutput`.
 
     Raises:
         ValueError: naming the argument, its value, the range and the next step; before anything is compiled.
     """
     _refuse_arguments(
-        logits_processor=logits_processor,
-        stopping_criteria=stopping_criteria,
-        prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
-        synced_gpus=synced_gpus,
-        assistant_model=assistant_model,
-        streamer=streamer,
-        negative_prompt_ids=negative_prompt_ids,
-        negative_prompt_attention_mask=negative_prompt_attention_mask,
-        custom_generate=custom_generate,
+        synced_gpus=synced_gpus, assistant_model=assistant_model, streamer=streamer, custom_generate=custom_generate
     )
-    call = lower(model, inputs, generation_config, kwargs)
-    state = prefill(model, call.prompt, call.strategy, call.slots)
-    state = advance(model, state, call.strategy, _leaf(call.slots, np.int32))
-    sequences = call.trim(finalize(call.strategy, state))
-    return GenerateDecoderOnlyOutput(sequences) if call.return_dict else sequences
+    custom = Custom(
+        _listed("logits_processor", logits_processor),
+        _listed("stopping_criteria", stopping_criteria),
+        prefix_allowed_tokens_fn,
+        negative_prompt_ids,
+        negative_prompt_attention_mask,
+        key,
+        output_logprobs,
+    )
+    call = lower(model, inputs, generation_config, kwargs, custom)
+    with call.host.registered():
+        state = prefill(model, call.prompt, call.strategy, call.slots, call.collect)
+        state = advance(model, state, call.strategy, leaf(call.slots, np.int32), call.collect)
+        return call.wrap(finalize(call.strategy, state), state)
+
+
+def prepare(model: Model, inputs: Any = None, generation_config: Any = None, **kwargs: Any) -> "Call":
+    """The checks and the resolution of `generate` without the run: for `decode` inside your own `jit`.
+
+    `decode(model, call.prompt, call.strategy, call.slots)` is then the pure function of the call. Replace what should
+    differ from run to run, such as `dataclasses.replace(call.strategy, key=key)`; the shapes stay.
+
+    Args:
+        model: as in `generate`.
+        inputs: as in `generate`.
+        generation_config: as in `generate`.
+        **kwargs: as in `generate`, but for what runs on the host.
+
+    Returns:
+        The `Call`: of its fields, `prompt`, `strategy` and `slots` are for `decode`.
+
+    Raises:
+        ValueError: as `generate`, and for what runs on the host.
+    """
+    names = [field.name for field in fields(Custom)]
+    custom = {name: kwargs.pop(name) for name in names if name in kwargs}
+    for name in ("logits_processor", "stopping_criteria"):
+        custom[name] = _listed(name, custom.get(name))
+    call = lower(model, inputs, generation_config, kwargs, Custom(**custom))
+    if call.host:
+        raise ValueError(
+            "`decode` is a pure function, but a processor or criterion of this call runs on the host. Write it as a "
+            "JAX function of (input_ids, scores, cur_len)."
+        )
+    if call.collect:
+        raise ValueError(f"`decode` does not collect {[*call.collect]}. Use `generate`, or the model itself.")
+    return call
+
+
+@dataclass(frozen=True)
+class Custom:
+    """The arguments of `generate` that are no fields of a GenerationConfig, as they were passed."""
+
+    logits_processor: list[Any] = field(default_factory=list)
+    stopping_criteria: list[Any] = field(default_factory=list)
+    prefix_allowed_tokens_fn: Any = None
+    negative_prompt_ids: Any = None
+    negative_prompt_attention_mask: Any = None
+    key: Any = None
+    output_logprobs: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,36 +149,81 @@ class Call:
 
     Attributes:
         slots: S, the bucket of the cache and of the token buffer.
+        collect: the internals to collect.
+        rows: of the caller's prompt, B.
+        columns: of the caller's prompt.
+        host: what runs on the host.
     """
 
     prompt: Prompt
-    strategy: Greedy
+    strategy: Sample
     slots: int
+    collect: tuple[str, ...]
     rows: int
-    return_dict: bool
+    columns: int
+    config: Resolved
+    host: HostFunctions
 
-    def trim(self, outputs: Mapping[str, jax.Array]) -> np.ndarray:
-        """int32 [B, length], waiting for the device."""
+    def wrap(self, outputs: Mapping[str, jax.Array], state: DecodeState) -> np.ndarray | GenerateDecoderOnlyOutput:
+        """What `generate` returns, waiting for the device."""
         _refuse_tracer(outputs["length"])
         # `device_get` can be interrupted while the device works, `np.asarray` cannot.
         fetched = jax.device_get(dict(outputs))
+        rows, length = self.rows * self.config.num_return_sequences, int(fetched["length"])
         if fetched["invalid"].any():
             logger.warning(
-                "The scores of rows %s held NaN: their tokens mean nothing. Check the weights, or load as float32.",
+                "The scores of rows %s held NaN or infinity: their tokens mean nothing. Check the weights, load as "
+                "float32, or pass `remove_invalid_values=True`.",
                 np.flatnonzero(fetched["invalid"]).tolist(),
             )
-        return fetched["sequences"][: self.rows, : fetched["length"]].copy()  # writable, and without its bucket
+        sequences = fetched["sequences"][:rows, :length].copy()  # writable, and without its bucket
+        if not self.config.return_dict_in_generate:
+            return sequences
+        steps = length - self.columns
+        by_step = {name: fetched[name][:steps, :rows].copy() for name in ("scores", "logits") if name in fetched}
+        by_row = {name: fetched[name][:rows, :steps].copy() for name in fetched if name.endswith("logprobs")}
+        offset = self.prompt.input_ids.shape[1] - self.columns
+        past = PastKeyValues(state.cache, rows, offset, length - 1) if self.config.use_cache else None
+        internals: dict[str, Any] = {
+            name: self._trim_internals(name, state, rows, offset, steps) for name in self.collect
+        }
+        return GenerateDecoderOnlyOutput(sequences, past_key_values=past, **by_step, **by_row, **internals)
+
+    def _trim_internals(
+        self, name: str, state: DecodeState, rows: int, offset: int, steps: int
+    ) -> tuple[tuple[np.ndarray, ...], ...]:
+        """Transformers' tuple over steps of tuples over layers, from the buffers and their buckets."""
+        first, later = jax.device_get((state.prompt_internals[name], state.step_internals[name]))
+        ends = range(offset + self.columns + 1, offset + self.columns + steps)  # slots that each later step attends
+
+        def prompt(array: np.ndarray) -> np.ndarray:
+            repeated = np.repeat(array[: self.rows], self.config.num_return_sequences, axis=0)
+            return repeated[..., offset:, offset:] if name == "attentions" else repeated[:, offset:]
+
+        def step(array: np.ndarray, end: int) -> np.ndarray:
+            return array[:rows, ..., offset:end] if name == "attentions" else array[:rows]
+
+        return (
+            tuple(prompt(layer) for layer in first),
+            *(tuple(step(layer[place], end) for layer in later) for place, end in enumerate(ends)),
+        )
 
 
-def lower(model: Model, inputs: Any, generation_config: Any, kwargs: dict[str, Any]) -> Call:
+def lower(
+    model: Model, inputs: Any, generation_config: Any, kwargs: dict[str, Any], custom: Custom | None = None
+) -> Call:
     """From the arguments of `generate` to the arguments of `prefill` and `advance`; every check is in here."""
+    custom = custom or Custom()
     _refuse_arguments(**{name: kwargs[name] for name in _LATER_INPUTS & kwargs.keys()})
     config, model_inputs = resolve(model.generation_config, generation_config, kwargs)
+    if custom.output_logprobs and not config.return_dict_in_generate:
+        raise ValueError("`output_logprobs`=True has nowhere to put them. Pass `return_dict_in_generate=True` too.")
     input_ids, given_mask = _inputs(model, inputs, model_inputs, config)
     _warn_about_padding(input_ids, given_mask, config)
     attention_mask = _infer_attention_mask(input_ids, config) if given_mask is None else given_mask
     rows, columns = input_ids.shape
     max_length = config.length_for(columns, model.max_position_embeddings)
+    config, max_length, criteria = _split_criteria(custom.stopping_criteria, config, max_length)
     if max_length > model.max_position_embeddings:
         logger.warning(
             "%d tokens are asked for, and the model was made for %d (`max_position_embeddings`): expect poor text "
@@ -143,11 +238,153 @@ def lower(model: Model, inputs: Any, generation_config: Any, kwargs: dict[str, A
             model.vocab_size - 1,
         )
     eos = [token for token in config.eos_token_id if 0 <= token < model.vocab_size]
+    guidance_scale, customs = _guidance(config, custom)
     prompt = _pad_to_buckets(input_ids, attention_mask)
-    padded_rows, padded_columns = prompt.input_ids.shape
-    slots = bucket(padded_columns + max_length - columns)
-    _check_memory(model, padded_rows, slots)
-    return Call(prompt, _strategy(eos, _pad_token_id(config), max_length), slots, rows, config.return_dict_in_generate)
+    if guidance_scale is not None:
+        prompt = _with_negative_prompts(model, input_ids, attention_mask, custom)
+    slots = bucket(prompt.input_ids.shape[1] + max_length - columns)
+    host = HostFunctions()
+    host_rows = rows * config.num_return_sequences
+    places = bucket(max(_MIN_EOS_BUCKET, len(eos)))
+    outputs = tuple(name for name in ("scores", "logits") if name in config.outputs)
+    strategy = Sample(
+        eos=EosToken(leaf([*eos, *[-1] * (places - len(eos))], np.int32)),
+        max_length=MaxLength(leaf(max_length, np.int32)),
+        # Without an eos, rows that a caller's criterion finishes go on until all are, as in transformers.
+        pad_token_id=None if criteria and not config.eos_token_id else leaf(_pad_token_id(config), np.int32),
+        key=_key(custom.key, config, bucket(rows), rows),
+        processors=processor_list(
+            config,
+            columns,
+            max_length,
+            model.vocab_size,
+            bucket,
+            customs,
+            custom.prefix_allowed_tokens_fn,
+            host,
+            host_rows,
+        ),
+        stopping_criteria=tuple(_criterion(each, host, host_rows) for each in criteria),
+        guidance_scale=guidance_scale,
+        num_return_sequences=config.num_return_sequences,
+        outputs=(*outputs, "logprobs") if custom.output_logprobs else outputs,
+    )
+    collect = tuple(name for name in ("attentions", "hidden_states") if name in config.outputs)
+    call = Call(prompt, strategy, slots, collect, rows, columns, config, host)
+    _check_memory(model, call)
+    return call
+
+
+def _listed(name: str, given: Any) -> list[Any]:
+    if given is None:
+        return []
+    if not isinstance(given, Iterable):
+        raise ValueError(f"`{name}`={given!r} must be a list of callables. Wrap a single one in a list.")
+    return list(given)
+
+
+def _split_criteria(criteria: list[Any], config: Resolved, max_length: int) -> tuple[Resolved, int, list[Any]]:
+    """Takes the numbers out of transformers' own criteria for eos and length, which are then the built-in ones."""
+    transformers = lazy.transformers()
+    others = []
+    for criterion in criteria:
+        if type(criterion) is transformers.MaxLengthCriteria:
+            _check_length("stopping_criteria", criterion.max_length)
+            max_length = criterion.max_length
+        elif type(criterion) is transformers.EosTokenCriteria:
+            config = replace(config, eos_token_id=tuple(np.asarray(criterion.eos_token_id).reshape(-1).tolist()))
+        else:
+            others.append(criterion)
+    return config, max_length, others
+
+
+def _check_length(name: str, length: Any) -> None:
+    if not isinstance(length, int) or length < 1:
+        raise ValueError(f"`{name}` holds a length of {length!r}, which must be a positive integer.")
+
+
+def _criterion(criterion: Any, host: HostFunctions, rows: int) -> Any:
+    if isinstance(criterion, (EosToken, MaxLength)):
+        return criterion
+    if takes_cur_len("stopping_criteria", criterion):
+        return CustomCriterion(as_pytree(criterion))
+    warn_once(
+        "`stopping_criteria` runs as Python on the host: every step waits for it. A JAX function of (input_ids, "
+        "scores, cur_len) is compiled into the decode instead."
+    )
+    return HostCriterion(host.add(for_criterion(criterion)), leaf(rows, np.int32))
+
+
+def _guidance(config: Resolved, custom: Custom) -> tuple[Any, list[Any]]:
+    """The scale, unless off or replaced by a custom processor of its type, and the custom processors in their order."""
+    scale = config.merged.guidance_scale
+    replacing = lazy.transformers().UnbatchedClassifierFreeGuidanceLogitsProcessor
+    if scale is None or scale == 1 or any(type(each) is replacing for each in custom.logits_processor):
+        if custom.negative_prompt_ids is not None:
+            logger.warning("`negative_prompt_ids` has no effect without `guidance_scale`. Pass one other than 1.")
+        first = [each for each in custom.logits_processor if type(each) is replacing]
+        return None, [*first, *(each for each in custom.logits_processor if type(each) is not replacing)]
+    if not isinstance(scale, (int, float, np.number)) or isinstance(scale, bool):
+        raise ValueError(f"`guidance_scale`={scale!r} must be a number, above 1 to follow the prompt more closely.")
+    return leaf(scale, np.float32), custom.logits_processor
+
+
+def _with_negative_prompts(model: Model, input_ids: np.ndarray, mask: np.ndarray, custom: Custom) -> Prompt:
+    """The prompts and below them the negative ones, in one batch whose weights are read once."""
+    rows, columns = input_ids.shape
+    negative_ids, negative_mask = input_ids[:, -1:], np.ones((rows, 1), bool)
+    if custom.negative_prompt_ids is not None:
+        negative_ids = _token_ids("negative_prompt_ids", custom.negative_prompt_ids, model.vocab_size)
+        if len(negative_ids) != rows:
+            raise ValueError(f"`negative_prompt_ids` has {len(negative_ids)} rows, but there are {rows} prompts.")
+        negative_mask = np.ones(negative_ids.shape, bool)
+    if custom.negative_prompt_attention_mask is not None:
+        negative_mask = _mask("negative_prompt_attention_mask", custom.negative_prompt_attention_mask, negative_ids)
+    width = max(columns, negative_ids.shape[1])
+
+    def widen(array: np.ndarray) -> np.ndarray:
+        return np.pad(array, ((0, 0), (width - array.shape[1], 0)))
+
+    guided, negative = (
+        _pad_to_buckets(widen(ids), widen(each)) for ids, each in ((input_ids, mask), (negative_ids, negative_mask))
+    )
+    # Transformers counts the positions of a prompt by its mask, but those of a negative prompt by its columns.
+    by_mask = np.where(guided.attention_mask, np.cumsum(guided.attention_mask, axis=1) - 1, 0)
+    by_column = np.maximum(np.arange(by_mask.shape[1]) - by_mask.shape[1] + negative_ids.shape[1], 0)
+    return Prompt(
+        input_ids=leaf(np.concatenate([guided.input_ids, negative.input_ids]), np.int32),
+        attention_mask=leaf(np.concatenate([guided.attention_mask, negative.attention_mask]), np.bool_),
+        length=leaf(columns, np.int32),
+        rows=guided.rows,
+        position_ids=leaf(np.concatenate([by_mask, np.broadcast_to(by_column, by_mask.shape)]), np.int32),
+    )
+
+
+def _key(key: Any, config: Resolved, padded_rows: int, rows: int) -> Any:
+    """uint32 [2], or [N, 2] of one key per prompt; None for greedy decoding."""
+    if not config.do_sample:
+        if key is not None:
+            logger.warning("`key` has no effect without `do_sample=True`: nothing is drawn.")
+        return None
+    if key is None:
+        key = secrets.randbits(64)
+    _refuse_tracer(key)
+    advice = "Pass an int, a jax.random key, or one of either per prompt."
+    if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        words = np.asarray(jax.random.key_data(key))[..., :2]
+    else:
+        try:
+            given = np.asarray(key)
+            seeds = np.vectorize(operator.index, otypes=[object])(given)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"`key`={key!r} is no key. {advice}") from error
+        if given.dtype == np.uint32 and given.ndim and given.shape[-1] in (2, 4):  # jax.random.PRNGKey
+            words = given[..., :2]
+        else:
+            words = np.stack([seeds >> 32 & 0xFFFFFFFF, seeds & 0xFFFFFFFF], axis=-1).astype(np.uint32)
+    if words.shape not in ((2,), (rows, 2)):
+        raise ValueError(f"`key` has shape {words.shape[:-1]}, but there are {rows} prompts. {advice}")
+    return words if words.ndim == 1 else np.pad(words, ((0, padded_rows - rows), (0, 0)))
 
 
 def bucket(size: int) -> int:
@@ -167,7 +404,7 @@ _MIN_EOS_BUCKET = 8
 def _refuse_arguments(**arguments: Any) -> None:
     for name, value in arguments.items():
         if value is not None and value is not False:
-            raise ValueError(f"`{name}` is not supported yet. Leave it out.")
+            raise ValueError(f"`{name}` is not supported. Leave it out.")
 
 
 def _inputs(
@@ -182,35 +419,37 @@ def _inputs(
         if config.bos_token_id is None:
             raise ValueError("`bos_token_id` has to be defined when no `input_ids` are provided.")
         given = np.full((1 if mask is None else len(mask), 1), config.bos_token_id)
-    input_ids = _array("input_ids", given)
-    if not np.issubdtype(input_ids.dtype, np.integer):
+    input_ids = _token_ids("input_ids", given, model.vocab_size)
+    return input_ids, None if mask is None else _mask("attention_mask", mask, input_ids)
+
+
+def _token_ids(name: str, given: Any, vocab_size: int) -> np.ndarray:
+    """int32 [B, P], each an id of the model."""
+    ids = _array(name, given)
+    if not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(f"`{name}` has dtype {ids.dtype}, but token ids are integers. Tokenise the text first.")
+    if ids.size == 0:
+        raise ValueError(f"`{name}` has shape {ids.shape}, but every prompt needs at least one token.")
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= vocab_size:
         raise ValueError(
-            f"`input_ids` has dtype {input_ids.dtype}, but token ids are integers. Tokenise the text first."
-        )
-    if input_ids.size == 0:
-        raise ValueError(f"`input_ids` has shape {input_ids.shape}, but every prompt needs at least one token.")
-    low, high = int(input_ids.min()), int(input_ids.max())
-    if low < 0 or high >= model.vocab_size:
-        raise ValueError(
-            f"`input_ids` holds {low if low < 0 else high}, but ids of this model are 0 to {model.vocab_size - 1}. "
+            f"`{name}` holds {low if low < 0 else high}, but ids of this model are 0 to {vocab_size - 1}. "
             "Check that tokenizer and model belong together."
         )
-    return input_ids.astype(np.int32), None if mask is None else _mask(mask, input_ids)
+    return ids.astype(np.int32)
 
 
-def _mask(given: Any, input_ids: np.ndarray) -> np.ndarray:
+def _mask(name: str, given: Any, ids: np.ndarray) -> np.ndarray:
     if np.ndim(given) > 2:
-        raise ValueError(f"`attention_mask` passed to `generate` must be 2D, but has {np.ndim(given)} dimensions.")
-    mask = _array("attention_mask", given)
-    if mask.shape != input_ids.shape:
-        raise ValueError(
-            f"`attention_mask` has shape {mask.shape}, but `input_ids` has {input_ids.shape}. They must be equal."
-        )
+        raise ValueError(f"`{name}` passed to `generate` must be 2D, but has {np.ndim(given)} dimensions.")
+    mask = _array(name, given)
+    if mask.shape != ids.shape:
+        raise ValueError(f"`{name}` has shape {mask.shape}, but its ids have {ids.shape}. They must be equal.")
     if not np.isin(mask, (0, 1)).all():
-        raise ValueError(f"`attention_mask` holds {mask[~np.isin(mask, (0, 1))][0]}, but may hold 0 and 1 only.")
+        raise ValueError(f"`{name}` holds {mask[~np.isin(mask, (0, 1))][0]}, but may hold 0 and 1 only.")
     if not mask.any(axis=1).all():
         row = int(np.flatnonzero(~mask.any(axis=1))[0])
-        logger.warning("`attention_mask` masks all of row %d: its continuation will mean nothing.", row)
+        logger.warning("`%s` masks all of row %d: its continuation will mean nothing.", name, row)
     return mask.astype(bool)
 
 
@@ -277,35 +516,32 @@ def _pad_to_buckets(input_ids: np.ndarray, attention_mask: np.ndarray) -> Prompt
     rows, columns = input_ids.shape
     width = ((0, bucket(rows) - rows), (bucket(max(columns, _MIN_PROMPT_BUCKET)) - columns, 0))
     return Prompt(
-        input_ids=_leaf(np.pad(input_ids, width), np.int32),
-        attention_mask=_leaf(np.pad(attention_mask, width), np.bool_),
-        length=_leaf(columns, np.int32),
-        rows=_leaf(rows, np.int32),
+        input_ids=leaf(np.pad(input_ids, width), np.int32),
+        attention_mask=leaf(np.pad(attention_mask, width), np.bool_),
+        length=leaf(columns, np.int32),
+        rows=leaf(rows, np.int32),
     )
 
 
-def _strategy(eos: list[int], pad_token_id: int, max_length: int) -> Greedy:
-    places = bucket(max(_MIN_EOS_BUCKET, len(eos)))
-    return Greedy(
-        eos=EosToken(_leaf([*eos, *[-1] * (places - len(eos))], np.int32)),
-        max_length=MaxLength(_leaf(max_length, np.int32)),
-        pad_token_id=_leaf(pad_token_id, np.int32),
-    )
-
-
-def _leaf(value: Any, dtype: Any) -> Any:
-    """A NumPy leaf of a traced pytree: the dispatch moves it to the device, where `jnp` would take one of its own."""
-    return np.asarray(value, dtype)
-
-
-def _check_memory(model: Model, rows: int, slots: int) -> None:
-    """Refuses a cache that no allocator could give, before anything is compiled for it."""
-    needed = rows * slots * model.cache_bytes_per_token
+def _check_memory(model: Model, call: Call) -> None:
+    """Refuses what no allocator could give, before anything is compiled for it."""
+    prompt_rows, columns = call.prompt.input_ids.shape
+    rows = prompt_rows * call.config.num_return_sequences
+    steps = call.slots - columns
+    needed = {"the cache": rows * call.slots * model.cache_bytes_per_token}
+    for name in call.strategy.outputs:
+        if name != "logprobs":
+            needed[f"`output_{name}`"] = 4 * rows * steps * model.vocab_size
+    for name in call.collect:
+        of_prompt = prompt_rows * model.internals_bytes(name, columns, columns)
+        needed[f"`output_{name}`"] = of_prompt + rows * steps * model.internals_bytes(name, 1, call.slots)
     available = _memory_bytes()
-    if needed > available:
+    if sum(needed.values()) > available:
+        parts = ", ".join(f"{size / 1e9:,.1f} GB for {name}" for name, size in needed.items())
         raise ValueError(
-            f"{rows} rows of {slots} tokens need a cache of {needed / 1e9:,.1f} GB, but the device has "
-            f"{available / 1e9:,.1f} GB. Lower `max_new_tokens`, the prompt length or the batch."
+            f"{rows} rows of {call.slots} tokens need {parts}, but the device has {available / 1e9:,.1f} GB. Lower "
+            "`max_new_tokens`, the prompt length or the batch"
+            + (", or ask for fewer outputs." if len(needed) > 1 else ".")
         )
 
 

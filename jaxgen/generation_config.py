@@ -18,38 +18,23 @@ from jaxgen import lazy
 
 logger = logging.getLogger(__name__)
 
-# Fields that change what a greedy decode returns. Each may only hold a value that switches it off.
-_NOT_YET = {
-    "do_sample": (None, False),
+# Every public field of GenerationConfig is in one of these groups; a test enumerates the installed class.
+SUPPORTED = frozenset(
+    "max_length max_new_tokens min_length min_new_tokens do_sample num_return_sequences temperature top_k top_p min_p "
+    "top_h typical_p epsilon_cutoff eta_cutoff repetition_penalty encoder_repetition_penalty no_repeat_ngram_size "
+    "encoder_no_repeat_ngram_size bad_words_ids sequence_bias renormalize_logits forced_bos_token_id "
+    "forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens "
+    "guidance_scale watermarking_config output_attentions output_hidden_states output_scores output_logits "
+    "return_dict_in_generate pad_token_id bos_token_id eos_token_id".split()
+)
+# Refused by name unless they hold one of the values that switch them off.
+REFUSED: dict[str, tuple[Any, ...]] = {
     "num_beams": (None, 1),
-    "num_return_sequences": (None, 1),
     "max_time": (None,),
     "stop_strings": (None,),
     "use_mtp": (None, False),
-    "use_cache": (None, True),
     "cache_implementation": (None, "dynamic", "static"),
-    "min_length": (None, 0),
-    "min_new_tokens": (None, 0),
-    "repetition_penalty": (None, 1.0),
-    "encoder_repetition_penalty": (None, 1.0),
-    "no_repeat_ngram_size": (None, 0),
-    "encoder_no_repeat_ngram_size": (None, 0),
-    "bad_words_ids": (None,),
-    "renormalize_logits": (None, False),
-    "forced_bos_token_id": (None,),
-    "forced_eos_token_id": (None,),
-    "remove_invalid_values": (None, False),
-    "exponential_decay_length_penalty": (None,),
-    "suppress_tokens": (None, []),
-    "begin_suppress_tokens": (None, []),
-    "sequence_bias": (None,),
     "token_healing": (None, False),
-    "guidance_scale": (None, 1.0),
-    "watermarking_config": (None,),
-    "output_attentions": (None, False),
-    "output_hidden_states": (None, False),
-    "output_scores": (None, False),
-    "output_logits": (None, False),
     "is_assistant": (None, False),
     "assistant_early_exit": (None,),
     "assistant_ensemble_weight": (None,),
@@ -67,19 +52,23 @@ _NOT_YET = {
     "cache_config": (None,),
     "continuous_batching_config": (None,),
 }
-# Fields that act in other modes only (sampling, beams, assisted decoding, encoder-decoder models); transformers
-# ignores them in greedy decoding too, and warns where a caller sets them.
-_OTHER_MODES = frozenset(
-    "temperature top_k top_p min_p top_h typical_p epsilon_cutoff eta_cutoff early_stopping length_penalty "
-    "num_assistant_tokens num_assistant_tokens_schedule assistant_confidence_threshold assistant_lookbehind "
-    "target_lookbehind max_matching_ngram_size decoder_start_token_id".split()
-)
-# Fields about torch.compile, which has no counterpart here: every call is compiled.
-_NO_EFFECT_IN_JAX = frozenset({"compile_config", "disable_compile"})
-_SUPPORTED = frozenset(
-    "max_length max_new_tokens bos_token_id eos_token_id pad_token_id return_dict_in_generate".split()
-)
-_BOOKKEEPING = frozenset({"transformers_version"})
+_BEAMS = "acts on beams only; transformers ignores it with one beam too, and warns where a caller sets it"
+_ASSISTANT = "acts in assisted decoding only, and transformers ignores it elsewhere too"
+NO_EFFECT = {
+    "compile_config": "is about torch.compile; every call of jaxgen is compiled",
+    "disable_compile": "is about torch.compile; every call of jaxgen is compiled",
+    "use_cache": "the cache is always used: the tokens are the same without, only later",
+    "early_stopping": _BEAMS,
+    "length_penalty": _BEAMS,
+    "num_assistant_tokens": _ASSISTANT,
+    "num_assistant_tokens_schedule": _ASSISTANT,
+    "assistant_confidence_threshold": _ASSISTANT,
+    "assistant_lookbehind": _ASSISTANT,
+    "target_lookbehind": _ASSISTANT,
+    "max_matching_ngram_size": _ASSISTANT,
+    "decoder_start_token_id": "concerns encoder-decoder models only",
+    "transformers_version": "is bookkeeping",
+}
 
 
 @dataclass(frozen=True)
@@ -89,16 +78,26 @@ class Resolved:
     Attributes:
         max_length: columns of the output, prompt included; None if nobody set it.
         max_new_tokens: wins over `max_length`; None if nobody set it.
+        min_new_tokens: wins over `min_length`; None if nobody set it.
         eos_token_id: in the caller's order, empty for none.
         pad_token_id: None if nobody set it, which transformers' warnings tell from the default (the first eos).
+        outputs: of "scores", "logits", "attentions", "hidden_states", what to return of every step.
+        merged: the merged GenerationConfig, for the fields that only `processor_list` reads.
     """
 
     max_length: int | None
     max_new_tokens: int | None
+    min_length: int
+    min_new_tokens: int | None
     bos_token_id: int | None
     eos_token_id: tuple[int, ...]
     pad_token_id: int | None
+    do_sample: bool
+    num_return_sequences: int
+    use_cache: bool
     return_dict_in_generate: bool
+    outputs: tuple[str, ...]
+    merged: Any
 
     def length_for(self, prompt_length: int, max_position_embeddings: int) -> int:
         """The `max_length` of a prompt: 20 new tokens unless the caller or the checkpoint says otherwise.
@@ -125,6 +124,24 @@ class Resolved:
             )
         return max_length
 
+    def min_length_for(self, prompt_length: int, max_length: int) -> int:
+        """The `min_length` of a prompt, with transformers' warnings if `max_length` comes first."""
+        min_length = self.min_length
+        suffix = (
+            " Generation will stop at the defined maximum length. You should decrease the minimum length and/or "
+            "increase the maximum length."
+        )
+        if self.min_new_tokens is not None:
+            min_length = prompt_length + self.min_new_tokens
+        if min_length > max_length:
+            warnings.warn(
+                f"Unfeasible length constraints: `min_length` ({min_length}) is larger than the maximum possible "
+                f"length ({max_length}).{suffix}",
+                UserWarning,
+                stacklevel=4,
+            )
+        return min_length
+
 
 _DEFAULT_NEW_TOKENS = 20
 
@@ -145,7 +162,7 @@ def resolve(
         The value, and the keywords that are no generation fields.
 
     Raises:
-        ValueError: transformers' own errors, or naming a field that greedy decoding in jaxgen does not support.
+        ValueError: transformers' own errors, or naming a field that jaxgen does not support.
     """
     config_class = lazy.transformers().GenerationConfig
     if generation_config is not None and not isinstance(generation_config, config_class):
@@ -155,31 +172,42 @@ def resolve(
         )
     levels = (kwargs.get("max_length"), getattr(generation_config, "max_length", None), model_config.max_length)
     has_default_max_length = all(level is None for level in levels)
+    min_levels = (kwargs.get("min_length"), getattr(generation_config, "min_length", None), model_config.min_length)
+    if isinstance(watermark := kwargs.get("watermarking_config"), dict):
+        kwargs = {**kwargs, "watermarking_config": lazy.generation_configs().WatermarkingConfig.from_dict(watermark)}
     merged = copy.deepcopy(generation_config) or config_class()
     merged.update(**model_config.to_dict(), defaults_only=True, allow_custom_entries=True)
     merged.update(**merged._get_default_generation_params(), defaults_only=True)
     fields = set(vars(merged))
     others = merged.update(**kwargs)
     if generation_config is not None and (given := sorted(set(kwargs) - set(others))):
-        _warn_once(
+        warn_once(
             f"Passing `generation_config` together with generation-related arguments=({given}) is deprecated and will "
             "be removed in future versions. Please pass either a `generation_config` object OR all generation "
             "parameters explicitly, but not both."
         )
     _refuse_unsupported(merged)
     _refuse_unknown(others, fields)
-    return _freeze(merged, has_default_max_length), others
+    resolved = _freeze(merged, has_default_max_length)
+    if resolved.min_new_tokens is not None and any(level is not None for level in min_levels):
+        logger.warning(
+            "Both `min_new_tokens` (=%s) and `min_length`(=%s) seem to have been set. `min_new_tokens` will take "
+            "precedence. Please refer to the documentation for more information. "
+            "(https://huggingface.co/docs/transformers/main/en/main_classes/text_generation)",
+            resolved.min_new_tokens,
+            resolved.min_length,
+        )
+    return resolved, others
 
 
 def _refuse_unsupported(merged: Any) -> None:
     for name, value in vars(merged).items():
-        if name.startswith("_") or name in _SUPPORTED | _OTHER_MODES | _NO_EFFECT_IN_JAX | _BOOKKEEPING:
+        if name.startswith("_") or name in SUPPORTED or name in NO_EFFECT:
             continue
-        if name not in _NOT_YET:
+        if name not in REFUSED:
             raise ValueError(f"`{name}`={value!r} is not a generation field that jaxgen knows. Remove it.")
-        if not any(value is off or (value == off and type(value) is not bool) for off in _NOT_YET[name]):
-            off = _NOT_YET[name][-1]
-            raise ValueError(f"`{name}`={value!r} is not supported yet. Pass `{name}={off!r}`.")
+        if not any(value is off or (value == off and type(value) is not bool) for off in REFUSED[name]):
+            raise ValueError(f"`{name}`={value!r} is not supported. Pass `{name}={REFUSED[name][-1]!r}`.")
 
 
 def _refuse_unknown(others: Mapping[str, Any], fields: set[str]) -> None:
@@ -208,6 +236,13 @@ def _freeze(merged: Any, has_default_max_length: bool) -> Resolved:
             max_new_tokens,
             max_length,
         )
+    outputs = ("scores", "logits", "attentions", "hidden_states")
+    outputs = tuple(name for name in outputs if merged.return_dict_in_generate and getattr(merged, f"output_{name}"))
+    if merged.use_cache is False and {"attentions", "hidden_states"} & {*outputs}:
+        raise ValueError(
+            "`use_cache`=False would return the attentions and hidden states of the whole text at every step, but "
+            "jaxgen always decodes with a cache. Leave `use_cache` out: each column's are returned once."
+        )
     eos = _token_ids("eos_token_id", merged.eos_token_id)
     pad = _token_ids("pad_token_id", merged.pad_token_id)
     bos = _token_ids("bos_token_id", merged.bos_token_id)
@@ -220,10 +255,17 @@ def _freeze(merged: Any, has_default_max_length: bool) -> Resolved:
     return Resolved(
         max_length=None if has_default_max_length else max_length,
         max_new_tokens=max_new_tokens,
+        min_length=_integer("min_length", merged.min_length) or 0,
+        min_new_tokens=_integer("min_new_tokens", merged.min_new_tokens),
         bos_token_id=bos[0] if bos else None,
         eos_token_id=eos,
         pad_token_id=pad[0] if pad else None,
+        do_sample=merged.do_sample is True,
+        num_return_sequences=_num_return_sequences(merged.num_return_sequences),
+        use_cache=merged.use_cache is not False,
         return_dict_in_generate=merged.return_dict_in_generate is True,
+        outputs=outputs,
+        merged=merged,
     )
 
 
@@ -241,6 +283,15 @@ def _token_ids(name: str, value: Any) -> tuple[int, ...]:
     return ids
 
 
+def _num_return_sequences(value: Any) -> int:
+    count = _integer("num_return_sequences", value)
+    if count is None:
+        return 1
+    if count < 1:
+        raise ValueError(f"`num_return_sequences`={count} must be at least 1.")
+    return count
+
+
 def _integer(name: str, value: Any) -> int | None:
     """An integer of any library, or None."""
     try:
@@ -252,7 +303,7 @@ def _integer(name: str, value: Any) -> int | None:
 _warned: set[str] = set()
 
 
-def _warn_once(message: str) -> None:
+def warn_once(message: str) -> None:
     if message not in _warned:
         _warned.add(message)
         logger.warning(message)

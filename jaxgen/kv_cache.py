@@ -45,26 +45,30 @@ class KVCache:
             position=jnp.zeros((rows,), jnp.int32),
         )
 
-    def extend(self, attention_mask: jax.Array) -> tuple["KVCache", jax.Array, jax.Array]:
+    def extend(
+        self, attention_mask: jax.Array, position_ids: jax.Array | None = None
+    ) -> tuple["KVCache", jax.Array, jax.Array]:
         """Makes room for T more columns; called once per forward pass, before the layers' `update`.
 
-        Positions count the unmasked columns and are 0 on masked ones, and the next token follows the position of the
-        last column, as in transformers 5.23: a right-padded row therefore continues at position 1.
+        Unless they are given, positions count the unmasked columns and are 0 on masked ones. The next token follows the
+        position of the last column, as in transformers 5.23: a right-padded row therefore continues at position 1.
 
         Args:
             attention_mask: bool [N, T].
+            position_ids: int32 [N, T].
 
         Returns:
             The cache, int32 [N, T] position ids, and bool [N, T, S] saying which slots each column attends.
         """
         columns = attention_mask.shape[1]
-        counted = self.position[:, None] + jnp.cumsum(attention_mask, axis=1, dtype=jnp.int32) - 1
-        positions = jnp.where(attention_mask, counted, 0)
+        if position_ids is None:
+            counted = self.position[:, None] + jnp.cumsum(attention_mask, axis=1, dtype=jnp.int32) - 1
+            position_ids = jnp.where(attention_mask, counted, 0)
         valid = lax.dynamic_update_slice_in_dim(self.valid, attention_mask, self.length, axis=1)
         own_slot = self.length + jnp.arange(columns)
         causal = jnp.arange(valid.shape[1]) <= own_slot[:, None]
-        cache = replace(self, valid=valid, length=self.length + columns, position=positions[:, -1] + 1)
-        return cache, positions, valid[:, None, :] & causal
+        cache = replace(self, valid=valid, length=self.length + columns, position=position_ids[:, -1] + 1)
+        return cache, position_ids, valid[:, None, :] & causal
 
     def update(self, layer: int, keys: jax.Array, values: jax.Array) -> tuple["KVCache", jax.Array, jax.Array]:
         """Writes one layer's [N, K, T, H] into the slots that `extend` made room for.
@@ -94,6 +98,26 @@ class KVCache:
             layers=tuple((pad(keys), pad(values)) for keys, values in self.layers),
             valid=jnp.pad(self.valid, ((0, 0), (0, extra))),
         )
+
+    def take(self, rows: jax.Array) -> "KVCache":
+        """The cache of int32 [M] rows of this one, in their order."""
+
+        def take(array: jax.Array) -> jax.Array:
+            taken = array.reshape(len(self.valid), -1, *array.shape[-2:])[rows]
+            return taken.reshape(*_without_ones(*taken.shape[:2]), *array.shape[-2:])
+
+        return replace(
+            self,
+            layers=tuple((take(keys), take(values)) for keys, values in self.layers),
+            valid=self.valid[rows],
+            position=self.position[rows],
+        )
+
+    def layer(self, index: int) -> tuple[jax.Array, jax.Array]:
+        """One layer's keys and values, each [N, K, S, H] with all its dimensions."""
+        keys, values = self.layers[index]
+        shape = (len(self.valid), -1, *keys.shape[-2:])
+        return keys.reshape(shape), values.reshape(shape)
 
     def cleared(self) -> "KVCache":
         """The same cache with zero values in the slots that are not valid.

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import sys
 from typing import Any
 
 
@@ -16,3 +17,14 @@ def transformers() -> Any:
             del os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"]
         else:
             os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = before
+
+
+def generation_configs() -> Any:
+    """The module of GenerationConfig and the watermarking configs, which the package shows only if torch is there."""
+    transformers()
+    return importlib.import_module("transformers.generation.configuration_utils")
+
+
+def torch() -> Any:
+    """The `torch` that the caller has imported already; jaxgen itself needs none and never imports it."""
+    return sys.modules["torch"]

@@ -1,8 +1,10 @@
-"""When a row is finished: array maths over the token just chosen and the length so far."""
+"""When a row is finished: array maths over the tokens so far, same as transformers 5.23 `stopping_criteria.py`."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
+from jax import lax
 from jax.tree_util import register_dataclass
 
 
@@ -17,10 +19,10 @@ class EosToken:
 
     eos_token_id: jax.Array
 
-    def __call__(self, tokens: jax.Array, length: jax.Array) -> jax.Array:
-        """bool [N] for int32 [N] new tokens and int32 [] columns including them."""
-        del length
-        return (tokens[:, None] == self.eos_token_id).any(axis=1)
+    def __call__(self, input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array) -> jax.Array:
+        """bool [N] for int32 [N, S] tokens of which `cur_len` columns are valid; `scores` [N, V] chose the last."""
+        last = lax.dynamic_slice_in_dim(input_ids, cur_len - 1, 1, axis=1)
+        return (last == self.eos_token_id).any(axis=1)
 
 
 @register_dataclass
@@ -34,7 +36,21 @@ class MaxLength:
 
     max_length: jax.Array
 
-    def __call__(self, tokens: jax.Array, length: jax.Array) -> jax.Array:
-        """bool [] for int32 [N] new tokens and int32 [] columns including them."""
-        del tokens
-        return length >= self.max_length
+    def __call__(self, input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array) -> jax.Array:
+        """bool []."""
+        return cur_len >= self.max_length
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class CustomCriterion:
+    """A caller's JAX function `(input_ids, scores, cur_len) -> bool [N]`, compiled into the program.
+
+    Attributes:
+        function: a callable pytree: the caller's own, or a function in a `jax.tree_util.Partial`.
+    """
+
+    function: Any
+
+    def __call__(self, input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array) -> jax.Array:
+        return self.function(input_ids, scores, cur_len)

@@ -11,7 +11,7 @@ import jaxgen
 
 ROOT = Path(__file__).parent.parent
 MODEL_COLUMN = {"models", "kv_cache", "checkpoint", "safetensors_file"}
-DECODE_COLUMN = {"decoding", "sampling", "stopping_criteria"}
+DECODE_COLUMN = {"decoding", "sampling", "stopping_criteria", "logits_process", "watermarking", "callbacks"}
 FILES = [*(ROOT / "jaxgen").rglob("*.py"), *(ROOT / "convert").rglob("*.py")]
 
 

@@ -26,6 +26,9 @@ class CountingCache:
     def grow(self, slots: int) -> "CountingCache":
         return replace(self, slots=jnp.int32(slots))
 
+    def take(self, rows: jax.Array) -> "CountingCache":
+        return self
+
     def cleared(self) -> "CountingCache":
         return self
 
@@ -45,9 +48,8 @@ class TransitionTable:
         del rows
         return CountingCache(jnp.int32(0), jnp.int32(slots))
 
-    def extend(self, cache: CountingCache, input_ids: jax.Array, attention_mask: jax.Array) -> Any:
-        del attention_mask
-        return self.scores[input_ids[:, -1]], replace(cache, passes=cache.passes + 1)
+    def extend(self, cache: CountingCache, input_ids: jax.Array, *_: Any) -> Any:
+        return self.scores[input_ids[:, -1]], replace(cache, passes=cache.passes + 1), {}
 
 
 def table(next_tokens: dict[int, int]) -> TransitionTable:
@@ -60,8 +62,8 @@ def table(next_tokens: dict[int, int]) -> TransitionTable:
 COUNT_UP = table({0: 1, 1: 2, 2: 3, 3: 4, 4: 5, 5: 6, 6: EOS, EOS: 8, 8: 0})
 
 
-def greedy(max_length: int, eos: int = EOS) -> jaxgen.Greedy:
-    return jaxgen.Greedy(jaxgen.EosToken(jnp.array([eos, -1])), jaxgen.MaxLength(jnp.int32(max_length)), jnp.int32(PAD))
+def greedy(max_length: int, eos: int = EOS) -> jaxgen.Sample:
+    return jaxgen.Sample(jaxgen.EosToken(jnp.array([eos, -1])), jaxgen.MaxLength(jnp.int32(max_length)), jnp.int32(PAD))
 
 
 def prompt(last_tokens: list[int], bucket_rows: int = 0) -> jaxgen.Prompt:

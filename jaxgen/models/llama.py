@@ -1,6 +1,6 @@
 """Llama, from its `config.json` to its logits. Same computation as transformers 5.23 `LlamaForCausalLM`."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self
@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxgen.base import Internals
 from jaxgen.kv_cache import KVCache
 from jaxgen.models import rope
 from jaxgen.models.layers import Embed, HostOnly, Linear, RMSNorm, attend
@@ -158,8 +159,11 @@ class Attention(nnx.Module):
 
     def __call__(
         self, x: jax.Array, cos: jax.Array, sin: jax.Array, mask: jax.Array, cache: KVCache, layer: int
-    ) -> tuple[jax.Array, KVCache]:
-        """[N, T, D] -> [N, T, D] and the cache; cos and sin are [N, T, H], the mask is bool [N, T, S]."""
+    ) -> tuple[jax.Array, KVCache, Callable[[], jax.Array]]:
+        """[N, T, D] -> [N, T, D], the cache, and what gives the weights [N, Q, T, S].
+
+        cos and sin are [N, T, H], the mask is bool [N, T, S].
+        """
         rows, columns, _ = x.shape
         kv_heads, head_dim = self.config.num_key_value_heads, self.config.head_dim
         heads = self.config.num_attention_heads
@@ -168,8 +172,9 @@ class Attention(nnx.Module):
         queries, keys = (rope.rotate(each, cos[:, None], sin[:, None]) for each in (queries, keys))
         cache, keys, values = cache.update(layer, keys, values)
         queries = queries.reshape(rows, kv_heads, heads // kv_heads, columns, head_dim)
-        attended = attend(queries, keys, values, mask).transpose(0, 3, 1, 2, 4)
-        return self.o_proj(attended.reshape(rows, columns, -1)), cache
+        attended, weights = attend(queries, keys, values, mask)
+        attended = attended.transpose(0, 3, 1, 2, 4).reshape(rows, columns, -1)
+        return self.o_proj(attended), cache, lambda: weights().reshape(rows, heads, columns, -1)
 
 
 class MLP(nnx.Module):
@@ -200,10 +205,11 @@ class Layer(nnx.Module):
 
     def __call__(
         self, x: jax.Array, cos: jax.Array, sin: jax.Array, mask: jax.Array, cache: KVCache, layer: int
-    ) -> tuple[jax.Array, KVCache]:
-        attended, cache = self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, layer)
+    ) -> tuple[jax.Array, KVCache, Callable[[], jax.Array]]:
+        """As `Attention`."""
+        attended, cache, weights = self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, layer)
         x = x + attended
-        return x + self.mlp(self.post_attention_layernorm(x)), cache
+        return x + self.mlp(self.post_attention_layernorm(x)), cache, weights
 
 
 class Llama(nnx.Module):
@@ -232,6 +238,15 @@ class Llama(nnx.Module):
         config = self.config
         return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * self.dtype.itemsize
 
+    def internals_bytes(self, name: str, columns: int, slots: int) -> int:
+        """See `base.Model.internals_bytes`."""
+        config = self.config
+        per_column = {
+            "hidden_states": (config.num_hidden_layers + 1) * config.hidden_size,
+            "attentions": config.num_hidden_layers * config.num_attention_heads * slots,
+        }[name]
+        return columns * per_column * self.dtype.itemsize
+
     @property
     def dtype(self) -> jnp.dtype:
         return self.embed_tokens.weight[...].dtype
@@ -256,7 +271,8 @@ class Llama(nnx.Module):
         """
         if attention_mask is None:
             attention_mask = jnp.ones_like(input_ids, bool)
-        hidden, _ = self._hidden_states(self.make_cache(*input_ids.shape), input_ids, attention_mask.astype(bool))
+        cache = self.make_cache(*input_ids.shape)
+        hidden, _, _ = self._hidden_states(cache, input_ids, attention_mask.astype(bool))
         return self._logits(hidden)
 
     def make_cache(self, rows: int, slots: int) -> KVCache:
@@ -265,21 +281,40 @@ class Llama(nnx.Module):
             config.num_hidden_layers, rows, slots, config.num_key_value_heads, config.head_dim, self.dtype
         )
 
-    def extend(self, cache: KVCache, input_ids: jax.Array, attention_mask: jax.Array) -> tuple[jax.Array, KVCache]:
+    def extend(
+        self,
+        cache: KVCache,
+        input_ids: jax.Array,
+        attention_mask: jax.Array,
+        position_ids: jax.Array | None = None,
+        collect: tuple[str, ...] = (),
+    ) -> tuple[jax.Array, KVCache, Internals]:
         """See `base.Model.extend`: the head runs on the last column only."""
-        hidden, cache = self._hidden_states(cache, input_ids, attention_mask)
-        return self._logits(hidden[:, -1]), cache
+        hidden, cache, internals = self._hidden_states(cache, input_ids, attention_mask, position_ids, collect)
+        return self._logits(hidden[:, -1]), cache, internals
 
     def _hidden_states(
-        self, cache: KVCache, input_ids: jax.Array, attention_mask: jax.Array
-    ) -> tuple[jax.Array, KVCache]:
-        """float [N, T, D] after the final norm, and the cache T columns longer."""
+        self,
+        cache: KVCache,
+        input_ids: jax.Array,
+        attention_mask: jax.Array,
+        position_ids: jax.Array | None = None,
+        collect: tuple[str, ...] = (),
+    ) -> tuple[jax.Array, KVCache, Internals]:
+        """float [N, T, D] after the final norm, the cache T columns longer, and the internals asked for."""
         x = self.embed_tokens(input_ids)
-        cache, positions, mask = cache.extend(attention_mask)
+        cache, positions, mask = cache.extend(attention_mask, position_ids)
         cos, sin = rope.cos_sin(self.config.rope, positions, x.dtype)
+        hidden_states, attentions = [x], []
         for index, layer in enumerate(self.layers):
-            x, cache = layer(x, cos, sin, mask, cache, index)
-        return self.norm(x), cache
+            x, cache, weights = layer(x, cos, sin, mask, cache, index)
+            hidden_states.append(x)
+            if "attentions" in collect:
+                attentions.append(weights())
+        x = self.norm(x)
+        # As in transformers, the last of the hidden states is the one after the final norm.
+        internals = {"hidden_states": (*hidden_states[:-1], x), "attentions": tuple(attentions)}
+        return x, cache, {name: internals[name] for name in collect}
 
     def _logits(self, hidden: jax.Array) -> jax.Array:
         """[..., D] -> float32 [..., V], rounded to the model's dtype on the way, as transformers' are."""

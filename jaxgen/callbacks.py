@@ -1,0 +1,179 @@
+"""Python code inside the compiled loop: Hugging Face's own processors and criteria, and NumPy functions.
+
+The program knows a number in the place of the function, so that another function, or another instance of the same
+processor, compiles nothing. Each call costs a trip to the host and a copy of the scores, at every step.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import io_callback
+from jax.tree_util import register_dataclass
+
+from jaxgen import lazy
+from jaxgen.base import LogitsProcessor, leaf
+
+HostFunction = Callable[[np.ndarray, np.ndarray | None], np.ndarray]
+
+_numbers = itertools.count()
+_functions: dict[int, HostFunction] = {}
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class HostProcessor(LogitsProcessor):
+    """Calls `function(input_ids [rows, cur_len], scores [rows, V])` on the host, in the order of the steps.
+
+    Attributes:
+        number: int32 []. Of a function that is `registered`.
+        rows: int32 []. The rows of the caller; those of the bucket are none of its business.
+    """
+
+    number: jax.Array
+    rows: jax.Array
+
+    def __call__(self, input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array) -> jax.Array:
+        result = jax.ShapeDtypeStruct(scores.shape, scores.dtype)
+        return io_callback(_processed, result, self.number, self.rows, input_ids, scores, cur_len, ordered=True)
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class HostCriterion:
+    """Calls `function(input_ids [rows, cur_len], None)` on the host, in the order of the steps.
+
+    Attributes:
+        number, rows: as in `HostProcessor`.
+    """
+
+    number: jax.Array
+    rows: jax.Array
+
+    def __call__(self, input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array) -> jax.Array:
+        """bool [N]."""
+        result = jax.ShapeDtypeStruct(scores.shape[:1], jnp.bool_)
+        return io_callback(_finished, result, self.number, self.rows, input_ids, cur_len, ordered=True)
+
+
+class HostFunctions:
+    """The functions of one call and what went wrong in them."""
+
+    def __init__(self) -> None:
+        self._functions: dict[int, HostFunction] = {}
+        self._error: BaseException | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self._functions)
+
+    def add(self, function: HostFunction) -> Any:
+        """The number that stands for the function in a program."""
+
+        def guarded(input_ids: np.ndarray, scores: np.ndarray | None) -> np.ndarray:
+            try:
+                return function(input_ids, scores)
+            except BaseException as error:
+                self._error = error
+                raise
+
+        number = next(_numbers)
+        self._functions[number] = guarded
+        return leaf(number, np.int32)
+
+    @contextmanager
+    def registered(self) -> Iterator[None]:
+        """Makes the functions callable, until the call's results are there; an error of theirs is raised as it was."""
+        _functions.update(self._functions)
+        try:
+            yield
+        except Exception as error:
+            if self._error is not None:
+                raise self._error from error
+            raise
+        finally:
+            for number in self._functions:
+                _functions.pop(number, None)
+
+
+def for_processor(function: Callable[..., Any]) -> HostFunction:
+    """`function` with NumPy in and out; a subclass of transformers' LogitsProcessor gets tensors."""
+    return (
+        _with_tensors(function) if _is_transformers(function) else lambda ids, scores: np.asarray(function(ids, scores))
+    )
+
+
+def for_prefix(prefix_allowed_tokens_fn: Callable[[int, np.ndarray], Any]) -> HostFunction:
+    """Same as transformers 5.23 `PrefixConstrainedLogitsProcessor` for one beam."""
+
+    def constrain(input_ids: np.ndarray, scores: np.ndarray | None) -> np.ndarray:
+        assert scores is not None
+        mask = np.full_like(scores, -np.inf)
+        for row, tokens in enumerate(input_ids):
+            allowed = np.asarray(prefix_allowed_tokens_fn(row, tokens), dtype=int).reshape(-1)
+            if not allowed.size:
+                raise ValueError(
+                    f"`prefix_allowed_tokens_fn` returned an empty list for batch ID {row}. Return at least one token, "
+                    "an eos for a text that may only end."
+                )
+            if allowed.min() < 0 or allowed.max() >= mask.shape[1]:
+                raise ValueError(
+                    f"`prefix_allowed_tokens_fn` allowed {allowed[(allowed < 0) | (allowed >= mask.shape[1])][0]} for "
+                    f"batch ID {row}, but ids of this model are 0 to {mask.shape[1] - 1}."
+                )
+            mask[row, allowed] = 0
+        constrained = scores + mask
+        unsatisfiable = np.isneginf(constrained.max(axis=1, keepdims=True))
+        return np.where(unsatisfiable, mask, constrained)
+
+    return constrain
+
+
+def for_criterion(function: Callable[..., Any]) -> HostFunction:
+    """`function` with a bool per row out, whatever it returns; see `for_processor`."""
+    if _is_transformers(function):
+        function = _with_tensors(function)
+
+    def finished(input_ids: np.ndarray, scores: np.ndarray | None) -> np.ndarray:
+        return np.broadcast_to(np.asarray(function(input_ids, scores), bool), len(input_ids))
+
+    return finished
+
+
+def _is_transformers(function: Any) -> bool:
+    transformers = lazy.transformers()
+    return isinstance(function, (transformers.LogitsProcessor, transformers.StoppingCriteria))
+
+
+def _with_tensors(function: Callable[..., Any]) -> HostFunction:
+    # Only torch can make these classes, so it is there; NumPy arrays know how to become its tensors and back.
+    tensor = lazy.torch().tensor
+
+    def call(input_ids: np.ndarray, scores: np.ndarray | None) -> np.ndarray:
+        result = function(tensor(input_ids.astype(np.int64)), None if scores is None else tensor(scores))
+        return np.asarray(result)
+
+    return call
+
+
+def _processed(number: Any, rows: Any, input_ids: Any, scores: Any, cur_len: Any) -> np.ndarray:
+    whole = np.array(scores)
+    rows = int(rows)
+    given = whole[:rows]
+    result = _functions[int(number)](np.asarray(input_ids)[:rows, : int(cur_len)].copy(), given.copy())
+    if np.shape(result) != given.shape:
+        raise ValueError(f"a logits processor returned scores of shape {np.shape(result)}, but got {given.shape}.")
+    whole[:rows] = result
+    return whole
+
+
+def _finished(number: Any, rows: Any, input_ids: Any, cur_len: Any) -> np.ndarray:
+    ids = np.asarray(input_ids)
+    finished = np.ones(len(ids), bool)
+    rows = int(rows)
+    finished[:rows] = _functions[int(number)](ids[:rows, : int(cur_len)].copy(), None)
+    return finished

@@ -1,0 +1,477 @@
+"""Rules that change the scores before a token is chosen: one dataclass each, in Hugging Face's order.
+
+Same results as the classes of transformers 5.23 `generation/logits_process.py`, whose names they carry without their
+suffixes. Numbers are leaves of pytrees, so a new penalty or threshold compiles nothing; lists of ids become masks
+[V], which a program takes whatever their length. The rules of sampling (`Warper`) look at scores alone, not at which
+token has them, so they also run on the few candidates of a draw; see `sampling`.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.tree_util import register_dataclass
+
+from jaxgen.base import LogitsProcessor, Prompt, leaf
+
+
+def token_mask(token_ids: Iterable[int], vocab_size: int) -> Any:
+    """bool [V], True on the ids; ids outside the vocabulary are nobody's."""
+    mask = np.zeros(vocab_size, bool)
+    mask[[token for token in token_ids if 0 <= token < vocab_size]] = True
+    return mask
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class SequenceBias(LogitsProcessor):
+    """Adds a bias to the token that would complete a sequence. `SequenceBiasLogitsProcessor`; -inf forbids a sequence.
+
+    Attributes:
+        single: float32 [V]. The biases of sequences of one token.
+        prefixes: int32 [M, T]. All tokens of the longer sequences but the last, right-aligned; -1 matches anything.
+        last: int32 [M]. The last tokens; V in unused places.
+        biases: float32 [M].
+    """
+
+    single: jax.Array
+    prefixes: jax.Array
+    last: jax.Array
+    biases: jax.Array
+
+    @classmethod
+    def build(cls, sequences: Mapping[tuple[int, ...], float], vocab_size: int, bucket: Callable[[int], int]) -> Self:
+        """From the biases by sequence; `bucket` rounds the number and the length of the sequences up."""
+        single = np.zeros(vocab_size, np.float32)
+        for sequence, bias in sequences.items():
+            if len(sequence) == 1:
+                single[sequence[0]] = bias
+        longer = {sequence: bias for sequence, bias in sequences.items() if len(sequence) > 1}
+        count = bucket(len(longer)) if longer else 0
+        columns = bucket(max(map(len, longer), default=1))
+        prefixes = np.full((count, columns), -1, np.int32)
+        last = np.full(count, vocab_size, np.int32)
+        biases = np.zeros(count, np.float32)
+        for row, (sequence, bias) in enumerate(longer.items()):
+            prefixes[row, columns + 1 - len(sequence) :] = sequence[:-1]
+            last[row], biases[row] = sequence[-1], bias
+        return cls(*(leaf(array, array.dtype) for array in (single, prefixes, last, biases)))
+
+    def __call__(self, input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array) -> jax.Array:
+        bias = jnp.broadcast_to(self.single, scores.shape)
+        if len(self.last):
+            places = cur_len - self.prefixes.shape[1] + jnp.arange(self.prefixes.shape[1])
+            recent = jnp.where(places >= 0, jnp.take(input_ids, places, axis=1, mode="clip"), -2)
+            matches = ((self.prefixes == -1) | (recent[:, None] == self.prefixes)).all(axis=-1)
+            bias = bias.at[:, self.last].add(jnp.where(matches, self.biases, 0), mode="drop")
+        return scores + bias
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class RepetitionPenalty(LogitsProcessor):
+    """Makes tokens less likely that are in the row already. `RepetitionPenaltyLogitsProcessor`.
+
+    The tokens of each row are carried as a mask [N, V]: reading all columns again would cost more with each step.
+    Padding before the prompt does not count; masked columns after its first token do, as in transformers.
+
+    Attributes:
+        penalty: float32 []. Above 1 discourages.
+    """
+
+    penalty: jax.Array
+
+    def init(self, prompt: Prompt, vocab_size: int) -> jax.Array:
+        columns = prompt.input_ids.shape[1]
+        mask = prompt.attention_mask
+        first = jnp.where(mask.any(axis=1), jnp.argmax(mask, axis=1), columns - prompt.length)
+        return _seen(prompt, first[:, None], vocab_size)
+
+    def step(
+        self, input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array, state: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        state = state.at[jnp.arange(len(scores)), input_ids[:, cur_len - 1]].set(True)
+        return _penalise(scores, state, self.penalty), state
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class EncoderRepetitionPenalty(LogitsProcessor):
+    """Makes the tokens of the prompt more likely. `EncoderRepetitionPenaltyLogitsProcessor`; padding counts too.
+
+    Attributes:
+        penalty: float32 []. Above 1 encourages.
+    """
+
+    penalty: jax.Array
+
+    def init(self, prompt: Prompt, vocab_size: int) -> jax.Array:
+        return _seen(prompt, prompt.input_ids.shape[1] - prompt.length, vocab_size)
+
+    def step(
+        self, input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array, state: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        return _penalise(scores, state, 1 / self.penalty), state
+
+
+def _seen(prompt: Prompt, first: jax.Array, vocab_size: int) -> jax.Array:
+    """bool [N, V]: the tokens of each prompt from column `first` ([N, 1] or []) on."""
+    rows, columns = prompt.input_ids.shape
+    ids = jnp.where(jnp.arange(columns) >= first, prompt.input_ids, vocab_size)
+    return jnp.zeros((rows, vocab_size), bool).at[jnp.arange(rows)[:, None], ids].set(True, mode="drop")
+
+
+def _penalise(scores: jax.Array, mask: jax.Array, penalty: jax.Array) -> jax.Array:
+    return jnp.where(mask, jnp.where(scores < 0, scores * penalty, scores / penalty), scores)
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class NoRepeatNGram(LogitsProcessor):
+    """Forbids n-grams that are in the row already, padding included. `NoRepeatNGramLogitsProcessor`.
+
+    Attributes:
+        size: n, static.
+    """
+
+    size: int = field(metadata={"static": True})
+
+    def __call__(self, input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array) -> jax.Array:
+        return _forbid_ngrams(input_ids, scores, cur_len, self.size, cur_len)
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class EncoderNoRepeatNGram(LogitsProcessor):
+    """Forbids n-grams that are in the prompt, padding included. `EncoderNoRepeatNGramLogitsProcessor`.
+
+    Attributes:
+        size: n, static.
+    """
+
+    size: int = field(metadata={"static": True})
+
+    def init(self, prompt: Prompt, vocab_size: int) -> jax.Array:
+        return prompt.length
+
+    def step(
+        self, input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array, state: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        return _forbid_ngrams(input_ids, scores, cur_len, self.size, state), state
+
+
+def _forbid_ngrams(input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array, size: int, end: jax.Array) -> jax.Array:
+    """Forbids the n-grams that end before column `end`: those whose first n - 1 tokens are the row's last ones."""
+    columns = jnp.arange(input_ids.shape[1])
+    completes = jnp.broadcast_to((columns >= size - 1) & (columns < end), input_ids.shape)
+    for back in range(1, size):
+        recent = lax.dynamic_slice_in_dim(input_ids, cur_len - back, 1, axis=1)
+        completes &= jnp.roll(input_ids, back, axis=1) == recent
+    forbidden = jnp.where(completes, input_ids, scores.shape[1])
+    return scores.at[jnp.arange(len(scores))[:, None], forbidden].set(-jnp.inf, mode="drop")
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class MinLength(LogitsProcessor):
+    """Forbids the end of a text before a length. `MinLengthLogitsProcessor`, `MinNewTokensLengthLogitsProcessor`.
+
+    Attributes:
+        min_length: int32 []. Columns, the prompt included.
+        eos: bool [V].
+    """
+
+    min_length: jax.Array
+    eos: jax.Array
+
+    def __call__(self, input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array) -> jax.Array:
+        return jnp.where(self.eos & (cur_len < self.min_length), -jnp.inf, scores)
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class ForceTokensAt(LogitsProcessor):
+    """Allows some tokens only, at one length. `ForcedBOSTokenLogitsProcessor`, `ForcedEOSTokenLogitsProcessor`.
+
+    Attributes:
+        length: int32 []. Columns before the forced one, the prompt included.
+        forced: bool [V].
+    """
+
+    length: jax.Array
+    forced: jax.Array
+
+    def __call__(self, input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array) -> jax.Array:
+        return jnp.where(cur_len == self.length, jnp.where(self.forced, 0.0, -jnp.inf), scores)
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class InfNanRemove(LogitsProcessor):
+    """NaN becomes 0, infinities the largest finite numbers. `InfNanRemoveLogitsProcessor`."""
+
+    def __call__(self, input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array) -> jax.Array:
+        return jnp.nan_to_num(scores, nan=0.0)
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class ExponentialDecayLengthPenalty(LogitsProcessor):
+    """Makes the end of a text likelier with each token after a start. `ExponentialDecayLengthPenalty`.
+
+    Attributes:
+        start: int32 []. Columns without a change, the prompt included.
+        factor: float32 [].
+        eos: bool [V].
+    """
+
+    start: jax.Array
+    factor: jax.Array
+    eos: jax.Array
+
+    def __call__(self, input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array) -> jax.Array:
+        late = jnp.maximum(cur_len - self.start, 0)
+        raised = jnp.abs(scores) * (self.factor ** late.astype(jnp.float32) - 1)
+        return jnp.where(self.eos & (late > 0) & jnp.isfinite(scores), scores + raised, scores)
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class SuppressTokens(LogitsProcessor):
+    """Forbids tokens. `SuppressTokensLogitsProcessor`.
+
+    Attributes:
+        suppressed: bool [V].
+    """
+
+    suppressed: jax.Array
+
+    def __call__(self, input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array) -> jax.Array:
+        return jnp.where(self.suppressed, -jnp.inf, scores)
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class SuppressTokensAtBegin(LogitsProcessor):
+    """Forbids tokens at one length, usually the prompt's. `SuppressTokensAtBeginLogitsProcessor`.
+
+    Attributes:
+        begin: int32 [].
+        suppressed: bool [V].
+    """
+
+    begin: jax.Array
+    suppressed: jax.Array
+
+    def __call__(self, input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array) -> jax.Array:
+        return jnp.where(self.suppressed & (cur_len == self.begin), -jnp.inf, scores)
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class Temperature(LogitsProcessor):
+    """Divides the scores. `TemperatureLogitsWarper`.
+
+    Attributes:
+        temperature: float32 []. Below 1 sharpens.
+    """
+
+    temperature: jax.Array
+
+    def __call__(self, input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array) -> jax.Array:
+        return scores / self.temperature
+
+
+class Warper(LogitsProcessor):
+    """A rule of sampling that sees scores alone: of the whole vocabulary, or of all its tokens with a chance.
+
+    Among equal scores the column decides, so candidates come in the order of their columns.
+    """
+
+    def __call__(self, input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array) -> jax.Array:
+        return self.warp(scores)
+
+    def warp(self, scores: jax.Array) -> jax.Array:
+        """float32 [N, V] or [N, W] -> the same with -inf where a token is ruled out."""
+        raise NotImplementedError
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class TopH(Warper):
+    """Keeps the likeliest tokens up to a share of their entropy (top-H decoding). `TopHLogitsWarper`.
+
+    Attributes:
+        top_h: float32 [], in (0, 1].
+    """
+
+    top_h: jax.Array
+
+    def warp(self, scores: jax.Array) -> jax.Array:
+        highest, columns = lax.top_k(scores, min(100, scores.shape[1]))
+        log_p = jax.nn.log_softmax(highest)
+        p = jnp.exp(log_p)
+        # torch takes the entropy with the smallest float for -inf, and each term with log 0: NaN, which keeps nothing.
+        entropy = -jnp.sum(p * jnp.maximum(log_p, jnp.finfo(jnp.float32).min), axis=1, keepdims=True)
+        kept = jnp.cumsum(-p * jnp.log(p), axis=1) <= entropy * self.top_h
+        kept = kept.at[:, 0].set(True)
+        values = jnp.where(kept, highest, -jnp.inf)
+        return jnp.full_like(scores, -jnp.inf).at[jnp.arange(len(scores))[:, None], columns].set(values)
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class TopK(Warper):
+    """Keeps the k highest scores and all that equal the last of them. `TopKLogitsWarper`.
+
+    Attributes:
+        top_k: int32 []. From the vocabulary's size on, everything is kept.
+    """
+
+    top_k: jax.Array
+
+    def warp(self, scores: jax.Array) -> jax.Array:
+        columns = scores.shape[1]
+
+        def keep_highest(scores: jax.Array) -> jax.Array:
+            lowest = lax.dynamic_index_in_dim(jnp.sort(scores), jnp.maximum(columns - self.top_k, 0), axis=1)
+            return jnp.where(scores < lowest, -jnp.inf, scores)
+
+        return lax.cond(self.top_k < columns, keep_highest, lambda scores: scores, scores)
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class TopP(Warper):
+    """Keeps the likeliest tokens that together reach a probability (nucleus sampling). `TopPLogitsWarper`.
+
+    Attributes:
+        top_p: float32 []. From 1 on, everything is kept.
+    """
+
+    top_p: jax.Array
+
+    def warp(self, scores: jax.Array) -> jax.Array:
+        return lax.cond(self.top_p < 1, self.keep_nucleus, lambda scores: scores, scores)
+
+    def keep_nucleus(self, scores: jax.Array, rest: jax.Array | float = -jnp.inf) -> jax.Array:
+        """As `warp`, for scores beside which there are less likely ones, whose logsumexp is `rest` [N, 1].
+
+        Rising probabilities are summed, as in transformers, and where the sum passes 1 - p the nucleus begins. Of equal
+        scores at its border, those of the higher columns are in it.
+        """
+        order = jnp.argsort(scores, axis=1)
+        rising = jnp.take_along_axis(scores, order, axis=1)
+        total = jnp.logaddexp(jax.nn.logsumexp(rising, axis=1, keepdims=True), rest)
+        mass = jnp.exp(rest - total) + jnp.cumsum(jnp.exp(rising - total), axis=1)
+        border = jnp.minimum((mass <= 1 - self.top_p).sum(axis=1, keepdims=True), scores.shape[1] - 1)
+        lowest = jnp.take_along_axis(rising, border, axis=1)
+        column = jnp.take_along_axis(order, border, axis=1)
+        kept = (scores > lowest) | ((scores == lowest) & (jnp.arange(scores.shape[1]) >= column))
+        return jnp.where(kept, scores, -jnp.inf)
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class MinP(Warper):
+    """Keeps tokens at least a share as likely as the likeliest. `MinPLogitsWarper`.
+
+    Attributes:
+        min_p: float32 [], in [0, 1].
+    """
+
+    min_p: jax.Array
+
+    def warp(self, scores: jax.Array) -> jax.Array:
+        p = jax.nn.softmax(scores)
+        return jnp.where(p < self.min_p * p.max(axis=1, keepdims=True), -jnp.inf, scores)
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class Typical(Warper):
+    """Keeps the tokens whose surprise is closest to the expected one (typical sampling). `TypicalLogitsWarper`.
+
+    Attributes:
+        typical_p: float32 [], in (0, 1). The probability to reach.
+    """
+
+    typical_p: jax.Array
+
+    def warp(self, scores: jax.Array) -> jax.Array:
+        log_p = jax.nn.log_softmax(scores)
+        p = jnp.exp(log_p)
+        entropy = -jnp.nansum(log_p * p, axis=1, keepdims=True)
+        distance = jnp.abs(-log_p - entropy)
+        order = jnp.argsort(distance, axis=1)
+        mass = jnp.cumsum(jnp.take_along_axis(p, order, axis=1), axis=1)
+        last = jnp.minimum((mass < self.typical_p).sum(axis=1, keepdims=True), scores.shape[1] - 1)
+        farthest = jnp.take_along_axis(distance, jnp.take_along_axis(order, last, axis=1), axis=1)
+        # The closest one stays whatever happens, as when all others tie with it at an infinite distance.
+        kept = (distance <= farthest) | (jnp.arange(scores.shape[1]) == order[:, :1])
+        return jnp.where(kept, scores, -jnp.inf)
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class Epsilon(Warper):
+    """Keeps tokens of at least a probability, and the likeliest (epsilon sampling). `EpsilonLogitsWarper`.
+
+    Attributes:
+        epsilon: float32 [], in (0, 1).
+    """
+
+    epsilon: jax.Array
+
+    def warp(self, scores: jax.Array) -> jax.Array:
+        return _cut_below(scores, self.epsilon)
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class Eta(Warper):
+    """Keeps tokens of a probability that falls with the entropy, and the likeliest (eta sampling). `EtaLogitsWarper`.
+
+    Attributes:
+        epsilon: float32 [], in (0, 1).
+    """
+
+    epsilon: jax.Array
+
+    def warp(self, scores: jax.Array) -> jax.Array:
+        log_p = jax.nn.log_softmax(scores)
+        entropy = -jnp.sum(jnp.exp(log_p) * jnp.maximum(log_p, jnp.finfo(jnp.float32).min), axis=1, keepdims=True)
+        return _cut_below(scores, jnp.minimum(self.epsilon, jnp.sqrt(self.epsilon) * jnp.exp(-entropy)))
+
+
+def _cut_below(scores: jax.Array, probability: jax.Array) -> jax.Array:
+    highest = scores.max(axis=1, keepdims=True)
+    return jnp.where((jax.nn.softmax(scores) < probability) & (scores < highest), -jnp.inf, scores)
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class LogitNormalization(Warper):
+    """Makes the scores log-probabilities. `LogitNormalization`."""
+
+    def warp(self, scores: jax.Array) -> jax.Array:
+        return jax.nn.log_softmax(scores)
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class Custom(LogitsProcessor):
+    """A caller's JAX function `(input_ids, scores, cur_len) -> scores`, compiled into the program.
+
+    Attributes:
+        function: a callable pytree: the caller's own, or a function in a `jax.tree_util.Partial`.
+    """
+
+    function: Any
+
+    def __call__(self, input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array) -> jax.Array:
+        return self.function(input_ids, scores, cur_len)
