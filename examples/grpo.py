@@ -22,8 +22,8 @@ import jaxgen
 
 PROMPTS = ["Once upon a time", "One day, a small fox", "Near a quiet river", "On a farm"]
 FRIENDLY = (
-    "best better brave cheerful friends good happily happy help helped kind laughed loved played playing sang smiled song "
-    "sunny together"
+    "best better brave cheerful friends good happily happy help helped kind laughed loved played playing sang smiled "
+    "song sunny together"
 ).split()
 
 GROUP = 8  # continuations of each prompt, which are compared with one another
@@ -56,8 +56,8 @@ def train(steps: int, seed: int) -> list[dict[str, Any]]:
         return_dict_in_generate=True,
         output_logprobs=True,
     )
-    # "Ġ" is how a byte-level tokenizer spells the space before a word; each of these words is one token.
-    words = jnp.array(tokenizer.convert_tokens_to_ids([f"Ġ{word}" for word in FRIENDLY]))
+    # After a space, as inside a sentence, each of these words is one token.
+    words = tokenizer([f" {word}" for word in FRIENDLY], add_special_tokens=False, return_tensors="np").input_ids[:, 0]
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(LEARNING_RATE))
     step = jax.jit(partial(train_step, call, partial(count_words, words), optimizer.update))
 
@@ -66,18 +66,17 @@ def train(steps: int, seed: int) -> list[dict[str, Any]]:
     reports = []
     for number in range(steps):
         model, state, report = step(model, state, jax.random.fold_in(key, number))
-        reports.append(report := jax.device_get(report))
+        reports.append(jax.device_get(report))
         print(f"step {number:3}  reward {report['reward']:5.2f}  {'#' * round(10 * report['reward'])}")
-    print(
-        f"\nFirst step: the ratio of the loss to the rollout differs from 1 by {reports[0]['ratio_error']:.1e} at most."
-    )
+    error = reports[0]["ratio_error"]
+    print(f"\nFirst step: the ratio of the loss's probabilities to the rollout's is 1 to within {error:.1e}.")
     for name, report in ("Before", reports[0]), ("After", reports[-1]):
         print(f"\n{name}: {tokenizer.decode(report['story'], skip_special_tokens=True)}")
     return reports
 
 
 def train_step(
-    call: Any, reward: Callable, update: Callable, model: Model, state: optax.OptState, key: jax.Array
+    call: jaxgen.Call, reward: Callable, update: Callable, model: Model, state: optax.OptState, key: jax.Array
 ) -> tuple[Model, optax.OptState, dict[str, jax.Array]]:
     """Returns the model and the optimizer state after one step, and a report of its rollouts."""
     rollout = jaxgen.decode(model, call.prompt, replace(call.strategy, key=key), call.slots)

@@ -3,7 +3,7 @@
 from jaxgen.base import LogitsProcessor, Model, Prompt, Strategy
 from jaxgen.checkpoint import BUNDLED_MODEL, from_config, load, save
 from jaxgen.decoding import compile_counts, decode
-from jaxgen.generation import generate, prepare
+from jaxgen.generation import Call, generate, prepare
 from jaxgen.outputs import compute_transition_scores
 from jaxgen.safetensors_file import CheckpointError
 from jaxgen.sampling import Sample
@@ -13,6 +13,7 @@ from jaxgen.version import __version__
 __all__ = [
     "__version__",
     "BUNDLED_MODEL",
+    "Call",
     "CheckpointError",
     "EosToken",
     "LogitsProcessor",

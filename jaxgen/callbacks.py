@@ -102,9 +102,16 @@ class HostFunctions:
 
 def for_processor(function: Callable[..., Any]) -> HostFunction:
     """`function` with NumPy in and out; a subclass of transformers' LogitsProcessor gets tensors."""
-    return (
-        _with_tensors(function) if _is_transformers(function) else lambda ids, scores: np.asarray(function(ids, scores))
-    )
+    if _is_transformers(function):
+        function = _with_tensors(function)
+
+    def process(input_ids: np.ndarray, scores: np.ndarray | None) -> np.ndarray:
+        processed = np.asarray(function(input_ids, scores))
+        if processed.shape != np.shape(scores):
+            raise ValueError(f"{function} returned scores of shape {processed.shape}, but got {np.shape(scores)}.")
+        return processed
+
+    return process
 
 
 def for_prefix(prefix_allowed_tokens_fn: Callable[[int, np.ndarray], Any]) -> HostFunction:
@@ -165,8 +172,6 @@ def _processed(number: Any, rows: Any, input_ids: Any, scores: Any, cur_len: Any
     rows = int(rows)
     given = whole[:rows]
     result = _functions[int(number)](np.asarray(input_ids)[:rows, : int(cur_len)].copy(), given.copy())
-    if np.shape(result) != given.shape:
-        raise ValueError(f"a logits processor returned scores of shape {np.shape(result)}, but got {given.shape}.")
     whole[:rows] = result
     return whole
 

@@ -59,6 +59,7 @@ def decode(model: Model, prompt: Prompt, strategy: Strategy, slots: int) -> Mapp
     columns = prompt.input_ids.shape[1]
     if slots <= columns:
         raise ValueError(f"`slots`={slots} leaves no room after a prompt of {columns} columns. Pass a larger number.")
+    prompt, strategy = jax.tree.map(jnp.asarray, (prompt, strategy))  # a tracer cannot index NumPy arrays
     state = _prefill(model, prompt, strategy, slots)
     return finalize(strategy, _advance(model, state, strategy, jnp.int32(slots - columns - 1)))
 

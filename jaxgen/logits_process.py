@@ -335,13 +335,12 @@ class TopK(Warper):
     top_k: jax.Array
 
     def warp(self, scores: jax.Array) -> jax.Array:
-        columns = scores.shape[1]
-
         def keep_highest(scores: jax.Array) -> jax.Array:
-            lowest = lax.dynamic_index_in_dim(jnp.sort(scores), jnp.maximum(columns - self.top_k, 0), axis=1)
-            return jnp.where(scores < lowest, -jnp.inf, scores)
+            bits = _ordered_bits(scores)
+            lowest = _highest_that(lambda x: (bits >= x).sum(axis=1, keepdims=True) >= self.top_k, len(scores))
+            return jnp.where(bits < lowest, -jnp.inf, scores)
 
-        return lax.cond(self.top_k < columns, keep_highest, lambda scores: scores, scores)
+        return lax.cond(self.top_k < scores.shape[1], keep_highest, lambda scores: scores, scores)
 
 
 @register_dataclass
@@ -364,15 +363,55 @@ class TopP(Warper):
         Rising probabilities are summed, as in transformers, and where the sum passes 1 - p the nucleus begins. Of equal
         scores at its border, those of the higher columns are in it.
         """
-        order = jnp.argsort(scores, axis=1)
-        rising = jnp.take_along_axis(scores, order, axis=1)
-        total = jnp.logaddexp(jax.nn.logsumexp(rising, axis=1, keepdims=True), rest)
-        mass = jnp.exp(rest - total) + jnp.cumsum(jnp.exp(rising - total), axis=1)
-        border = jnp.minimum((mass <= 1 - self.top_p).sum(axis=1, keepdims=True), scores.shape[1] - 1)
-        lowest = jnp.take_along_axis(rising, border, axis=1)
-        column = jnp.take_along_axis(order, border, axis=1)
-        kept = (scores > lowest) | ((scores == lowest) & (jnp.arange(scores.shape[1]) >= column))
-        return jnp.where(kept, scores, -jnp.inf)
+        total = jnp.logaddexp(jax.nn.logsumexp(scores, axis=1, keepdims=True), rest)
+        p, below = jnp.exp(scores - total), jnp.exp(rest - total)
+        columns = jnp.arange(scores.shape[1])
+        last = jnp.max(jnp.where(scores == scores.max(axis=1, keepdims=True), columns, 0), axis=1, keepdims=True)
+        mass = _rising_mass_of_few if len(columns) <= 128 else _rising_mass_at_border
+        return jnp.where(
+            (mass(scores, p, below, 1 - self.top_p) > 1 - self.top_p) | (columns == last), scores, -jnp.inf
+        )
+
+
+def _rising_mass_of_few(scores: jax.Array, p: jax.Array, below: jax.Array | float, limit: jax.Array) -> jax.Array:
+    """float [N, W]: `below` plus the probabilities of each score and the lower ones, by comparing all pairs."""
+    del limit
+    columns = jnp.arange(scores.shape[1])
+    this, other = scores[:, :, None], scores[:, None, :]
+    lower = (other < this) | ((other == this) & (columns <= columns[:, None]))
+    return below + jnp.where(lower, p[:, None, :], 0).sum(axis=2)
+
+
+def _rising_mass_at_border(scores: jax.Array, p: jax.Array, below: jax.Array | float, limit: jax.Array) -> jax.Array:
+    """As `_rising_mass_of_few` at the score where the mass passes `limit`, 0 below it and infinite above."""
+    bits = _ordered_bits(scores)
+
+    def mass_below(x: jax.Array) -> jax.Array:
+        return below + jnp.where(bits < x, p, 0).sum(axis=1, keepdims=True)
+
+    border = jnp.minimum(_highest_that(lambda x: mass_below(x) <= limit, len(scores)), bits.max(axis=1, keepdims=True))
+    equal = bits == border
+    at_border = mass_below(border) + jnp.cumsum(equal, axis=1) * p
+    return jnp.where(equal, at_border, jnp.where(bits > border, jnp.inf, 0))
+
+
+def _ordered_bits(scores: jax.Array) -> jax.Array:
+    """uint32 in the order of the float32 scores."""
+    bits = lax.bitcast_convert_type(jnp.where(scores == 0, 0.0, scores), jnp.uint32)  # -0 equals 0
+    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
+
+
+def _highest_that(holds: Callable[[jax.Array], jax.Array], rows: int) -> jax.Array:
+    """uint32 [N, 1]: the highest number that `holds`, by bisection, for a test that holds up to some number.
+
+    32 passes over a vocabulary instead of sorting it: on XLA:CPU 20 times faster (8 x 128k), and quicker to compile.
+    """
+
+    def decide(place: jax.Array, found: jax.Array) -> jax.Array:
+        higher = found | jnp.uint32(1) << (31 - place).astype(jnp.uint32)
+        return jnp.where(holds(higher), higher, found)
+
+    return lax.fori_loop(0, 32, decide, jnp.zeros((rows, 1), jnp.uint32))
 
 
 @register_dataclass

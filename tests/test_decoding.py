@@ -145,3 +145,29 @@ def test_decode_stops_where_its_slots_end_and_refuses_to_start_without_any() -> 
     assert sequences(jaxgen.decode(COUNT_UP, prompt([0]), greedy(20, eos=-1), 5)) == [[0, 1, 2]]
     with pytest.raises(ValueError, match="`slots`=3 leaves no room"):
         jaxgen.decode(COUNT_UP, prompt([0]), greedy(20), 3)
+
+
+@pytest.mark.parametrize("num_return_sequences", [1, 2])
+def test_a_prepared_call_is_a_pure_function_of_its_key(num_return_sequences: int) -> None:
+    model = jaxgen.load(jaxgen.BUNDLED_MODEL)
+    arguments = {"do_sample": True, "num_return_sequences": num_return_sequences, "max_new_tokens": 5}
+    call = jaxgen.prepare(model, [[5, 6], [7, 8]], eos_token_id=None, **arguments)
+
+    def run(key: jax.Array) -> jax.Array:
+        strategy = replace(call.strategy, key=key)
+        return jaxgen.decode(model, call.prompt, strategy, call.slots)["sequences"][:, :7]
+
+    keys = jax.random.split(jax.random.key(0), 3)
+    together = jax.jit(jax.vmap(run))(keys)
+    for key, sequences in zip(keys, together, strict=True):
+        expected = jaxgen.generate(model, [[5, 6], [7, 8]], eos_token_id=None, key=key, **arguments)
+        np.testing.assert_array_equal(sequences, expected)
+        np.testing.assert_array_equal(jax.jit(run)(key), expected)
+
+
+def test_what_runs_on_the_host_cannot_be_prepared() -> None:
+    model = jaxgen.load(jaxgen.BUNDLED_MODEL)
+    with pytest.raises(ValueError, match=r"runs on the host\. Write it as a JAX function"):
+        jaxgen.prepare(model, [[5]], logits_processor=[lambda ids, scores: scores])
+    with pytest.raises(ValueError, match=r"does not collect .'attentions'"):
+        jaxgen.prepare(model, [[5]], output_attentions=True, return_dict_in_generate=True)

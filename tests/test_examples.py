@@ -4,6 +4,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pytest
+
 import jaxgen
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -24,3 +27,13 @@ def test_the_grammar_tells_the_same_stories_from_the_same_seed() -> None:
         for _ in range(2)
     ]
     assert runs[0] == runs[1] and len(runs[0]) > 5000
+
+
+def test_grpo_raises_the_reward_and_the_loss_agrees_with_the_rollout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import grpo  # pyright: ignore
+
+    reports = grpo.train(steps=25, seed=0)
+    rewards = [report["reward"] for report in reports]
+    assert reports[0]["ratio_error"] < 1e-4
+    assert np.mean(rewards[-5:]) > np.mean(rewards[:5]) + 0.5

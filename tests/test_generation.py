@@ -95,6 +95,50 @@ def test_the_default_length_is_twenty_new_tokens_within_the_models_context(model
         np.testing.assert_array_equal(ours, torch_generate(twin, prompt, eos_token_id=None))
 
 
+@pytest.mark.oracle
+@pytest.mark.parametrize(
+    "negative",
+    [
+        {},
+        {"negative_prompt_ids": [[5, 9, 4, 8, 20], [30, 31, 32, 33, 34]]},
+        {
+            "negative_prompt_ids": [[0, 0, 4, 8, 20], [30, 31, 0, 0, 0]],
+            "negative_prompt_attention_mask": [[0, 0, 1, 1, 1], [1, 1, 0, 0, 0]],
+        },
+    ],
+    ids=["the last token of the prompt", "longer than the prompt", "padded on either side"],
+)
+def test_negative_prompts_equal_transformers(negative: dict[str, Any], model: Any, twin: Any) -> None:
+    import torch
+
+    kwargs = {"max_new_tokens": 12, "eos_token_id": None, "guidance_scale": 1.7}
+    mask = np.array([[0, 1, 1], [1, 1, 1]])
+    theirs = torch_generate(
+        twin, BATCH, attention_mask=mask, **kwargs, **{name: torch.tensor(value) for name, value in negative.items()}
+    )
+    np.testing.assert_array_equal(jaxgen.generate(model, BATCH, attention_mask=mask, **kwargs, **negative), theirs)
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"bias": 5.0},
+        {"bias": 5.0, "seeding_scheme": "selfhash", "context_width": 2},
+        {"ngram_len": 3, "keys": [11, 7, 5, 3]},
+    ],
+    ids=["lefthash", "selfhash", "SynthID"],
+)
+def test_watermarked_tokens_equal_transformers(config: dict[str, Any], model: Any, twin: Any) -> None:
+    from transformers import SynthIDTextWatermarkingConfig, WatermarkingConfig
+
+    watermark = (SynthIDTextWatermarkingConfig if "keys" in config else WatermarkingConfig)(**config)
+    kwargs = {"max_new_tokens": 12, "eos_token_id": None, "watermarking_config": watermark}
+    output = jaxgen.generate(model, BATCH, **kwargs)
+    np.testing.assert_array_equal(output, torch_generate(twin, BATCH, **kwargs))
+    assert (output != jaxgen.generate(model, BATCH, max_new_tokens=12, eos_token_id=None)).any()
+
+
 # ---- Rows do not know each other ----
 
 
@@ -181,6 +225,7 @@ def test_return_dict_gives_the_same_sequences_by_attribute_and_by_key(model: Any
 
 # ---- Errors, from the host, naming argument, value and remedy ----
 
+SAMPLED = {"do_sample": True, "key": 0}
 REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "an id beyond the vocabulary": ([[5, 97]], {}, r"`input_ids` holds 97, but ids of this model are 0 to 96"),
     "a negative id": ([[-1, 5]], {}, r"`input_ids` holds -1"),
@@ -221,6 +266,53 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "no beams": (PROMPT, {"num_beams": 0}, "`num_beams`=0 is not supported"),
     "a mapping": ({"input_ids": PROMPT}, {}, r"mapping of .'input_ids'.. Pass its parts.*\*\*inputs"),
     "a pad beyond 32 bits": (PROMPT, {"pad_token_id": 2**31}, "`pad_token_id`=2147483648 must be one token id"),
+    "temperature 0": (PROMPT, {**SAMPLED, "temperature": 0.0}, "strictly positive float.*set `do_sample=False`"),
+    "temperature as an int": (PROMPT, {**SAMPLED, "temperature": 2}, r"`temperature` \(=2\) has to be a strictly"),
+    "top_k below 0": (PROMPT, {**SAMPLED, "top_k": -1}, "`top_k` has to be a strictly positive integer.*-1"),
+    "a fractional top_k": (PROMPT, {**SAMPLED, "top_k": 2.0}, "`top_k` has to be a strictly positive integer.*2.0"),
+    "top_p below 0": (PROMPT, {**SAMPLED, "top_p": -0.1}, "`top_p` has to be a float from 0 to 1, but is -0.1"),
+    "min_p above 1": (PROMPT, {**SAMPLED, "min_p": 1.5}, r"`min_p`.*\[0, 1\].*1.5"),
+    "typical_p 0": (PROMPT, {**SAMPLED, "typical_p": 0.0}, "`typical_p` has to be a float > 0 and < 1, but is 0.0"),
+    "top_h 0": (PROMPT, {**SAMPLED, "top_h": 0.0}, r"`top_h` must be in the range \(0, 1\], but is 0.0"),
+    "top_h above 1": (PROMPT, {**SAMPLED, "top_h": 1.5}, r"`top_h` must be in the range \(0, 1\], but is 1.5"),
+    "a penalty as an int": (PROMPT, {"repetition_penalty": 2}, "`repetition_penalty` has to be a strictly positive"),
+    "a penalty of 0": (PROMPT, {"encoder_repetition_penalty": 0.0}, "`encoder_repetition_penalty`.*positive float"),
+    "a fractional n-gram": (PROMPT, {"no_repeat_ngram_size": 1.5}, "`no_repeat_ngram_size`.*integer, but is 1.5"),
+    "no bad words": (PROMPT, {"bad_words_ids": []}, "`bad_words_ids` has to be a non-empty list of lists"),
+    "a flat list of bad words": (PROMPT, {"bad_words_ids": [5]}, "`bad_words_ids` has to be a non-empty list of lists"),
+    "a bad word beyond the vocabulary": (PROMPT, {"bad_words_ids": [[5, 97]]}, "`bad_words_ids` holds 97, but ids"),
+    "a negative bad word": (PROMPT, {"bad_words_ids": [[-1]]}, "`bad_words_ids` holds -1, but ids"),
+    "an empty bias": (PROMPT, {"sequence_bias": {}}, "`sequence_bias` has to be a non-empty"),
+    "a bias as an int": (PROMPT, {"sequence_bias": {(5,): 2}}, r"`sequence_bias` has the bias 2 for \(5,\)"),
+    "a bias on an id": (PROMPT, {"sequence_bias": {5: 2.0}}, "`sequence_bias` holds .5, 2.0., which is no sequence"),
+    "a bias beyond the vocabulary": (PROMPT, {"sequence_bias": [[[97], 1.0]]}, "`sequence_bias` holds 97, but ids"),
+    "a forced eos beyond": (PROMPT, {"forced_eos_token_id": 97}, "`forced_eos_token_id` holds 97, but ids of this"),
+    "decay without an eos": (
+        PROMPT,
+        {"exponential_decay_length_penalty": (1, 1.1), "eos_token_id": None},
+        r"`exponential_decay_length_penalty` raises the score of `eos_token_id`, but that is \[\]",
+    ),
+    "forcing what is suppressed": (
+        PROMPT,
+        {"suppress_tokens": [5], "forced_eos_token_id": 5},
+        "Every token in `forced_eos_token_id`",
+    ),
+    "no sequences": (PROMPT, {**SAMPLED, "num_return_sequences": 0}, "`num_return_sequences`=0 must be at least 1"),
+    "negative prompts of another batch": (
+        PROMPT,
+        {"guidance_scale": 2.0, "negative_prompt_ids": [[5], [6]]},
+        "`negative_prompt_ids` has 2 rows, but there are 1 prompts",
+    ),
+    "a negative prompt beyond the vocabulary": (
+        PROMPT,
+        {"guidance_scale": 2.0, "negative_prompt_ids": [[97]]},
+        "`negative_prompt_ids` holds 97",
+    ),
+    "a green list of everything": (
+        PROMPT,
+        {"watermarking_config": {"greenlist_ratio": 1.0}},
+        "greenlist_ratio must lie strictly between 0 and 1",
+    ),
     "a streamer": (PROMPT, {"streamer": object()}, "`streamer` is not supported"),
     "inputs_embeds": (None, {"inputs_embeds": np.ones((1, 2, 32))}, "`inputs_embeds` is not supported"),
     "a cache": (PROMPT, {"past_key_values": object()}, "`past_key_values` is not supported"),
@@ -255,10 +347,18 @@ WARNED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "two lengths": (PROMPT, {"max_length": 5}, "`max_new_tokens` will take precedence"),
     "beyond the context": (PROMPT, {"max_new_tokens": 130}, "max_position_embeddings"),
     "an eos beyond the vocabulary": (PROMPT, {"eos_token_id": 97}, "`eos_token_id` holds 97, but ids of this model"),
+    "a minimum beyond the maximum": (PROMPT, {"min_new_tokens": 5, "min_length": 2}, "`min_new_tokens` will take prec"),
+    "a key without sampling": (PROMPT, {"key": 0}, "`key` has no effect without `do_sample=True`"),
+    "a negative prompt without guidance": (
+        PROMPT,
+        {"negative_prompt_ids": [[5]]},
+        "no effect without `guidance_scale`",
+    ),
     "a masked row": (BATCH, {"attention_mask": [[1, 1, 1], [0, 0, 0]]}, "masks all of row 1"),
 }
 
 
+@pytest.mark.filterwarnings("ignore:Unfeasible length")
 @pytest.mark.parametrize("case", WARNED)
 def test_is_warned_about_and_goes_on(case: str, model: Any, caplog: pytest.LogCaptureFixture) -> None:
     prompt, kwargs, message = WARNED[case]
@@ -307,6 +407,66 @@ def test_calls_within_a_bucket_compile_one_prefill_and_one_decode(tmp_path: Path
         )
     after = jaxgen.compile_counts()
     assert {name: after[name] - before[name] for name in after} == {"prefill": 1, "advance": 1}
+
+
+NUMBERS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
+    "greedy": (
+        {},
+        [{"eos_token_id": 5, "pad_token_id": 1}, {"eos_token_id": [5, 6, 7], "max_new_tokens": 12}, {"max_length": 20}],
+    ),
+    "sampling": (
+        {"do_sample": True, "key": 0},
+        [
+            {"temperature": 0.3},
+            {"temperature": 2.5, "top_k": 0},
+            {"top_k": 90, "top_p": 0.0},
+            {"top_k": 1000, "top_p": 0.5},
+            {"key": 5},
+            {"key": None, "eos_token_id": [8, 9]},
+        ],
+    ),
+    "the other rules of sampling": (
+        {"do_sample": True, "key": 0, "min_p": 0.1, "typical_p": 0.9, "top_h": 0.9, "epsilon_cutoff": 0.1},
+        [{"min_p": 0.2, "typical_p": 0.3, "top_h": 0.4, "epsilon_cutoff": 0.02}],
+    ),
+    "penalties": (
+        {"repetition_penalty": 1.2, "encoder_repetition_penalty": 1.1, "guidance_scale": 1.5},
+        [{"repetition_penalty": 0.7, "encoder_repetition_penalty": 2.0, "guidance_scale": 3.0}],
+    ),
+    "lengths and lists": (
+        {
+            "min_length": 5,
+            "min_new_tokens": 2,
+            "suppress_tokens": [5],
+            "begin_suppress_tokens": [6],
+            "forced_eos_token_id": 7,
+            "exponential_decay_length_penalty": (2, 1.1),
+            "sequence_bias": [[[5], 1.0], [[5, 6, 7], 1.0], [[8, 9], 1.0]],
+        },
+        [
+            {
+                "min_length": 9,
+                "min_new_tokens": 7,
+                "suppress_tokens": [*range(30)],
+                "begin_suppress_tokens": [],
+                "forced_eos_token_id": [50, 51],
+                "exponential_decay_length_penalty": (0, 1.5),
+                "sequence_bias": [[[5], 9.0], [[1, 2, 3], -1.0], [[4, 4], 2.0], [[7], -3.0]],
+            }
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NUMBERS)
+def test_new_numbers_compile_nothing(case: str, model: Any) -> None:
+    first, others = NUMBERS[case]
+    arguments = {"max_new_tokens": 10, "eos_token_id": 4, "pad_token_id": 0}
+    jaxgen.generate(model, PROMPT, **{**arguments, **first})
+    before = jaxgen.compile_counts()
+    for other in others:
+        jaxgen.generate(model, PROMPT, **{**arguments, **first, **other})
+    assert jaxgen.compile_counts() == before
 
 
 def test_new_weights_and_new_defaults_compile_nothing(folder: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Drawing tokens: exactly as transformers with the same noise, in law with our own, and reproducibly by key."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,13 +80,18 @@ LAWS: dict[str, list[Any]] = {
 
 def drawn(processors: list[Any], logits: np.ndarray, key: Any, rows: int) -> np.ndarray:
     """int32 [rows]: the first token of as many rows with the same logits."""
+    return np.asarray(_drawn(tuple(processors), logits, key, rows, sampling.WINDOW))
+
+
+@partial(jax.jit, static_argnums=(3, 4))
+def _drawn(processors: tuple[Any, ...], logits: jax.Array, key: Any, rows: int, window: int) -> jax.Array:
+    del window  # a global of the module, named here to build a program for each
     ids = jnp.ones((rows, 1), jnp.int32)
     prompt = jaxgen.Prompt(ids, ids > 0, jnp.int32(1), jnp.int32(rows))
-    strategy = jaxgen.Sample(
-        jaxgen.EosToken(jnp.array([-1])), jaxgen.MaxLength(jnp.int32(2)), jnp.int32(0), key, tuple(processors)
-    )
+    stop = jaxgen.EosToken(jnp.array([-1])), jaxgen.MaxLength(jnp.int32(2)), jnp.int32(0)
+    strategy = jaxgen.Sample(*stop, key, processors)
     state = strategy.init(prompt, 2, len(logits))
-    return np.asarray(strategy.step(jnp.broadcast_to(logits, (rows, len(logits))), state).tokens)
+    return strategy.step(jnp.broadcast_to(logits, (rows, len(logits))), state).tokens
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -139,7 +145,7 @@ def test_twenty_prompts_draw_the_same_alone_in_batches_in_other_orders_with_long
     keys = rng.integers(0, 2**31, 20).tolist()
     alone = [sampled(model, prompts[row : row + 1], [keys[row]])[0] for row in range(20)]
     assert len({tuple(row) for row in alone}) == 20
-    for size in (2, 3, 5, 8, 20):
+    for size in (2, 5, 20):
         order = rng.permutation(20)[:size]
         together = sampled(model, prompts[order], [keys[row] for row in order])
         assert together == [alone[row] for row in order]
@@ -183,7 +189,7 @@ def test_a_filter_keeps_the_tokens_that_would_have_been_drawn_anyway(model: Any)
 
 @pytest.mark.parametrize("key", ["seven", 1.5, [1, 2, 3], np.zeros((2, 2, 2), np.uint32), object()])
 def test_what_is_no_key_or_not_one_per_prompt_is_refused(key: Any, model: Any) -> None:
-    with pytest.raises(ValueError, match="`key`.*Pass an int, a jax.random key, or one of either per prompt"):
+    with pytest.raises(ValueError, match=r"`key`.*Pass an int, a jax\.random key, or one of either per prompt"):
         sampled(model, [[5, 6], [7, 8]], key)
 
 

@@ -1,0 +1,90 @@
+"""The table of all arguments of `generate` in ARGUMENTS.md, from the code and the tests that show them.
+
+`python tests/arguments.py` writes it again.
+"""
+
+import inspect
+from pathlib import Path
+
+import jaxgen
+from jaxgen import generation, generation_config
+
+FILE = Path(__file__).parent.parent / "ARGUMENTS.md"
+
+_DIFFERENTIAL = (
+    "test_differential.py::test_a_combination_of_processors_gives_the_tokens_scores_and_logits_of_transformers"
+)
+_NOISE = "test_sampling.py::test_with_the_same_noise_every_token_equals_transformers"
+_SAME = "test_generation.py::test_tokens_and_width_equal_transformers_with"
+_OUTPUTS = "test_outputs.py::test_every_number_equals_transformers"
+SHOWN_BY = {
+    "max_length": _SAME,
+    "max_new_tokens": _SAME,
+    "eos_token_id": _SAME,
+    "pad_token_id": _SAME,
+    "bos_token_id": "test_generation.py::test_without_a_prompt_each_row_starts_from_bos",
+    "do_sample": _NOISE,
+    "num_return_sequences": _NOISE,
+    **dict.fromkeys(
+        "temperature top_k top_p min_p top_h typical_p epsilon_cutoff eta_cutoff".split(),
+        _NOISE,
+    ),
+    **dict.fromkeys(
+        "min_length min_new_tokens repetition_penalty encoder_repetition_penalty no_repeat_ngram_size "
+        "encoder_no_repeat_ngram_size bad_words_ids sequence_bias renormalize_logits forced_bos_token_id "
+        "forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens "
+        "begin_suppress_tokens guidance_scale".split(),
+        _DIFFERENTIAL,
+    ),
+    "watermarking_config": "test_generation.py::test_watermarked_tokens_equal_transformers",
+    **dict.fromkeys(
+        "output_attentions output_hidden_states output_scores output_logits return_dict_in_generate".split(), _OUTPUTS
+    ),
+    "inputs": "test_generation.py::test_prompts_come_as_lists_or_arrays_of_any_integer_type_under_either_name",
+    "input_ids": "test_generation.py::test_prompts_come_as_lists_or_arrays_of_any_integer_type_under_either_name",
+    "attention_mask": _SAME,
+    "generation_config": "test_generation_config.py::"
+    "test_keywords_win_over_the_calls_config_over_the_models_over_the_defaults",
+    "logits_processor": "test_custom.py::test_transformers_own_processors_run_as_they_are",
+    "stopping_criteria": "test_custom.py::test_criteria_of_any_kind_finish_rows_as_in_transformers",
+    "prefix_allowed_tokens_fn": "test_custom.py::test_allowed_tokens_by_prefix_equal_transformers",
+    "negative_prompt_ids": "test_generation.py::test_negative_prompts_equal_transformers",
+    "negative_prompt_attention_mask": "test_generation.py::test_negative_prompts_equal_transformers",
+    "key": "test_sampling.py::test_a_key_may_be_an_int_a_typed_key_or_an_old_one",
+    "output_logprobs": "test_outputs.py::test_logprobs_are_those_of_the_chosen_tokens_without_the_vocabulary",
+}
+
+_HEAD = """# Every argument of `generate`
+
+What jaxgen does with each argument of transformers 5.23 `generate` and each field of its `GenerationConfig`. Written by
+`python tests/arguments.py`, and held to the code by a test. "Refused" means a `ValueError` with the argument's name,
+unless the value switches the feature off; no argument is ignored without a word.
+"""
+
+
+def table() -> str:
+    """The whole file."""
+    parameters = [name for name in inspect.signature(jaxgen.generate).parameters if name not in ("model", "kwargs")]
+    inputs = sorted(generation_config.MODEL_INPUTS | generation._LATER_INPUTS)
+    arguments = [_row(name, "yes" if name in SHOWN_BY else "refused") for name in [*parameters, *inputs]]
+    fields = [_row(name, "yes") for name in sorted(generation_config.SUPPORTED)]
+    fields += [_row(name, "refused") for name in sorted(generation_config.REFUSED)]
+    fields += [f"| `{name}` | no effect | {reason} |" for name, reason in sorted(generation_config.NO_EFFECT.items())]
+    head = "| | supported | shown by, or why |\n|---|---|---|\n"
+    return (
+        f"{_HEAD}\n## Arguments\n\n{head}"
+        + "\n".join(arguments)
+        + f"\n\n## Fields\n\n{head}"
+        + "\n".join(fields)
+        + "\n"
+    )
+
+
+def _row(name: str, answer: str) -> str:
+    if answer == "refused":
+        return f"| `{name}` | refused | |"
+    return f"| `{name}` | yes | `{SHOWN_BY[name]}` |"
+
+
+if __name__ == "__main__":
+    FILE.write_text(table())
