@@ -106,9 +106,10 @@ def for_processor(function: Callable[..., Any]) -> HostFunction:
         function = _with_tensors(function)
 
     def process(input_ids: np.ndarray, scores: np.ndarray | None) -> np.ndarray:
+        assert scores is not None
         processed = np.asarray(function(input_ids, scores))
-        if processed.shape != np.shape(scores):
-            raise ValueError(f"{function} returned scores of shape {processed.shape}, but got {np.shape(scores)}.")
+        if processed.shape != scores.shape:
+            raise ValueError(f"{function} returned scores of shape {processed.shape}, but got {scores.shape}.")
         return processed
 
     return process

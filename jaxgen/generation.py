@@ -5,23 +5,30 @@ anything is compiled.
 """
 
 import logging
-import operator
 import os
-import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
 from jaxgen import lazy
 from jaxgen.base import Model, Prompt, leaf
 from jaxgen.callbacks import HostCriterion, HostFunctions, for_criterion
 from jaxgen.decoding import DecodeState, advance, finalize, prefill
 from jaxgen.generation_config import Resolved, resolve, warn_once
+from jaxgen.inputs import (
+    bucket,
+    infer_attention_mask,
+    key_words,
+    pad_to_buckets,
+    pad_token_id_or_default,
+    prompt_arrays,
+    refuse_tracer,
+    warn_about_padding,
+    with_negative_prompts,
+)
 from jaxgen.outputs import GenerateDecoderOnlyOutput, PastKeyValues
 from jaxgen.processor_list import as_pytree, processor_list, takes_cur_len
 from jaxgen.sampling import Sample
@@ -166,7 +173,7 @@ class Call:
 
     def wrap(self, outputs: Mapping[str, jax.Array], state: DecodeState) -> np.ndarray | GenerateDecoderOnlyOutput:
         """What `generate` returns, waiting for the device."""
-        _refuse_tracer(outputs["length"])
+        refuse_tracer(outputs["length"])
         # `device_get` can be interrupted while the device works, `np.asarray` cannot.
         fetched = jax.device_get(dict(outputs))
         rows, length = self.rows * self.config.num_return_sequences, int(fetched["length"])
@@ -218,17 +225,17 @@ def lower(
     config, model_inputs = resolve(model.generation_config, generation_config, kwargs)
     if custom.output_logprobs and not config.return_dict_in_generate:
         raise ValueError("`output_logprobs`=True has nowhere to put them. Pass `return_dict_in_generate=True` too.")
-    input_ids, given_mask = _inputs(model, inputs, model_inputs, config)
-    _warn_about_padding(input_ids, given_mask, config)
-    attention_mask = _infer_attention_mask(input_ids, config) if given_mask is None else given_mask
+    input_ids, given_mask = prompt_arrays(model, inputs, model_inputs, config)
+    warn_about_padding(input_ids, given_mask, config)
+    attention_mask = infer_attention_mask(input_ids, config) if given_mask is None else given_mask
     rows, columns = input_ids.shape
     max_length = config.length_for(columns, model.max_position_embeddings)
-    config, max_length, criteria = _split_criteria(custom.stopping_criteria, config, max_length)
-    if max_length > model.max_position_embeddings:
+    config, stop_length, criteria = _split_criteria(custom.stopping_criteria, config, max_length)
+    if stop_length > model.max_position_embeddings:
         logger.warning(
             "%d tokens are asked for, and the model was made for %d (`max_position_embeddings`): expect poor text "
             "beyond. Lower `max_new_tokens` to avoid it.",
-            max_length,
+            stop_length,
             model.max_position_embeddings,
         )
     if max(config.eos_token_id, default=0) >= model.vocab_size:
@@ -239,20 +246,21 @@ def lower(
         )
     eos = [token for token in config.eos_token_id if 0 <= token < model.vocab_size]
     guidance_scale, customs = _guidance(config, custom)
-    prompt = _pad_to_buckets(input_ids, attention_mask)
+    prompt = pad_to_buckets(input_ids, attention_mask)
     if guidance_scale is not None:
-        prompt = _with_negative_prompts(model, input_ids, attention_mask, custom)
-    slots = bucket(prompt.input_ids.shape[1] + max_length - columns)
+        negative = custom.negative_prompt_ids, custom.negative_prompt_attention_mask
+        prompt = with_negative_prompts(model, input_ids, attention_mask, *negative)
+    slots = bucket(prompt.input_ids.shape[1] + max(stop_length - columns, 1))
     host = HostFunctions()
     host_rows = rows * config.num_return_sequences
     places = bucket(max(_MIN_EOS_BUCKET, len(eos)))
     outputs = tuple(name for name in ("scores", "logits") if name in config.outputs)
     strategy = Sample(
         eos=EosToken(leaf([*eos, *[-1] * (places - len(eos))], np.int32)),
-        max_length=MaxLength(leaf(max_length, np.int32)),
+        max_length=MaxLength(leaf(stop_length, np.int32)),
         # Without an eos, rows that a caller's criterion finishes go on until all are, as in transformers.
-        pad_token_id=None if criteria and not config.eos_token_id else leaf(_pad_token_id(config), np.int32),
-        key=_key(custom.key, config, bucket(rows), rows),
+        pad_token_id=None if criteria and not config.eos_token_id else leaf(pad_token_id_or_default(config), np.int32),
+        key=key_words(custom.key, config, bucket(rows), rows),
         processors=processor_list(
             config,
             columns,
@@ -329,75 +337,10 @@ def _guidance(config: Resolved, custom: Custom) -> tuple[Any, list[Any]]:
     return leaf(scale, np.float32), custom.logits_processor
 
 
-def _with_negative_prompts(model: Model, input_ids: np.ndarray, mask: np.ndarray, custom: Custom) -> Prompt:
-    """The prompts and below them the negative ones, in one batch whose weights are read once."""
-    rows, columns = input_ids.shape
-    negative_ids, negative_mask = input_ids[:, -1:], np.ones((rows, 1), bool)
-    if custom.negative_prompt_ids is not None:
-        negative_ids = _token_ids("negative_prompt_ids", custom.negative_prompt_ids, model.vocab_size)
-        if len(negative_ids) != rows:
-            raise ValueError(f"`negative_prompt_ids` has {len(negative_ids)} rows, but there are {rows} prompts.")
-        negative_mask = np.ones(negative_ids.shape, bool)
-    if custom.negative_prompt_attention_mask is not None:
-        negative_mask = _mask("negative_prompt_attention_mask", custom.negative_prompt_attention_mask, negative_ids)
-    width = max(columns, negative_ids.shape[1])
-
-    def widen(array: np.ndarray) -> np.ndarray:
-        return np.pad(array, ((0, 0), (width - array.shape[1], 0)))
-
-    guided, negative = (
-        _pad_to_buckets(widen(ids), widen(each)) for ids, each in ((input_ids, mask), (negative_ids, negative_mask))
-    )
-    # Transformers counts the positions of a prompt by its mask, but those of a negative prompt by its columns.
-    by_mask = np.where(guided.attention_mask, np.cumsum(guided.attention_mask, axis=1) - 1, 0)
-    by_column = np.maximum(np.arange(by_mask.shape[1]) - by_mask.shape[1] + negative_ids.shape[1], 0)
-    return Prompt(
-        input_ids=leaf(np.concatenate([guided.input_ids, negative.input_ids]), np.int32),
-        attention_mask=leaf(np.concatenate([guided.attention_mask, negative.attention_mask]), np.bool_),
-        length=leaf(columns, np.int32),
-        rows=guided.rows,
-        position_ids=leaf(np.concatenate([by_mask, np.broadcast_to(by_column, by_mask.shape)]), np.int32),
-    )
-
-
-def _key(key: Any, config: Resolved, padded_rows: int, rows: int) -> Any:
-    """uint32 [2], or [N, 2] of one key per prompt; None for greedy decoding."""
-    if not config.do_sample:
-        if key is not None:
-            logger.warning("`key` has no effect without `do_sample=True`: nothing is drawn.")
-        return None
-    if key is None:
-        key = secrets.randbits(64)
-    _refuse_tracer(key)
-    advice = "Pass an int, a jax.random key, or one of either per prompt."
-    if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        words = np.asarray(jax.random.key_data(key))[..., :2]
-    else:
-        try:
-            given = np.asarray(key)
-            seeds = np.vectorize(operator.index, otypes=[object])(given)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"`key`={key!r} is no key. {advice}") from error
-        if given.dtype == np.uint32 and given.ndim and given.shape[-1] in (2, 4):  # jax.random.PRNGKey
-            words = given[..., :2]
-        else:
-            words = np.stack([seeds >> 32 & 0xFFFFFFFF, seeds & 0xFFFFFFFF], axis=-1).astype(np.uint32)
-    if words.shape not in ((2,), (rows, 2)):
-        raise ValueError(f"`key` has shape {words.shape[:-1]}, but there are {rows} prompts. {advice}")
-    return words if words.ndim == 1 else np.pad(words, ((0, padded_rows - rows), (0, 0)))
-
-
-def bucket(size: int) -> int:
-    """The smallest of 1, 2, 3, 4, 6, 8, 12, 16, 24, ... that holds `size`: at most half as much again."""
-    power = 1 << (size - 1).bit_length()
-    return power * 3 // 4 if size <= power * 3 // 4 else power
-
-
 # Inputs of transformers' `generate` that are yet to come.
 _LATER_INPUTS = frozenset(
     {"position_ids", "past_key_values", "inputs_embeds", "tokenizer", "assistant_tokenizer", "trust_remote_code"}
 )
-_MIN_PROMPT_BUCKET = 16  # one program serves every short prompt; 16 columns cost hardly more than one
 _MIN_EOS_BUCKET = 8
 
 
@@ -405,122 +348,6 @@ def _refuse_arguments(**arguments: Any) -> None:
     for name, value in arguments.items():
         if value is not None and value is not False:
             raise ValueError(f"`{name}` is not supported. Leave it out.")
-
-
-def _inputs(
-    model: Model, inputs: Any, model_inputs: dict[str, Any], config: Resolved
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """The checked prompt, int32 [B, P], and the attention mask the caller gave, bool [B, P]."""
-    if inputs is not None and model_inputs.get("input_ids") is not None:
-        raise ValueError("`inputs` and `input_ids` were both passed, and they mean the same. Pass one of them.")
-    given = model_inputs.get("input_ids") if inputs is None else inputs
-    mask = model_inputs.get("attention_mask")
-    if given is None:
-        if config.bos_token_id is None:
-            raise ValueError("`bos_token_id` has to be defined when no `input_ids` are provided.")
-        given = np.full((1 if mask is None else len(mask), 1), config.bos_token_id)
-    input_ids = _token_ids("input_ids", given, model.vocab_size)
-    return input_ids, None if mask is None else _mask("attention_mask", mask, input_ids)
-
-
-def _token_ids(name: str, given: Any, vocab_size: int) -> np.ndarray:
-    """int32 [B, P], each an id of the model."""
-    ids = _array(name, given)
-    if not np.issubdtype(ids.dtype, np.integer):
-        raise ValueError(f"`{name}` has dtype {ids.dtype}, but token ids are integers. Tokenise the text first.")
-    if ids.size == 0:
-        raise ValueError(f"`{name}` has shape {ids.shape}, but every prompt needs at least one token.")
-    low, high = int(ids.min()), int(ids.max())
-    if low < 0 or high >= vocab_size:
-        raise ValueError(
-            f"`{name}` holds {low if low < 0 else high}, but ids of this model are 0 to {vocab_size - 1}. "
-            "Check that tokenizer and model belong together."
-        )
-    return ids.astype(np.int32)
-
-
-def _mask(name: str, given: Any, ids: np.ndarray) -> np.ndarray:
-    if np.ndim(given) > 2:
-        raise ValueError(f"`{name}` passed to `generate` must be 2D, but has {np.ndim(given)} dimensions.")
-    mask = _array(name, given)
-    if mask.shape != ids.shape:
-        raise ValueError(f"`{name}` has shape {mask.shape}, but its ids have {ids.shape}. They must be equal.")
-    if not np.isin(mask, (0, 1)).all():
-        raise ValueError(f"`{name}` holds {mask[~np.isin(mask, (0, 1))][0]}, but may hold 0 and 1 only.")
-    if not mask.any(axis=1).all():
-        row = int(np.flatnonzero(~mask.any(axis=1))[0])
-        logger.warning("`%s` masks all of row %d: its continuation will mean nothing.", name, row)
-    return mask.astype(bool)
-
-
-def _array(name: str, given: Any) -> np.ndarray:
-    _refuse_tracer(given)
-    if isinstance(given, Mapping):
-        raise ValueError(f"`{name}` is a mapping of {list(given)}. Pass its parts: generate(model, **inputs).")
-    try:
-        array = np.asarray(given)
-    except ValueError as error:
-        raise ValueError(f"`{name}` is no rectangular array ({error}). Pad the rows to one length.") from error
-    if array.ndim != 2:
-        raise ValueError(
-            f"`{name}` has shape {array.shape}, but must be [prompts, tokens]. Wrap a single prompt in a list."
-        )
-    return array
-
-
-def _refuse_tracer(value: Any) -> None:
-    if isinstance(value, Tracer):
-        raise ValueError("`generate` runs on the host, not inside jit, vmap or grad. Use `jaxgen.decode` there.")
-
-
-def _warn_about_padding(input_ids: np.ndarray, mask: np.ndarray | None, config: Resolved) -> None:
-    """The warnings of transformers 5.23 `_prepare_special_tokens` and `generate`, which concern batches only."""
-    eos, pad = config.eos_token_id, config.pad_token_id
-    if len(input_ids) == 1 or (pad is None and not eos):
-        return
-    if mask is None and pad is None:
-        logger.warning(
-            "The attention mask and the pad token id were not set, with a batched input. As a consequence, you may "
-            "observe unexpected behavior. Please pass your input's `attention_mask` to obtain reliable results."
-        )
-    if mask is None and (pad is None or pad in eos):
-        logger.warning(
-            "The attention mask is not set with a batched input, and cannot be inferred from input because pad token "
-            "is same as eos token. As a consequence, you may observe unexpected behavior. Please pass your input's "
-            "`attention_mask` to obtain reliable results."
-        )
-    last = input_ids[:, -1] == _pad_token_id(config) if mask is None else ~mask[:, -1]
-    if last.any():
-        logger.warning(
-            "A decoder-only architecture is being used, but right-padding was detected! For correct generation "
-            "results, please set `padding_side='left'` when initializing the tokenizer."
-        )
-
-
-def _infer_attention_mask(input_ids: np.ndarray, config: Resolved) -> np.ndarray:
-    """Without a mask, pad ids are padding, unless padding and the end of a text are the same id."""
-    if config.pad_token_id is None or config.pad_token_id in config.eos_token_id:
-        return np.ones(input_ids.shape, bool)
-    return input_ids != config.pad_token_id
-
-
-def _pad_token_id(config: Resolved) -> int:
-    """`pad_token_id`, the first eos by default; without either, no row finishes early and none is padded."""
-    if config.pad_token_id is not None:
-        return config.pad_token_id
-    return config.eos_token_id[0] if config.eos_token_id else 0
-
-
-def _pad_to_buckets(input_ids: np.ndarray, attention_mask: np.ndarray) -> Prompt:
-    """The prompt in the upper right corner of its bucket: masked columns before it, finished rows below it."""
-    rows, columns = input_ids.shape
-    width = ((0, bucket(rows) - rows), (bucket(max(columns, _MIN_PROMPT_BUCKET)) - columns, 0))
-    return Prompt(
-        input_ids=leaf(np.pad(input_ids, width), np.int32),
-        attention_mask=leaf(np.pad(attention_mask, width), np.bool_),
-        length=leaf(columns, np.int32),
-        rows=leaf(rows, np.int32),
-    )
 
 
 def _check_memory(model: Model, call: Call) -> None:

@@ -234,6 +234,7 @@ def test_transformers_own_length_and_eos_criteria_replace_the_built_in_ones(mode
     for criterion in (
         transformers.MaxLengthCriteria(9),
         transformers.MaxLengthCriteria(40),
+        transformers.MaxLengthCriteria(2),
         transformers.EosTokenCriteria([*range(20, 60)]),
     ):
         arguments = {"stopping_criteria": [criterion], "eos_token_id": 90, "pad_token_id": 0}

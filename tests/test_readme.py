@@ -15,11 +15,15 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
-def test_the_python_example_runs_and_prints_two_stories(capsys: pytest.CaptureFixture[str]) -> None:
-    (example,) = blocks("python")
-    exec(compile(example, "README.md", "exec"), {})
+def test_the_python_examples_run_one_after_the_other_and_print_two_stories(capsys: pytest.CaptureFixture[str]) -> None:
+    names: dict[str, object] = {}
+    first, *others = blocks("python")
+    exec(compile(first, "README.md", "exec"), names)
     stories = capsys.readouterr().out.strip().splitlines()
     assert [story.startswith(("Once upon a time", "One day, a small fox")) for story in stories] == [True, True]
+    for example in others:
+        exec(compile(example, "README.md", "exec"), names)
+    assert [line.startswith(("(8, ", "(3, 2, ")) for line in capsys.readouterr().out.splitlines()] == [True, True]
 
 
 def test_the_first_screen_has_one_command_to_run_and_one_to_test() -> None:
