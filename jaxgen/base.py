@@ -14,13 +14,41 @@ Dimension letters, used in every docstring of the package:
     H  head dimension
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
 from typing import Any, Protocol, Self, TypeVar
 
 import jax
 import numpy as np
-from jax.tree_util import register_dataclass
+from jax.tree_util import GetAttrKey, register_pytree_with_keys
+
+AnyClass = TypeVar("AnyClass", bound=type)
+
+
+def pytree(cls: AnyClass) -> AnyClass:
+    """Registers a dataclass as a pytree; fields with the metadata `static=True` are part of its structure.
+
+    Unlike `jax.tree_util.register_dataclass`, whose nodes of different classes compare equal (jax 0.10 to 0.12) when
+    their fields do: `jit` then now and then runs the program of the other class, say of `TopP` for `MinP`.
+    """
+    static = tuple(each.name for each in fields(cls) if each.metadata.get("static"))
+    dynamic = tuple(each.name for each in fields(cls) if not each.metadata.get("static"))
+    keys = tuple(map(GetAttrKey, dynamic))
+
+    def flatten(node: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        return tuple(getattr(node, name) for name in dynamic), tuple(getattr(node, name) for name in static)
+
+    def flatten_with_keys(node: Any) -> tuple[tuple[tuple[Any, Any], ...], tuple[Any, ...]]:
+        children, aux = flatten(node)
+        return tuple(zip(keys, children, strict=True)), aux
+
+    def unflatten(aux: tuple[Any, ...], children: Iterable[Any]) -> Any:
+        node = object.__new__(cls)
+        vars(node).update(zip(dynamic, children, strict=True), **dict(zip(static, aux, strict=True)))
+        return node
+
+    register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+    return cls
 
 
 def leaf(value: Any, dtype: Any) -> Any:
@@ -28,7 +56,7 @@ def leaf(value: Any, dtype: Any) -> Any:
     return np.asarray(value, dtype)
 
 
-@register_dataclass
+@pytree
 @dataclass(frozen=True)
 class Prompt:
     """A batch of prompts as the compiled program takes it, padded to its buckets on the left and below.

@@ -14,10 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import io_callback
-from jax.tree_util import register_dataclass
 
 from jaxgen import lazy
-from jaxgen.base import LogitsProcessor, leaf
+from jaxgen.base import LogitsProcessor, leaf, pytree
 
 HostFunction = Callable[[np.ndarray, np.ndarray | None], np.ndarray]
 
@@ -25,7 +24,7 @@ _numbers = itertools.count()
 _functions: dict[int, HostFunction] = {}
 
 
-@register_dataclass
+@pytree
 @dataclass(frozen=True)
 class HostProcessor(LogitsProcessor):
     """Calls `function(input_ids [rows, cur_len], scores [rows, V])` on the host, in the order of the steps.
@@ -43,7 +42,7 @@ class HostProcessor(LogitsProcessor):
         return io_callback(_processed, result, self.number, self.rows, input_ids, scores, cur_len, ordered=True)
 
 
-@register_dataclass
+@pytree
 @dataclass(frozen=True)
 class HostCriterion:
     """Calls `function(input_ids [rows, cur_len], None)` on the host, in the order of the steps.

@@ -17,12 +17,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.tree_util import register_dataclass
 
-from jaxgen.base import Cache, Internals, Model, Prompt, Strategy, StrategyState
+from jaxgen.base import Cache, Internals, Model, Prompt, Strategy, StrategyState, pytree
 
 
-@register_dataclass
+@pytree
 @dataclass(frozen=True)
 class DecodeState:
     """What the loop carries: the model's cache, the strategy's own state, and the internals asked for.

@@ -315,7 +315,7 @@ def _criterion(criterion: Any, host: HostFunctions, rows: int) -> Any:
     if isinstance(criterion, (EosToken, MaxLength)):
         return criterion
     if takes_cur_len("stopping_criteria", criterion):
-        return CustomCriterion(as_pytree(criterion))
+        return CustomCriterion(as_pytree(criterion), type(criterion))
     warn_once(
         "`stopping_criteria` runs as Python on the host: every step waits for it. A JAX function of (input_ids, "
         "scores, cur_len) is compiled into the decode instead."

@@ -10,10 +10,11 @@ from dataclasses import dataclass, replace
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.tree_util import register_dataclass
+
+from jaxgen.base import pytree
 
 
-@register_dataclass
+@pytree
 @dataclass(frozen=True)
 class KVCache:
     """Keys and values of the columns seen so far.

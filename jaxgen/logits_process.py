@@ -14,9 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.tree_util import register_dataclass
 
-from jaxgen.base import LogitsProcessor, Prompt, leaf
+from jaxgen.base import LogitsProcessor, Prompt, leaf, pytree
 
 
 def token_mask(token_ids: Iterable[int], vocab_size: int) -> Any:
@@ -26,7 +25,7 @@ def token_mask(token_ids: Iterable[int], vocab_size: int) -> Any:
     return mask
 
 
-@register_dataclass
+@pytree
 @dataclass(frozen=True)
 class SequenceBias(LogitsProcessor):
     """Adds a bias to the token that would complete a sequence. `SequenceBiasLogitsProcessor`; -inf forbids a sequence.
@@ -71,7 +70,7 @@ class SequenceBias(LogitsProcessor):
         return scores + bias
 
 
-@register_dataclass
+@pytree
 @dataclass(frozen=True)
 class RepetitionPenalty(LogitsProcessor):
     """Makes tokens less likely that are in the row already. `RepetitionPenaltyLogitsProcessor`.
@@ -98,7 +97,7 @@ class RepetitionPenalty(LogitsProcessor):
         return _penalise(scores, state, self.penalty), state
 
 
-@register_dataclass
+@pytree
 @dataclass(frozen=True)
 class EncoderRepetitionPenalty(LogitsProcessor):
     """Makes the tokens of the prompt more likely. `EncoderRepetitionPenaltyLogitsProcessor`; padding counts too.
@@ -129,7 +128,7 @@ def _penalise(scores: jax.Array, mask: jax.Array, penalty: jax.Array) -> jax.Arr
     return jnp.where(mask, jnp.where(scores < 0, scores * penalty, scores / penalty), scores)
 
 
-@register_dataclass
+@pytree
 @dataclass(frozen=True)
 class NoRepeatNGram(LogitsProcessor):
     """Forbids n-grams that are in the row already, padding included. `NoRepeatNGramLogitsProcessor`.
@@ -144,7 +143,7 @@ class NoRepeatNGram(LogitsProcessor):
         return _forbid_ngrams(input_ids, scores, cur_len, self.size, cur_len)
 
 
-@register_dataclass
+@pytree
 @dataclass(frozen=True)
 class EncoderNoRepeatNGram(LogitsProcessor):
     """Forbids n-grams that are in the prompt, padding included. `EncoderNoRepeatNGramLogitsProcessor`.
@@ -175,7 +174,7 @@ def _forbid_ngrams(input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array, 
     return scores.at[jnp.arange(len(scores))[:, None], forbidden].set(-jnp.inf, mode="drop")
 
 
-@register_dataclass
+@pytree
 @dataclass(frozen=True)
 class MinLength(LogitsProcessor):
     """Forbids the end of a text before a length. `MinLengthLogitsProcessor`, `MinNewTokensLengthLogitsProcessor`.
@@ -192,7 +191,7 @@ class MinLength(LogitsProcessor):
         return jnp.where(self.eos & (cur_len < self.min_length), -jnp.inf, scores)
 
 
-@register_dataclass
+@pytree
 @dataclass(frozen=True)
 class ForceTokensAt(LogitsProcessor):
     """Allows some tokens only, at one length. `ForcedBOSTokenLogitsProcessor`, `ForcedEOSTokenLogitsProcessor`.
@@ -209,7 +208,7 @@ class ForceTokensAt(LogitsProcessor):
         return jnp.where(cur_len == self.length, jnp.where(self.forced, 0.0, -jnp.inf), scores)
 
 
-@register_dataclass
+@pytree
 @dataclass(frozen=True)
 class InfNanRemove(LogitsProcessor):
     """NaN becomes 0, infinities the largest finite numbers. `InfNanRemoveLogitsProcessor`."""
@@ -218,7 +217,7 @@ class InfNanRemove(LogitsProcessor):
         return jnp.nan_to_num(scores, nan=0.0)
 
 
-@register_dataclass
+@pytree
 @dataclass(frozen=True)
 class ExponentialDecayLengthPenalty(LogitsProcessor):
     """Makes the end of a text likelier with each token after a start. `ExponentialDecayLengthPenalty`.
@@ -239,7 +238,7 @@ class ExponentialDecayLengthPenalty(LogitsProcessor):
         return jnp.where(self.eos & (late > 0) & jnp.isfinite(scores), scores + raised, scores)
 
 
-@register_dataclass
+@pytree
 @dataclass(frozen=True)
 class SuppressTokens(LogitsProcessor):
     """Forbids tokens. `SuppressTokensLogitsProcessor`.
@@ -254,7 +253,7 @@ class SuppressTokens(LogitsProcessor):
         return jnp.where(self.suppressed, -jnp.inf, scores)
 
 
-@register_dataclass
+@pytree
 @dataclass(frozen=True)
 class SuppressTokensAtBegin(LogitsProcessor):
     """Forbids tokens at one length, usually the prompt's. `SuppressTokensAtBeginLogitsProcessor`.
@@ -271,7 +270,7 @@ class SuppressTokensAtBegin(LogitsProcessor):
         return jnp.where(self.suppressed & (cur_len == self.begin), -jnp.inf, scores)
 
 
-@register_dataclass
+@pytree
 @dataclass(frozen=True)
 class Temperature(LogitsProcessor):
     """Divides the scores. `TemperatureLogitsWarper`.
@@ -300,7 +299,7 @@ class Warper(LogitsProcessor):
         raise NotImplementedError
 
 
-@register_dataclass
+@pytree
 @dataclass(frozen=True)
 class TopH(Warper):
     """Keeps the likeliest tokens up to a share of their entropy (top-H decoding). `TopHLogitsWarper`.
@@ -315,15 +314,15 @@ class TopH(Warper):
         highest, columns = lax.top_k(scores, min(100, scores.shape[1]))
         log_p = jax.nn.log_softmax(highest)
         p = jnp.exp(log_p)
-        # torch takes the entropy with the smallest float for -inf, and each term with log 0: NaN, which keeps nothing.
+        # torch takes the entropy with the smallest float for -inf; the terms of probability 0 are NaN, and not kept.
         entropy = -jnp.sum(p * jnp.maximum(log_p, jnp.finfo(jnp.float32).min), axis=1, keepdims=True)
-        kept = jnp.cumsum(-p * jnp.log(p), axis=1) <= entropy * self.top_h
+        kept = (jnp.cumsum(-p * log_p, axis=1) <= entropy * self.top_h) & (p > 0)
         kept = kept.at[:, 0].set(True)
         values = jnp.where(kept, highest, -jnp.inf)
         return jnp.full_like(scores, -jnp.inf).at[jnp.arange(len(scores))[:, None], columns].set(values)
 
 
-@register_dataclass
+@pytree
 @dataclass(frozen=True)
 class TopK(Warper):
     """Keeps the k highest scores and all that equal the last of them. `TopKLogitsWarper`.
@@ -343,7 +342,7 @@ class TopK(Warper):
         return lax.cond(self.top_k < scores.shape[1], keep_highest, lambda scores: scores, scores)
 
 
-@register_dataclass
+@pytree
 @dataclass(frozen=True)
 class TopP(Warper):
     """Keeps the likeliest tokens that together reach a probability (nucleus sampling). `TopPLogitsWarper`.
@@ -414,7 +413,7 @@ def _highest_that(holds: Callable[[jax.Array], jax.Array], rows: int) -> jax.Arr
     return lax.fori_loop(0, 32, decide, jnp.zeros((rows, 1), jnp.uint32))
 
 
-@register_dataclass
+@pytree
 @dataclass(frozen=True)
 class MinP(Warper):
     """Keeps tokens at least a share as likely as the likeliest. `MinPLogitsWarper`.
@@ -430,7 +429,7 @@ class MinP(Warper):
         return jnp.where(p < self.min_p * p.max(axis=1, keepdims=True), -jnp.inf, scores)
 
 
-@register_dataclass
+@pytree
 @dataclass(frozen=True)
 class Typical(Warper):
     """Keeps the tokens whose surprise is closest to the expected one (typical sampling). `TypicalLogitsWarper`.
@@ -455,7 +454,7 @@ class Typical(Warper):
         return jnp.where(kept, scores, -jnp.inf)
 
 
-@register_dataclass
+@pytree
 @dataclass(frozen=True)
 class Epsilon(Warper):
     """Keeps tokens of at least a probability, and the likeliest (epsilon sampling). `EpsilonLogitsWarper`.
@@ -470,7 +469,7 @@ class Epsilon(Warper):
         return _cut_below(scores, self.epsilon)
 
 
-@register_dataclass
+@pytree
 @dataclass(frozen=True)
 class Eta(Warper):
     """Keeps tokens of a probability that falls with the entropy, and the likeliest (eta sampling). `EtaLogitsWarper`.
@@ -492,7 +491,7 @@ def _cut_below(scores: jax.Array, probability: jax.Array) -> jax.Array:
     return jnp.where((jax.nn.softmax(scores) < probability) & (scores < highest), -jnp.inf, scores)
 
 
-@register_dataclass
+@pytree
 @dataclass(frozen=True)
 class LogitNormalization(Warper):
     """Makes the scores log-probabilities. `LogitNormalization`."""
@@ -501,16 +500,18 @@ class LogitNormalization(Warper):
         return jax.nn.log_softmax(scores)
 
 
-@register_dataclass
+@pytree
 @dataclass(frozen=True)
 class Custom(LogitsProcessor):
     """A caller's JAX function `(input_ids, scores, cur_len) -> scores`, compiled into the program.
 
     Attributes:
         function: a callable pytree: the caller's own, or a function in a `jax.tree_util.Partial`.
+        kind: its class, static; see `base.pytree`.
     """
 
     function: Any
+    kind: type = field(metadata={"static": True})
 
     def __call__(self, input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array) -> jax.Array:
         return self.function(input_ids, scores, cur_len)

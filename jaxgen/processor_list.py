@@ -82,7 +82,7 @@ def custom_processor(custom: Any, host: HostFunctions, rows: int) -> LogitsProce
     if isinstance(custom, LogitsProcessor):
         return custom
     if takes_cur_len("logits_processor", custom):
-        return logits_process.Custom(as_pytree(custom))
+        return logits_process.Custom(as_pytree(custom), type(custom))
     return _on_host(for_processor(custom), "logits_processor", host, rows)
 
 

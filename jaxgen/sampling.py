@@ -13,9 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.tree_util import register_dataclass
 
-from jaxgen.base import LogitsProcessor, Prompt
+from jaxgen.base import LogitsProcessor, Prompt, pytree
 from jaxgen.logits_process import TopK, TopP, Warper
 from jaxgen.stopping_criteria import EosToken, MaxLength
 
@@ -23,7 +22,7 @@ WINDOW = 64  # candidates of a draw; holds the usual top_k of 50
 _BLOCK = 64  # columns whose maximum stands for them in a search
 
 
-@register_dataclass
+@pytree
 @dataclass(frozen=True)
 class SampleState:
     """The token buffer of a one-beam decode, and what is kept beside it.
@@ -51,7 +50,7 @@ class SampleState:
     recorded: dict[str, jax.Array]
 
 
-@register_dataclass
+@pytree
 @dataclass(frozen=True)
 class Sample:
     """Chooses one token per row: the likeliest, the first of equals, or with a `key` one at random.
@@ -217,7 +216,7 @@ class Sample:
         return {"sequences": state.sequences, "length": state.cur_len, "invalid": state.invalid, **transposed}
 
 
-@register_dataclass
+@pytree
 @dataclass(frozen=True)
 class _Candidates:
     """The tokens that sampling leaves, in the order of their columns.

@@ -1,14 +1,15 @@
 """When a row is finished: array maths over the tokens so far, same as transformers 5.23 `stopping_criteria.py`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 from jax import lax
-from jax.tree_util import register_dataclass
+
+from jaxgen.base import pytree
 
 
-@register_dataclass
+@pytree
 @dataclass(frozen=True)
 class EosToken:
     """Finishes a row on an end-of-sequence id. Same as transformers 5.23 `EosTokenCriteria`.
@@ -25,7 +26,7 @@ class EosToken:
         return (last == self.eos_token_id).any(axis=1)
 
 
-@register_dataclass
+@pytree
 @dataclass(frozen=True)
 class MaxLength:
     """Finishes every row at a length. Same as transformers 5.23 `MaxLengthCriteria`.
@@ -41,16 +42,18 @@ class MaxLength:
         return cur_len >= self.max_length
 
 
-@register_dataclass
+@pytree
 @dataclass(frozen=True)
 class CustomCriterion:
     """A caller's JAX function `(input_ids, scores, cur_len) -> bool [N]`, compiled into the program.
 
     Attributes:
         function: a callable pytree: the caller's own, or a function in a `jax.tree_util.Partial`.
+        kind: its class, static; see `base.pytree`.
     """
 
     function: Any
+    kind: type = field(metadata={"static": True})
 
     def __call__(self, input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array) -> jax.Array:
         return self.function(input_ids, scores, cur_len)

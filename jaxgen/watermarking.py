@@ -16,9 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.tree_util import register_dataclass
 
-from jaxgen.base import LogitsProcessor, Prompt
+from jaxgen.base import LogitsProcessor, Prompt, pytree
 
 Wide = tuple[jax.Array, jax.Array]
 
@@ -27,7 +26,7 @@ CANDIDATES = 40
 MULTIPLIER = 6364136223846793005
 
 
-@register_dataclass
+@pytree
 @dataclass(frozen=True)
 class GreenlistWatermark(LogitsProcessor):
     """Favours a random part of the vocabulary. Same as transformers 5.23 `WatermarkLogitsProcessor`.
@@ -117,7 +116,7 @@ class GreenlistWatermark(LogitsProcessor):
         return self.table[tokens % TABLE_SIZE].astype(jnp.uint32) + 1
 
 
-@register_dataclass
+@pytree
 @dataclass(frozen=True)
 class SynthIDState:
     """What `SynthIDWatermark` remembers from step to step.
@@ -133,7 +132,7 @@ class SynthIDState:
     calls: jax.Array
 
 
-@register_dataclass
+@pytree
 @dataclass(frozen=True)
 class SynthIDWatermark(LogitsProcessor):
     """Holds a tournament among the tokens. Same as transformers 5.23 `SynthIDTextWatermarkLogitsProcessor`.

@@ -1,10 +1,14 @@
 """The arrows of the house: who may import whom. Read from the source, so that no import has to happen."""
 
 import ast
+import dataclasses
+import importlib
+import itertools
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 import jaxgen
@@ -86,6 +90,25 @@ def test_flax_only_declares_parameters(file: Path) -> None:
 @pytest.mark.parametrize("file", FILES, ids=relative)
 def test_no_memory_is_left_uninitialised_on_the_device(file: Path) -> None:
     assert "jnp.empty" not in file.read_text().replace("`jnp.empty`", "")
+
+
+def test_no_two_pytrees_of_the_package_have_the_same_structure() -> None:
+    """Or jit would now and then run the program of the one for the other."""
+    modules = [importlib.import_module(f"jaxgen.{file.stem}") for file in (ROOT / "jaxgen").glob("[a-z]*.py")]
+    classes = {each for module in modules for each in vars(module).values() if dataclasses.is_dataclass(each)}
+    structures = []
+    for cls in sorted((each for each in classes if each.__module__.startswith("jaxgen.")), key=str):
+        node = object.__new__(cls)
+        vars(node).update(dict.fromkeys((field.name for field in dataclasses.fields(cls)), 0))
+        if not jax.tree_util.all_leaves([node]):
+            structures.append(jax.tree_util.tree_structure(node))
+    assert len(structures) > 25
+    assert all(one != other for one, other in itertools.combinations(structures, 2))
+
+
+@pytest.mark.parametrize("file", FILES, ids=relative)
+def test_pytrees_are_registered_in_one_way(file: Path) -> None:
+    assert "register_dataclass" not in file.read_text().replace("`jax.tree_util.register_dataclass`", "")
 
 
 def test_the_facade_exports_exactly_its_public_names() -> None:

@@ -40,17 +40,22 @@ F32 = np.finfo(np.float32)
 RAMP = np.stack([np.arange(10.0) - 5, 100 * (np.arange(10.0) - 5)])
 
 
-@jax.jit
-def processed(processor: LogitsProcessor, input_ids: Any, scores: Any, cur_len: Any) -> jax.Array:
-    return processor(input_ids, scores, cur_len)
+# The class is an argument of its own: JAX calls the trees of two dataclasses equal where their leaves are, and now and
+# then takes the program of one for the other.
+def compiled(function: Any) -> Any:
+    program = jax.jit(
+        lambda processor, rest, kind, vocab_size: function(processor, *rest, *vocab_size), static_argnums=(2, 3)
+    )
+    return lambda processor, *rest, vocab_size=(): program(processor, rest, type(processor), vocab_size)
 
 
-@jax.jit
-def stepped(processor: LogitsProcessor, input_ids: Any, scores: Any, cur_len: Any, state: Any) -> Any:
-    return processor.step(input_ids, scores, cur_len, state)
+processed = compiled(lambda processor, ids, scores, cur_len: processor(ids, scores, cur_len))
+stepped = compiled(lambda processor, ids, scores, cur_len, state: processor.step(ids, scores, cur_len, state))
+_started = compiled(lambda processor, prompt, vocab_size: processor.init(prompt, vocab_size))
 
 
-started = jax.jit(lambda processor, prompt, vocab_size: processor.init(prompt, vocab_size), static_argnums=2)
+def started(processor: LogitsProcessor, prompt: Prompt, vocab_size: int) -> Any:
+    return _started(processor, prompt, vocab_size=(vocab_size,))
 
 
 def apply(processor: LogitsProcessor, scores: Any, ids: Any = ((0,),), cur_len: int | None = None) -> np.ndarray:
@@ -196,6 +201,12 @@ def test_top_h_looks_at_the_best_hundred_tokens_only() -> None:
     """Half of the entropy of a hundred almost equally likely tokens is that of fifty; of all 150 it would be 75."""
     scores = np.arange(150) * 1e-4
     assert np.flatnonzero(np.isfinite(apply(TopH(np.float32(0.505)), [scores])[0])).tolist() == [*range(100, 150)]
+
+
+def test_top_h_keeps_no_token_without_a_chance() -> None:
+    """Compilers take log(exp(x)) for x, so a probability of 0 has to be ruled out by itself."""
+    scores = 100 * (np.arange(10, dtype=np.float32) - 5)
+    assert np.flatnonzero(np.isfinite(apply(TopH(np.float32(0.5)), [scores])[0])).tolist() == [9]
 
 
 @pytest.mark.parametrize(

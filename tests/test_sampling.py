@@ -204,7 +204,12 @@ def test_a_draw_from_few_candidates_is_the_draw_from_all(
     """With ties at every border: the scores are whole numbers."""
     logits = np.random.default_rng(top_k).integers(-3, 4, 97).astype(np.float32)
     chain = [logits_process.TopK(jnp.int32(top_k)), logits_process.TopP(jnp.float32(top_p))]
-    whole = drawn([*chain, logits_process.Custom(jax.tree_util.Partial(_unchanged))], logits, jax.random.key(0), 500)
+    whole = drawn(
+        [*chain, logits_process.Custom(jax.tree_util.Partial(_unchanged), type(_unchanged))],
+        logits,
+        jax.random.key(0),
+        500,
+    )
     monkeypatch.setattr(sampling, "WINDOW", 8)
     np.testing.assert_array_equal(drawn(chain, logits, jax.random.key(0), 500), whole)
 
