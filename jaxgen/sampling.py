@@ -102,12 +102,12 @@ class Sample:
     def _rows(self, prompt: Prompt) -> Prompt:
         """The prompt with a row per sequence to return, without the negative prompts."""
         rows = len(prompt.input_ids) // (1 if self.guidance_scale is None else 2)
-        repeated = jnp.repeat(jnp.arange(rows), self.num_return_sequences)
+        copies = self.num_return_sequences
         return Prompt(
-            prompt.input_ids[repeated],
-            prompt.attention_mask[repeated],
+            jnp.repeat(prompt.input_ids[:rows], copies, axis=0),
+            jnp.repeat(prompt.attention_mask[:rows], copies, axis=0),
             prompt.length,
-            prompt.rows * self.num_return_sequences,
+            prompt.rows * copies,
         )
 
     def step(self, logits: jax.Array, state: SampleState) -> SampleState:

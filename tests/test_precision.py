@@ -50,6 +50,6 @@ def test_half_precision_logits_diverge_no_more_than_those_of_transformers(dtype:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_decoding_in_half_precision_gives_finite_logits_rounded_to_the_dtype(dtype: str, folders: list[Path]) -> None:
     model = jaxgen.load(folders[0], dtype)
-    logits, _ = model.extend(model.make_cache(2, 4), jnp.array([[3, 4], [5, 6]]), jnp.ones((2, 2), bool))
+    logits, _, _ = model.extend(model.make_cache(2, 4), jnp.array([[3, 4], [5, 6]]), jnp.ones((2, 2), bool))
     assert logits.dtype == jnp.float32 and bool(jnp.isfinite(logits).all())
     np.testing.assert_array_equal(logits, logits.astype(dtype).astype(jnp.float32))  # so that ties fall as in HF
