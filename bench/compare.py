@@ -106,6 +106,13 @@ def compare(shape: str, repeats: int) -> dict[str, Any]:
         "first_call_s": first_call,
         "new_length_ratio": medians["new length"] / medians["ours"],
         "repeats": repeats,
+        **machine(),
+    }
+
+
+def machine() -> dict[str, Any]:
+    """What a figure needs to be compared with others."""
+    return {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "versions": {name: version(name) for name in ("jaxgen", "jax", "transformers", "torch")},
         "date": date.today().isoformat(),

@@ -85,9 +85,12 @@ def generate(
     Raises:
         ValueError: naming the argument, its value, the range and the next step; before anything is compiled.
     """
-    _refuse_arguments(
-        synced_gpus=synced_gpus, assistant_model=assistant_model, streamer=streamer, custom_generate=custom_generate
-    )
+    later = {
+        "synced_gpus": synced_gpus,
+        "assistant_model": assistant_model,
+        "streamer": streamer,
+        "custom_generate": custom_generate,
+    }
     custom = Custom(
         _listed("logits_processor", logits_processor),
         _listed("stopping_criteria", stopping_criteria),
@@ -97,7 +100,7 @@ def generate(
         key,
         output_logprobs,
     )
-    call = lower(model, inputs, generation_config, kwargs, custom)
+    call = lower(model, inputs, generation_config, {**kwargs, **later}, custom)
     with call.host.registered():
         state = prefill(model, call.prompt, call.strategy, call.slots, call.collect)
         state = advance(model, state, call.strategy, leaf(call.slots, np.int32), call.collect)
@@ -221,8 +224,11 @@ def lower(
 ) -> Call:
     """From the arguments of `generate` to the arguments of `prefill` and `advance`; every check is in here."""
     custom = custom or Custom()
-    _refuse_arguments(**{name: kwargs[name] for name in _LATER_INPUTS & kwargs.keys()})
-    config, model_inputs = resolve(model.generation_config, generation_config, kwargs)
+    for name in _NOT_YET & kwargs.keys():
+        if kwargs[name] is not None and kwargs[name] is not False:
+            raise ValueError(f"`{name}` is not supported. Leave it out.")
+    supported = {name: value for name, value in kwargs.items() if name not in _NOT_YET}
+    config, model_inputs = resolve(model.generation_config, generation_config, supported)
     if custom.output_logprobs and not config.return_dict_in_generate:
         raise ValueError("`output_logprobs`=True has nowhere to put them. Pass `return_dict_in_generate=True` too.")
     input_ids, given_mask = prompt_arrays(model, inputs, model_inputs, config)
@@ -231,6 +237,11 @@ def lower(
     rows, columns = input_ids.shape
     max_length = config.length_for(columns, model.max_position_embeddings)
     config, stop_length, criteria = _split_criteria(custom.stopping_criteria, config, max_length)
+    if stop_length >= 2**31:
+        raise ValueError(
+            f"{stop_length} columns are asked for, but their number must be below 2**31. Lower `max_new_tokens` or "
+            "`max_length` (a tokenizer without a limit reports 10**30)."
+        )
     if stop_length > model.max_position_embeddings:
         logger.warning(
             "%d tokens are asked for, and the model was made for %d (`max_position_embeddings`): expect poor text "
@@ -337,17 +348,12 @@ def _guidance(config: Resolved, custom: Custom) -> tuple[Any, list[Any]]:
     return leaf(scale, np.float32), custom.logits_processor
 
 
-# Inputs of transformers' `generate` that are yet to come.
-_LATER_INPUTS = frozenset(
-    {"position_ids", "past_key_values", "inputs_embeds", "tokenizer", "assistant_tokenizer", "trust_remote_code"}
+# Arguments of transformers' `generate` that are yet to come; their neutral values are accepted.
+_NOT_YET = frozenset(
+    "synced_gpus assistant_model streamer custom_generate position_ids past_key_values inputs_embeds tokenizer "
+    "assistant_tokenizer trust_remote_code".split()
 )
 _MIN_EOS_BUCKET = 8
-
-
-def _refuse_arguments(**arguments: Any) -> None:
-    for name, value in arguments.items():
-        if value is not None and value is not False:
-            raise ValueError(f"`{name}` is not supported. Leave it out.")
 
 
 def _check_memory(model: Model, call: Call) -> None:

@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from jaxgen import lazy
 
 logger = logging.getLogger(__name__)
@@ -225,7 +227,16 @@ def _refuse_unknown(others: Mapping[str, Any], fields: set[str]) -> None:
 MODEL_INPUTS = frozenset({"input_ids", "attention_mask"})
 
 
+_FLAGS = (
+    "do_sample use_cache return_dict_in_generate output_scores output_logits output_attentions output_hidden_states "
+    "renormalize_logits remove_invalid_values".split()
+)
+
+
 def _freeze(merged: Any, has_default_max_length: bool) -> Resolved:
+    for name in _FLAGS:
+        if not isinstance(getattr(merged, name), (bool, np.bool_, type(None))):
+            raise ValueError(f"`{name}`={getattr(merged, name)!r} must be True or False.")
     max_new_tokens = _integer("max_new_tokens", merged.max_new_tokens)
     max_length = _integer("max_length", merged.max_length)
     if max_new_tokens is not None and not has_default_max_length and max_length is not None:
@@ -238,7 +249,8 @@ def _freeze(merged: Any, has_default_max_length: bool) -> Resolved:
         )
     outputs = ("scores", "logits", "attentions", "hidden_states")
     outputs = tuple(name for name in outputs if merged.return_dict_in_generate and getattr(merged, f"output_{name}"))
-    if merged.use_cache is False and {"attentions", "hidden_states"} & {*outputs}:
+    use_cache = merged.use_cache is None or bool(merged.use_cache)
+    if not use_cache and {"attentions", "hidden_states"} & {*outputs}:
         raise ValueError(
             "`use_cache`=False would return the attentions and hidden states of the whole text at every step, but "
             "jaxgen always decodes with a cache. Leave `use_cache` out: each column's are returned once."
@@ -260,10 +272,10 @@ def _freeze(merged: Any, has_default_max_length: bool) -> Resolved:
         bos_token_id=bos[0] if bos else None,
         eos_token_id=eos,
         pad_token_id=pad[0] if pad else None,
-        do_sample=merged.do_sample is True,
+        do_sample=bool(merged.do_sample),
         num_return_sequences=_num_return_sequences(merged.num_return_sequences),
-        use_cache=merged.use_cache is not False,
-        return_dict_in_generate=merged.return_dict_in_generate is True,
+        use_cache=use_cache,
+        return_dict_in_generate=bool(merged.return_dict_in_generate),
         outputs=outputs,
         merged=merged,
     )
@@ -274,8 +286,11 @@ def _token_ids(name: str, value: Any) -> tuple[int, ...]:
     if value is None:
         return ()
     listed = value.tolist() if hasattr(value, "tolist") else value
+    listed = [listed] if isinstance(listed, int) else listed
     try:
-        ids = tuple(operator.index(token) for token in ([listed] if isinstance(listed, int) else listed))
+        if any(isinstance(token, bool) for token in listed):
+            raise TypeError("True and False are not token ids")
+        ids = tuple(operator.index(token) for token in listed)
     except TypeError as error:
         raise ValueError(f"`{name}`={value!r} must be a token id or a list of them: integers.") from error
     if name != "eos_token_id" and (len(ids) != 1 or not -(2**31) <= ids[0] < 2**31):
@@ -295,6 +310,8 @@ def _num_return_sequences(value: Any) -> int:
 def _integer(name: str, value: Any) -> int | None:
     """An integer of any library, or None."""
     try:
+        if isinstance(value, bool):
+            raise TypeError("True and False are not counts")
         return None if value is None else operator.index(value)
     except TypeError as error:
         raise ValueError(f"`{name}`={value!r} must be an integer.") from error

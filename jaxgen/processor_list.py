@@ -63,7 +63,7 @@ def processor_list(
         and _on_host(for_prefix(prefix_allowed_tokens_fn), "prefix_allowed_tokens_fn", host, rows),
         "ForcedBOSTokenLogitsProcessor": _forced(fields, "forced_bos_token_id", 1, vocab_size),
         "ForcedEOSTokenLogitsProcessor": _forced(fields, "forced_eos_token_id", max_length - 1, vocab_size),
-        "InfNanRemoveLogitsProcessor": logits_process.InfNanRemove() if fields.remove_invalid_values is True else None,
+        "InfNanRemoveLogitsProcessor": logits_process.InfNanRemove() if fields.remove_invalid_values else None,
         "ExponentialDecayLengthPenalty": _exponential_decay(fields, config.eos_token_id, eos, prompt_length),
         **_suppressed(fields, prompt_length, vocab_size),
     }
@@ -72,7 +72,7 @@ def processor_list(
         processors += _warpers(fields, vocab_size)
     if fields.watermarking_config is not None:
         processors.append(_watermark(fields.watermarking_config, vocab_size))
-    if fields.renormalize_logits is True:
+    if fields.renormalize_logits:
         processors.append(logits_process.LogitNormalization())
     return tuple(processors)
 
@@ -160,11 +160,24 @@ def _is_float(value: Any) -> bool:
     return isinstance(value, (float, np.floating))
 
 
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def _number(fields: Any, name: str) -> float | None:
+    value = getattr(fields, name)
+    if value is None:
+        return None
+    if not (_is_float(value) or _is_integer(value)) or math.isnan(value):
+        raise ValueError(f"`{name}` has to be a number, but is {value!r}.")
+    return float(value)
+
+
 def _ngram(fields: Any, name: str, processor: Any) -> LogitsProcessor | None:
     size = getattr(fields, name)
-    if size is None or not size > 0:
+    if size is None or (_number(fields, name) or 0) <= 0:
         return None
-    if not isinstance(size, (int, np.integer)):
+    if not _is_integer(size):
         raise ValueError(f"`{name}` has to be a strictly positive integer, but is {size!r}.")
     return processor(int(size))
 
@@ -198,14 +211,12 @@ def _bad_words(
         raise ValueError(f"`bad_words_ids` has to be a non-empty list of lists of ids, but is {given!r}.")
     words = [tuple(word) for word in given if word and tuple(word) not in {(token,) for token in eos_token_id}]
     _check_ids("bad_words_ids", words, vocab_size)
-    if not words and all(given):
-        raise ValueError(f"`bad_words_ids`={given!r} holds nothing but eos ids, which it cannot forbid. Leave it out.")
     return logits_process.SequenceBias.build(dict.fromkeys(words, -math.inf), vocab_size, bucket)
 
 
 def _check_ids(name: str, sequences: Any, vocab_size: int) -> None:
     for token in (token for sequence in sequences for token in sequence):
-        if not isinstance(token, (int, np.integer)) or not 0 <= token < vocab_size:
+        if not _is_integer(token) or not 0 <= token < vocab_size:
             raise ValueError(f"`{name}` holds {token!r}, but ids of this model are 0 to {vocab_size - 1}.")
 
 
@@ -231,6 +242,8 @@ def _forced(fields: Any, name: str, length: int, vocab_size: int) -> LogitsProce
     token_ids = _ids(name, getattr(fields, name))
     if token_ids is None:
         return None
+    if not token_ids:
+        raise ValueError(f"`{name}`={getattr(fields, name)!r} names no token. Leave it out to force none.")
     _check_ids(name, [token_ids], vocab_size)
     return logits_process.ForceTokensAt(leaf(length, np.int32), token_mask(token_ids, vocab_size))
 
@@ -263,8 +276,11 @@ def _exponential_decay(
     given = fields.exponential_decay_length_penalty
     if given is None:
         return None
-    if not isinstance(given, (tuple, list)) or len(given) != 2 or not isinstance(given[0], (int, np.integer)):
-        raise ValueError(f"`exponential_decay_length_penalty` must be (start, factor), but is {given!r}.")
+    valid = isinstance(given, (tuple, list)) and len(given) == 2 and _is_integer(given[0])
+    if not valid or not (_is_float(given[1]) or _is_integer(given[1])):
+        raise ValueError(
+            f"`exponential_decay_length_penalty` must be (start, factor), an integer and a number, but is {given!r}."
+        )
     if not eos_token_id or min(eos_token_id) < 0:
         raise ValueError(
             f"`exponential_decay_length_penalty` raises the score of `eos_token_id`, but that is {[*eos_token_id]}. "
@@ -286,30 +302,30 @@ def _warpers(fields: Any, vocab_size: int) -> list[LogitsProcessor]:
             f"will be invalid.{hint}"
         )
     top_k = fields.top_k or vocab_size
-    if not isinstance(top_k, (int, np.integer)) or top_k < 0:
+    if not _is_integer(top_k) or top_k < 0:
         raise ValueError(f"`top_k` has to be a strictly positive integer, or 0 to switch it off, but is {top_k!r}.")
-    top_p = 1.0 if fields.top_p is None else float(fields.top_p)
+    top_p = 1.0 if (given := _number(fields, "top_p")) is None else given
     if not top_p >= 0:
         raise ValueError(f"`top_p` has to be a float from 0 to 1, but is {top_p}.")
     chain: list[LogitsProcessor] = [logits_process.Temperature(leaf(temperature, np.float32))]
-    if fields.top_h is not None:
-        if not 0 < fields.top_h <= 1:
-            raise ValueError(f"`top_h` must be in the range (0, 1], but is {fields.top_h!r}.")
-        chain.append(logits_process.TopH(leaf(fields.top_h, np.float32)))
+    if (top_h := _number(fields, "top_h")) is not None:
+        if not 0 < top_h <= 1:
+            raise ValueError(f"`top_h` must be in the range (0, 1], but is {top_h}.")
+        chain.append(logits_process.TopH(leaf(top_h, np.float32)))
     chain.append(logits_process.TopK(leaf(min(top_k, vocab_size), np.int32)))
     chain.append(logits_process.TopP(leaf(min(top_p, 1.0), np.float32)))
-    if fields.min_p is not None:
-        if not 0 <= fields.min_p <= 1:
-            raise ValueError(f"`min_p` has to be a float in the [0, 1] interval, but is {fields.min_p!r}.")
-        chain.append(logits_process.MinP(leaf(fields.min_p, np.float32)))
-    if fields.typical_p is not None and fields.typical_p < 1:
-        if not fields.typical_p > 0:
-            raise ValueError(f"`typical_p` has to be a float > 0 and < 1, but is {fields.typical_p!r}.")
-        chain.append(logits_process.Typical(leaf(fields.typical_p, np.float32)))
-    if fields.epsilon_cutoff is not None and 0 < fields.epsilon_cutoff < 1:
-        chain.append(logits_process.Epsilon(leaf(fields.epsilon_cutoff, np.float32)))
-    if fields.eta_cutoff is not None and 0 < fields.eta_cutoff < 1:
-        chain.append(logits_process.Eta(leaf(fields.eta_cutoff, np.float32)))
+    if (min_p := _number(fields, "min_p")) is not None:
+        if not 0 <= min_p <= 1:
+            raise ValueError(f"`min_p` has to be a float in the [0, 1] interval, but is {min_p}.")
+        chain.append(logits_process.MinP(leaf(min_p, np.float32)))
+    if (typical_p := _number(fields, "typical_p")) is not None and typical_p < 1:
+        if not typical_p > 0:
+            raise ValueError(f"`typical_p` has to be a float > 0 and < 1, but is {typical_p}.")
+        chain.append(logits_process.Typical(leaf(typical_p, np.float32)))
+    if (epsilon := _number(fields, "epsilon_cutoff")) is not None and 0 < epsilon < 1:
+        chain.append(logits_process.Epsilon(leaf(epsilon, np.float32)))
+    if (eta := _number(fields, "eta_cutoff")) is not None and 0 < eta < 1:
+        chain.append(logits_process.Eta(leaf(eta, np.float32)))
     return chain
 
 

@@ -65,7 +65,7 @@ unless the value switches the feature off; no argument is ignored without a word
 def table() -> str:
     """The whole file."""
     parameters = [name for name in inspect.signature(jaxgen.generate).parameters if name not in ("model", "kwargs")]
-    inputs = sorted(generation_config.MODEL_INPUTS | generation._LATER_INPUTS)
+    inputs = sorted((generation_config.MODEL_INPUTS | generation._NOT_YET) - {*parameters})
     arguments = [_row(name, "yes" if name in SHOWN_BY else "refused") for name in [*parameters, *inputs]]
     fields = [_row(name, "yes") for name in sorted(generation_config.SUPPORTED)]
     fields += [_row(name, "refused") for name in sorted(generation_config.REFUSED)]

@@ -1,4 +1,4 @@
-"""The benchmark runs and writes what it prints."""
+"""The benchmarks run and write what they print."""
 
 import json
 import subprocess
@@ -7,15 +7,25 @@ from pathlib import Path
 
 import pytest
 
-COMPARE = Path(__file__).parent.parent / "bench" / "compare.py"
+BENCH = Path(__file__).parent.parent / "bench"
 
 
 @pytest.mark.oracle
 def test_compare_prints_a_row_per_shape_and_records_it_with_machine_and_versions(tmp_path: Path) -> None:
     record = tmp_path / "figures.jsonl"
-    command = [sys.executable, str(COMPARE), "--shape", "2-layer", "--repeats", "1", "--json", str(record)]
+    command = [sys.executable, str(BENCH / "compare.py"), "--shape", "2-layer", "--repeats", "1", "--json", str(record)]
     ended = subprocess.run(command, check=True, capture_output=True, text=True)
     assert ended.stdout.splitlines()[1].startswith("2-layer")
     figures = json.loads(record.read_text())
     assert figures["ratio"] == pytest.approx(figures["transformers_ms"] / figures["jaxgen_ms"])
     assert {"jax", "transformers", "torch"} <= figures["versions"].keys() and figures["machine"] and figures["date"]
+
+
+@pytest.mark.oracle
+def test_sampling_prints_what_each_way_of_choosing_costs_over_greedy(tmp_path: Path) -> None:
+    record = tmp_path / "figures.jsonl"
+    command = [sys.executable, str(BENCH / "sampling.py"), "--repeats", "1", "--json", str(record)]
+    ended = subprocess.run(command, check=True, capture_output=True, text=True)
+    figures = [json.loads(line) for line in record.read_text().splitlines()]
+    assert len(figures) == 3 and all(each["way"] in ended.stdout and each["versions"] for each in figures)
+    assert figures[0]["of_greedy"] == 1

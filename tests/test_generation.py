@@ -1,6 +1,7 @@
 """`generate` at its door: what it accepts, refuses, warns about and returns, beside transformers if torch is there."""
 
 import logging
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -242,6 +243,8 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "a mask of other numbers": (PROMPT, {"attention_mask": [[1, 2, 1]]}, "holds 2, but may hold 0 and 1"),
     "max_new_tokens=0": (PROMPT, {"max_new_tokens": 0}, "`max_new_tokens` must be greater than 0, but is 0"),
     "max_new_tokens=-1": (PROMPT, {"max_new_tokens": -1}, "must be greater than 0, but is -1"),
+    "a length beyond 32 bits": (PROMPT, {"max_new_tokens": 10**30}, "columns are asked for.*Lower `max_new_tokens`"),
+    "a length of True": (PROMPT, {"max_new_tokens": True}, "`max_new_tokens`=True must be an integer"),
     "a fractional length": (PROMPT, {"max_new_tokens": 2.5}, "`max_new_tokens`=2.5 must be an integer"),
     "max_length within the prompt": (
         PROMPT,
@@ -266,6 +269,20 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "no beams": (PROMPT, {"num_beams": 0}, "`num_beams`=0 is not supported"),
     "a mapping": ({"input_ids": PROMPT}, {}, r"mapping of .'input_ids'.. Pass its parts.*\*\*inputs"),
     "a pad beyond 32 bits": (PROMPT, {"pad_token_id": 2**31}, "`pad_token_id`=2147483648 must be one token id"),
+    "an eos of True": (PROMPT, {"eos_token_id": [True]}, "`eos_token_id`=.True. must be a token id"),
+    "sampling as a number": (PROMPT, {"do_sample": 1}, "`do_sample`=1 must be True or False"),
+    "sampling as text": (PROMPT, {"do_sample": "yes"}, "`do_sample`='yes' must be True or False"),
+    "top_k as True": (PROMPT, {**SAMPLED, "top_k": True}, "`top_k` has to be a strictly positive integer.*True"),
+    "top_p as text": (PROMPT, {**SAMPLED, "top_p": "0.9"}, "`top_p` has to be a number, but is '0.9'"),
+    "top_p as NaN": (PROMPT, {**SAMPLED, "top_p": math.nan}, "`top_p` has to be a number, but is nan"),
+    "eta_cutoff as text": (PROMPT, {**SAMPLED, "eta_cutoff": "0.1"}, "`eta_cutoff` has to be a number, but is '0.1'"),
+    "a bad word of True": (PROMPT, {"bad_words_ids": [[True]]}, "`bad_words_ids` holds True, but ids"),
+    "a forced eos of nothing": (PROMPT, {"forced_eos_token_id": []}, "`forced_eos_token_id`=.. names no token"),
+    "a decay as text": (
+        PROMPT,
+        {"exponential_decay_length_penalty": (1, "1.5"), "eos_token_id": 4},
+        "`exponential_decay_length_penalty` must be .start, factor.",
+    ),
     "temperature 0": (PROMPT, {**SAMPLED, "temperature": 0.0}, "strictly positive float.*set `do_sample=False`"),
     "temperature as an int": (PROMPT, {**SAMPLED, "temperature": 2}, r"`temperature` \(=2\) has to be a strictly"),
     "top_k below 0": (PROMPT, {**SAMPLED, "top_k": -1}, "`top_k` has to be a strictly positive integer.*-1"),
@@ -330,6 +347,15 @@ def test_is_refused_before_anything_is_compiled(case: str, model: Any) -> None:
 
 def test_an_unknown_keyword_of_none_is_ignored_as_in_transformers(model: Any) -> None:
     assert continuation(model, foo=None, streamer=None) == continuation(model)
+
+
+def test_neutral_values_of_arguments_to_come_are_accepted(model: Any) -> None:
+    neutral = {"trust_remote_code": False, "synced_gpus": False, "position_ids": None}
+    assert continuation(model, **neutral) == continuation(model)
+
+
+def test_bad_words_that_are_all_eos_forbid_nothing_as_in_transformers(model: Any) -> None:
+    assert continuation(model, bad_words_ids=[[5]], eos_token_id=5) == continuation(model, eos_token_id=5)
 
 
 # ---- Warnings ----

@@ -1,0 +1,71 @@
+"""What drawing tokens costs over taking the highest: whole calls of jaxgen, as a table of ratios.
+
+    python bench/sampling.py
+
+A vocabulary of 128,256 on a small model (4 layers, hidden 512), eight rows: the share of sampling in a step is larger
+here than in any model people use. The calls alternate; figures are medians.
+"""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from compare import machine, seconds
+
+import jaxgen
+
+MODEL = {
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 512,
+}
+WAYS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "top_k 50, top_p 0.9, temperature 0.7": {"do_sample": True, "top_k": 50, "top_p": 0.9, "temperature": 0.7},
+    "all tokens": {"do_sample": True, "top_k": 0},
+}
+ROWS, PROMPT_TOKENS, NEW_TOKENS = 8, 32, 33
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=9, help="timed calls of each (default: 9)")
+    parser.add_argument("--json", type=Path, help="append the figures to this file, one JSON object per line")
+    arguments = parser.parse_args()
+    model = jaxgen.from_config(MODEL)
+    prompt = np.random.default_rng(0).integers(3, MODEL["vocab_size"], (ROWS, PROMPT_TOKENS))
+    mask = np.ones_like(prompt)
+
+    def call(way: str) -> None:
+        key = {"key": 0} if "do_sample" in WAYS[way] else {}
+        jaxgen.generate(
+            model, prompt, attention_mask=mask, max_new_tokens=NEW_TOKENS, eos_token_id=None, **WAYS[way], **key
+        )
+
+    for way in WAYS:
+        call(way)
+    times: dict[str, list[float]] = {way: [] for way in WAYS}
+    for _ in range(arguments.repeats):
+        for way in WAYS:
+            times[way].append(seconds(lambda way=way: call(way)))
+    medians = {way: statistics.median(values) / NEW_TOKENS * 1e3 for way, values in times.items()}
+    print(f"{'':40}{'ms/step':>8}{'of greedy':>11}")
+    for way, milliseconds in medians.items():
+        ratio = milliseconds / medians["greedy"]
+        print(f"{way:40}{milliseconds:8.2f}{ratio:11.3f}")
+        if arguments.json:
+            figures = {"way": way, "ms": milliseconds, "of_greedy": ratio, "repeats": arguments.repeats, **machine()}
+            with arguments.json.open("a") as file:
+                file.write(json.dumps(figures) + "\n")
+
+
+if __name__ == "__main__":
+    main()
