@@ -10,6 +10,7 @@ Dimension letters, used in every docstring of the package:
     T  columns of one forward pass      E  end-of-sequence ids
     V  vocabulary                       D  hidden size              I  MLP size
     W  candidates of one draw           M  sequences of a rule      R  returned sequences per prompt
+    C  branches of a row, such as beams
     Q  query heads                      K  key-value heads          G  query heads per key-value head (Q = K * G)
     H  head dimension
 """
@@ -19,7 +20,9 @@ from dataclasses import dataclass, fields
 from typing import Any, Protocol, Self, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.tree_util import GetAttrKey, register_pytree_with_keys
 
 AnyClass = TypeVar("AnyClass", bound=type)
@@ -56,6 +59,13 @@ def leaf(value: Any, dtype: Any) -> Any:
     return np.asarray(value, dtype)
 
 
+def write_step(buffers: dict[str, jax.Array], values: Mapping[str, jax.Array], step: jax.Array) -> dict[str, jax.Array]:
+    """The buffers, each [steps, ...], with one step's values."""
+    return {
+        name: lax.dynamic_update_index_in_dim(buffer, values[name], step, axis=0) for name, buffer in buffers.items()
+    }
+
+
 @pytree
 @dataclass(frozen=True)
 class Prompt:
@@ -75,9 +85,31 @@ class Prompt:
     rows: jax.Array
     position_ids: jax.Array | None = None
 
+    def repeated(self, copies: int, halved: bool = False) -> "Prompt":
+        """Each row `copies` times; `halved`, without the lower half: the negative prompts of guidance."""
+        rows = len(self.input_ids) // (2 if halved else 1)
+        return Prompt(
+            jnp.repeat(self.input_ids[:rows], copies, axis=0),
+            jnp.repeat(self.attention_mask[:rows], copies, axis=0),
+            self.length,
+            self.rows * copies,
+        )
+
+    def left_aligned(self, slots: int, fill: jax.typing.ArrayLike) -> jax.Array:
+        """int32 [N, S]: the caller's prompt in the first `length` columns, `fill` in the others."""
+        columns = self.input_ids.shape[1]
+        ids = jnp.roll(self.input_ids, self.length - columns, axis=1)
+        ids = jnp.pad(ids, ((0, 0), (0, slots - columns)))
+        return jnp.where(jnp.arange(slots) < self.length, ids, fill)
+
 
 class Cache(Protocol):
     """Keys and values of the columns seen so far: a pytree, never mutated."""
+
+    @property
+    def branches(self) -> int:
+        """C: the continuations of each row that it holds; 1 until `branch` is called."""
+        ...
 
     def grow(self, slots: int) -> Self:
         """The same cache with room for `slots` columns."""
@@ -87,8 +119,24 @@ class Cache(Protocol):
         """The cache of int32 [M] rows of this one, in their order."""
         ...
 
+    def branch(self, branches: int) -> "BranchedCache":
+        """A cache of C continuations of each row."""
+        ...
+
     def cleared(self) -> Self:
         """The same cache with zeros wherever attention may not look."""
+        ...
+
+
+class BranchedCache(Cache, Protocol):
+    """A cache of C branches per row, whose forward passes take C columns, one for each branch."""
+
+    def reorder(self, parents: jax.Array) -> Self:
+        """The cache whose branch c continues branch `parents[n, c]` of row n; int32 [N, C]."""
+        ...
+
+    def keep(self, chosen: jax.Array) -> Self:
+        """The cache whose branches all continue branch `chosen[n]`; only that one's last column is kept. int32 [N]."""
         ...
 
 
@@ -138,7 +186,8 @@ class Model(Protocol[AnyCache]):
             collect: which internals to return: "hidden_states", "attentions".
 
         Returns:
-            float32 [N, V] logits of the last column, the cache T columns longer, and the internals asked for:
+            float32 [N, V] logits of the last column, or [N * C, V] of the C columns that continue the branches of a
+            cache; the cache, T columns longer; and the internals asked for:
             `hidden_states`, one [N, T, D] more than there are layers, `attentions`, one [N, Q, T, S] per layer.
         """
         ...
@@ -173,40 +222,76 @@ class LogitsProcessor:
         """New scores and the next state."""
         return self(input_ids, scores, cur_len), state
 
+    def reorder(self, state: Any, rows: jax.Array) -> Any:
+        """The state after row n took over from row `rows[n]`; for arrays with N rows, or without dimensions."""
+        return jax.tree.map(lambda array: array[rows] if array.ndim else array, state)
+
 
 class StrategyState(Protocol):
     """What a strategy carries from step to step: a pytree."""
 
     @property
     def tokens(self) -> jax.Array:
-        """int32 [N]. The next input of the model: the tokens chosen last."""
+        """int32 [N], or [N * C] with branches. The next input of the model."""
         ...
 
 
-AnyState = TypeVar("AnyState", bound=StrategyState)
+class Strategy:
+    """How tokens are chosen. A pytree: numbers are traced, so a new number compiles nothing.
 
-
-class Strategy(Protocol[AnyState]):
-    """How tokens are chosen. A pytree: numbers are traced, so a new number compiles nothing."""
+    What a strategy has to say is in the methods that raise here; the others fit one token per row and forward pass.
+    """
 
     @property
-    def num_return_sequences(self) -> int:
-        """R. The prompt's forward runs once; its rows are repeated R times afterwards."""
-        ...
+    def copies(self) -> int:
+        """How often each row is repeated after the prompt's forward pass: rows with caches of their own."""
+        return 1
 
-    def init(self, prompt: Prompt, slots: int, vocab_size: int) -> AnyState: ...
+    @property
+    def branches(self) -> int:
+        """C: how often each row branches after the prompt's forward pass: continuations that share its cache."""
+        return 1
 
-    def step(self, logits: jax.Array, state: AnyState) -> AnyState:
-        """Chooses one more token per row from float32 [N, V] logits."""
-        ...
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The internals that `start` and `step` read; see `Model.extend`."""
+        return ()
 
-    def unfinished(self, state: AnyState) -> jax.Array:
+    def cache_slots(self, columns: int, new_tokens: int) -> int:
+        """The slots that a prompt and so many new tokens take."""
+        return columns + new_tokens
+
+    def forward_passes(self, new_tokens: int) -> int:
+        """How many follow the prompt's, for so many new tokens."""
+        return new_tokens - 1
+
+    def start(self, prompt: Prompt, slots: int, logits: jax.Array, internals: Internals) -> Any:
+        """The state after the prompt's forward pass.
+
+        Args:
+            prompt: [N, P].
+            slots: S, the columns of the token buffer.
+            logits: float32 [N, V]; rows are not repeated yet.
+            internals: of the prompt, see `needs`.
+        """
+        raise NotImplementedError
+
+    def step(self, logits: jax.Array, internals: Internals, state: Any) -> Any:
+        """The state after a forward pass over `state.tokens`, which gave float32 [N, V] or [N * C, V] logits."""
+        raise NotImplementedError
+
+    def settle(self, cache: Any, state: Any) -> Any:
+        """The cache of branches for the next forward pass, after a step; for strategies that branch."""
+        raise NotImplementedError
+
+    def unfinished(self, state: Any) -> jax.Array:
         """bool []. Whether any row still wants a token."""
-        ...
+        raise NotImplementedError
 
-    def finalize(self, state: AnyState) -> Mapping[str, jax.Array]:
+    def finalize(self, state: Any) -> Mapping[str, jax.Array]:
         """The outputs by their Hugging Face names, and two more for the host.
 
-        `length` is int32 [], the valid columns of `sequences`; `invalid` is bool [N], the rows that met a NaN.
+        `length` is int32 [], the columns that the prompt and the tokens of all steps take; `invalid` is bool [N], the
+        rows that met a NaN.
         """
-        ...
+        raise NotImplementedError

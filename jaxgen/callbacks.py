@@ -56,7 +56,7 @@ class HostCriterion:
 
     def __call__(self, input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array) -> jax.Array:
         """bool [N]."""
-        result = jax.ShapeDtypeStruct(scores.shape[:1], jnp.bool_)
+        result = jax.ShapeDtypeStruct(input_ids.shape[:1], jnp.bool_)
         return io_callback(_finished, result, self.number, self.rows, input_ids, cur_len, ordered=True)
 
 
@@ -114,28 +114,30 @@ def for_processor(function: Callable[..., Any]) -> HostFunction:
     return process
 
 
-def for_prefix(prefix_allowed_tokens_fn: Callable[[int, np.ndarray], Any]) -> HostFunction:
-    """Same as transformers 5.23 `PrefixConstrainedLogitsProcessor` for one beam."""
+def for_prefix(prefix_allowed_tokens_fn: Callable[[int, np.ndarray], Any], num_beams: int) -> HostFunction:
+    """Same as transformers 5.23 `PrefixConstrainedLogitsProcessor`, whose function knows prompts, not beams."""
 
     def constrain(input_ids: np.ndarray, scores: np.ndarray | None) -> np.ndarray:
         assert scores is not None
         mask = np.full_like(scores, -np.inf)
         for row, tokens in enumerate(input_ids):
-            allowed = np.asarray(prefix_allowed_tokens_fn(row, tokens), dtype=int).reshape(-1)
+            batch_id = row // num_beams
+            allowed = np.asarray(prefix_allowed_tokens_fn(batch_id, tokens), dtype=int).reshape(-1)
             if not allowed.size:
                 raise ValueError(
-                    f"`prefix_allowed_tokens_fn` returned an empty list for batch ID {row}. Return at least one token, "
-                    "an eos for a text that may only end."
+                    f"`prefix_allowed_tokens_fn` returned an empty list for batch ID {batch_id}. Return at least one "
+                    "token, an eos for a text that may only end."
                 )
             if allowed.min() < 0 or allowed.max() >= mask.shape[1]:
                 raise ValueError(
                     f"`prefix_allowed_tokens_fn` allowed {allowed[(allowed < 0) | (allowed >= mask.shape[1])][0]} for "
-                    f"batch ID {row}, but ids of this model are 0 to {mask.shape[1] - 1}."
+                    f"batch ID {batch_id}, but ids of this model are 0 to {mask.shape[1] - 1}."
                 )
             mask[row, allowed] = 0
         constrained = scores + mask
-        unsatisfiable = np.isneginf(constrained.max(axis=1, keepdims=True))
-        return np.where(unsatisfiable, mask, constrained)
+        # Where the model rules out all that is allowed, in every beam of a prompt, the constraint wins.
+        unsatisfiable = np.isneginf(constrained.max(axis=1)).reshape(-1, num_beams).all(axis=1)
+        return np.where(np.repeat(unsatisfiable, num_beams)[:, None], mask, constrained)
 
     return constrain
 

@@ -60,7 +60,7 @@ def decode(model: Model, prompt: Prompt, strategy: Strategy, slots: int) -> Mapp
         raise ValueError(f"`slots`={slots} leaves no room after a prompt of {columns} columns. Pass a larger number.")
     prompt, strategy = jax.tree.map(jnp.asarray, (prompt, strategy))  # a tracer cannot index NumPy arrays
     state = _prefill(model, prompt, strategy, slots)
-    return finalize(strategy, _advance(model, state, strategy, jnp.int32(slots - columns - 1)))
+    return finalize(strategy, _advance(model, state, strategy, jnp.int32(strategy.forward_passes(slots - columns))))
 
 
 def finalize(strategy: Strategy, state: DecodeState) -> Mapping[str, Any]:
@@ -74,22 +74,24 @@ def _prefill(
     """One forward pass over the prompt; the first token of every row is chosen.
 
     The prompt attends to its own columns only: the cache starts with P slots and grows to S afterwards. Its rows are
-    repeated only after that, so that several sequences of one prompt pay for it once.
+    repeated, or branch, only after that: several sequences of one prompt pay for it once.
     """
     rows, columns = prompt.input_ids.shape
     cache = model.make_cache(rows, columns)
     mask = prompt.attention_mask.astype(bool)
-    logits, cache, internals = model.extend(cache, prompt.input_ids, mask, prompt.position_ids, collect)
-    if strategy.num_return_sequences > 1:
-        repeated = jnp.repeat(jnp.arange(rows), strategy.num_return_sequences)
-        logits, cache = logits[repeated], cache.take(repeated)
-    cache = cache.grow(slots)
+    needed = _both(collect, strategy)
+    logits, cache, internals = model.extend(cache, prompt.input_ids, mask, prompt.position_ids, needed)
+    inner = strategy.start(prompt, slots, logits, internals)
+    if strategy.copies > 1:
+        cache = cache.take(jnp.repeat(jnp.arange(rows), strategy.copies))
+    cache = cache.grow(strategy.cache_slots(columns, slots - columns))
+    if strategy.branches > 1:
+        cache = cache.branch(strategy.branches)
     buffers: Internals = {}
     if collect:
-        step = jax.eval_shape(lambda: _extend(model, cache, jnp.zeros(len(logits), jnp.int32), collect)[2])
+        step = jax.eval_shape(lambda: _extend(model, cache, inner.tokens, collect)[2])
         buffers = jax.tree.map(lambda x: jnp.zeros((slots - columns, *x.shape), x.dtype), step)
-    inner = strategy.step(logits, strategy.init(prompt, slots, logits.shape[-1]))
-    return DecodeState(cache, inner, jnp.int32(0), internals, buffers)
+    return DecodeState(cache, inner, jnp.int32(0), {name: internals[name] for name in collect}, buffers)
 
 
 def _advance(
@@ -102,22 +104,29 @@ def _advance(
         return (state.steps < last) & strategy.unfinished(state.inner)
 
     def step(state: DecodeState) -> DecodeState:
-        logits, cache, internals = _extend(model, state.cache, state.inner.tokens, collect)
+        logits, cache, internals = _extend(model, state.cache, state.inner.tokens, _both(collect, strategy))
         write = functools.partial(lax.dynamic_update_index_in_dim, index=state.steps, axis=0)
-        buffers = jax.tree.map(write, state.step_internals, internals)
-        inner = strategy.step(logits, state.inner)
+        buffers = jax.tree.map(write, state.step_internals, {name: internals[name] for name in collect})
+        inner = strategy.step(logits, internals, state.inner)
+        if strategy.branches > 1:
+            cache = strategy.settle(cache, inner)
         return DecodeState(cache, inner, state.steps + 1, state.prompt_internals, buffers)
 
     start = DecodeState(state.cache.cleared(), state.inner, state.steps, state.prompt_internals, state.step_internals)
     return lax.while_loop(unfinished, step, start)
 
 
+def _both(collect: tuple[str, ...], strategy: Strategy) -> tuple[str, ...]:
+    """The internals to compute: those to return, and those the strategy reads."""
+    return tuple(dict.fromkeys((*collect, *strategy.needs)))
+
+
 def _extend(
     model: Model, cache: Cache, tokens: jax.Array, collect: tuple[str, ...]
 ) -> tuple[jax.Array, Cache, Internals]:
-    """One forward pass over one column, int32 [N]."""
-    column = tokens[:, None]
-    return model.extend(cache, column, jnp.ones_like(column, bool), None, collect)
+    """One forward pass over int32 [N] tokens, or over [N * C], one for each branch."""
+    columns = tokens.reshape(-1, cache.branches)
+    return model.extend(cache, columns, jnp.ones_like(columns, bool), None, collect)
 
 
 _compile_counts: Counter[str] = Counter()

@@ -7,14 +7,14 @@ anything is compiled.
 import logging
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import jax
 import numpy as np
 
 from jaxgen import lazy
-from jaxgen.base import Model, Prompt, leaf
+from jaxgen.base import Model, Prompt, Strategy, leaf
 from jaxgen.callbacks import HostCriterion, HostFunctions, for_criterion
 from jaxgen.decoding import DecodeState, advance, finalize, prefill
 from jaxgen.generation_config import Resolved, resolve, warn_once
@@ -29,10 +29,10 @@ from jaxgen.inputs import (
     warn_about_padding,
     with_negative_prompts,
 )
-from jaxgen.outputs import GenerateDecoderOnlyOutput, PastKeyValues
+from jaxgen.outputs import GenerateOutput, wrap
 from jaxgen.processor_list import as_pytree, processor_list, takes_cur_len
-from jaxgen.sampling import Sample
 from jaxgen.stopping_criteria import CustomCriterion, EosToken, MaxLength
+from jaxgen.strategies import Rules, strategy_for
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def generate(
     key: Any = None,
     output_logprobs: bool = False,
     **kwargs: Any,
-) -> np.ndarray | GenerateDecoderOnlyOutput:
+) -> np.ndarray | GenerateOutput:
     """Continues each prompt, greedily or by sampling; the arguments, and the tokens, of transformers 5.23 `generate`.
 
     Args:
@@ -166,7 +166,7 @@ class Call:
     """
 
     prompt: Prompt
-    strategy: Sample
+    strategy: Strategy
     slots: int
     collect: tuple[str, ...]
     rows: int
@@ -174,49 +174,19 @@ class Call:
     config: Resolved
     host: HostFunctions
 
-    def wrap(self, outputs: Mapping[str, jax.Array], state: DecodeState) -> np.ndarray | GenerateDecoderOnlyOutput:
+    def wrap(self, outputs: Mapping[str, jax.Array], state: DecodeState) -> np.ndarray | GenerateOutput:
         """What `generate` returns, waiting for the device."""
         refuse_tracer(outputs["length"])
         # `device_get` can be interrupted while the device works, `np.asarray` cannot.
         fetched = jax.device_get(dict(outputs))
-        rows, length = self.rows * self.config.num_return_sequences, int(fetched["length"])
         if fetched["invalid"].any():
             logger.warning(
                 "The scores of rows %s held NaN or infinity: their tokens mean nothing. Check the weights, load as "
                 "float32, or pass `remove_invalid_values=True`.",
                 np.flatnonzero(fetched["invalid"]).tolist(),
             )
-        sequences = fetched["sequences"][:rows, :length].copy()  # writable, and without its bucket
-        if not self.config.return_dict_in_generate:
-            return sequences
-        steps = length - self.columns
-        by_step = {name: fetched[name][:steps, :rows].copy() for name in ("scores", "logits") if name in fetched}
-        by_row = {name: fetched[name][:rows, :steps].copy() for name in fetched if name.endswith("logprobs")}
-        offset = self.prompt.input_ids.shape[1] - self.columns
-        past = PastKeyValues(state.cache, rows, offset, length - 1) if self.config.use_cache else None
-        internals: dict[str, Any] = {
-            name: self._trim_internals(name, state, rows, offset, steps) for name in self.collect
-        }
-        return GenerateDecoderOnlyOutput(sequences, past_key_values=past, **by_step, **by_row, **internals)
-
-    def _trim_internals(
-        self, name: str, state: DecodeState, rows: int, offset: int, steps: int
-    ) -> tuple[tuple[np.ndarray, ...], ...]:
-        """Transformers' tuple over steps of tuples over layers, from the buffers and their buckets."""
-        first, later = jax.device_get((state.prompt_internals[name], state.step_internals[name]))
-        ends = range(offset + self.columns + 1, offset + self.columns + steps)  # slots that each later step attends
-
-        def prompt(array: np.ndarray) -> np.ndarray:
-            repeated = np.repeat(array[: self.rows], self.config.num_return_sequences, axis=0)
-            return repeated[..., offset:, offset:] if name == "attentions" else repeated[:, offset:]
-
-        def step(array: np.ndarray, end: int) -> np.ndarray:
-            return array[:rows, ..., offset:end] if name == "attentions" else array[:rows]
-
-        return (
-            tuple(prompt(layer) for layer in first),
-            *(tuple(step(layer[place], end) for layer in later) for place, end in enumerate(ends)),
-        )
+        output = wrap(self, fetched, state)
+        return output if self.config.return_dict_in_generate else output.sequences
 
 
 def lower(
@@ -236,7 +206,7 @@ def lower(
     attention_mask = infer_attention_mask(input_ids, config) if given_mask is None else given_mask
     rows, columns = input_ids.shape
     max_length = config.length_for(columns, model.max_position_embeddings)
-    config, stop_length, criteria = _split_criteria(custom.stopping_criteria, config, max_length)
+    eos_token_id, stop_length, criteria = _split_criteria(custom.stopping_criteria, config, max_length)
     if stop_length >= 2**31:
         raise ValueError(
             f"{stop_length} columns are asked for, but their number must be below 2**31. Lower `max_new_tokens` or "
@@ -249,29 +219,23 @@ def lower(
             stop_length,
             model.max_position_embeddings,
         )
-    if max(config.eos_token_id, default=0) >= model.vocab_size:
+    if max(eos_token_id, default=0) >= model.vocab_size:
         logger.warning(
             "`eos_token_id` holds %d, but ids of this model are 0 to %d: no text will end with it.",
-            max(config.eos_token_id),
+            max(eos_token_id),
             model.vocab_size - 1,
         )
-    eos = [token for token in config.eos_token_id if 0 <= token < model.vocab_size]
     guidance_scale, customs = _guidance(config, custom)
     prompt = pad_to_buckets(input_ids, attention_mask)
     if guidance_scale is not None:
         negative = custom.negative_prompt_ids, custom.negative_prompt_attention_mask
         prompt = with_negative_prompts(model, input_ids, attention_mask, *negative)
-    slots = bucket(prompt.input_ids.shape[1] + max(stop_length - columns, 1))
     host = HostFunctions()
-    host_rows = rows * config.num_return_sequences
-    places = bucket(max(_MIN_EOS_BUCKET, len(eos)))
-    outputs = tuple(name for name in ("scores", "logits") if name in config.outputs)
-    strategy = Sample(
-        eos=EosToken(leaf([*eos, *[-1] * (places - len(eos))], np.int32)),
+    beams, groups = config.num_beams, config.num_beam_groups
+    host_rows = rows * (config.num_return_sequences if beams == 1 else beams)
+    rules = Rules(
+        eos=EosToken.build(eos_token_id, model.vocab_size, bucket),
         max_length=MaxLength(leaf(stop_length, np.int32)),
-        # Without an eos, rows that a caller's criterion finishes go on until all are, as in transformers.
-        pad_token_id=None if criteria and not config.eos_token_id else leaf(pad_token_id_or_default(config), np.int32),
-        key=key_words(custom.key, config, bucket(rows), rows),
         processors=processor_list(
             config,
             columns,
@@ -281,17 +245,47 @@ def lower(
             customs,
             custom.prefix_allowed_tokens_fn,
             host,
-            host_rows,
+            host_rows // groups,
         ),
-        stopping_criteria=tuple(_criterion(each, host, host_rows) for each in criteria),
+        stopping_criteria=tuple(
+            # Beams are finished, or not, while they are candidates.
+            _criterion(each, host, host_rows * (config.candidates_per_beam if beams > 1 and groups == 1 else 1))
+            for each in criteria
+        ),
         guidance_scale=guidance_scale,
-        num_return_sequences=config.num_return_sequences,
-        outputs=(*outputs, "logprobs") if custom.output_logprobs else outputs,
     )
     collect = tuple(name for name in ("attentions", "hidden_states") if name in config.outputs)
+    strategy = strategy_for(
+        config,
+        rules,
+        key_words(custom.key, config, bucket(rows), rows),
+        pad_token_id_or_default(config),
+        max_length,
+        model.vocab_size,
+        _recorded(config, custom, collect),
+    )
+    prompt_bucket = prompt.input_ids.shape[1]
+    new_tokens = max(stop_length - columns, 1)
+    # With beams every further column costs a slot for each of them.
+    slots = bucket(prompt_bucket + new_tokens) if beams == 1 else prompt_bucket + bucket(new_tokens)
     call = Call(prompt, strategy, slots, collect, rows, columns, config, host)
     _check_memory(model, call)
     return call
+
+
+def _recorded(config: Resolved, custom: Custom, collect: tuple[str, ...]) -> tuple[str, ...]:
+    """What the strategy records of every step: the outputs asked for, and what it takes to sort the internals."""
+    outputs = tuple(name for name in ("scores", "logits") if name in config.outputs)
+    if custom.output_logprobs:
+        if config.num_beams > 1 or config.penalty_alpha:
+            raise ValueError(
+                "`output_logprobs` is for greedy decoding and sampling. Pass `output_scores=True`, and the outputs to "
+                "`compute_transition_scores`."
+            )
+        return (*outputs, "logprobs")
+    if config.penalty_alpha and collect:
+        return (*outputs, "chosen")
+    return (*outputs, "parents") if "attentions" in collect and config.num_beams > 1 else outputs
 
 
 def _listed(name: str, given: Any) -> list[Any]:
@@ -302,19 +296,19 @@ def _listed(name: str, given: Any) -> list[Any]:
     return list(given)
 
 
-def _split_criteria(criteria: list[Any], config: Resolved, max_length: int) -> tuple[Resolved, int, list[Any]]:
-    """Takes the numbers out of transformers' own criteria for eos and length, which are then the built-in ones."""
+def _split_criteria(criteria: list[Any], config: Resolved, max_length: int) -> tuple[tuple[int, ...], int, list[Any]]:
+    """The ids and the length that end a text, of transformers' own criteria if they are among them, and the others."""
     transformers = lazy.transformers()
-    others = []
+    eos_token_id, others = config.eos_token_id, []
     for criterion in criteria:
         if type(criterion) is transformers.MaxLengthCriteria:
             _check_length("stopping_criteria", criterion.max_length)
             max_length = criterion.max_length
         elif type(criterion) is transformers.EosTokenCriteria:
-            config = replace(config, eos_token_id=tuple(np.asarray(criterion.eos_token_id).reshape(-1).tolist()))
+            eos_token_id = tuple(np.asarray(criterion.eos_token_id).reshape(-1).tolist())
         else:
             others.append(criterion)
-    return config, max_length, others
+    return eos_token_id, max_length, others
 
 
 def _check_length(name: str, length: Any) -> None:
@@ -353,26 +347,27 @@ _NOT_YET = frozenset(
     "synced_gpus assistant_model streamer custom_generate position_ids past_key_values inputs_embeds tokenizer "
     "assistant_tokenizer trust_remote_code".split()
 )
-_MIN_EOS_BUCKET = 8
 
 
 def _check_memory(model: Model, call: Call) -> None:
     """Refuses what no allocator could give, before anything is compiled for it."""
     prompt_rows, columns = call.prompt.input_ids.shape
-    rows = prompt_rows * call.config.num_return_sequences
-    steps = call.slots - columns
-    needed = {"the cache": rows * call.slots * model.cache_bytes_per_token}
-    for name in call.strategy.outputs:
-        if name != "logprobs":
-            needed[f"`output_{name}`"] = 4 * rows * steps * model.vocab_size
-    for name in call.collect:
-        of_prompt = prompt_rows * model.internals_bytes(name, columns, columns)
-        needed[f"`output_{name}`"] = of_prompt + rows * steps * model.internals_bytes(name, 1, call.slots)
+    rows, steps = prompt_rows * call.strategy.copies, call.slots - columns
+    cache_slots = call.strategy.cache_slots(columns, steps)
+    needed = {"the cache": rows * cache_slots * model.cache_bytes_per_token}
+    scored = rows * call.config.num_beams
+    for name in call.config.outputs:
+        if name in call.collect:
+            of_prompt = prompt_rows * model.internals_bytes(name, columns, columns)
+            of_step = rows * model.internals_bytes(name, call.strategy.branches, cache_slots)
+            needed[f"`output_{name}`"] = of_prompt + steps * of_step
+        else:
+            needed[f"`output_{name}`"] = 4 * scored * steps * model.vocab_size
     available = _memory_bytes()
     if sum(needed.values()) > available:
         parts = ", ".join(f"{size / 1e9:,.1f} GB for {name}" for name, size in needed.items())
         raise ValueError(
-            f"{rows} rows of {call.slots} tokens need {parts}, but the device has {available / 1e9:,.1f} GB. Lower "
+            f"{scored} rows of {call.slots} tokens need {parts}, but the device has {available / 1e9:,.1f} GB. Lower "
             "`max_new_tokens`, the prompt length or the batch"
             + (", or ask for fewer outputs." if len(needed) > 1 else ".")
         )

@@ -8,6 +8,7 @@ do is accepted without a word.
 import copy
 import difflib
 import logging
+import math
 import operator
 import warnings
 from collections.abc import Mapping
@@ -27,11 +28,11 @@ SUPPORTED = frozenset(
     "encoder_no_repeat_ngram_size bad_words_ids sequence_bias renormalize_logits forced_bos_token_id "
     "forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens "
     "guidance_scale watermarking_config output_attentions output_hidden_states output_scores output_logits "
-    "return_dict_in_generate pad_token_id bos_token_id eos_token_id".split()
+    "return_dict_in_generate pad_token_id bos_token_id eos_token_id num_beams early_stopping length_penalty "
+    "num_beam_groups diversity_penalty penalty_alpha".split()
 )
 # Refused by name unless they hold one of the values that switch them off.
 REFUSED: dict[str, tuple[Any, ...]] = {
-    "num_beams": (None, 1),
     "max_time": (None,),
     "stop_strings": (None,),
     "use_mtp": (None, False),
@@ -43,10 +44,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "prompt_lookup_num_tokens": (None,),
     "speculation_type": (None,),
     "low_memory": (None, False),
-    "penalty_alpha": (None, 0.0),
     "dola_layers": (None,),
-    "diversity_penalty": (None, 0.0),
-    "num_beam_groups": (None, 1),
     "constraints": (None,),
     "force_words_ids": (None,),
     "prefill_chunk_size": (None,),
@@ -54,14 +52,11 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "cache_config": (None,),
     "continuous_batching_config": (None,),
 }
-_BEAMS = "acts on beams only; transformers ignores it with one beam too, and warns where a caller sets it"
 _ASSISTANT = "acts in assisted decoding only, and transformers ignores it elsewhere too"
 NO_EFFECT = {
     "compile_config": "is about torch.compile; every call of jaxgen is compiled",
     "disable_compile": "is about torch.compile; every call of jaxgen is compiled",
     "use_cache": "the cache is always used: the tokens are the same without, only later",
-    "early_stopping": _BEAMS,
-    "length_penalty": _BEAMS,
     "num_assistant_tokens": _ASSISTANT,
     "num_assistant_tokens_schedule": _ASSISTANT,
     "assistant_confidence_threshold": _ASSISTANT,
@@ -83,6 +78,8 @@ class Resolved:
         min_new_tokens: wins over `min_length`; None if nobody set it.
         eos_token_id: in the caller's order, empty for none.
         pad_token_id: None if nobody set it, which transformers' warnings tell from the default (the first eos).
+        early_stopping: True, False or "never".
+        penalty_alpha: 0 unless contrastive search is asked for.
         outputs: of "scores", "logits", "attentions", "hidden_states", what to return of every step.
         merged: the merged GenerationConfig, for the fields that only `processor_list` reads.
     """
@@ -96,10 +93,21 @@ class Resolved:
     pad_token_id: int | None
     do_sample: bool
     num_return_sequences: int
+    num_beams: int
+    early_stopping: bool | str
+    length_penalty: float
+    num_beam_groups: int
+    diversity_penalty: float
+    penalty_alpha: float
     use_cache: bool
     return_dict_in_generate: bool
     outputs: tuple[str, ...]
     merged: Any
+
+    @property
+    def candidates_per_beam(self) -> int:
+        """Enough for every beam to go on though the likeliest tokens end it; sampling leaves as many tokens."""
+        return max(2, 1 + len(self.eos_token_id))
 
     def length_for(self, prompt_length: int, max_position_embeddings: int) -> int:
         """The `max_length` of a prompt: 20 new tokens unless the caller or the checkpoint says otherwise.
@@ -237,6 +245,8 @@ def _freeze(merged: Any, has_default_max_length: bool) -> Resolved:
     for name in _FLAGS:
         if not isinstance(getattr(merged, name), (bool, np.bool_, type(None))):
             raise ValueError(f"`{name}`={getattr(merged, name)!r} must be True or False.")
+    if not isinstance(merged.early_stopping, (bool, type(None))) and merged.early_stopping != "never":
+        raise ValueError(f"`early_stopping` must be a boolean or 'never', but is {merged.early_stopping!r}.")
     max_new_tokens = _integer("max_new_tokens", merged.max_new_tokens)
     max_length = _integer("max_length", merged.max_length)
     if max_new_tokens is not None and not has_default_max_length and max_length is not None:
@@ -273,7 +283,13 @@ def _freeze(merged: Any, has_default_max_length: bool) -> Resolved:
         eos_token_id=eos,
         pad_token_id=pad[0] if pad else None,
         do_sample=bool(merged.do_sample),
-        num_return_sequences=_num_return_sequences(merged.num_return_sequences),
+        num_return_sequences=_count("num_return_sequences", merged.num_return_sequences),
+        num_beams=_count("num_beams", merged.num_beams),
+        early_stopping=merged.early_stopping or False,
+        length_penalty=_number("length_penalty", merged.length_penalty, 1.0),
+        num_beam_groups=_beam_groups(merged),
+        diversity_penalty=_number("diversity_penalty", merged.diversity_penalty, 0.0),
+        penalty_alpha=_penalty_alpha(merged),
         use_cache=use_cache,
         return_dict_in_generate=bool(merged.return_dict_in_generate),
         outputs=outputs,
@@ -298,13 +314,60 @@ def _token_ids(name: str, value: Any) -> tuple[int, ...]:
     return ids
 
 
-def _num_return_sequences(value: Any) -> int:
-    count = _integer("num_return_sequences", value)
+def _count(name: str, value: Any) -> int:
+    count = _integer(name, value)
     if count is None:
         return 1
     if count < 1:
-        raise ValueError(f"`num_return_sequences`={count} must be at least 1.")
+        raise ValueError(f"`{name}`={count} must be at least 1.")
     return count
+
+
+def _number(name: str, value: Any, default: float) -> float:
+    if value is None:
+        return default
+    if not isinstance(value, (int, float, np.number)) or isinstance(value, bool) or not math.isfinite(value):
+        raise ValueError(f"`{name}`={value!r} must be a finite number.")
+    return float(value)
+
+
+def _beam_groups(merged: Any) -> int:
+    """`num_beam_groups`, checked as in transformers 4.41, which had diverse beam search."""
+    groups, beams = _count("num_beam_groups", merged.num_beam_groups), _count("num_beams", merged.num_beams)
+    penalty = _number("diversity_penalty", merged.diversity_penalty, 0.0)
+    if groups == 1:
+        if penalty:
+            raise ValueError(f"`diversity_penalty`={penalty} acts between groups of beams. Pass `num_beam_groups` too.")
+        return 1
+    if beams % groups:
+        raise ValueError(
+            f"`num_beams`={beams} must be a multiple of `num_beam_groups`={groups}: groups are of one size."
+        )
+    if not penalty > 0:
+        raise ValueError(
+            f"`diversity_penalty`={penalty} must be above 0, or all {groups} groups of beams are the same."
+        )
+    if merged.do_sample:
+        raise ValueError("`do_sample`=True does not go with `num_beam_groups`: diverse beam search draws nothing.")
+    return groups
+
+
+def _penalty_alpha(merged: Any) -> float:
+    alpha = _number("penalty_alpha", merged.penalty_alpha, 0.0)
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"`penalty_alpha`={alpha} must be from 0 to 1.")
+    if not alpha:
+        return 0.0
+    if merged.do_sample or _count("num_beams", merged.num_beams) > 1:
+        raise ValueError(
+            f"`penalty_alpha`={alpha} asks for contrastive search, which neither draws nor has beams. Leave out "
+            "`do_sample` and `num_beams`, or `penalty_alpha`."
+        )
+    if (top_k := _integer("top_k", merged.top_k)) is None or top_k < 2:
+        raise ValueError(
+            f"`penalty_alpha`={alpha} chooses among the `top_k` likeliest tokens, but `top_k`={top_k}. Pass at least 2."
+        )
+    return alpha
 
 
 def _integer(name: str, value: Any) -> int | None:

@@ -35,6 +35,10 @@ class KVCache:
     length: jax.Array
     position: jax.Array
 
+    @property
+    def branches(self) -> int:
+        return 1
+
     @classmethod
     def zeros(cls, layers: int, rows: int, slots: int, heads: int, head_dim: int, dtype: jax.typing.DTypeLike):
         # Zeros, not `jnp.empty`: since jax 0.11 the latter is uninitialised memory, which can hold NaN.
@@ -114,6 +118,15 @@ class KVCache:
             position=self.position[rows],
         )
 
+    def branch(self, branches: int) -> "BranchedCache":
+        """A cache of C branches that each continue a row; see `BranchedCache`."""
+        return BranchedCache(
+            layers=self.layers,
+            valid=jnp.repeat(self.valid[:, None], branches, axis=1),
+            length=self.length,
+            position=jnp.repeat(self.position[:, None], branches, axis=1),
+        )
+
     def layer(self, index: int) -> tuple[jax.Array, jax.Array]:
         """One layer's keys and values, each [N, K, S, H] with all its dimensions."""
         keys, values = self.layers[index]
@@ -126,13 +139,71 @@ class KVCache:
         Masked slots have weight 0, and 0 x NaN is NaN. Once per dispatch is enough: inside the loop every slot that is
         written is finite or makes its own row NaN anyway, and masking values at each step costs 6 % at batch 8 (CPU).
         """
-        keep = self.valid[:, None, :, None]
+        keep = self.valid.reshape(len(self.valid), -1, self.valid.shape[-1]).any(axis=1)[:, None, :, None]
 
         def clear(values: jax.Array) -> jax.Array:
             full = values.reshape(len(self.valid), -1, *values.shape[-2:])
             return jnp.where(keep, full, 0).reshape(values.shape)
 
         return replace(self, layers=tuple((keys, clear(values)) for keys, values in self.layers))
+
+
+@pytree
+@dataclass(frozen=True)
+class BranchedCache(KVCache):
+    """The cache of C branches per row, such as beams, that share what is written.
+
+    A forward pass over C columns gives one to each branch, in C slots side by side. What a branch attends is its own
+    past: the prompt, and of the C slots of every step the one of its ancestor. A branch that continues another takes
+    over which slots those are, C x S bools a row, and no key or value ever moves.
+
+    Attributes:
+        valid: bool [N, C, S]. Slots that the next column of each branch may attend.
+        position: int32 [N, C].
+    """
+
+    @property
+    def branches(self) -> int:
+        return self.valid.shape[1]
+
+    def extend(
+        self, attention_mask: jax.Array, position_ids: jax.Array | None = None
+    ) -> tuple["BranchedCache", jax.Array, jax.Array]:
+        """As `KVCache.extend`, for int32 [N, C] columns that go one to each branch and do not attend each other."""
+        if position_ids is None:
+            position_ids = self.position
+        own = jnp.eye(self.branches, dtype=bool) & attention_mask[:, None]
+        valid = lax.dynamic_update_slice_in_dim(self.valid, own, self.length, axis=2)
+        cache = replace(self, valid=valid, length=self.length + self.branches, position=position_ids + 1)
+        return cache, position_ids, valid
+
+    def reorder(self, parents: jax.Array) -> "BranchedCache":
+        """The cache whose branch c continues branch `parents[n, c]` of row n; int32 [N, C]."""
+        valid, position = jax.vmap(lambda row, places: (row[0][places], row[1][places]))(
+            (self.valid, self.position), parents
+        )
+        return replace(self, valid=valid, position=position)
+
+    def keep(self, chosen: jax.Array) -> "BranchedCache":
+        """The cache whose branches all continue branch `chosen[n]` of row n; int32 [N].
+
+        Of the C columns written last, the chosen one moves to the first of their slots, and the others are free again.
+        """
+        start = self.length - self.branches
+
+        def keep(array: jax.Array) -> jax.Array:
+            written = lax.dynamic_slice_in_dim(array, start, self.branches, axis=-2)
+            columns = written.reshape(len(chosen), -1, *written.shape[-2:])
+            kept = jnp.take_along_axis(columns, chosen[:, None, None, None], axis=2)
+            return lax.dynamic_update_slice_in_dim(array, kept.reshape(*written.shape[:-2], 1, -1), start, axis=-2)
+
+        slots = jnp.arange(self.valid.shape[2])
+        return replace(
+            self,
+            layers=tuple((keep(keys), keep(values)) for keys, values in self.layers),
+            valid=(self.valid & (slots < start)) | (slots == start),
+            length=start + 1,
+        )
 
 
 def _without_ones(*sizes: int) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ suffixes. Numbers are leaves of pytrees, so a new penalty or threshold compiles 
 token has them, so they also run on the few candidates of a draw; see `sampling`.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -16,6 +16,7 @@ import numpy as np
 from jax import lax
 
 from jaxgen.base import LogitsProcessor, Prompt, leaf, pytree
+from jaxgen.top_k import highest_few
 
 
 def token_mask(token_ids: Iterable[int], vocab_size: int) -> Any:
@@ -23,6 +24,42 @@ def token_mask(token_ids: Iterable[int], vocab_size: int) -> Any:
     mask = np.zeros(vocab_size, bool)
     mask[[token for token in token_ids if 0 <= token < vocab_size]] = True
     return mask
+
+
+def process(
+    processors: Sequence[LogitsProcessor],
+    input_ids: jax.Array,
+    scores: jax.Array,
+    cur_len: jax.Array,
+    states: Sequence[Any],
+) -> tuple[jax.Array, tuple[Any, ...]]:
+    """The scores after all processors, float32 [N, V], and the next states of those; see `LogitsProcessor`."""
+    following = []
+    for processor, state in zip(processors, states, strict=True):
+        scores, state = processor.step(input_ids, scores, cur_len, state)
+        following.append(state)
+    return scores, tuple(following)
+
+
+def reorder(processors: Sequence[LogitsProcessor], states: Sequence[Any], rows: jax.Array) -> tuple[Any, ...]:
+    """The states after row n took over from row `rows[n]`; int32 [N]."""
+    return tuple(processor.reorder(state, rows) for processor, state in zip(processors, states, strict=True))
+
+
+def guide(logits: jax.Array, guidance_scale: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Classifier-free guidance: the logits of the prompts, and the scores to process, each float32 [N, V].
+
+    Same as transformers 5.23 `UnbatchedClassifierFreeGuidanceLogitsProcessor`, but the negative prompts are the lower
+    half of the batch, so that the weights are read once.
+
+    Args:
+        logits: float32 [N, V], or with a scale [2N, V].
+        guidance_scale: float32 [], or None for no guidance.
+    """
+    if guidance_scale is None:
+        return logits, logits
+    guided, negative = jnp.split(jax.nn.log_softmax(logits), 2)
+    return logits[: len(guided)], guidance_scale * (guided - negative) + negative
 
 
 @pytree
@@ -288,7 +325,8 @@ class Temperature(LogitsProcessor):
 class Warper(LogitsProcessor):
     """A rule of sampling that sees scores alone: of the whole vocabulary, or of all its tokens with a chance.
 
-    Among equal scores the column decides, so candidates come in the order of their columns.
+    Among equal scores the column decides, so candidates come in the order of their columns. Rules that keep at least
+    some tokens, `min_tokens_to_keep` (static), keep one without beams and one more than there are eos ids with them.
     """
 
     def __call__(self, input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array) -> jax.Array:
@@ -352,6 +390,7 @@ class TopP(Warper):
     """
 
     top_p: jax.Array
+    min_tokens_to_keep: int = field(default=1, metadata={"static": True})
 
     def warp(self, scores: jax.Array) -> jax.Array:
         return lax.cond(self.top_p < 1, self.keep_nucleus, lambda scores: scores, scores)
@@ -365,11 +404,14 @@ class TopP(Warper):
         total = jnp.logaddexp(jax.nn.logsumexp(scores, axis=1, keepdims=True), rest)
         p, below = jnp.exp(scores - total), jnp.exp(rest - total)
         columns = jnp.arange(scores.shape[1])
-        last = jnp.max(jnp.where(scores == scores.max(axis=1, keepdims=True), columns, 0), axis=1, keepdims=True)
         mass = _rising_mass_of_few if len(columns) <= 128 else _rising_mass_at_border
-        return jnp.where(
-            (mass(scores, p, below, 1 - self.top_p) > 1 - self.top_p) | (columns == last), scores, -jnp.inf
-        )
+        kept = mass(scores, p, below, 1 - self.top_p) > 1 - self.top_p
+        if self.min_tokens_to_keep == 1:
+            last = jnp.max(jnp.where(scores == scores.max(axis=1, keepdims=True), columns, 0), axis=1, keepdims=True)
+            kept |= columns == last
+        else:
+            kept |= scores >= _lowest_of_highest(scores, self.min_tokens_to_keep)
+        return jnp.where(kept, scores, -jnp.inf)
 
 
 def _rising_mass_of_few(scores: jax.Array, p: jax.Array, below: jax.Array | float, limit: jax.Array) -> jax.Array:
@@ -423,10 +465,12 @@ class MinP(Warper):
     """
 
     min_p: jax.Array
+    min_tokens_to_keep: int = field(default=1, metadata={"static": True})
 
     def warp(self, scores: jax.Array) -> jax.Array:
         p = jax.nn.softmax(scores)
-        return jnp.where(p < self.min_p * p.max(axis=1, keepdims=True), -jnp.inf, scores)
+        unlikely = p < self.min_p * p.max(axis=1, keepdims=True)
+        return jnp.where(unlikely & (scores < _lowest_of_highest(scores, self.min_tokens_to_keep)), -jnp.inf, scores)
 
 
 @pytree
@@ -439,6 +483,7 @@ class Typical(Warper):
     """
 
     typical_p: jax.Array
+    min_tokens_to_keep: int = field(default=1, metadata={"static": True})
 
     def warp(self, scores: jax.Array) -> jax.Array:
         log_p = jax.nn.log_softmax(scores)
@@ -449,8 +494,9 @@ class Typical(Warper):
         mass = jnp.cumsum(jnp.take_along_axis(p, order, axis=1), axis=1)
         last = jnp.minimum((mass < self.typical_p).sum(axis=1, keepdims=True), scores.shape[1] - 1)
         farthest = jnp.take_along_axis(distance, jnp.take_along_axis(order, last, axis=1), axis=1)
-        # The closest one stays whatever happens, as when all others tie with it at an infinite distance.
-        kept = (distance <= farthest) | (jnp.arange(scores.shape[1]) == order[:, :1])
+        # The closest stay whatever happens, as when all others tie with them at an infinite distance.
+        closest = order[:, : self.min_tokens_to_keep]
+        kept = (distance <= farthest).at[jnp.arange(len(scores))[:, None], closest].set(True)
         return jnp.where(kept, scores, -jnp.inf)
 
 
@@ -464,9 +510,10 @@ class Epsilon(Warper):
     """
 
     epsilon: jax.Array
+    min_tokens_to_keep: int = field(default=1, metadata={"static": True})
 
     def warp(self, scores: jax.Array) -> jax.Array:
-        return _cut_below(scores, self.epsilon)
+        return _cut_below(scores, self.epsilon, self.min_tokens_to_keep)
 
 
 @pytree
@@ -479,16 +526,25 @@ class Eta(Warper):
     """
 
     epsilon: jax.Array
+    min_tokens_to_keep: int = field(default=1, metadata={"static": True})
 
     def warp(self, scores: jax.Array) -> jax.Array:
         log_p = jax.nn.log_softmax(scores)
         entropy = -jnp.sum(jnp.exp(log_p) * jnp.maximum(log_p, jnp.finfo(jnp.float32).min), axis=1, keepdims=True)
-        return _cut_below(scores, jnp.minimum(self.epsilon, jnp.sqrt(self.epsilon) * jnp.exp(-entropy)))
+        limit = jnp.minimum(self.epsilon, jnp.sqrt(self.epsilon) * jnp.exp(-entropy))
+        return _cut_below(scores, limit, self.min_tokens_to_keep)
 
 
-def _cut_below(scores: jax.Array, probability: jax.Array) -> jax.Array:
-    highest = scores.max(axis=1, keepdims=True)
-    return jnp.where((jax.nn.softmax(scores) < probability) & (scores < highest), -jnp.inf, scores)
+def _cut_below(scores: jax.Array, probability: jax.Array, count: int) -> jax.Array:
+    cut = (jax.nn.softmax(scores) < probability) & (scores < _lowest_of_highest(scores, count))
+    return jnp.where(cut, -jnp.inf, scores)
+
+
+def _lowest_of_highest(scores: jax.Array, count: int) -> jax.Array:
+    """float32 [N, 1]: the last of the `count` highest scores of each row."""
+    if count == 1:
+        return scores.max(axis=1, keepdims=True)
+    return highest_few(scores, min(count, scores.shape[1]))[0][:, -1:]
 
 
 @pytree

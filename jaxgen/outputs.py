@@ -5,11 +5,26 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 
+class _Output:
+    """Fields that are not None by key or place, as of transformers' outputs."""
+
+    def __getitem__(self, name: str | int) -> Any:
+        present = {key: value for key, value in vars(self).items() if value is not None}
+        return list(present.values())[name] if isinstance(name, int) else present[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def keys(self) -> list[str]:
+        return [name for name, value in vars(self).items() if value is not None]
+
+
 @dataclass(frozen=True)
-class GenerateDecoderOnlyOutput:
+class GenerateDecoderOnlyOutput(_Output):
     """Same as transformers 5.23 `GenerateDecoderOnlyOutput`; fields that are not None by attribute, key or place.
 
     L are the columns of `sequences`, T the steps that ran (L less the prompt), N rows are B * R. Scores, logits and
@@ -37,33 +52,162 @@ class GenerateDecoderOnlyOutput:
     logprobs: np.ndarray | None = None
     processed_logprobs: np.ndarray | None = None
 
-    def __getitem__(self, name: str | int) -> Any:
-        present = {key: value for key, value in vars(self).items() if value is not None}
-        return list(present.values())[name] if isinstance(name, int) else present[name]
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.keys())
+@dataclass(frozen=True)
+class GenerateBeamDecoderOnlyOutput(_Output):
+    """Same as transformers 5.23 `GenerateBeamDecoderOnlyOutput`; fields that are not None by attribute, key or place.
 
-    def keys(self) -> list[str]:
-        return [name for name, value in vars(self).items() if value is not None]
+    L are the columns of `sequences`, T the steps that ran (at least L less the prompt), N returned rows are B * R, M
+    running beams are B * num_beams. Scores and logits are arrays whose first axis stands for transformers' tuple over
+    steps; a step's rows are the running beams before its tokens are chosen.
+
+    Attributes:
+        sequences: int32 [N, L]. The prompt and the new tokens, the best beam of each prompt first.
+        sequences_scores: float32 [N], with `output_scores`. The sum of the tokens' scores, by the length penalty.
+        scores: float32 [T, M, V]. Processed log-probabilities.
+        logits: float32 [T, M, V]. As the model gave them.
+        beam_indices: int32 [N, L - P]. The row of `scores` that each new token was chosen in, -1 after the end.
+        attentions: T tuples over layers, the first [M, Q, P, P], then [M, Q, 1, P + t].
+        hidden_states: T tuples over layers and one more, the first [M, P, D], then [M, 1, D].
+        past_key_values: the cache of the columns that the model has seen, P + T - 1 of each running beam.
+    """
+
+    sequences: np.ndarray
+    sequences_scores: np.ndarray | None = None
+    scores: np.ndarray | None = None
+    logits: np.ndarray | None = None
+    beam_indices: np.ndarray | None = None
+    attentions: tuple[tuple[np.ndarray, ...], ...] | None = None
+    hidden_states: tuple[tuple[np.ndarray, ...], ...] | None = None
+    past_key_values: "PastKeyValues | None" = None
+
+
+GenerateOutput = GenerateDecoderOnlyOutput | GenerateBeamDecoderOnlyOutput
+
+
+def wrap(call: Any, fetched: dict[str, Any], state: Any) -> GenerateOutput:
+    """The output of a `generation.Call`, without its buckets; copies are writable and do not keep a bucket alive.
+
+    Args:
+        call: what ran.
+        fetched: the outputs of its strategy, on the host.
+        state: its `DecodeState` at the end.
+    """
+    config, steps = call.config, int(fetched["length"]) - call.columns
+    rows = call.rows * call.strategy.copies * config.num_beams
+    fields: dict[str, Any] = {}
+    if config.num_beams == 1:
+        fields["sequences"] = fetched["sequences"][:rows, : fetched["length"]].copy()
+    else:
+        fields |= _best_beams(call, fetched)
+    if not config.return_dict_in_generate:
+        return GenerateDecoderOnlyOutput(fields["sequences"])
+    fields |= {name: fetched[name][:steps, :rows].copy() for name in ("scores", "logits") if name in fetched}
+    fields |= {name: fetched[name][:rows, :steps].copy() for name in fetched if name.endswith("logprobs")}
+    fields |= {name: _internals(name, call, fetched, state, steps) for name in call.collect}
+    if config.use_cache:
+        fields["past_key_values"] = PastKeyValues(state.cache, call, steps)
+    return GenerateDecoderOnlyOutput(**fields) if config.num_beams == 1 else GenerateBeamDecoderOnlyOutput(**fields)
+
+
+def _best_beams(call: Any, fetched: dict[str, Any]) -> dict[str, Any]:
+    """The beams to return, as wide as the longest of them, with their scores and indices."""
+    kept = (slice(call.rows), slice(call.config.num_return_sequences))
+    beam_indices = fetched["beam_indices"][kept]
+    new_tokens = (beam_indices >= 0).sum(axis=2).max()
+    columns = call.columns + new_tokens
+    fields = {
+        "sequences": fetched["sequences"][kept].reshape(-1, fetched["sequences"].shape[2])[:, :columns].copy(),
+        "beam_indices": beam_indices.reshape(-1, beam_indices.shape[2])[:, :new_tokens].copy(),
+    }
+    if "scores" in fetched:
+        fields["sequences_scores"] = fetched["sequences_scores"][kept].reshape(-1)
+    return fields
+
+
+def _internals(
+    name: str, call: Any, fetched: dict[str, Any], state: Any, steps: int
+) -> tuple[tuple[np.ndarray, ...], ...]:
+    """Transformers' tuple over steps of tuples over layers, from the buffers and their buckets.
+
+    The first are of the prompt, a row for each of its sequences. Later ones are of one column per row, or per branch:
+    each beam is a row of what is returned, and of the candidates of contrastive search the chosen one is. Of the slots
+    that a column may attend, those of its past are left.
+    """
+    first, later = jax.device_get((state.prompt_internals[name], state.step_internals[name]))
+    columns, beams = call.prompt.input_ids.shape[1], call.config.num_beams
+    offset, rows = columns - call.columns, call.rows * call.strategy.copies
+
+    def prompt(array: np.ndarray) -> np.ndarray:
+        repeated = np.repeat(array[: call.rows], call.strategy.copies * beams, axis=0)
+        return repeated[..., offset:, offset:] if name == "attentions" else repeated[:, offset:]
+
+    def step(array: np.ndarray, place: int) -> np.ndarray:
+        """[N, C, D] -> [N * beams, 1, D], or [N, Q, C, S] -> [N * beams, Q, 1, t]."""
+        array = array[:rows]
+        if "chosen" in fetched:
+            branch = fetched["chosen"][place + 1][:rows]
+            array = np.take_along_axis(array, branch.reshape(-1, *[1] * (array.ndim - 1)), axis=-2)
+            own = columns + place + branch[:, None, None]
+            slots = np.broadcast_to(np.arange(columns + place), (rows, 1, columns + place))
+            slots = np.concatenate([slots, own], axis=2)
+        elif "parents" in fetched:
+            generated = columns + ancestors[place][:rows] + beams * np.arange(place + 1)
+            prompts = np.broadcast_to(np.arange(columns), (rows, beams, columns))
+            slots = np.concatenate([prompts, generated], axis=2)
+        else:
+            slots = np.broadcast_to(np.arange(columns + place + 1), (rows, 1, columns + place + 1))
+        if name == "hidden_states":
+            return array.reshape(-1, 1, array.shape[-1])
+        taken = np.take_along_axis(array, slots[:, None, :, offset:], axis=3)
+        return taken.swapaxes(1, 2).reshape(-1, taken.shape[1], 1, taken.shape[3])
+
+    ancestors = _ancestors(fetched["parents"], steps) if "parents" in fetched else []
+    return (
+        tuple(prompt(layer) for layer in first),
+        *(tuple(step(layer[place], place) for layer in later) for place in range(steps - 1)),
+    )
+
+
+def _ancestors(parents: np.ndarray, steps: int) -> list[np.ndarray]:
+    """Of each forward pass after the prompt's, int [B, C, t]: the branch of each step that a branch descends from."""
+    own = np.broadcast_to(np.arange(parents.shape[2])[:, None], (*parents.shape[1:], 1))
+    ancestors = [own]
+    for step in range(1, steps - 1):
+        continued = np.take_along_axis(ancestors[-1], parents[step][:, :, None], axis=1)
+        ancestors.append(np.concatenate([continued, own], axis=2))
+    return ancestors
 
 
 class PastKeyValues(Sequence):
-    """The cache of a call without its padding: `past[layer]` is (keys, values), each [N, K, L - 1, H] on the device."""
+    """The cache of a call without its padding: `past[layer]` is a pair, each [N, K, columns, H] on the device."""
 
-    def __init__(self, cache: Any, rows: int, start: int, length: int):
-        self._cache, self._rows, self._columns = cache, rows, slice(start, start + length)
+    def __init__(self, cache: Any, call: Any, steps: int):
+        columns, beams = call.prompt.input_ids.shape[1], call.config.num_beams
+        self._cache, self._rows = cache, call.rows * call.strategy.copies
+        self._slots = np.arange(columns - call.columns, columns + steps - 1)[None, None]
+        if beams > 1:
+            # Of the C slots of each step, a beam attends one: its ancestor's.
+            valid = np.asarray(cache.valid)[: self._rows, :, columns : columns + beams * (steps - 1)]
+            own = valid.reshape(*valid.shape[:2], steps - 1, beams).argmax(axis=3)
+            generated = columns + beams * np.arange(steps - 1) + own
+            prompt = np.broadcast_to(self._slots[..., : call.columns], (*generated.shape[:2], call.columns))
+            self._slots = np.concatenate([prompt, generated], axis=2)
 
     def __len__(self) -> int:
         return len(self._cache.layers)
 
     def __getitem__(self, layer: Any) -> Any:
-        keys, values = self._cache.layer(range(len(self))[layer])
-        return keys[: self._rows, :, self._columns], values[: self._rows, :, self._columns]
+        return tuple(self._take(array) for array in self._cache.layer(range(len(self))[layer]))
+
+    def _take(self, array: jax.Array) -> jax.Array:
+        """[N * beams, K, columns, H] of [N, K, S, H]."""
+        taken = jnp.take_along_axis(array[: self._rows, None], self._slots[:, :, None, :, None], axis=3)
+        return taken.reshape(-1, *taken.shape[2:])
 
     def get_seq_length(self) -> int:
-        """L - 1."""
-        return self._columns.stop - self._columns.start
+        """Columns of the prompt and the new tokens that the model has seen."""
+        return self._slots.shape[2]
 
 
 def compute_transition_scores(

@@ -40,7 +40,7 @@ def processor_list(
         customs: the caller's, of any kind that `custom_processor` takes.
         prefix_allowed_tokens_fn: as in transformers.
         host: takes the functions that run on the host.
-        rows: of the caller, R times.
+        rows: of the caller, R times or once per beam of a group.
 
     Raises:
         ValueError: naming the field, its value and the range.
@@ -60,7 +60,12 @@ def processor_list(
         "NoBadWordsLogitsProcessor": _bad_words(fields, config.eos_token_id, vocab_size, bucket),
         **_min_lengths(config, eos, prompt_length, max_length),
         "PrefixConstrainedLogitsProcessor": prefix_allowed_tokens_fn
-        and _on_host(for_prefix(prefix_allowed_tokens_fn), "prefix_allowed_tokens_fn", host, rows),
+        and _on_host(
+            for_prefix(prefix_allowed_tokens_fn, config.num_beams // config.num_beam_groups),
+            "prefix_allowed_tokens_fn",
+            host,
+            rows,
+        ),
         "ForcedBOSTokenLogitsProcessor": _forced(fields, "forced_bos_token_id", 1, vocab_size),
         "ForcedEOSTokenLogitsProcessor": _forced(fields, "forced_eos_token_id", max_length - 1, vocab_size),
         "InfNanRemoveLogitsProcessor": logits_process.InfNanRemove() if fields.remove_invalid_values else None,
@@ -69,7 +74,7 @@ def processor_list(
     }
     processors = _merge(rows_of_table, customs, host, rows)
     if config.do_sample:
-        processors += _warpers(fields, vocab_size)
+        processors += _warpers(fields, vocab_size, 1 if config.num_beams == 1 else config.candidates_per_beam)
     if fields.watermarking_config is not None:
         processors.append(_watermark(fields.watermarking_config, vocab_size))
     if fields.renormalize_logits:
@@ -292,8 +297,9 @@ def _exponential_decay(
     )
 
 
-def _warpers(fields: Any, vocab_size: int) -> list[LogitsProcessor]:
+def _warpers(fields: Any, vocab_size: int, min_tokens_to_keep: int) -> list[LogitsProcessor]:
     """The rules of sampling. Temperature, top_k and top_p are always there, so that their numbers compile nothing."""
+    keep = min_tokens_to_keep
     temperature = 1.0 if fields.temperature is None else fields.temperature
     if temperature != 1.0 and (not _is_float(temperature) or not temperature > 0):
         hint = " If you're looking for greedy decoding strategies, set `do_sample=False`." if temperature == 0 else ""
@@ -312,20 +318,20 @@ def _warpers(fields: Any, vocab_size: int) -> list[LogitsProcessor]:
         if not 0 < top_h <= 1:
             raise ValueError(f"`top_h` must be in the range (0, 1], but is {top_h}.")
         chain.append(logits_process.TopH(leaf(top_h, np.float32)))
-    chain.append(logits_process.TopK(leaf(min(top_k, vocab_size), np.int32)))
-    chain.append(logits_process.TopP(leaf(min(top_p, 1.0), np.float32)))
+    chain.append(logits_process.TopK(leaf(min(max(top_k, keep), vocab_size), np.int32)))
+    chain.append(logits_process.TopP(leaf(min(top_p, 1.0), np.float32), keep))
     if (min_p := _number(fields, "min_p")) is not None:
         if not 0 <= min_p <= 1:
             raise ValueError(f"`min_p` has to be a float in the [0, 1] interval, but is {min_p}.")
-        chain.append(logits_process.MinP(leaf(min_p, np.float32)))
+        chain.append(logits_process.MinP(leaf(min_p, np.float32), keep))
     if (typical_p := _number(fields, "typical_p")) is not None and typical_p < 1:
         if not typical_p > 0:
             raise ValueError(f"`typical_p` has to be a float > 0 and < 1, but is {typical_p}.")
-        chain.append(logits_process.Typical(leaf(typical_p, np.float32)))
+        chain.append(logits_process.Typical(leaf(typical_p, np.float32), keep))
     if (epsilon := _number(fields, "epsilon_cutoff")) is not None and 0 < epsilon < 1:
-        chain.append(logits_process.Epsilon(leaf(epsilon, np.float32)))
+        chain.append(logits_process.Epsilon(leaf(epsilon, np.float32), keep))
     if (eta := _number(fields, "eta_cutoff")) is not None and 0 < eta < 1:
-        chain.append(logits_process.Eta(leaf(eta, np.float32)))
+        chain.append(logits_process.Eta(leaf(eta, np.float32), keep))
     return chain
 
 

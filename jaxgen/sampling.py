@@ -14,12 +14,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxgen.base import LogitsProcessor, Prompt, pytree
-from jaxgen.logits_process import TopK, TopP, Warper
+from jaxgen.base import Internals, LogitsProcessor, Prompt, Strategy, pytree, write_step
+from jaxgen.gumbel import gumbel, row_keys
+from jaxgen.logits_process import TopK, TopP, Warper, guide, process
 from jaxgen.stopping_criteria import EosToken, MaxLength
+from jaxgen.top_k import first_highest, highest_few, in_blocks
 
 WINDOW = 64  # candidates of a draw; holds the usual top_k of 50
-_BLOCK = 64  # columns whose maximum stands for them in a search
 
 
 @pytree
@@ -52,7 +53,7 @@ class SampleState:
 
 @pytree
 @dataclass(frozen=True)
-class Sample:
+class Sample(Strategy):
     """Chooses one token per row: the likeliest, the first of equals, or with a `key` one at random.
 
     Attributes:
@@ -78,15 +79,23 @@ class Sample:
     num_return_sequences: int = field(default=1, metadata={"static": True})
     outputs: tuple[str, ...] = field(default=(), metadata={"static": True})
 
+    @property
+    def copies(self) -> int:
+        return self.num_return_sequences
+
+    def start(self, prompt: Prompt, slots: int, logits: jax.Array, internals: Internals) -> SampleState:
+        state = self.init(prompt, slots, logits.shape[1])
+        return self.step(jnp.repeat(logits, self.copies, axis=0), internals, state)
+
     def init(self, prompt: Prompt, slots: int, vocab_size: int) -> SampleState:
+        """The state before the first token."""
         tokens = jnp.repeat(prompt.input_ids[:, -1], self.num_return_sequences)
-        prompt = self._rows(prompt)
+        prompt = prompt.repeated(self.num_return_sequences, halved=self.guidance_scale is not None)
         rows, columns = prompt.input_ids.shape
-        left_aligned = jnp.roll(prompt.input_ids, prompt.length - columns, axis=1)
         widths = {"scores": (vocab_size,), "logits": (vocab_size,), "logprobs": (), "processed_logprobs": ()}
         names = [*self.outputs, *(["processed_logprobs"] if "logprobs" in self.outputs else [])]
         return SampleState(
-            sequences=jnp.pad(left_aligned, ((0, 0), (0, slots - columns))),
+            sequences=prompt.left_aligned(slots, 0),
             cur_len=prompt.length,
             prompt_length=prompt.length,
             tokens=tokens,
@@ -99,26 +108,13 @@ class Sample:
             recorded={name: jnp.zeros((slots - columns, rows, *widths[name])) for name in names},
         )
 
-    def _rows(self, prompt: Prompt) -> Prompt:
-        """The prompt with a row per sequence to return, without the negative prompts."""
-        rows = len(prompt.input_ids) // (1 if self.guidance_scale is None else 2)
-        copies = self.num_return_sequences
-        return Prompt(
-            jnp.repeat(prompt.input_ids[:rows], copies, axis=0),
-            jnp.repeat(prompt.attention_mask[:rows], copies, axis=0),
-            prompt.length,
-            prompt.rows * copies,
-        )
-
-    def step(self, logits: jax.Array, state: SampleState) -> SampleState:
-        logits, scores = self._guide(logits)
+    def step(self, logits: jax.Array, internals: Internals, state: SampleState) -> SampleState:
+        logits, scores = guide(logits, self.guidance_scale)
         few = self._first_warper()
-        states = list(state.processors)
-        for place, processor in enumerate(self.processors[:few]):
-            scores, states[place] = processor.step(state.sequences, scores, state.cur_len, states[place])
+        scores, states = process(self.processors[:few], state.sequences, scores, state.cur_len, state.processors[:few])
         tokens, log_p, invalid = self._choose(scores, self.processors[few:], state)
         if self.key is not None and few == len(self.processors):
-            invalid |= ~jnp.isfinite(_blocks(logits).max(axis=(1, 2)))  # the rules of sampling may drop a NaN
+            invalid |= ~jnp.isfinite(in_blocks(logits).max(axis=(1, 2)))  # the rules of sampling may drop a NaN
         recorded = self._record(logits, scores, tokens, log_p, state)
 
         if self.pad_token_id is not None:
@@ -136,20 +132,9 @@ class Sample:
             finished=finished,
             invalid=state.invalid | (invalid & ~state.finished),
             keys=state.keys,
-            processors=tuple(states),
+            processors=(*states, *state.processors[few:]),
             recorded=recorded,
         )
-
-    def _guide(self, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The logits of the prompts, and the scores to process.
-
-        Classifier-free guidance, same as transformers 5.23 `UnbatchedClassifierFreeGuidanceLogitsProcessor`, but both
-        halves share a batch, so that the weights are read once.
-        """
-        if self.guidance_scale is None:
-            return logits, logits
-        guided, negative = jnp.split(jax.nn.log_softmax(logits), 2)
-        return logits[: len(guided)], self.guidance_scale * (guided - negative) + negative
 
     def _first_warper(self) -> int:
         """The place of the first processor that may run on a few candidates: a TopK that only warpers follow."""
@@ -201,17 +186,13 @@ class Sample:
             raw = jnp.take_along_axis(logits, tokens[:, None], axis=1)[:, 0] - jax.nn.logsumexp(logits, axis=1)
             values["logprobs"] = jnp.where(state.finished, 0, raw)
             values["processed_logprobs"] = jnp.where(state.finished, 0, log_p)
-        step = state.cur_len - state.prompt_length
-        return {
-            name: lax.dynamic_update_index_in_dim(buffer, values[name], step, axis=0)
-            for name, buffer in state.recorded.items()
-        }
+        return write_step(state.recorded, values, state.cur_len - state.prompt_length)
 
     def unfinished(self, state: SampleState) -> jax.Array:
         return ~state.finished.all()
 
     def finalize(self, state: SampleState) -> Mapping[str, jax.Array]:
-        """`sequences`, `length`, `invalid`, and the recorded outputs: [steps, N, V], or [N, steps] of logprobs."""
+        """See `base.Strategy.finalize`; with the recorded outputs: [steps, N, V], or [N, steps] of logprobs."""
         transposed = {name: buffer.T if buffer.ndim == 2 else buffer for name, buffer in state.recorded.items()}
         return {"sequences": state.sequences, "length": state.cur_len, "invalid": state.invalid, **transposed}
 
@@ -270,77 +251,3 @@ def _candidates(scores: jax.Array, warpers: tuple[Any, ...], finished: jax.Array
     for warper in others:
         values = warper.warp(values)
     return _Candidates(values, columns, complete.all(), invalid)
-
-
-def highest_few(scores: jax.Array, count: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The highest scores of each row, falling, their columns, each [N, count], and bool [N] rows that are invalid.
-
-    They lie in the `count` blocks with the highest maxima, so most of the vocabulary is only read once.
-    """
-    blocks = _blocks(scores)
-    maxima = blocks.max(axis=2)
-    invalid = ~jnp.isfinite(maxima.max(axis=1))
-    if blocks.shape[1] <= 2 * count:
-        return *lax.optimization_barrier(lax.top_k(scores, count)), invalid
-    _, best = lax.top_k(maxima, count)
-    columns = best[:, :, None] * _BLOCK + jnp.arange(_BLOCK)
-    values = jnp.take_along_axis(blocks, best[:, :, None], axis=1).reshape(len(scores), -1)
-    # Without the barrier XLA:CPU turns a slice of the result into a sort of the whole: 5.5 ms instead of 0.9.
-    values, places = lax.optimization_barrier(lax.top_k(values, count))
-    return values, jnp.take_along_axis(columns.reshape(len(scores), -1), places, axis=1), invalid
-
-
-def first_highest(scores: jax.Array) -> jax.Array:
-    """int32 [N]: the argmax of each row, NaN counting as the greatest; in two steps 5 times faster on XLA:CPU."""
-    blocks = _blocks(scores)
-    if blocks.shape[1] <= 2 * _BLOCK:
-        return jnp.argmax(scores, axis=1).astype(jnp.int32)
-    block = jnp.argmax(blocks.max(axis=2), axis=1).astype(jnp.int32)
-    within = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
-    return block * _BLOCK + jnp.argmax(within, axis=1).astype(jnp.int32)
-
-
-def _blocks(scores: jax.Array) -> jax.Array:
-    """float32 [N, V / 64, 64], filled up with -inf."""
-    rows, columns = scores.shape
-    return jnp.pad(scores, ((0, 0), (0, -columns % _BLOCK)), constant_values=-jnp.inf).reshape(rows, -1, _BLOCK)
-
-
-def row_keys(key: jax.Array, prompts: int, copies: int) -> jax.Array:
-    """uint32 [prompts * copies, 2]: the key of each row; see `Sample.key`. Keys of any kind become Threefry keys."""
-    words = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
-    base = jax.random.wrap_key_data(words[..., :2], impl="threefry2x32")
-    fold = jax.random.fold_in
-    places = jnp.arange(prompts) if base.ndim == 0 else jnp.zeros(prompts, jnp.int32)
-    by_prompt = jax.vmap(fold, (None if base.ndim == 0 else 0, 0))(base, places)
-    by_row = jax.vmap(jax.vmap(fold, (None, 0)), (0, None))(by_prompt, jnp.arange(copies))
-    return jax.random.key_data(by_row).reshape(-1, 2)
-
-
-def gumbel(keys: jax.Array, step: jax.Array, columns: jax.Array) -> jax.Array:
-    """float32 [N, W] of standard Gumbel noise, one Threefry block for each row's key, the step and the column.
-
-    Args:
-        keys: uint32 [N, 2].
-        step: int32 []. Tokens generated so far.
-        columns: int32 [N, W].
-    """
-    bits = _threefry(keys[:, :1], keys[:, 1:], step.astype(jnp.uint32), columns.astype(jnp.uint32))
-    # All 32 bits, so that the highest noise, which decides, is the finest; below 1, so that none is -inf.
-    uniform = jnp.minimum((bits.astype(jnp.float32) + 0.5) * 2.0**-32, 1 - 2.0**-24)
-    return -jnp.log(-jnp.log1p(-uniform))
-
-
-def _threefry(key_0: jax.Array, key_1: jax.Array, counter_0: jax.Array, counter_1: jax.Array) -> jax.Array:
-    """uint32: the first word of Threefry-2x32 with 20 rounds (Salmon et al. 2011), of words that broadcast.
-
-    Same as jax's primitive, whose rolled loops XLA:CPU does not fuse: 18 times slower for 8 x 128k.
-    """
-    keys = (key_0, key_1, key_0 ^ key_1 ^ jnp.uint32(0x1BD11BDA))
-    a, b = counter_0 + key_0, counter_1 + key_1
-    for group in range(5):
-        for distance in ((13, 15, 26, 6), (17, 29, 16, 24))[group % 2]:
-            a = a + b
-            b = (b << jnp.uint32(distance) | b >> jnp.uint32(32 - distance)) ^ a
-        a, b = a + keys[(group + 1) % 3], b + keys[(group + 2) % 3] + jnp.uint32(group + 1)
-    return a

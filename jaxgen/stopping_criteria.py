@@ -1,12 +1,16 @@
 """When a row is finished: array maths over the tokens so far, same as transformers 5.23 `stopping_criteria.py`."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import jax
+import numpy as np
 from jax import lax
 
-from jaxgen.base import pytree
+from jaxgen.base import leaf, pytree
+
+_MIN_IDS = 8  # most models have one to three ids that end a text; all of them share a program
 
 
 @pytree
@@ -19,6 +23,13 @@ class EosToken:
     """
 
     eos_token_id: jax.Array
+
+    @classmethod
+    def build(cls, token_ids: Iterable[int], vocab_size: int, bucket: Callable[[int], int]) -> Self:
+        """From the ids that a model can produce among these; `bucket` rounds their number up."""
+        ids = [token for token in token_ids if 0 <= token < vocab_size]
+        places = bucket(max(_MIN_IDS, len(ids)))
+        return cls(leaf([*ids, *[-1] * (places - len(ids))], np.int32))
 
     def __call__(self, input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array) -> jax.Array:
         """bool [N] for int32 [N, S] tokens of which `cur_len` columns are valid; `scores` [N, V] chose the last."""

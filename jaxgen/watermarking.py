@@ -206,6 +206,11 @@ class SynthIDWatermark(LogitsProcessor):
             history = jax.tree.map(functools.partial(jnp.where, active), history, state.history)
         return watermarked, SynthIDState(context, history, calls)
 
+    def reorder(self, state: SynthIDState, rows: jax.Array) -> SynthIDState:
+        """As it is: transformers' state stays with its row."""
+        del rows
+        return state
+
     def _context_hash(self, context: jax.Array) -> Wide:
         """uint32 [N] twice."""
         value = jnp.zeros(len(context), jnp.uint32), jnp.ones(len(context), jnp.uint32)

@@ -40,6 +40,15 @@ SHOWN_BY = {
     **dict.fromkeys(
         "output_attentions output_hidden_states output_scores output_logits return_dict_in_generate".split(), _OUTPUTS
     ),
+    **dict.fromkeys(
+        "num_beams early_stopping length_penalty".split(),
+        "test_beam_search.py::test_sequences_scores_and_indices_equal_transformers",
+    ),
+    **dict.fromkeys(
+        "num_beam_groups diversity_penalty".split(),
+        "test_group_beam_search.py::test_sequences_and_scores_are_those_of_transformers_4_41",
+    ),
+    "penalty_alpha": "test_contrastive_search.py::test_sequences_are_those_of_transformers_4_41",
     "inputs": "test_generation.py::test_prompts_come_as_lists_or_arrays_of_any_integer_type_under_either_name",
     "input_ids": "test_generation.py::test_prompts_come_as_lists_or_arrays_of_any_integer_type_under_either_name",
     "attention_mask": _SAME,

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgen import decoding, sampling
+from jaxgen import beam_search, decoding, sampling
 
 
 def _hash(step: Any, row: Any, column: Any, module: Any) -> Any:
@@ -29,7 +29,7 @@ def _hash(step: Any, row: Any, column: Any, module: Any) -> Any:
 
 
 def gumbel(keys: jax.Array, step: jax.Array, columns: jax.Array) -> jax.Array:
-    """In the place of `sampling.gumbel`."""
+    """In the place of `jaxgen.gumbel.gumbel`."""
     rows = jnp.arange(len(keys), dtype=jnp.uint32)[:, None]
     x = _hash(step.astype(jnp.uint32), rows, columns.astype(jnp.uint32), jnp)
     # -log of (x + 1/2) / 2^32, from whichever end keeps float32 exact.
@@ -57,13 +57,13 @@ class Multinomial:
 @contextmanager
 def in_jaxgen(window: int = sampling.WINDOW) -> Iterator[None]:
     """Programs built in here draw with the shared numbers, from `window` candidates."""
-    before = sampling.gumbel, sampling.WINDOW
+    before = sampling.gumbel, beam_search.gumbel, sampling.WINDOW
     _forget_programs()
-    sampling.gumbel, sampling.WINDOW = gumbel, window
+    sampling.gumbel, beam_search.gumbel, sampling.WINDOW = gumbel, gumbel, window
     try:
         yield
     finally:
-        sampling.gumbel, sampling.WINDOW = before
+        sampling.gumbel, beam_search.gumbel, sampling.WINDOW = before
         _forget_programs()
 
 

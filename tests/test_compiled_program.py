@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from typing import Any
 
 import jax
 import numpy as np
@@ -81,5 +82,31 @@ def test_the_loop_moves_nothing_of_the_size_of_a_cache_layer(instructions: tuple
 
 def test_each_layer_writes_its_keys_and_values_in_place(instructions: tuple[int, list[tuple[str, str]]]) -> None:
     cache_elements, found = instructions
+    writes = [shape for operation, shape in found if operation == "dynamic-update-slice"]
+    assert sum(elements(shape) == cache_elements for shape in writes) == 2 * LAYERS
+
+
+@pytest.fixture(scope="module", params=[1, 3], ids=lambda rows: f"{rows} prompts")
+def of_beams(request: pytest.FixtureRequest) -> tuple[int, int, list[tuple[str, str]]]:
+    """Elements of a layer of the whole cache, of its prompts alone, and what the loop of four beams runs."""
+    model = jaxgen.from_config(CONFIG)
+    call = generation.lower(model, np.ones((request.param, 256), int), None, {"max_new_tokens": 24, "num_beams": 4})
+    state = jax.eval_shape(lambda: decoding._prefill(model, call.prompt, call.strategy, call.slots))
+    compiled = decoding.advance.lower(model, state, call.strategy, np.int32(1)).compile()
+    slot = request.param * KV_HEADS * HEAD_DIM
+    slots = call.strategy.cache_slots(256, call.slots - 256)
+    return slot * slots, slot * 256, loop_instructions(compiled.as_text())
+
+
+def test_beams_move_nothing_of_the_size_of_their_prompts_cache(of_beams: tuple[int, int, Any]) -> None:
+    _, prompt_elements, found = of_beams
+    moving = ("copy", "transpose", "concatenate", "gather", "pad", "scatter", "select")
+    assert [each for each in found if each[0] in moving and elements(each[1]) >= prompt_elements] == []
+
+
+def test_beams_are_one_forward_pass_that_writes_in_place(of_beams: tuple[int, int, Any]) -> None:
+    cache_elements, _, found = of_beams
+    operations = Counter(operation for operation, _ in found)
+    assert operations["dot"] + operations["custom-call"] >= LAYERS * 6 + 1
     writes = [shape for operation, shape in found if operation == "dynamic-update-slice"]
     assert sum(elements(shape) == cache_elements for shape in writes) == 2 * LAYERS

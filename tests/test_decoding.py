@@ -23,6 +23,10 @@ class CountingCache:
     passes: jax.Array
     slots: jax.Array
 
+    @property
+    def branches(self) -> int:
+        return 1
+
     def grow(self, slots: int) -> "CountingCache":
         return replace(self, slots=jnp.int32(slots))
 

@@ -265,8 +265,6 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     ),
     "eos as text": (PROMPT, {"eos_token_id": "</s>"}, "`eos_token_id`='</s>' must be a token id"),
     "greedy with several sequences": (PROMPT, {"num_return_sequences": 2}, "do not support `num_return_sequences`"),
-    "beams": (PROMPT, {"num_beams": 4}, "`num_beams`=4 is not supported"),
-    "no beams": (PROMPT, {"num_beams": 0}, "`num_beams`=0 is not supported"),
     "a mapping": ({"input_ids": PROMPT}, {}, r"mapping of .'input_ids'.. Pass its parts.*\*\*inputs"),
     "a pad beyond 32 bits": (PROMPT, {"pad_token_id": 2**31}, "`pad_token_id`=2147483648 must be one token id"),
     "an eos of True": (PROMPT, {"eos_token_id": [True]}, "`eos_token_id`=.True. must be a token id"),

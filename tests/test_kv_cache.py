@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgen.kv_cache import KVCache
+from jaxgen.kv_cache import BranchedCache, KVCache
 
 ROWS, HEADS, SLOTS, HEAD_DIM = 2, 3, 6, 4
 
@@ -70,3 +70,65 @@ def test_dimensions_of_size_one_are_left_out_of_the_arrays(rows: int, heads: int
     assert 1 not in keys.shape
     full = cache.grow(SLOTS + 2).cleared().layers[0][1].reshape(rows, heads, SLOTS + 2, HEAD_DIM)
     np.testing.assert_array_equal(full[:, :, :2], new)
+
+
+# ---- Branches ----
+
+
+def branched(branches: int = 2) -> BranchedCache:
+    """Two prompt columns, of which row 0 may not look at the first, and room for two columns of each branch."""
+    cache, _, _ = empty().extend(jnp.array([[0, 1], [1, 1]], bool))
+    cache, _, _ = cache.update(0, filled(2, 1.0), filled(2, 1.0))
+    return cache.branch(branches)
+
+
+def a_column_each(cache: BranchedCache, value: float) -> tuple[BranchedCache, jax.Array, jax.Array]:
+    """The cache after one more column of each branch, whose keys hold `value` and the branch's tenths."""
+    cache, positions, mask = cache.extend(jnp.ones((ROWS, cache.branches), bool))
+    new = filled(cache.branches, value) + jnp.arange(cache.branches)[:, None] / 10
+    cache, _, _ = cache.update(0, new, new)
+    return cache, positions, mask
+
+
+def attended(mask: jax.Array) -> list[list[int]]:
+    """Of the branches of the second row, the slots that they attend."""
+    return [np.flatnonzero(branch).tolist() for branch in np.asarray(mask[1])]
+
+
+def test_branches_share_the_prompt_and_attend_their_own_columns_only() -> None:
+    cache, positions, mask = a_column_each(branched(), 2.0)
+    assert attended(mask) == [[0, 1, 2], [0, 1, 3]]
+    assert positions.tolist() == [[1, 1], [2, 2]]
+    _, positions, mask = a_column_each(cache, 3.0)
+    assert attended(mask) == [[0, 1, 2, 4], [0, 1, 3, 5]]
+    assert np.flatnonzero(mask[0, 1]).tolist() == [1, 3, 5]  # not the padding of its prompt
+    assert positions.tolist() == [[2, 2], [3, 3]]
+
+
+def test_a_branch_that_continues_another_attends_its_columns_and_no_key_moves() -> None:
+    cache, _, _ = a_column_each(branched(), 2.0)
+    reordered = cache.reorder(jnp.array([[0, 1], [1, 1]]))
+    np.testing.assert_array_equal(reordered.layers[0][0], cache.layers[0][0])
+    _, _, mask = a_column_each(reordered, 3.0)
+    assert attended(mask) == [[0, 1, 3, 4], [0, 1, 3, 5]]
+    assert [np.flatnonzero(branch).tolist() for branch in np.asarray(mask[0])] == [[1, 2, 4], [1, 3, 5]]
+
+
+def test_keeping_one_branch_frees_the_slots_of_the_others() -> None:
+    cache, _, _ = a_column_each(branched(), 2.0)
+    kept = cache.keep(jnp.array([0, 1]))
+    assert int(kept.length) == 3
+    np.testing.assert_allclose(kept.layers[0][0][:, 0, 2, 0], [2.0, 2.1])  # each row's own choice
+    cache, positions, mask = a_column_each(kept, 3.0)
+    assert attended(mask) == [[0, 1, 2, 3], [0, 1, 2, 4]]
+    assert positions.tolist() == [[2, 2], [3, 3]]
+
+
+@pytest.mark.parametrize(("rows", "heads"), [(1, 3), (2, 1), (1, 1)])
+def test_branches_work_without_dimensions_of_size_one(rows: int, heads: int) -> None:
+    cache = KVCache.zeros(1, rows, SLOTS, heads, HEAD_DIM, jnp.float32).branch(3)
+    cache, _, _ = cache.extend(jnp.ones((rows, 3), bool))
+    new = jnp.arange(rows * heads * 3 * HEAD_DIM, dtype=jnp.float32).reshape(rows, heads, 3, HEAD_DIM)
+    cache, _, _ = cache.update(0, new, new)
+    kept = cache.keep(jnp.full(rows, 2)).layer(0)[0]
+    np.testing.assert_array_equal(kept[:, :, 0], new[:, :, 2])

@@ -90,8 +90,7 @@ def _drawn(processors: tuple[Any, ...], logits: jax.Array, key: Any, rows: int, 
     prompt = jaxgen.Prompt(ids, ids > 0, jnp.int32(1), jnp.int32(rows))
     stop = jaxgen.EosToken(jnp.array([-1])), jaxgen.MaxLength(jnp.int32(2)), jnp.int32(0)
     strategy = jaxgen.Sample(*stop, key, processors)
-    state = strategy.init(prompt, 2, len(logits))
-    return strategy.step(jnp.broadcast_to(logits, (rows, len(logits))), state).tokens
+    return strategy.start(prompt, 2, jnp.broadcast_to(logits, (rows, len(logits))), {}).tokens
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -106,21 +105,6 @@ def test_the_frequencies_of_100_000_draws_are_those_of_the_softmax(law: str, see
     counts = np.bincount(drawn(LAWS[law], logits, jax.random.key(seed), DRAWS), minlength=TOKENS)
     assert counts[p == 0].sum() == 0
     assert chisquare(counts[p > 0], DRAWS * p[p > 0]).pvalue > 1e-3
-
-
-def test_the_noise_is_standard_gumbel_to_its_ends() -> None:
-    noise = np.asarray(
-        sampling.gumbel(jnp.arange(20, dtype=jnp.uint32).reshape(10, 2), jnp.int32(3), _columns(100_000))
-    )
-    assert np.isfinite(noise).all()
-    assert abs(noise.mean() - np.euler_gamma) < 0.005 and abs(noise.std() - np.pi / np.sqrt(6)) < 0.005
-    for quantile in (0.001, 0.5, 0.999, 0.99999):
-        expected = -np.log(-np.log(quantile))
-        assert abs((noise < expected).mean() - quantile) < 4 * np.sqrt(quantile * (1 - quantile) / noise.size)
-
-
-def _columns(count: int) -> jax.Array:
-    return jnp.broadcast_to(jnp.arange(count), (10, count))
 
 
 # ---- Keys ----
@@ -218,17 +202,6 @@ def _unchanged(input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array) -> j
     return scores
 
 
-@pytest.mark.parametrize("columns", [1, 63, 64, 65, 5000, 20_001])
-def test_the_highest_scores_are_found_in_blocks_as_in_the_whole(columns: int) -> None:
-    scores = np.random.default_rng(columns).integers(-50, 50, (3, columns)).astype(np.float32)
-    np.testing.assert_array_equal(sampling.first_highest(jnp.asarray(scores)), scores.argmax(axis=1))
-    count = min(17, columns)
-    values, places, invalid = sampling.highest_few(jnp.asarray(scores), count)
-    np.testing.assert_array_equal(values, -np.sort(-scores, axis=1)[:, :count])
-    np.testing.assert_array_equal(np.take_along_axis(scores, np.asarray(places), axis=1), values)
-    assert not invalid.any()
-
-
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("processors", [[], LAWS["the usual three"]], ids=["all", "few"])
 def test_a_row_with_nan_or_infinity_is_reported_and_draws_a_token_of_the_vocabulary(
@@ -240,7 +213,7 @@ def test_a_row_with_nan_or_infinity_is_reported_and_draws_a_token_of_the_vocabul
     prompt = jaxgen.Prompt(jnp.ones((3, 1), jnp.int32), jnp.ones((3, 1), bool), jnp.int32(1), jnp.int32(3))
     stop = jaxgen.EosToken(jnp.array([-1])), jaxgen.MaxLength(jnp.int32(2)), jnp.int32(0)
     strategy = jaxgen.Sample(*stop, jax.random.key(0), tuple(processors))
-    state = strategy.step(jnp.asarray(logits), strategy.init(prompt, 2, 97))
+    state = strategy.start(prompt, 2, jnp.asarray(logits), {})
     assert state.invalid.tolist() == [False, True, True]
     assert all(0 <= token < 97 for token in state.tokens.tolist())
 

@@ -289,9 +289,10 @@ class Llama(nnx.Module):
         position_ids: jax.Array | None = None,
         collect: tuple[str, ...] = (),
     ) -> tuple[jax.Array, KVCache, Internals]:
-        """See `base.Model.extend`: the head runs on the last column only."""
+        """See `base.Model.extend`: the head runs on the last column only, or on that of each branch."""
         hidden, cache, internals = self._hidden_states(cache, input_ids, attention_mask, position_ids, collect)
-        return self._logits(hidden[:, -1]), cache, internals
+        last = hidden[:, -cache.branches :].reshape(-1, hidden.shape[-1])
+        return self._logits(last), cache, internals
 
     def _hidden_states(
         self,
