@@ -39,9 +39,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=9, help="timed calls of each (default: 9)")
     parser.add_argument("--json", type=Path, help="append the figures to this file, one JSON object per line")
+    parser.add_argument("--vocabulary", type=int, default=MODEL["vocab_size"], help="tokens (default: 128256)")
     arguments = parser.parse_args()
-    model = jaxgen.from_config(MODEL)
-    prompt = np.random.default_rng(0).integers(3, MODEL["vocab_size"], (ROWS, PROMPT_TOKENS))
+    model = jaxgen.from_config({**MODEL, "vocab_size": arguments.vocabulary})
+    prompt = np.random.default_rng(0).integers(3, arguments.vocabulary, (ROWS, PROMPT_TOKENS))
     mask = np.ones_like(prompt)
 
     def call(way: str) -> None:
@@ -62,7 +63,14 @@ def main() -> None:
         ratio = milliseconds / medians["greedy"]
         print(f"{way:40}{milliseconds:8.2f}{ratio:11.3f}")
         if arguments.json:
-            figures = {"way": way, "ms": milliseconds, "of_greedy": ratio, "repeats": arguments.repeats, **machine()}
+            figures = {
+                "way": way,
+                "vocabulary": arguments.vocabulary,
+                "ms": milliseconds,
+                "of_greedy": ratio,
+                "repeats": arguments.repeats,
+                **machine(),
+            }
             with arguments.json.open("a") as file:
                 file.write(json.dumps(figures) + "\n")
 

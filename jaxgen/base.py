@@ -59,6 +59,11 @@ def leaf(value: Any, dtype: Any) -> Any:
     return np.asarray(value, dtype)
 
 
+def step_buffers(names: Iterable[str], steps: int, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """Zeros for what is recorded of each step, of the shapes that one step has."""
+    return {name: jnp.zeros((steps, *shapes[name].shape), shapes[name].dtype) for name in names}
+
+
 def write_step(buffers: dict[str, jax.Array], values: Mapping[str, jax.Array], step: jax.Array) -> dict[str, jax.Array]:
     """The buffers, each [steps, ...], with one step's values."""
     return {

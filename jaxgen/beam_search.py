@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxgen.base import BranchedCache, Internals, LogitsProcessor, Prompt, Strategy, pytree, write_step
+from jaxgen.base import BranchedCache, Internals, LogitsProcessor, Prompt, Strategy, pytree, step_buffers, write_step
 from jaxgen.beams import NEVER, Beams, take
 from jaxgen.gumbel import gumbel, row_keys
 from jaxgen.logits_process import guide, process, reorder
@@ -111,7 +111,9 @@ class BeamSearch(Strategy):
         rows, columns = prompts.input_ids.shape
         unused = jnp.arange(rows) >= prompt.rows  # rows of the bucket
         beams = Beams.of_prompts(prompts, slots, self.fill, self.num_beams)
-        widths = {"scores": (rows * self.num_beams, vocab_size), "logits": (rows * self.num_beams, vocab_size)}
+        of_vocabulary = jax.ShapeDtypeStruct((rows * self.num_beams, vocab_size), jnp.float32)
+        of_beams = jax.ShapeDtypeStruct((rows, self.num_beams), jnp.int32)
+        shapes = {"scores": of_vocabulary, "logits": of_vocabulary, "parents": of_beams}
         repeated = prompts.repeated(self.num_beams)
         return BeamState(
             # Only the first beam counts at first: the others would choose the same tokens again.
@@ -127,12 +129,7 @@ class BeamSearch(Strategy):
             invalid=jnp.zeros(rows, bool),
             keys=None if self.key is None else row_keys(self.key, rows, 1),
             processors=tuple(processor.init(repeated, vocab_size) for processor in self.processors),
-            recorded={
-                name: jnp.zeros((slots - columns, *widths[name]))
-                if name in widths
-                else jnp.zeros((slots - columns, rows, self.num_beams), jnp.int32)
-                for name in self.outputs
-            },
+            recorded=step_buffers(self.outputs, slots - columns, shapes),
         )
 
     def step(self, logits: jax.Array, internals: Internals, state: BeamState) -> BeamState:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxgen.base import BranchedCache, Internals, LogitsProcessor, Prompt, Strategy, pytree, write_step
+from jaxgen.base import BranchedCache, Internals, LogitsProcessor, Prompt, Strategy, pytree, step_buffers, write_step
 from jaxgen.logits_process import guide, process
 from jaxgen.stopping_criteria import EosToken, MaxLength
 from jaxgen.top_k import highest_few
@@ -96,11 +96,9 @@ class ContrastiveSearch(Strategy):
         prompt = prompt.repeated(1, halved=self.guidance_scale is not None)
         rows, columns = prompt.input_ids.shape
         vocab_size = logits.shape[1]
-        shapes = {
-            "scores": jnp.zeros((rows, vocab_size)),
-            "logits": jnp.zeros((rows, vocab_size)),
-            "chosen": jnp.zeros(rows, jnp.int32),
-        }
+        of_vocabulary = jax.ShapeDtypeStruct((rows, vocab_size), jnp.float32)
+        of_rows = jax.ShapeDtypeStruct((rows,), jnp.int32)
+        shapes = {"scores": of_vocabulary, "logits": of_vocabulary, "chosen": of_rows}
 
         def left_aligned(array: jax.Array) -> jax.Array:
             rolled = jnp.roll(array, prompt.length - columns, axis=1)
@@ -120,9 +118,7 @@ class ContrastiveSearch(Strategy):
             invalid=jnp.zeros(rows, bool),
             processors=tuple(processor.init(prompt, vocab_size) for processor in self.processors),
             # One step more than there are tokens: the last one proposes candidates that nobody wants.
-            recorded={
-                name: jnp.zeros((slots - columns + 1, *shapes[name].shape), shapes[name].dtype) for name in self.outputs
-            },
+            recorded=step_buffers(self.outputs, slots - columns + 1, shapes),
         )
         return self._propose(logits, state)
 

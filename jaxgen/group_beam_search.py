@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxgen.base import BranchedCache, Internals, LogitsProcessor, Prompt, Strategy, pytree, write_step
+from jaxgen.base import BranchedCache, Internals, LogitsProcessor, Prompt, Strategy, pytree, step_buffers, write_step
 from jaxgen.beams import NEVER, Beams, take
 from jaxgen.logits_process import guide, process, reorder
 from jaxgen.stopping_criteria import EosToken, MaxLength
@@ -130,11 +130,9 @@ class GroupBeamSearch(Strategy):
             done=jnp.arange(rows) >= prompt.rows,
             processors=tuple(processor.init(repeated, vocab_size) for processor in self.processors),
         )
-        shapes = {
-            "scores": jnp.zeros((rows * self.num_beams, vocab_size)),
-            "logits": jnp.zeros((rows * self.num_beams, vocab_size)),
-            "parents": jnp.zeros((rows, self.num_beams), jnp.int32),
-        }
+        of_vocabulary = jax.ShapeDtypeStruct((rows * self.num_beams, vocab_size), jnp.float32)
+        of_beams = jax.ShapeDtypeStruct((rows, self.num_beams), jnp.int32)
+        shapes = {"scores": of_vocabulary, "logits": of_vocabulary, "parents": of_beams}
         return GroupState(
             groups=(group,) * self.num_beam_groups,
             cur_len=prompt.length,
@@ -144,9 +142,7 @@ class GroupBeamSearch(Strategy):
             parents=jnp.zeros((len(prompt.input_ids), self.num_beams), jnp.int32),
             ended=jnp.bool_(False),
             invalid=jnp.zeros(rows, bool),
-            recorded={
-                name: jnp.zeros((slots - columns, *shapes[name].shape), shapes[name].dtype) for name in self.outputs
-            },
+            recorded=step_buffers(self.outputs, slots - columns, shapes),
         )
 
     def step(self, logits: jax.Array, internals: Internals, state: GroupState) -> GroupState:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxgen.base import Internals, LogitsProcessor, Prompt, Strategy, pytree, write_step
+from jaxgen.base import Internals, LogitsProcessor, Prompt, Strategy, pytree, step_buffers, write_step
 from jaxgen.gumbel import gumbel, row_keys
 from jaxgen.logits_process import TopK, TopP, Warper, guide, process
 from jaxgen.stopping_criteria import EosToken, MaxLength
@@ -92,7 +92,9 @@ class Sample(Strategy):
         tokens = jnp.repeat(prompt.input_ids[:, -1], self.num_return_sequences)
         prompt = prompt.repeated(self.num_return_sequences, halved=self.guidance_scale is not None)
         rows, columns = prompt.input_ids.shape
-        widths = {"scores": (vocab_size,), "logits": (vocab_size,), "logprobs": (), "processed_logprobs": ()}
+        of_vocabulary = jax.ShapeDtypeStruct((rows, vocab_size), jnp.float32)
+        of_rows = jax.ShapeDtypeStruct((rows,), jnp.float32)
+        shapes = {"scores": of_vocabulary, "logits": of_vocabulary, "logprobs": of_rows, "processed_logprobs": of_rows}
         names = [*self.outputs, *(["processed_logprobs"] if "logprobs" in self.outputs else [])]
         return SampleState(
             sequences=prompt.left_aligned(slots, 0),
@@ -105,7 +107,7 @@ class Sample(Strategy):
             if self.key is None
             else row_keys(self.key, rows // self.num_return_sequences, self.num_return_sequences),
             processors=tuple(processor.init(prompt, vocab_size) for processor in self.processors),
-            recorded={name: jnp.zeros((slots - columns, rows, *widths[name])) for name in names},
+            recorded=step_buffers(names, slots - columns, shapes),
         )
 
     def step(self, logits: jax.Array, internals: Internals, state: SampleState) -> SampleState:

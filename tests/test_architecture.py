@@ -15,7 +15,11 @@ import jaxgen
 
 ROOT = Path(__file__).parent.parent
 MODEL_COLUMN = {"models", "kv_cache", "checkpoint", "safetensors_file"}
-DECODE_COLUMN = {"decoding", "sampling", "stopping_criteria", "logits_process", "watermarking", "callbacks"}
+STRATEGIES = {"sampling", "beam_search", "group_beam_search", "contrastive_search"}
+DECODE_COLUMN = {
+    *STRATEGIES,
+    *("decoding", "beams", "stopping_criteria", "logits_process", "watermarking", "callbacks", "gumbel", "top_k"),
+}
 FILES = [*(ROOT / "jaxgen").rglob("*.py"), *(ROOT / "convert").rglob("*.py")]
 
 
@@ -67,8 +71,9 @@ def test_the_model_column_and_the_decode_column_do_not_import_each_other(file: P
         assert not columns(file) & MODEL_COLUMN
 
 
-def test_strategies_know_neither_the_loop_nor_each_other() -> None:
-    assert "decoding" not in columns(ROOT / "jaxgen" / "sampling.py")
+@pytest.mark.parametrize("strategy", sorted(STRATEGIES))
+def test_strategies_know_neither_the_loop_nor_each_other(strategy: str) -> None:
+    assert not columns(ROOT / "jaxgen" / f"{strategy}.py") & (STRATEGIES | {"decoding"})
 
 
 @pytest.mark.parametrize("file", [file for file in FILES if part(file) != "convert"], ids=relative)

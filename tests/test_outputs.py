@@ -45,6 +45,20 @@ def test_shapes_are_those_of_transformers_with_a_leading_axis_of_steps(models: t
     assert [each.shape for each in past[-1]] == [(rows, 2, COLUMNS + STEPS - 1, 8)] * 2
 
 
+def assert_same_internals(ours: Any, theirs: Any) -> None:
+    for name in ("attentions", "hidden_states"):
+        for step, (mine, other) in enumerate(zip(ours[name], theirs[name], strict=True)):
+            for layer, expected in zip(mine, other, strict=True):
+                expected = expected.detach().numpy()
+                assert layer.shape == expected.shape
+                if step == 0:  # what masked columns see and hold is nobody's business
+                    seen = (
+                        (slice(None), slice(2, None)) if name == "hidden_states" else (..., slice(2, None), slice(None))
+                    )
+                    layer, expected = layer[seen], expected[seen]
+                np.testing.assert_allclose(layer, expected, atol=1e-4)
+
+
 @pytest.mark.oracle
 @pytest.mark.parametrize("repetition_penalty", [1.0, 1.3])
 def test_every_number_equals_transformers(repetition_penalty: float, models: tuple[Any, Any]) -> None:
@@ -62,16 +76,7 @@ def test_every_number_equals_transformers(repetition_penalty: float, models: tup
     np.testing.assert_array_equal(ours.sequences, theirs.sequences)
     for name in ("scores", "logits"):
         np.testing.assert_allclose(ours[name], np.stack([step.numpy() for step in theirs[name]]), atol=1e-4)
-    for name in ("attentions", "hidden_states"):
-        for step, (mine, other) in enumerate(zip(ours[name], theirs[name], strict=True)):
-            for layer, expected in zip(mine, other, strict=True):
-                expected = expected.detach().numpy()
-                if step == 0:  # what masked columns see and hold is nobody's business
-                    seen = (
-                        (slice(None), slice(2, None)) if name == "hidden_states" else (..., slice(2, None), slice(None))
-                    )
-                    layer, expected = layer[seen], expected[seen]
-                np.testing.assert_allclose(layer, expected, atol=1e-4)
+    assert_same_internals(ours, theirs)
     for layer, (keys, values) in enumerate(ours.past_key_values):
         other = theirs.past_key_values.layers[layer]
         np.testing.assert_allclose(keys[:, :, 2:], other.keys.detach().numpy()[:, :, 2:], atol=1e-4)
@@ -107,17 +112,7 @@ def test_every_number_of_beams_equals_transformers(models: tuple[Any, Any]) -> N
     np.testing.assert_allclose(ours.sequences_scores, theirs.sequences_scores, rtol=1e-4)
     for name in ("scores", "logits"):
         np.testing.assert_allclose(ours[name], np.stack([step.numpy() for step in theirs[name]]), atol=1e-4)
-    for name in ("attentions", "hidden_states"):
-        for step, (mine, other) in enumerate(zip(ours[name], theirs[name], strict=True)):
-            for layer, expected in zip(mine, other, strict=True):
-                expected = expected.detach().numpy()
-                assert layer.shape == expected.shape
-                if step == 0:  # what masked columns see and hold is nobody's business
-                    seen = (
-                        (slice(None), slice(2, None)) if name == "hidden_states" else (..., slice(2, None), slice(None))
-                    )
-                    layer, expected = layer[seen], expected[seen]
-                np.testing.assert_allclose(layer, expected, atol=1e-4)
+    assert_same_internals(ours, theirs)
     for layer, pair in enumerate(ours.past_key_values):
         other = theirs.past_key_values.layers[layer]
         for mine, expected in zip(pair, (other.keys, other.values), strict=True):

@@ -16,7 +16,7 @@ from shared_noise import in_jaxgen, in_torch
 import jaxgen
 from jaxgen import logits_process, sampling
 
-COMBINATIONS, CALLS_EACH = 22, 10
+COMBINATIONS, CALLS_EACH = 14, 15
 
 
 @pytest.fixture(scope="module")
