@@ -5,7 +5,7 @@ from jaxgen.beam_search import BeamSearch
 from jaxgen.checkpoint import BUNDLED_MODEL, from_config, load, save
 from jaxgen.contrastive_search import ContrastiveSearch
 from jaxgen.decoding import compile_counts, decode
-from jaxgen.generation import Call, generate, prepare
+from jaxgen.generation import Call, generate, prepare, stream
 from jaxgen.group_beam_search import GroupBeamSearch
 from jaxgen.outputs import compute_transition_scores
 from jaxgen.safetensors_file import CheckpointError
@@ -36,4 +36,5 @@ __all__ = [
     "load",
     "prepare",
     "save",
+    "stream",
 ]

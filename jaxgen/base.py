@@ -128,10 +128,6 @@ class Cache(Protocol):
         """A cache of C continuations of each row."""
         ...
 
-    def cleared(self) -> Self:
-        """The same cache with zeros wherever attention may not look."""
-        ...
-
 
 class BranchedCache(Cache, Protocol):
     """A cache of C branches per row, whose forward passes take C columns, one for each branch."""
@@ -240,6 +236,11 @@ class StrategyState(Protocol):
         """int32 [N], or [N * C] with branches. The next input of the model."""
         ...
 
+    @property
+    def cur_len(self) -> jax.Array:
+        """int32 []. The columns that the prompt and the tokens so far take."""
+        ...
+
 
 class Strategy:
     """How tokens are chosen. A pytree: numbers are traced, so a new number compiles nothing.
@@ -292,6 +293,11 @@ class Strategy:
     def unfinished(self, state: Any) -> jax.Array:
         """bool []. Whether any row still wants a token."""
         raise NotImplementedError
+
+    def text(self, state: Any) -> jax.Array | None:
+        """int32 [N, S]. The prompts and their tokens so far; None if later steps may change them."""
+        del state
+        return None
 
     def finalize(self, state: Any) -> Mapping[str, jax.Array]:
         """The outputs by their Hugging Face names, and two more for the host.

@@ -67,9 +67,9 @@ def _continue(model: Model, tokenizer: Any, text: str, max_new_tokens: int) -> s
     _say("compiling for this prompt length on first use")
     compiling = _CompileClock()
     start = time.perf_counter()
-    state = jax.block_until_ready(prefill(model, call.prompt, call.strategy, call.slots))
+    state, _ = jax.block_until_ready(prefill(model, call.prompt, call.strategy, call.slots))
     first = time.perf_counter() - start
-    state = advance(model, state, call.strategy, np.int32(call.slots))
+    state, _ = advance(model, state, call.strategy, np.int32(call.slots))
     sequences = np.asarray(call.wrap(finalize(call.strategy, state), state))
     total = time.perf_counter() - start
     new_tokens = sequences.shape[1] - encoded["input_ids"].shape[1]

@@ -176,6 +176,9 @@ class ContrastiveSearch(Strategy):
     def unfinished(self, state: ContrastiveState) -> jax.Array:
         return ~state.finished.all()
 
+    def text(self, state: ContrastiveState) -> jax.Array:
+        return state.sequences
+
     def finalize(self, state: ContrastiveState) -> Mapping[str, jax.Array]:
         """See `base.Strategy.finalize`; with the recorded outputs, [steps, N, V].
 

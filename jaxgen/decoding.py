@@ -39,6 +39,22 @@ class DecodeState:
     step_internals: Internals
 
 
+@pytree
+@dataclass(frozen=True)
+class Progress:
+    """What the host may look at while further steps run on the state itself, which is donated to them.
+
+    Attributes:
+        length: int32 []. Columns of the prompt and the tokens of all steps so far.
+        unfinished: bool []. Whether any row still wants a token.
+        text: int32 [N, S]. The prompts and their tokens so far; None where later steps may change them, as with beams.
+    """
+
+    length: jax.Array
+    unfinished: jax.Array
+    text: jax.Array | None
+
+
 def decode(model: Model, prompt: Prompt, strategy: Strategy, slots: int) -> Mapping[str, Any]:
     """Decodes until every row is finished, as a pure function without a jit inside.
 
@@ -112,8 +128,7 @@ def _advance(
             cache = strategy.settle(cache, inner)
         return DecodeState(cache, inner, state.steps + 1, state.prompt_internals, buffers)
 
-    start = DecodeState(state.cache.cleared(), state.inner, state.steps, state.prompt_internals, state.step_internals)
-    return lax.while_loop(unfinished, step, start)
+    return lax.while_loop(unfinished, step, state)
 
 
 def _both(collect: tuple[str, ...], strategy: Strategy) -> tuple[str, ...]:
@@ -140,11 +155,15 @@ def compile_counts() -> dict[str, int]:
     return {"prefill": _compile_counts["prefill"], "advance": _compile_counts["advance"]}
 
 
-def _counted_jit(name: str, function: Callable[..., DecodeState], **options: Any) -> Callable[..., DecodeState]:
+def _counted_jit(name: str, function: Callable[..., DecodeState], **options: Any) -> Callable[..., Any]:
+    """`function` with the `Progress` after it."""
+
     @functools.wraps(function)
-    def traced(*args: Any) -> DecodeState:
+    def traced(model: Model, given: Any, strategy: Strategy, *args: Any) -> tuple[DecodeState, Progress]:
         _compile_counts[name] += 1  # runs once per trace, not per call
-        return function(*args)
+        state = function(model, given, strategy, *args)
+        inner = state.inner
+        return state, Progress(inner.cur_len, strategy.unfinished(inner), strategy.text(inner))
 
     return jax.jit(traced, **options)
 

@@ -4,10 +4,11 @@ JAX clamps and wraps where torch raises, so everything a program could get wrong
 anything is compiled.
 """
 
+import contextlib
 import logging
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ import numpy as np
 from jaxgen import lazy
 from jaxgen.base import Model, Prompt, Strategy, leaf
 from jaxgen.callbacks import HostCriterion, HostFunctions, for_criterion
-from jaxgen.decoding import DecodeState, advance, finalize, prefill
+from jaxgen.decoding import DecodeState, finalize
 from jaxgen.generation_config import Resolved, resolve, warn_once
 from jaxgen.inputs import (
     bucket,
@@ -31,8 +32,10 @@ from jaxgen.inputs import (
 )
 from jaxgen.outputs import GenerateOutput, wrap
 from jaxgen.processor_list import as_pytree, processor_list, takes_cur_len
+from jaxgen.stop_strings import StopStrings
 from jaxgen.stopping_criteria import CustomCriterion, EosToken, MaxLength
 from jaxgen.strategies import Rules, strategy_for
+from jaxgen.streaming import UNWATCHED, WATCHED, NewTokens, feed, finish, run
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +56,7 @@ def generate(
     *,
     key: Any = None,
     output_logprobs: bool = False,
+    tokenizer: Any = None,
     **kwargs: Any,
 ) -> np.ndarray | GenerateOutput:
     """Continues each prompt, greedily or by sampling; the arguments, and the tokens, of transformers 5.23 `generate`.
@@ -71,8 +75,11 @@ def generate(
         negative_prompt_ids: integers [B, P'] to guide away from, with `guidance_scale`; the last token of each prompt
             by default.
         negative_prompt_attention_mask: [B, P'].
+        streamer: anything with `put` and `end`, such as transformers' `TextStreamer`: gets the prompts, then a column
+            of tokens at a time, as NumPy arrays, then the end. Not with beams.
         key: for `do_sample`: an int, a `jax.random` key, or one of either per prompt. The same key, the same tokens;
             fresh entropy by default. A prompt with its own key draws the same tokens in whatever batch.
+        tokenizer: the model's, for `stop_strings`.
         output_logprobs: with `return_dict_in_generate`, also return the chosen tokens' log-probabilities.
         **kwargs: `attention_mask` ([B, P], 1 on tokens and 0 on padding, inferred from `pad_token_id` if left out) and
             any field of GenerationConfig, which wins over every config.
@@ -85,12 +92,7 @@ def generate(
     Raises:
         ValueError: naming the argument, its value, the range and the next step; before anything is compiled.
     """
-    later = {
-        "synced_gpus": synced_gpus,
-        "assistant_model": assistant_model,
-        "streamer": streamer,
-        "custom_generate": custom_generate,
-    }
+    later = {"synced_gpus": synced_gpus, "assistant_model": assistant_model, "custom_generate": custom_generate}
     custom = Custom(
         _listed("logits_processor", logits_processor),
         _listed("stopping_criteria", stopping_criteria),
@@ -99,12 +101,58 @@ def generate(
         negative_prompt_attention_mask,
         key,
         output_logprobs,
+        streamer,
+        tokenizer,
     )
     call = lower(model, inputs, generation_config, {**kwargs, **later}, custom)
     with call.host.registered():
-        state = prefill(model, call.prompt, call.strategy, call.slots, call.collect)
-        state = advance(model, state, call.strategy, leaf(call.slots, np.int32), call.collect)
+        if streamer is None:
+            state = finish(run(model, call, UNWATCHED))
+        else:
+            state = finish(run(model, call, WATCHED), feed(streamer, call))
+            streamer.end()
         return call.wrap(finalize(call.strategy, state), state)
+
+
+def stream(model: Model, inputs: Any = None, generation_config: Any = None, **kwargs: Any) -> Iterator[np.ndarray]:
+    """The new tokens as they come: `for chunk in stream(model, **prompts)`.
+
+    Args:
+        model: as in `generate`.
+        inputs: as in `generate`.
+        generation_config: as in `generate`.
+        **kwargs: as in `generate`, but for what it returns besides tokens, and beams.
+
+    Yields:
+        int32 [B * num_return_sequences, T]: the next columns, the first one by itself. Side by side, they are what
+        `generate` returns after the prompts.
+
+    Raises:
+        ValueError: as `generate`, at the call and not at the first chunk.
+    """
+    if kwargs.get("return_dict_in_generate"):
+        raise ValueError("`stream` yields tokens: `return_dict_in_generate`=True is for `generate`, with a `streamer`.")
+    others, custom = _split_customs(kwargs)
+    if custom.streamer is not None:
+        raise ValueError("`stream` takes no `streamer`: what it would get is what comes out. Use `generate`.")
+    call = lower(model, inputs, generation_config, others, replace(custom, streamer=_Iterated()))
+    return _chunks(model, call)
+
+
+class _Iterated:
+    """Stands for whoever iterates over `stream`, where a streamer is checked."""
+
+    def put(self, value: Any) -> None: ...
+
+    def end(self) -> None: ...
+
+
+def _chunks(model: Model, call: "Call") -> Iterator[np.ndarray]:
+    new = NewTokens(call)
+    with call.host.registered(), contextlib.closing(run(model, call, WATCHED)) as chunks:
+        for progress in chunks:
+            if (tokens := new(progress)).shape[1]:
+                yield tokens
 
 
 def prepare(model: Model, inputs: Any = None, generation_config: Any = None, **kwargs: Any) -> "Call":
@@ -125,11 +173,10 @@ def prepare(model: Model, inputs: Any = None, generation_config: Any = None, **k
     Raises:
         ValueError: as `generate`, and for what runs on the host.
     """
-    names = [field.name for field in fields(Custom)]
-    custom = {name: kwargs.pop(name) for name in names if name in kwargs}
-    for name in ("logits_processor", "stopping_criteria"):
-        custom[name] = _listed(name, custom.get(name))
-    call = lower(model, inputs, generation_config, kwargs, Custom(**custom))
+    others, custom = _split_customs(kwargs)
+    call = lower(model, inputs, generation_config, others, custom)
+    if custom.streamer is not None or call.config.max_time is not None:
+        raise ValueError("`decode` is a pure function: it has no streamer and no clock. Leave out `max_time`.")
     if call.host:
         raise ValueError(
             "`decode` is a pure function, but a processor or criterion of this call runs on the host. Write it as a "
@@ -151,6 +198,17 @@ class Custom:
     negative_prompt_attention_mask: Any = None
     key: Any = None
     output_logprobs: bool = False
+    streamer: Any = None
+    tokenizer: Any = None
+
+
+def _split_customs(kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], Custom]:
+    """The keywords that may be fields of a GenerationConfig or inputs of a model, and the others."""
+    names = {field.name for field in fields(Custom)}
+    given = {name: value for name, value in kwargs.items() if name in names}
+    for name in ("logits_processor", "stopping_criteria"):
+        given[name] = _listed(name, given.get(name))
+    return {name: value for name, value in kwargs.items() if name not in names}, Custom(**given)
 
 
 @dataclass(frozen=True)
@@ -160,6 +218,7 @@ class Call:
     Attributes:
         slots: S, the bucket of the cache and of the token buffer.
         collect: the internals to collect.
+        forward_passes: after the prompt's, at the most.
         rows: of the caller's prompt, B.
         columns: of the caller's prompt.
         host: what runs on the host.
@@ -169,6 +228,7 @@ class Call:
     strategy: Strategy
     slots: int
     collect: tuple[str, ...]
+    forward_passes: int
     rows: int
     columns: int
     config: Resolved
@@ -199,6 +259,8 @@ def lower(
             raise ValueError(f"`{name}` is not supported. Leave it out.")
     supported = {name: value for name, value in kwargs.items() if name not in _NOT_YET}
     config, model_inputs = resolve(model.generation_config, generation_config, supported)
+    if custom.streamer is not None:
+        _check_streamer(custom.streamer, config)
     if custom.output_logprobs and not config.return_dict_in_generate:
         raise ValueError("`output_logprobs`=True has nowhere to put them. Pass `return_dict_in_generate=True` too.")
     input_ids, given_mask = prompt_arrays(model, inputs, model_inputs, config)
@@ -247,10 +309,13 @@ def lower(
             host,
             host_rows // groups,
         ),
-        stopping_criteria=tuple(
+        stopping_criteria=(
+            *_stop_strings(config, custom.tokenizer, model.vocab_size),
             # Beams are finished, or not, while they are candidates.
-            _criterion(each, host, host_rows * (config.candidates_per_beam if beams > 1 and groups == 1 else 1))
-            for each in criteria
+            *(
+                _criterion(each, host, host_rows * (config.candidates_per_beam if beams > 1 and groups == 1 else 1))
+                for each in criteria
+            ),
         ),
         guidance_scale=guidance_scale,
     )
@@ -268,7 +333,7 @@ def lower(
     new_tokens = max(stop_length - columns, 1)
     # With beams every further column costs a slot for each of them.
     slots = bucket(prompt_bucket + new_tokens) if beams == 1 else prompt_bucket + bucket(new_tokens)
-    call = Call(prompt, strategy, slots, collect, rows, columns, config, host)
+    call = Call(prompt, strategy, slots, collect, strategy.forward_passes(new_tokens), rows, columns, config, host)
     _check_memory(model, call)
     return call
 
@@ -286,6 +351,15 @@ def _recorded(config: Resolved, custom: Custom, collect: tuple[str, ...]) -> tup
     if config.penalty_alpha and collect:
         return (*outputs, "chosen")
     return (*outputs, "parents") if "attentions" in collect and config.num_beams > 1 else outputs
+
+
+def _check_streamer(streamer: Any, config: Resolved) -> None:
+    if not callable(getattr(streamer, "put", None)) or not callable(getattr(streamer, "end", None)):
+        raise ValueError(
+            f"`streamer`={streamer!r} must have the methods `put` and `end`, as transformers' streamers do."
+        )
+    if config.num_beams > 1:
+        raise ValueError("`streamer` cannot be used with beam search (yet!). Make sure that `num_beams` is set to 1.")
 
 
 def _listed(name: str, given: Any) -> list[Any]:
@@ -309,6 +383,18 @@ def _split_criteria(criteria: list[Any], config: Resolved, max_length: int) -> t
         else:
             others.append(criterion)
     return eos_token_id, max_length, others
+
+
+def _stop_strings(config: Resolved, tokenizer: Any, vocab_size: int) -> tuple[StopStrings, ...]:
+    if not config.stop_strings:
+        return ()
+    if tokenizer is None:
+        raise ValueError(
+            "There are one or more stop strings, either in the arguments to `generate` or in the model's generation "
+            f"config ({[*config.stop_strings]}), but we could not locate a tokenizer. When generating with stop "
+            "strings, you must pass the model's tokenizer to the `tokenizer` argument of `generate`."
+        )
+    return (StopStrings.build(config.stop_strings, tokenizer, vocab_size, bucket),)
 
 
 def _check_length(name: str, length: Any) -> None:
@@ -344,7 +430,7 @@ def _guidance(config: Resolved, custom: Custom) -> tuple[Any, list[Any]]:
 
 # Arguments of transformers' `generate` that are yet to come; their neutral values are accepted.
 _NOT_YET = frozenset(
-    "synced_gpus assistant_model streamer custom_generate position_ids past_key_values inputs_embeds tokenizer "
+    "synced_gpus assistant_model custom_generate position_ids past_key_values inputs_embeds "
     "assistant_tokenizer trust_remote_code".split()
 )
 

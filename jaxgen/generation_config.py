@@ -29,12 +29,10 @@ SUPPORTED = frozenset(
     "forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens "
     "guidance_scale watermarking_config output_attentions output_hidden_states output_scores output_logits "
     "return_dict_in_generate pad_token_id bos_token_id eos_token_id num_beams early_stopping length_penalty "
-    "num_beam_groups diversity_penalty penalty_alpha".split()
+    "num_beam_groups diversity_penalty penalty_alpha max_time stop_strings".split()
 )
 # Refused by name unless they hold one of the values that switch them off.
 REFUSED: dict[str, tuple[Any, ...]] = {
-    "max_time": (None,),
-    "stop_strings": (None,),
     "use_mtp": (None, False),
     "cache_implementation": (None, "dynamic", "static"),
     "token_healing": (None, False),
@@ -80,6 +78,7 @@ class Resolved:
         pad_token_id: None if nobody set it, which transformers' warnings tell from the default (the first eos).
         early_stopping: True, False or "never".
         penalty_alpha: 0 unless contrastive search is asked for.
+        max_time: seconds; None for no limit.
         outputs: of "scores", "logits", "attentions", "hidden_states", what to return of every step.
         merged: the merged GenerationConfig, for the fields that only `processor_list` reads.
     """
@@ -99,6 +98,8 @@ class Resolved:
     num_beam_groups: int
     diversity_penalty: float
     penalty_alpha: float
+    max_time: float | None
+    stop_strings: tuple[str, ...]
     use_cache: bool
     return_dict_in_generate: bool
     outputs: tuple[str, ...]
@@ -290,6 +291,8 @@ def _freeze(merged: Any, has_default_max_length: bool) -> Resolved:
         num_beam_groups=_beam_groups(merged),
         diversity_penalty=_number("diversity_penalty", merged.diversity_penalty, 0.0),
         penalty_alpha=_penalty_alpha(merged),
+        max_time=None if merged.max_time is None else _number("max_time", merged.max_time, 0.0),
+        stop_strings=_stop_strings(merged.stop_strings),
         use_cache=use_cache,
         return_dict_in_generate=bool(merged.return_dict_in_generate),
         outputs=outputs,
@@ -329,6 +332,20 @@ def _number(name: str, value: Any, default: float) -> float:
     if not isinstance(value, (int, float, np.number)) or isinstance(value, bool) or not math.isfinite(value):
         raise ValueError(f"`{name}`={value!r} must be a finite number.")
     return float(value)
+
+
+_LONGEST_STOP_STRING = 1000  # every token of the last so many is looked at, at every step
+
+
+def _stop_strings(value: Any) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    strings = (value,) if isinstance(value, str) else value
+    if not isinstance(strings, (list, tuple)) or not all(isinstance(each, str) and each for each in strings):
+        raise ValueError(f"`stop_strings`={value!r} must be a string or a list of strings, none of them empty.")
+    if max(map(len, strings), default=0) > _LONGEST_STOP_STRING:
+        raise ValueError(f"`stop_strings` holds one of over {_LONGEST_STOP_STRING} characters. Pass a part of it.")
+    return tuple(strings)
 
 
 def _beam_groups(merged: Any) -> int:

@@ -25,6 +25,13 @@ def generation_configs() -> Any:
     return importlib.import_module("transformers.generation.configuration_utils")
 
 
+def byte_characters() -> dict[str, int]:
+    """The byte that each character of a byte-level token stands for."""
+    transformers()
+    characters = importlib.import_module("transformers.convert_slow_tokenizer").bytes_to_unicode()
+    return {character: byte for byte, character in characters.items()}
+
+
 def torch() -> Any:
     """The `torch` that the caller has imported already; jaxgen itself needs none and never imports it."""
     return sys.modules["torch"]

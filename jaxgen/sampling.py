@@ -193,6 +193,9 @@ class Sample(Strategy):
     def unfinished(self, state: SampleState) -> jax.Array:
         return ~state.finished.all()
 
+    def text(self, state: SampleState) -> jax.Array:
+        return state.sequences
+
     def finalize(self, state: SampleState) -> Mapping[str, jax.Array]:
         """See `base.Strategy.finalize`; with the recorded outputs: [steps, N, V], or [N, steps] of logprobs."""
         transposed = {name: buffer.T if buffer.ndim == 2 else buffer for name, buffer in state.recorded.items()}

@@ -48,6 +48,11 @@ SHOWN_BY = {
         "num_beam_groups diversity_penalty".split(),
         "test_group_beam_search.py::test_sequences_and_scores_are_those_of_transformers_4_41",
     ),
+    "streamer": "test_streaming.py::test_streamed_tokens_are_those_of_the_plain_call_from_the_same_programs",
+    "max_time": "test_streaming.py::test_a_limit_of_time_is_kept_to_about_a_chunk",
+    **dict.fromkeys(
+        ["stop_strings", "tokenizer"], "test_stop_strings.py::test_generated_texts_stop_as_in_transformers"
+    ),
     "penalty_alpha": "test_contrastive_search.py::test_sequences_are_those_of_transformers_4_41",
     "inputs": "test_generation.py::test_prompts_come_as_lists_or_arrays_of_any_integer_type_under_either_name",
     "input_ids": "test_generation.py::test_prompts_come_as_lists_or_arrays_of_any_integer_type_under_either_name",

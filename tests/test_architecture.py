@@ -100,9 +100,10 @@ def test_no_memory_is_left_uninitialised_on_the_device(file: Path) -> None:
 def test_no_two_pytrees_of_the_package_have_the_same_structure() -> None:
     """Or jit would now and then run the program of the one for the other."""
     modules = [importlib.import_module(f"jaxgen.{file.stem}") for file in (ROOT / "jaxgen").glob("[a-z]*.py")]
-    classes = {each for module in modules for each in vars(module).values() if dataclasses.is_dataclass(each)}
+    classes = {each for module in modules for each in vars(module).values() if isinstance(each, type)}
     structures = []
-    for cls in sorted((each for each in classes if each.__module__.startswith("jaxgen.")), key=str):
+    ours = (each for each in classes if each.__module__.startswith("jaxgen.") and dataclasses.is_dataclass(each))
+    for cls in sorted(ours, key=str):
         node = object.__new__(cls)
         vars(node).update(dict.fromkeys((field.name for field in dataclasses.fields(cls)), 0))
         if not jax.tree_util.all_leaves([node]):

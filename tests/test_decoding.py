@@ -33,9 +33,6 @@ class CountingCache:
     def take(self, rows: jax.Array) -> "CountingCache":
         return self
 
-    def cleared(self) -> "CountingCache":
-        return self
-
 
 @register_dataclass
 @dataclass(frozen=True)
@@ -115,9 +112,10 @@ def test_the_first_of_equally_likely_tokens_wins() -> None:
 
 def test_chunks_of_any_size_give_the_tokens_of_one_run() -> None:
     strategy = greedy(12, eos=-1)
-    state = decoding.prefill(COUNT_UP, prompt([0, 4]), strategy, 16)
+    state, progress = decoding.prefill(COUNT_UP, prompt([0, 4]), strategy, 16)
+    assert progress.length == 2
     for steps in (1, 3, 2, 50):
-        state = decoding.advance(COUNT_UP, state, strategy, jnp.int32(steps))
+        state, progress = decoding.advance(COUNT_UP, state, strategy, jnp.int32(steps))
     assert sequences(decoding.finalize(strategy, state)) == sequences(
         jaxgen.decode(COUNT_UP, prompt([0, 4]), strategy, 16)
     )

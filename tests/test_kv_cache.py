@@ -54,13 +54,6 @@ def test_growing_keeps_what_was_written_and_adds_slots_that_are_not_valid() -> N
     np.testing.assert_array_equal(grown.layers[0][1][:, :, SLOTS:], 0)
 
 
-def test_clearing_drops_values_nobody_may_attend() -> None:
-    cache, _, _ = empty().extend(jnp.array([[0, 1], [1, 1]], bool))
-    cache, _, _ = cache.update(0, filled(2, 1.0), filled(2, jnp.nan))
-    cleared = cache.cleared().layers[0][1][:, 0, :, 0]
-    np.testing.assert_array_equal(cleared, [[0, np.nan, 0, 0, 0, 0], [np.nan, np.nan, 0, 0, 0, 0]])
-
-
 @pytest.mark.parametrize(("rows", "heads"), [(1, 3), (2, 1), (1, 1)])
 def test_dimensions_of_size_one_are_left_out_of_the_arrays(rows: int, heads: int) -> None:
     cache = KVCache.zeros(1, rows, SLOTS, heads, HEAD_DIM, jnp.float32)
@@ -68,7 +61,7 @@ def test_dimensions_of_size_one_are_left_out_of_the_arrays(rows: int, heads: int
     new = jnp.arange(rows * heads * 2 * HEAD_DIM, dtype=jnp.float32).reshape(rows, heads, 2, HEAD_DIM)
     cache, keys, _ = cache.update(0, new, new)
     assert 1 not in keys.shape
-    full = cache.grow(SLOTS + 2).cleared().layers[0][1].reshape(rows, heads, SLOTS + 2, HEAD_DIM)
+    full = cache.grow(SLOTS + 2).layers[0][1].reshape(rows, heads, SLOTS + 2, HEAD_DIM)
     np.testing.assert_array_equal(full[:, :, :2], new)
 
 

@@ -1,0 +1,140 @@
+"""The host side of a decode: it runs in chunks of steps, which can be watched and stopped.
+
+While the device works on a chunk the host looks at the one before, and the next is queued already, so the device never
+waits. The programs are those of a call in one piece: the number of their steps is data.
+"""
+
+import contextlib
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxgen.base import Model, leaf
+from jaxgen.decoding import DecodeState, Progress, advance, prefill
+from jaxgen.stopping_criteria import MaxLength
+
+# For a guess at the first chunk of an unwatched call: a tenth of the bytes per second that weights are read with, since
+# rows and cache take their time too.
+_BANDWIDTH = {"cpu": 2e9, "gpu": 3e11, "tpu": 1e11}
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How long chunks are.
+
+    Attributes:
+        seconds: what a chunk should take, which is what an interrupt or a limit of time has to wait for.
+        most: steps that a chunk may have.
+        watched: whether somebody wants to see every chunk, the first token at once.
+    """
+
+    seconds: float
+    most: int
+    watched: bool
+
+    def first(self, model: Model) -> int:
+        """Steps of a first chunk that takes no longer; of small models the whole call."""
+        weights = sum(each.nbytes for each in jax.tree.leaves(model))
+        return max(1, int(self.seconds * _BANDWIDTH[jax.default_backend()] / max(weights, 1)))
+
+    def next(self, steps: int, per_step: float, left: float) -> int:
+        """Steps of the next chunk: at most twice those of the last, and what `left` seconds are enough for."""
+        return max(1, min(int(min(self.seconds, left) / max(per_step, 1e-6)), 2 * steps, self.most))
+
+
+WATCHED = Pace(seconds=0.1, most=16, watched=True)
+UNWATCHED = Pace(seconds=0.25, most=2**20, watched=False)
+
+
+def run(model: Model, call: Any, pace: Pace) -> Generator[Progress, None, DecodeState]:
+    """Runs a `generation.Call`, yielding the progress of its chunks as host arrays; the value is the state at the end.
+
+    Whatever ends it early, an interrupt or an error where it is read, leaves the device idle.
+    """
+    max_time = math.inf if call.config.max_time is None else call.config.max_time
+    waits = pace.watched or max_time < math.inf
+    started = time.monotonic()
+    state, progress = prefill(model, call.prompt, call.strategy, call.slots, call.collect)
+    try:
+        unread = deque([(1, progress)])
+        left, steps = call.forward_passes, 1 if waits else pace.first(model)
+        ahead = 0 if waits else 1  # the first token does not wait for the compiler
+        before = started
+        while True:
+            while left and len(unread) <= ahead:
+                chunk = min(steps, left)
+                state, progress = advance(model, state, call.strategy, leaf(chunk, np.int32), call.collect)
+                unread.append((chunk, progress))
+                left -= chunk
+            if not unread or not (left or waits):
+                return state
+            chunk, progress = unread.popleft()
+            read = jax.device_get(progress)
+            yield read
+            now = time.monotonic()
+            if not read.unfinished:
+                return state
+            if now - started > max_time:
+                return _stopped(model, call, state, read)
+            steps = pace.next(steps, (now - before) / chunk, max_time - (now - started))
+            before = now
+            if max_time == math.inf:  # or else nothing is queued ahead, since it could not be called back
+                ahead = 1
+    except BaseException:
+        # What an interrupted dispatch had taken over is gone.
+        arrays = (each for each in jax.tree.leaves((state, progress)) if isinstance(each, jax.Array))
+        jax.block_until_ready([each for each in arrays if not each.is_deleted()])
+        raise
+
+
+def _stopped(model: Model, call: Any, state: DecodeState, read: Progress) -> DecodeState:
+    """The state of a call out of time. Beams get one more step, whose candidates are all at the end of their length."""
+    if read.text is not None:
+        return state
+    strategy: Any = replace(call.strategy, max_length=MaxLength(leaf(read.length + 1, np.int32)))
+    return advance(model, state, strategy, leaf(1, np.int32), call.collect)[0]
+
+
+def finish(
+    chunks: Generator[Progress, None, DecodeState], look: Callable[[Progress], None] | None = None
+) -> DecodeState:
+    """The state that `run` ends with, after `look` has seen every chunk."""
+    with contextlib.closing(chunks):
+        while True:
+            try:
+                progress = next(chunks)
+            except StopIteration as ended:
+                return ended.value
+            if look is not None:
+                look(progress)
+
+
+class NewTokens:
+    """What has come since the last look: `new(progress)` is int32 [rows, T], of the caller's rows."""
+
+    def __init__(self, call: Any):
+        self._rows, self._seen = call.rows * call.strategy.copies, call.columns
+
+    def __call__(self, progress: Progress) -> np.ndarray:
+        assert progress.text is not None, "beams are not watched"
+        seen, self._seen = self._seen, int(progress.length)
+        return np.asarray(progress.text)[: self._rows, seen : self._seen]
+
+
+def feed(streamer: Any, call: Any) -> Callable[[Progress], None]:
+    """Hands a streamer the prompts, int32 [rows, P], as transformers does; the rest is for `finish` to look with."""
+    new = NewTokens(call)
+    prompts = np.asarray(call.prompt.input_ids)[: call.rows, -call.columns :]
+    streamer.put(np.repeat(prompts, call.strategy.copies, axis=0))
+
+    def look(progress: Progress) -> None:
+        for column in new(progress).T:
+            streamer.put(column)
+
+    return look
