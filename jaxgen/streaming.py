@@ -21,7 +21,7 @@ from jaxgen.stopping_criteria import MaxLength
 
 # For a guess at the first chunk of an unwatched call: a tenth of the bytes per second that weights are read with, since
 # rows and cache take their time too.
-_BANDWIDTH = {"cpu": 2e9, "gpu": 3e11, "tpu": 1e11}
+_BANDWIDTH, _BANDWIDTH_ELSEWHERE = {"cpu": 2e9, "gpu": 3e11}, 1e11
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ class Pace:
     def first(self, model: Model) -> int:
         """Steps of a first chunk that takes no longer; of small models the whole call."""
         weights = sum(each.nbytes for each in jax.tree.leaves(model))
-        return max(1, int(self.seconds * _BANDWIDTH[jax.default_backend()] / max(weights, 1)))
+        bandwidth = _BANDWIDTH.get(jax.default_backend(), _BANDWIDTH_ELSEWHERE)
+        return max(1, int(self.seconds * bandwidth / max(weights, 1)))
 
     def next(self, steps: int, per_step: float, left: float) -> int:
         """Steps of the next chunk: at most twice those of the last, and what `left` seconds are enough for."""
@@ -80,7 +81,7 @@ def run(model: Model, call: Any, pace: Pace) -> Generator[Progress, None, Decode
             now = time.monotonic()
             if not read.unfinished:
                 return state
-            if now - started > max_time:
+            if now - started > max_time and read.length > call.columns:  # one token there is, however short the time
                 return _stopped(model, call, state, read)
             steps = pace.next(steps, (now - before) / chunk, max_time - (now - started))
             before = now

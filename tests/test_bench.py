@@ -42,3 +42,13 @@ def test_beams_are_compared_after_their_tokens_are(tmp_path: Path) -> None:
     figures = json.loads(record.read_text())
     assert figures["of_greedy"] == pytest.approx(figures["step_ms"] / figures["greedy_step_ms"])
     assert figures["of_unshared_cache"] < 0.6 and figures["versions"] and figures["machine"]
+
+
+@pytest.mark.oracle
+def test_streaming_is_compared_with_the_call_that_nobody_watches(tmp_path: Path) -> None:
+    record = tmp_path / "figures.jsonl"
+    command = [sys.executable, str(BENCH / "streaming.py"), "--shape", "2-layer", "--repeats", "1"]
+    ended = subprocess.run([*command, "--json", str(record)], check=True, capture_output=True, text=True)
+    figures = json.loads(record.read_text())
+    assert ended.stdout.splitlines()[1].startswith("2-layer")
+    assert figures["ratio"] == pytest.approx(figures["streamed_ms"] / figures["plain_ms"])

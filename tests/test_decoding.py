@@ -1,6 +1,7 @@
 """The decode loop, with a transition table in the place of a Llama."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.tree_util import register_dataclass
+from random_calls import small_model
 
 import jaxgen
 from jaxgen import decoding
@@ -150,8 +152,8 @@ def test_decode_stops_where_its_slots_end_and_refuses_to_start_without_any() -> 
 
 
 @pytest.mark.parametrize("num_return_sequences", [1, 2])
-def test_a_prepared_call_is_a_pure_function_of_its_key(num_return_sequences: int) -> None:
-    model = jaxgen.load(jaxgen.BUNDLED_MODEL)
+def test_a_prepared_call_is_a_pure_function_of_its_key(num_return_sequences: int, tmp_path: Path) -> None:
+    model = jaxgen.load(small_model(tmp_path))
     arguments = {"do_sample": True, "num_return_sequences": num_return_sequences, "max_new_tokens": 5}
     call = jaxgen.prepare(model, [[5, 6], [7, 8]], eos_token_id=None, **arguments)
 
@@ -170,6 +172,26 @@ def test_a_prepared_call_is_a_pure_function_of_its_key(num_return_sequences: int
 def test_what_runs_on_the_host_cannot_be_prepared() -> None:
     model = jaxgen.load(jaxgen.BUNDLED_MODEL)
     with pytest.raises(ValueError, match=r"runs on the host\. Write it as a JAX function"):
-        jaxgen.prepare(model, [[5]], logits_processor=[lambda ids, scores: scores])
+        jaxgen.prepare(model, [[5]], max_new_tokens=3, logits_processor=[lambda ids, scores: scores])
     with pytest.raises(ValueError, match=r"does not collect .'attentions'"):
-        jaxgen.prepare(model, [[5]], output_attentions=True, return_dict_in_generate=True)
+        jaxgen.prepare(model, [[5]], max_new_tokens=3, output_attentions=True, return_dict_in_generate=True)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"num_beams": 2},
+        {"num_beams": 2, "num_beam_groups": 2, "diversity_penalty": 1.0},
+        {"penalty_alpha": 0.6, "top_k": 3},
+    ],
+    ids=["beams", "groups", "candidates"],
+)
+def test_every_strategy_decodes_as_a_pure_function(arguments: dict[str, Any], tmp_path: Path) -> None:
+    model = jaxgen.load(small_model(tmp_path))
+    arguments = {"max_new_tokens": 6, "eos_token_id": None, **arguments}
+    expected = jaxgen.generate(model, [[5, 6], [7, 8]], **arguments)
+    call = jaxgen.prepare(model, [[5, 6], [7, 8]], **arguments)
+    outputs = jax.jit(jaxgen.decode, static_argnums=3)(model, call.prompt, call.strategy, call.slots)
+    best = outputs["sequences"] if "top_k" in arguments else outputs["sequences"][:, 0]
+    assert outputs["length"] == 8
+    np.testing.assert_array_equal(best[:2, :8], expected)

@@ -23,7 +23,9 @@ def test_the_python_examples_run_one_after_the_other_and_print_two_stories(capsy
     assert [story.startswith(("Once upon a time", "One day, a small fox")) for story in stories] == [True, True]
     for example in others:
         exec(compile(example, "README.md", "exec"), names)
-    assert [line.startswith(("(8, ", "(3, 2, ")) for line in capsys.readouterr().out.splitlines()] == [True, True]
+    sampled, rollouts, beams, streamed = capsys.readouterr().out.splitlines()
+    assert sampled.startswith("(8, ") and rollouts.startswith("(3, 2, ") and beams.startswith("(4, ")
+    assert len(streamed) > 60
 
 
 def test_the_first_screen_has_one_command_to_run_and_one_to_test() -> None:

@@ -152,7 +152,9 @@ def test_a_call_in_chunks_is_the_call_in_one(random_model: Any, monkeypatch: Any
 # ---- What ends it ----
 
 
-@pytest.mark.parametrize("more", [{}, {"do_sample": True}, {"num_beams": 3}], ids=str)
+@pytest.mark.parametrize(
+    "more", [{}, {"do_sample": True}, {"num_beams": 3}, {"penalty_alpha": 0.5, "top_k": 3}], ids=str
+)
 def test_no_time_means_one_token_as_in_transformers(more: Any, random_model: Any) -> None:
     arguments = {"max_new_tokens": 30, "eos_token_id": None, **more}
     out = jaxgen.generate(random_model, [[5, 6]], max_time=0.0, **arguments)
