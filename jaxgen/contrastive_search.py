@@ -128,7 +128,8 @@ class ContrastiveSearch(Strategy):
         cosines = jnp.einsum("ncd,nsd->ncs", hidden, state.context)
         likeness = jnp.where(state.compared[:, None], cosines, -jnp.inf).max(axis=2)
         ranking = (1 - self.penalty_alpha) * state.probabilities - self.penalty_alpha * likeness
-        chosen = jnp.argmax(ranking, axis=1).astype(jnp.int32)
+        # What is forbidden stays so, also where less than C tokens are allowed; transformers lets it compete.
+        chosen = jnp.argmax(jnp.where(state.probabilities > 0, ranking, -jnp.inf), axis=1).astype(jnp.int32)
 
         candidates = state.tokens[: rows * self.top_k].reshape(rows, self.top_k)
         tokens = jnp.take_along_axis(candidates, chosen[:, None], axis=1)

@@ -59,7 +59,10 @@ def generate(
     tokenizer: Any = None,
     **kwargs: Any,
 ) -> np.ndarray | GenerateOutput:
-    """Continues each prompt, greedily or by sampling; the arguments, and the tokens, of transformers 5.23 `generate`.
+    """Continues each prompt: the arguments, and the tokens, of transformers 5.23 `generate`.
+
+    Greedily, by sampling (`do_sample`), with beams (`num_beams`), with beams that differ (`num_beam_groups`) or by
+    contrastive search (`penalty_alpha`).
 
     Args:
         model: a model from `load` or `from_config`.
@@ -87,7 +90,7 @@ def generate(
     Returns:
         int32 [B * num_return_sequences, length]: the prompt, then the new tokens; rows that finish early are filled
         with `pad_token_id`, and the width ends with the last token any row needed. With `return_dict_in_generate`, a
-        `GenerateDecoderOnlyOutput`.
+        `GenerateDecoderOnlyOutput`, or with beams a `GenerateBeamDecoderOnlyOutput`.
 
     Raises:
         ValueError: naming the argument, its value, the range and the next step; before anything is compiled.
@@ -130,21 +133,24 @@ def stream(model: Model, inputs: Any = None, generation_config: Any = None, **kw
     Raises:
         ValueError: as `generate`, at the call and not at the first chunk.
     """
-    if kwargs.get("return_dict_in_generate"):
-        raise ValueError("`stream` yields tokens: `return_dict_in_generate`=True is for `generate`, with a `streamer`.")
     others, custom = _split_customs(kwargs)
-    if custom.streamer is not None:
-        raise ValueError("`stream` takes no `streamer`: what it would get is what comes out. Use `generate`.")
-    call = lower(model, inputs, generation_config, others, replace(custom, streamer=_Iterated()))
+    if custom.streamer is not None or custom.output_logprobs:
+        raise ValueError(
+            "`stream` yields the tokens and nothing else: it takes no `streamer` and no `output_logprobs`. Use "
+            "`generate` for these."
+        )
+    call = lower(model, inputs, generation_config, others, custom)
+    if call.config.return_dict_in_generate:
+        raise ValueError(
+            "`stream` yields tokens, but `return_dict_in_generate`=True asks for more. Pass False, or use `generate` "
+            "with a `streamer`."
+        )
+    if call.config.num_beams > 1:
+        raise ValueError(
+            f"`stream` cannot follow `num_beams`={call.config.num_beams}: beams change their tokens until the end. Use "
+            "`generate`, or one beam."
+        )
     return _chunks(model, call)
-
-
-class _Iterated:
-    """Stands for whoever iterates over `stream`, where a streamer is checked."""
-
-    def put(self, value: Any) -> None: ...
-
-    def end(self) -> None: ...
 
 
 def _chunks(model: Model, call: "Call") -> Iterator[np.ndarray]:
@@ -268,7 +274,7 @@ def lower(
     attention_mask = infer_attention_mask(input_ids, config) if given_mask is None else given_mask
     rows, columns = input_ids.shape
     max_length = config.length_for(columns, model.max_position_embeddings)
-    eos_token_id, stop_length, criteria = _split_criteria(custom.stopping_criteria, config, max_length)
+    config, eos_token_id, stop_length, criteria = _split_criteria(custom.stopping_criteria, config, max_length)
     if stop_length >= 2**31:
         raise ValueError(
             f"{stop_length} columns are asked for, but their number must be below 2**31. Lower `max_new_tokens` or "
@@ -325,6 +331,8 @@ def lower(
         rules,
         key_words(custom.key, config, bucket(rows), rows),
         pad_token_id_or_default(config),
+        # Without an eos, rows that a criterion finishes go on until all are, as in transformers.
+        bool(eos_token_id) or not rules.stopping_criteria,
         max_length,
         model.vocab_size,
         _recorded(config, custom, collect),
@@ -370,8 +378,10 @@ def _listed(name: str, given: Any) -> list[Any]:
     return list(given)
 
 
-def _split_criteria(criteria: list[Any], config: Resolved, max_length: int) -> tuple[tuple[int, ...], int, list[Any]]:
-    """The ids and the length that end a text, of transformers' own criteria if they are among them, and the others."""
+def _split_criteria(
+    criteria: list[Any], config: Resolved, max_length: int
+) -> tuple[Resolved, tuple[int, ...], int, list[Any]]:
+    """What transformers' own criteria replace: of the configuration, the ids and the length; and the other criteria."""
     transformers = lazy.transformers()
     eos_token_id, others = config.eos_token_id, []
     for criterion in criteria:
@@ -380,9 +390,13 @@ def _split_criteria(criteria: list[Any], config: Resolved, max_length: int) -> t
             max_length = criterion.max_length
         elif type(criterion) is transformers.EosTokenCriteria:
             eos_token_id = tuple(np.asarray(criterion.eos_token_id).reshape(-1).tolist())
+        elif type(criterion) is transformers.MaxTimeCriteria:
+            config = replace(config, max_time=criterion.max_time)
         else:
+            if type(criterion) is transformers.StopStringCriteria:
+                config = replace(config, stop_strings=())
             others.append(criterion)
-    return eos_token_id, max_length, others
+    return config, eos_token_id, max_length, others
 
 
 def _stop_strings(config: Resolved, tokenizer: Any, vocab_size: int) -> tuple[StopStrings, ...]:

@@ -190,7 +190,11 @@ def resolve(
     merged.update(**model_config.to_dict(), defaults_only=True, allow_custom_entries=True)
     merged.update(**merged._get_default_generation_params(), defaults_only=True)
     fields = set(vars(merged))
-    others = merged.update(**kwargs)
+    # transformers' check does not know that contrastive search reads `top_k`.
+    unchecked = {"top_k"} & set(kwargs) if kwargs.get("penalty_alpha", merged.penalty_alpha) else set()
+    others = merged.update(**{name: value for name, value in kwargs.items() if name not in unchecked})
+    for name in unchecked:
+        setattr(merged, name, kwargs[name])
     if generation_config is not None and (given := sorted(set(kwargs) - set(others))):
         warn_once(
             f"Passing `generation_config` together with generation-related arguments=({given}) is deprecated and will "
@@ -246,7 +250,7 @@ def _freeze(merged: Any, has_default_max_length: bool) -> Resolved:
     for name in _FLAGS:
         if not isinstance(getattr(merged, name), (bool, np.bool_, type(None))):
             raise ValueError(f"`{name}`={getattr(merged, name)!r} must be True or False.")
-    if not isinstance(merged.early_stopping, (bool, type(None))) and merged.early_stopping != "never":
+    if not isinstance(merged.early_stopping, (bool, np.bool_, type(None))) and merged.early_stopping != "never":
         raise ValueError(f"`early_stopping` must be a boolean or 'never', but is {merged.early_stopping!r}.")
     max_new_tokens = _integer("max_new_tokens", merged.max_new_tokens)
     max_length = _integer("max_length", merged.max_length)
@@ -286,12 +290,12 @@ def _freeze(merged: Any, has_default_max_length: bool) -> Resolved:
         do_sample=bool(merged.do_sample),
         num_return_sequences=_count("num_return_sequences", merged.num_return_sequences),
         num_beams=_count("num_beams", merged.num_beams),
-        early_stopping=merged.early_stopping or False,
+        early_stopping="never" if merged.early_stopping == "never" else bool(merged.early_stopping),
         length_penalty=_number("length_penalty", merged.length_penalty, 1.0),
         num_beam_groups=_beam_groups(merged),
         diversity_penalty=_number("diversity_penalty", merged.diversity_penalty, 0.0),
         penalty_alpha=_penalty_alpha(merged),
-        max_time=None if merged.max_time is None else _number("max_time", merged.max_time, 0.0),
+        max_time=None if merged.max_time in (None, math.inf) else _number("max_time", merged.max_time, 0.0),
         stop_strings=_stop_strings(merged.stop_strings),
         use_cache=use_cache,
         return_dict_in_generate=bool(merged.return_dict_in_generate),

@@ -115,7 +115,8 @@ def _table(strings: Sequence[dict[int, list[int]]], rows: int, bucket: Callable[
     for place, string in enumerate(strings):
         for token, numbers in string.items():
             table[token, place, : len(numbers)] = numbers
-    return jnp.asarray(table)
+    with jax.ensure_compile_time_eval():  # kept for other calls, whoever traces this one
+        return jnp.asarray(table)
 
 
 Numbers = dict[int, list[int]]
@@ -152,6 +153,10 @@ _vocabularies: weakref.WeakKeyDictionary[Any, _Vocabulary] = weakref.WeakKeyDict
 
 
 def _vocabulary(tokenizer: Any) -> _Vocabulary:
+    if not all(callable(getattr(tokenizer, name, None)) for name in ("get_vocab", "convert_tokens_to_string")):
+        raise ValueError(
+            f"`tokenizer`={tokenizer!r} must be the model's tokenizer, from AutoTokenizer.from_pretrained."
+        )
     known = _vocabularies.get(tokenizer)
     if known is None or known.size != len(tokenizer):
         form = _byte_form(tokenizer)
@@ -185,6 +190,11 @@ def _decoded(tokenizer: Any, form: str | None) -> dict[int, Any]:
             decoded[number] = bytes([int(token[3:5], 16)])
         else:
             text = tokenizer.convert_tokens_to_string([*base, token])
+            if before not in text:
+                raise ValueError(
+                    f"`stop_strings` need to know how each token reads, but this `tokenizer` reads {[*base, token]} as "
+                    f"{text!r}: it cannot spell {before!r}. Use a criterion of your own."
+                )
             text = text[text.index(before) + len(before) :]
             decoded[number] = text if form is None else text.encode()
     return decoded

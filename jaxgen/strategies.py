@@ -26,7 +26,14 @@ class Rules:
 
 
 def strategy_for(
-    config: Resolved, rules: Rules, key: Any, pad_token_id: int, longest: int, vocab_size: int, outputs: tuple[str, ...]
+    config: Resolved,
+    rules: Rules,
+    key: Any,
+    pad_token_id: int,
+    pads: bool,
+    longest: int,
+    vocab_size: int,
+    outputs: tuple[str, ...],
 ) -> Sample | BeamSearch | GroupBeamSearch | ContrastiveSearch:
     """The strategy of a call.
 
@@ -35,6 +42,7 @@ def strategy_for(
         rules: for the strategy as they are.
         key: see `Sample.key`; None unless `do_sample`.
         pad_token_id: what finished rows receive.
+        pads: whether they do; if not, one-beam rows go on until all are finished.
         longest: `max_length`, in columns, whatever criteria end a text before or after it.
         vocab_size: V.
         outputs: what to record of every step.
@@ -67,8 +75,6 @@ def strategy_for(
         # Same as transformers 5.23, which takes a `pad_token_id` of 0 for a missing one.
         fill = (config.pad_token_id or eos[0]) if eos else -1
         return BeamSearch(fill=leaf(fill, np.int32), key=key, **scoring, **common)
-    # Without an eos, rows that a caller's criterion finishes go on until all are, as in transformers.
-    pads = config.eos_token_id or not rules.stopping_criteria
     padding = {"pad_token_id": leaf(pad_token_id, np.int32) if pads else None, "outputs": outputs}
     if config.penalty_alpha:
         top_k = min(config.merged.top_k, vocab_size)

@@ -62,15 +62,17 @@ def run(model: Model, call: Any, pace: Pace) -> Generator[Progress, None, Decode
     waits = pace.watched or max_time < math.inf
     started = time.monotonic()
     state, progress = prefill(model, call.prompt, call.strategy, call.slots, call.collect)
+    compiling = time.monotonic() - started  # which is what dispatches take their time for
     try:
         unread = deque([(1, progress)])
         left, steps = call.forward_passes, 1 if waits else pace.first(model)
         ahead = 0 if waits else 1  # the first token does not wait for the compiler
-        before = started
+        before = 0.0
         while True:
             while left and len(unread) <= ahead:
-                chunk = min(steps, left)
+                chunk, asked = min(steps, left), time.monotonic()
                 state, progress = advance(model, state, call.strategy, leaf(chunk, np.int32), call.collect)
+                compiling += time.monotonic() - asked
                 unread.append((chunk, progress))
                 left -= chunk
             if not unread or not (left or waits):
@@ -78,12 +80,12 @@ def run(model: Model, call: Any, pace: Pace) -> Generator[Progress, None, Decode
             chunk, progress = unread.popleft()
             read = jax.device_get(progress)
             yield read
-            now = time.monotonic()
+            now = time.monotonic() - started - compiling
             if not read.unfinished:
                 return state
-            if now - started > max_time and read.length > call.columns:  # one token there is, however short the time
+            if now > max_time and read.length > call.columns:  # one token there is, however short the time
                 return _stopped(model, call, state, read)
-            steps = pace.next(steps, (now - before) / chunk, max_time - (now - started))
+            steps = pace.next(steps, (now - before) / chunk, max_time - now)
             before = now
             if max_time == math.inf:  # or else nothing is queued ahead, since it could not be called back
                 ahead = 1

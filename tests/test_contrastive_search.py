@@ -114,6 +114,17 @@ def test_guidance_works_and_changes_the_tokens(model: Any) -> None:
     assert (search(model, guidance_scale=3.0).sequences != plain).any()
 
 
+def test_a_forbidden_token_is_never_chosen_where_fewer_than_top_k_are_allowed(model: Any) -> None:
+    out = search(model, suppress_tokens=[*range(3, 90)], top_k=20)
+    assert not np.isin(out.sequences[:, 4:], range(3, 90)).any()
+
+
+def test_no_warning_says_that_top_k_is_ignored(model: Any, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("WARNING"):
+        search(model)
+    assert "top_k" not in caplog.text
+
+
 def test_another_alpha_compiles_nothing(model: Any) -> None:
     first = search(model).sequences
     before = jaxgen.compile_counts()

@@ -241,6 +241,21 @@ def test_transformers_own_length_and_eos_criteria_replace_the_built_in_ones(mode
         np.testing.assert_array_equal(ours(model, **arguments), theirs(twin, **arguments))
 
 
+@pytest.mark.oracle
+def test_an_eos_criterion_beside_another_pads_finished_rows(model: Any, twin: Any) -> None:
+    import transformers
+
+    def thirds(input_ids: Any, scores: Any, **_: Any) -> Any:
+        return input_ids[:, -1] % 3 == 0
+
+    class Thirds(transformers.StoppingCriteria):
+        __call__ = staticmethod(thirds)  # pyright: ignore
+
+    criteria = [transformers.EosTokenCriteria(54), Thirds()]
+    arguments = {"pad_token_id": 0, "stopping_criteria": criteria}
+    np.testing.assert_array_equal(ours(model, **arguments), theirs(twin, **arguments))
+
+
 def test_a_large_vocabulary_travels_to_the_host_and_back() -> None:
     wide = jaxgen.from_config(
         {

@@ -184,6 +184,37 @@ def test_other_strings_compile_nothing_and_the_same_ones_build_nothing(model: An
     assert built[0] is built[1]
 
 
+def test_a_call_prepared_within_a_trace_leaves_nothing_of_it_behind(model: Any, tokenizer: Any) -> None:
+    arguments = {"stop_strings": ["qu"], "tokenizer": tokenizer, "max_new_tokens": 5, "eos_token_id": None}
+
+    @jax.jit
+    def length(x: jax.Array) -> jax.Array:
+        call = jaxgen.prepare(model, [[5, 6]], **arguments)
+        return jaxgen.decode(model, call.prompt, call.strategy, call.slots)["length"] + x
+
+    assert int(length(jnp.int32(0))) == jaxgen.generate(model, [[5, 6]], **arguments).shape[1]
+
+
+@pytest.mark.oracle
+def test_transformers_own_criterion_takes_the_place_of_the_strings(model: Any, tokenizer: Any) -> None:
+    from transformers import StopStringCriteria
+
+    prompt = tokenizer("Once upon a time", return_tensors="np")
+    plain = jaxgen.generate(model, **prompt, max_new_tokens=30)
+    out = jaxgen.generate(
+        model, **prompt, max_new_tokens=30, stop_strings=["there"], tokenizer=tokenizer,
+        stopping_criteria=[StopStringCriteria(tokenizer, ["rabbit"])],
+    )  # fmt: skip
+    assert "there" in tokenizer.decode(out[0]) and tokenizer.decode(out[0]).endswith("rabbit")
+    np.testing.assert_array_equal(out[0], plain[0, : out.shape[1]])
+
+
+@pytest.mark.parametrize("wrong", ["here", 3, object()], ids=["a name", "a number", "an object"])
+def test_what_is_no_tokenizer_is_refused(wrong: Any, model: Any) -> None:
+    with pytest.raises(ValueError, match=r"`tokenizer`=.* must be the model's tokenizer"):
+        jaxgen.generate(model, [[5, 6]], max_new_tokens=3, stop_strings="the", tokenizer=wrong)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -164,17 +164,35 @@ def test_no_time_means_one_token_as_in_transformers(more: Any, random_model: Any
 def test_a_limit_of_time_is_kept_to_about_a_chunk(model: Any, tokenizer: Any) -> None:
     prompt = tokenizer(["Once upon a time"] * 8, return_tensors="np")
     arguments = {"max_new_tokens": 1500, "eos_token_id": None}
-    jaxgen.generate(model, **prompt, max_time=0.01, **arguments)
+    jaxgen.generate(model, **prompt, max_time=0.2, **arguments)  # compiles, which does not count
     start = time.monotonic()
     out = jaxgen.generate(model, **prompt, max_time=0.4, **arguments)
     assert 6 < out.shape[1] < 1505
     assert time.monotonic() - start < 0.4 + 1.0  # a busy machine
 
 
-def test_enough_time_changes_nothing(random_model: Any) -> None:
+@pytest.mark.parametrize("enough", [1000, float("inf")])
+def test_enough_time_changes_nothing(enough: float, random_model: Any) -> None:
     plain = jaxgen.generate(random_model, [[5, 6]], max_new_tokens=20, eos_token_id=None)
-    limited = jaxgen.generate(random_model, [[5, 6]], max_new_tokens=20, eos_token_id=None, max_time=1000)
+    limited = jaxgen.generate(random_model, [[5, 6]], max_new_tokens=20, eos_token_id=None, max_time=enough)
     np.testing.assert_array_equal(limited, plain)
+
+
+def test_compiling_takes_none_of_the_time(random_model: Any) -> None:
+    before = jaxgen.compile_counts()
+    out = jaxgen.generate(random_model, [[5, 6]] * 5, max_new_tokens=33, eos_token_id=None, max_time=0.5, top_k=3)
+    assert jaxgen.compile_counts() != before and out.shape[1] == 35
+
+
+@pytest.mark.oracle
+def test_transformers_own_criterion_of_time_takes_the_place_of_max_time(random_model: Any) -> None:
+    from transformers import MaxTimeCriteria
+
+    arguments = {"max_new_tokens": 7, "eos_token_id": None}
+    for limit, criterion, columns in ((0.0, 1000.0, 9), (1000.0, 0.0, 3)):
+        criteria = [MaxTimeCriteria(criterion)]
+        out = jaxgen.generate(random_model, [[5, 6]], max_time=limit, stopping_criteria=criteria, **arguments)
+        assert out.shape[1] == columns
 
 
 def test_an_error_in_a_streamer_is_raised_as_it_was_and_the_next_call_is_right(random_model: Any) -> None:
@@ -228,7 +246,7 @@ def interrupted(after: float) -> Iterator[None]:
 
 def test_fifty_interrupts_come_back_in_time_and_leave_the_next_call_right(model: Any, tokenizer: Any) -> None:
     prompt = tokenizer(["Once upon a time"] * 4, return_tensors="np")
-    arguments = {"max_new_tokens": 1500, "eos_token_id": None}
+    arguments = {"max_new_tokens": 600, "eos_token_id": None}
     expected = jaxgen.generate(model, **prompt, **arguments)
     start = time.monotonic()
     jaxgen.generate(model, **prompt, **arguments)
@@ -271,11 +289,18 @@ def test_is_refused_before_anything_is_compiled(arguments: Any, message: str, ra
 
 
 def test_stream_refuses_at_the_call_what_it_cannot_yield(random_model: Any) -> None:
-    with pytest.raises(ValueError, match="`streamer` cannot be used with beam search"):
-        jaxgen.stream(random_model, [[5, 6]], num_beams=2)
-    with pytest.raises(ValueError, match="`stream` yields tokens"):
-        jaxgen.stream(random_model, [[5, 6]], return_dict_in_generate=True)
-    with pytest.raises(ValueError, match="`stream` takes no `streamer`"):
-        jaxgen.stream(random_model, [[5, 6]], streamer=Recorder())
+    from transformers import GenerationConfig
+
+    with pytest.raises(ValueError, match="`stream` cannot follow `num_beams`=2"):
+        jaxgen.stream(random_model, [[5, 6]], max_new_tokens=3, num_beams=2)
+    for arguments in (
+        {"return_dict_in_generate": True, "max_new_tokens": 3},
+        {"generation_config": GenerationConfig(return_dict_in_generate=True, max_new_tokens=3)},
+    ):
+        with pytest.raises(ValueError, match="`return_dict_in_generate`=True asks for more"):
+            jaxgen.stream(random_model, [[5, 6]], **arguments)
+    for arguments in ({"streamer": Recorder()}, {"output_logprobs": True}):
+        with pytest.raises(ValueError, match="`stream` yields the tokens and nothing else"):
+            jaxgen.stream(random_model, [[5, 6]], **arguments)
     with pytest.raises(ValueError, match="has no streamer and no clock"):
         jaxgen.prepare(random_model, [[5, 6]], max_new_tokens=3, max_time=1.0)
