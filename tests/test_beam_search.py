@@ -252,8 +252,8 @@ def test_new_numbers_compile_nothing(model: Any) -> None:
     before = jaxgen.compile_counts()
     for change in (
         {"length_penalty": -0.3}, {"early_stopping": True}, {"early_stopping": np.bool_(True)},
-        {"early_stopping": "never"}, {"eos_token_id": [7, 9]}, {"pad_token_id": 3}, {"repetition_penalty": 0.8}, {"key": 5}, {"temperature": 0.3}, {"top_k": 9},
-        {"num_return_sequences": 2}, {"max_new_tokens": 7},
+        {"early_stopping": "never"}, {"eos_token_id": [7, 9]}, {"pad_token_id": 3}, {"repetition_penalty": 0.8},
+        {"key": 5}, {"temperature": 0.3}, {"top_k": 9}, {"num_return_sequences": 2}, {"max_new_tokens": 7},
     ):  # fmt: skip
         beams(model, **{**first, **change})
     assert jaxgen.compile_counts() == before
