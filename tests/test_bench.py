@@ -1,54 +1,56 @@
 """The benchmarks run and write what they print."""
 
 import json
-import subprocess
+import runpy
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 BENCH = Path(__file__).parent.parent / "bench"
 
+pytestmark = pytest.mark.oracle
 
-@pytest.mark.oracle
-def test_compare_prints_a_row_per_shape_and_records_it_with_machine_and_versions(tmp_path: Path) -> None:
-    record = tmp_path / "figures.jsonl"
-    command = [sys.executable, str(BENCH / "compare.py"), "--shape", "2-layer", "--repeats", "1", "--json", str(record)]
-    ended = subprocess.run(command, check=True, capture_output=True, text=True)
-    assert ended.stdout.splitlines()[1].startswith("2-layer")
-    figures = json.loads(record.read_text())
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Runs a script as its command does: what it prints, by lines, and the figures it records."""
+
+    def run(script: str, *options: str) -> tuple[list[str], list[dict[str, Any]]]:
+        record = tmp_path / "figures.jsonl"
+        monkeypatch.syspath_prepend(str(BENCH))
+        monkeypatch.setattr(sys, "argv", [script, "--repeats", "1", "--json", str(record), *options])
+        runpy.run_path(str(BENCH / script), run_name="__main__")
+        figures = [json.loads(line) for line in record.read_text().splitlines()]
+        assert all({"jax", "transformers", "torch"} <= each["versions"].keys() for each in figures)
+        assert all(each["machine"] and each["date"] for each in figures)
+        return capsys.readouterr().out.splitlines(), figures
+
+    return run
+
+
+def test_compare_prints_a_row_per_shape(run: Any) -> None:
+    printed, (figures,) = run("compare.py", "--shape", "2-layer")
+    assert printed[1].startswith("2-layer")
     assert figures["ratio"] == pytest.approx(figures["transformers_ms"] / figures["jaxgen_ms"])
-    assert {"jax", "transformers", "torch"} <= figures["versions"].keys() and figures["machine"] and figures["date"]
 
 
-@pytest.mark.oracle
-def test_sampling_prints_what_each_way_of_choosing_costs_over_greedy(tmp_path: Path) -> None:
-    record = tmp_path / "figures.jsonl"
-    command = [sys.executable, str(BENCH / "sampling.py"), "--repeats", "1", "--json", str(record)]
-    command += ["--vocabulary", "5000"]
-    ended = subprocess.run(command, check=True, capture_output=True, text=True)
-    figures = [json.loads(line) for line in record.read_text().splitlines()]
-    assert len(figures) == 3 and all(each["way"] in ended.stdout and each["versions"] for each in figures)
+def test_sampling_prints_what_each_way_of_choosing_costs_over_greedy(run: Any) -> None:
+    printed, figures = run("sampling.py", "--vocabulary", "5000")
+    assert len(figures) == 3 and all(each["way"] in "\n".join(printed) for each in figures)
     assert figures[0]["of_greedy"] == 1
 
 
-@pytest.mark.oracle
-def test_beams_are_compared_after_their_tokens_are(tmp_path: Path) -> None:
-    record = tmp_path / "figures.jsonl"
-    command = [sys.executable, str(BENCH / "beams.py"), "--shape", "2-layer", "--repeats", "1", "--json", str(record)]
-    command += ["--prompt-tokens", "40", "--batch", "2", "--new-tokens", "20"]
-    ended = subprocess.run(command, check=True, capture_output=True, text=True)
-    assert ended.stdout.splitlines()[1].split()[:2] == ["40", "2"]
-    figures = json.loads(record.read_text())
+def test_beams_are_compared_after_their_tokens_are(run: Any) -> None:
+    options = ["--shape", "2-layer", "--prompt-tokens", "40", "--batch", "2", "--new-tokens", "20"]
+    printed, (figures,) = run("beams.py", *options)
+    assert printed[1].split()[:2] == ["40", "2"]
     assert figures["of_greedy"] == pytest.approx(figures["step_ms"] / figures["greedy_step_ms"])
-    assert figures["of_unshared_cache"] < 0.6 and figures["versions"] and figures["machine"]
+    assert figures["of_unshared_cache"] < 0.6
 
 
-@pytest.mark.oracle
-def test_streaming_is_compared_with_the_call_that_nobody_watches(tmp_path: Path) -> None:
-    record = tmp_path / "figures.jsonl"
-    command = [sys.executable, str(BENCH / "streaming.py"), "--shape", "2-layer", "--repeats", "1"]
-    ended = subprocess.run([*command, "--json", str(record)], check=True, capture_output=True, text=True)
-    figures = json.loads(record.read_text())
-    assert ended.stdout.splitlines()[1].startswith("2-layer")
+def test_streaming_is_compared_with_the_call_that_nobody_watches(run: Any) -> None:
+    printed, (figures,) = run("streaming.py", "--shape", "2-layer")
+    assert printed[1].startswith("2-layer")
     assert figures["ratio"] == pytest.approx(figures["streamed_ms"] / figures["plain_ms"])

@@ -5,8 +5,11 @@ from collections import Counter
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxgen
 from jaxgen import decoding, generation
@@ -110,3 +113,27 @@ def test_beams_are_one_forward_pass_that_writes_in_place(of_beams: tuple[int, in
     assert operations["dot"] + operations["custom-call"] >= LAYERS * 6 + 1
     writes = [shape for operation, shape in found if operation == "dynamic-update-slice"]
     assert sum(elements(shape) == cache_elements for shape in writes) == 2 * LAYERS
+
+
+def test_beams_move_no_cache_on_a_tpu_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the real compiler, which needs no TPU: `pip install jax[tpu]` in an environment of its own."""
+    pytest.importorskip("libtpu")
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    device = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[0]
+    place = NamedSharding(Mesh(np.array([device]), ("x",)), PartitionSpec())
+
+    def placed(tree: Any) -> Any:
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x), sharding=place), tree)
+
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 128}
+    model = jaxgen.from_config({**CONFIG, "hidden_size": 512, **heads})
+    call = generation.lower(model, np.ones((4, 512), int), None, {"max_new_tokens": 64, "num_beams": 4})
+    state = jax.eval_shape(lambda: decoding._prefill(model, call.prompt, call.strategy, call.slots))
+    arguments = placed(model), placed(state), placed(call.strategy), placed(np.int32(1)), ()
+    program = jax.jit(decoding._advance, static_argnums=4, donate_argnums=1).lower(*arguments).compile()
+    found = loop_instructions(program.as_text())
+    moving = ("copy", "copy-start", "transpose", "concatenate", "gather", "pad", "scatter", "select")
+    prompt_elements = 4 * 4 * 512 * 128
+    assert [each for each in found if each[0] in moving and elements(each[1]) >= prompt_elements] == []
+    cache = sum(each.size * each.dtype.itemsize for layer in state.cache.layers for each in layer)
+    assert program.memory_analysis().temp_size_in_bytes < 0.1 * cache

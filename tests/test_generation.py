@@ -328,7 +328,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
         {"watermarking_config": {"greenlist_ratio": 1.0}},
         "greenlist_ratio must lie strictly between 0 and 1",
     ),
-    "a streamer": (PROMPT, {"streamer": object()}, "`streamer` is not supported"),
+    "an assistant": (PROMPT, {"assistant_model": object()}, "`assistant_model` is not supported"),
     "inputs_embeds": (None, {"inputs_embeds": np.ones((1, 2, 32))}, "`inputs_embeds` is not supported"),
     "a cache": (PROMPT, {"past_key_values": object()}, "`past_key_values` is not supported"),
 }

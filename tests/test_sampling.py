@@ -129,7 +129,7 @@ def test_twenty_prompts_draw_the_same_alone_in_batches_in_other_orders_with_long
     keys = rng.integers(0, 2**31, 20).tolist()
     alone = [sampled(model, prompts[row : row + 1], [keys[row]])[0] for row in range(20)]
     assert len({tuple(row) for row in alone}) == 20
-    for size in (2, 5, 20):
+    for size in (2, 20):
         order = rng.permutation(20)[:size]
         together = sampled(model, prompts[order], [keys[row] for row in order])
         assert together == [alone[row] for row in order]
