@@ -6,8 +6,15 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from pathlib import Path
+from typing import Any
+
 import jax
 import pytest
+from oracle import torch_model
+from random_calls import small_model
+
+import jaxgen
 
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_numpy_rank_promotion", "allow")
@@ -24,3 +31,34 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("oracle"):
                 item.add_marker(pytest.mark.skip(reason="torch is not installed; the recorded answers run instead"))
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of one random layer."""
+    return small_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def model(folder: Path) -> Any:
+    return jaxgen.load(folder)
+
+
+@pytest.fixture(scope="session")
+def twin(folder: Path) -> Any:
+    """The same model in torch."""
+    return torch_model(folder)
+
+
+@pytest.fixture(scope="session")
+def bundled() -> Any:
+    """The story model that comes with the package."""
+    return jaxgen.load(jaxgen.BUNDLED_MODEL)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    """That of `bundled`."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(jaxgen.BUNDLED_MODEL)

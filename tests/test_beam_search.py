@@ -8,31 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle import torch_model
-from random_calls import PROCESSORS, VOCAB, WARPERS, call, small_model, some
+from random_calls import PROCESSORS, VOCAB, WARPERS, call, some
 from shared_noise import in_jaxgen, in_torch
 
 import jaxgen
 
-COMBINATIONS, CALLS_EACH = 21, 20
+COMBINATIONS, CALLS_EACH = 16, 26
 FLAGS = {"return_dict_in_generate": True, "output_scores": True}
 IDS = np.array([[0, 0, 5, 6, 7], [8, 9, 10, 11, 12], [3, 4, 5, 6, 7]])
 MASK = np.array([[0, 0, 1, 1, 1], [1] * 5, [1] * 5])
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def model(folder: Path) -> Any:
-    return jaxgen.load(folder)
-
-
-@pytest.fixture(scope="module")
-def twin(folder: Path) -> Any:
-    return torch_model(folder)
 
 
 def beams(model: Any, ids: Any = IDS, **kwargs: Any) -> Any:

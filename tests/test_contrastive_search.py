@@ -1,23 +1,15 @@
 """Contrastive search: the tokens of transformers 4.41, on record."""
 
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from random_calls import small_model
 from removed_modes import CASES, PROGRAMS, contrastive, recorded
 
 import jaxgen
 
 IDS = np.array([[5, 6, 7, 8], [8, 9, 10, 11], [3, 4, 5, 6]])
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder: Path = small_model(tmp_path_factory.mktemp("model"))
-    return jaxgen.load(folder)
 
 
 def search(model: Any, ids: Any = IDS, **kwargs: Any) -> Any:

@@ -1,14 +1,11 @@
 """The caller's own processors and criteria: compiled JAX functions, NumPy ones, transformers' own, and their errors."""
 
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle import torch_model
-from random_calls import small_model
 
 import jaxgen
 from jaxgen import generation_config
@@ -16,21 +13,6 @@ from jaxgen import generation_config
 IDS = np.array([[0, 0, 5, 6, 7], [8, 9, 10, 11, 12], [3, 4, 5, 6, 7]])
 MASK = np.array([[0, 0, 1, 1, 1], [1] * 5, [1] * 5])
 ARGUMENTS: dict[str, Any] = {"attention_mask": MASK, "max_new_tokens": 10, "eos_token_id": None}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def model(folder: Path) -> Any:
-    return jaxgen.load(folder)
-
-
-@pytest.fixture(scope="module")
-def twin(folder: Path) -> Any:
-    return torch_model(folder)
 
 
 def ours(model: Any, **kwargs: Any) -> np.ndarray:

@@ -1,22 +1,14 @@
 """Diverse beam search: the beams of transformers 4.41, on record."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from random_calls import small_model
 from removed_modes import CASES, PROGRAMS, diverse, recorded
 
 import jaxgen
 
 IDS = [[5, 6, 7], [8, 9, 10], [3, 4, 5]]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder: Path = small_model(tmp_path_factory.mktemp("model"))
-    return jaxgen.load(folder)
 
 
 def beams(model: Any, **kwargs: Any) -> Any:

@@ -9,24 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from oracle import torch_model
-from random_calls import PROCESSORS, WARPERS, call, small_model, some
+from random_calls import PROCESSORS, WARPERS, call, some
 from scipy.stats import chisquare
 from shared_noise import in_jaxgen, in_torch
 
 import jaxgen
 from jaxgen import logits_process, sampling
 
-COMBINATIONS, CALLS_EACH = 14, 15
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def model(folder: Path) -> Any:
-    return jaxgen.load(folder)
+COMBINATIONS, CALLS_EACH = 11, 20
 
 
 # ---- Exactly, with the numbers of transformers ----

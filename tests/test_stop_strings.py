@@ -138,19 +138,9 @@ def test_strings_that_no_token_can_end_are_refused() -> None:
         StopStrings.build(["zz"], Words("top"), 3, bucket)
 
 
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return jaxgen.load(jaxgen.BUNDLED_MODEL)
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return AutoTokenizer.from_pretrained(jaxgen.BUNDLED_MODEL)
-
-
 @pytest.mark.oracle
 @pytest.mark.parametrize("more", [{}, {"num_beams": 3}, {"eos_token_id": None}], ids=str)
-def test_generated_texts_stop_as_in_transformers(more: Any, model: Any, tokenizer: Any) -> None:
+def test_generated_texts_stop_as_in_transformers(more: Any, bundled: Any, tokenizer: Any) -> None:
     import torch
     from oracle import torch_model
 
@@ -159,19 +149,19 @@ def test_generated_texts_stop_as_in_transformers(more: Any, model: Any, tokenize
         ["Once upon a time", "One day, a small fox", "Pip the mouse"], padding=True, return_tensors="np"
     )
     tensors = {name: torch.tensor(array) for name, array in prompts.items()}
-    plain = tokenizer.batch_decode(jaxgen.generate(model, **prompts, max_new_tokens=40), skip_special_tokens=True)
+    plain = tokenizer.batch_decode(jaxgen.generate(bundled, **prompts, max_new_tokens=40), skip_special_tokens=True)
     rng = np.random.default_rng(0)
     for _ in range(6):
         strings = [text[start : start + int(rng.integers(1, 8))] for text in plain for start in rng.integers(30, 90, 1)]
         arguments = {"max_new_tokens": 40, "stop_strings": strings[: int(rng.integers(1, 3))], "tokenizer": tokenizer}
-        ours = jaxgen.generate(model, **prompts, **arguments, **more)
+        ours = jaxgen.generate(bundled, **prompts, **arguments, **more)
         np.testing.assert_array_equal(ours, twin.generate(**tensors, **arguments, **more), err_msg=str(strings))
 
 
-def test_other_strings_compile_nothing_and_the_same_ones_build_nothing(model: Any, tokenizer: Any) -> None:
+def test_other_strings_compile_nothing_and_the_same_ones_build_nothing(bundled: Any, tokenizer: Any) -> None:
     def stopped(strings: Any) -> np.ndarray:
         return jaxgen.generate(
-            model, **tokenizer("Once upon a time", return_tensors="np"), max_new_tokens=30, stop_strings=strings,
+            bundled, **tokenizer("Once upon a time", return_tensors="np"), max_new_tokens=30, stop_strings=strings,
             tokenizer=tokenizer,
         )  # fmt: skip
 
@@ -180,29 +170,29 @@ def test_other_strings_compile_nothing_and_the_same_ones_build_nothing(model: An
     for strings in ("rabbit", ["fox", "run"], ["."]):
         stopped(strings)
     assert jaxgen.compile_counts() == before
-    built = [StopStrings.build(["fox", "run"], tokenizer, model.vocab_size, bucket) for _ in range(2)]
+    built = [StopStrings.build(["fox", "run"], tokenizer, bundled.vocab_size, bucket) for _ in range(2)]
     assert built[0] is built[1]
 
 
-def test_a_call_prepared_within_a_trace_leaves_nothing_of_it_behind(model: Any, tokenizer: Any) -> None:
+def test_a_call_prepared_within_a_trace_leaves_nothing_of_it_behind(bundled: Any, tokenizer: Any) -> None:
     arguments = {"stop_strings": ["qu"], "tokenizer": tokenizer, "max_new_tokens": 5, "eos_token_id": None}
 
     @jax.jit
     def length(x: jax.Array) -> jax.Array:
-        call = jaxgen.prepare(model, [[5, 6]], **arguments)
-        return jaxgen.decode(model, call.prompt, call.strategy, call.slots)["length"] + x
+        call = jaxgen.prepare(bundled, [[5, 6]], **arguments)
+        return jaxgen.decode(bundled, call.prompt, call.strategy, call.slots)["length"] + x
 
-    assert int(length(jnp.int32(0))) == jaxgen.generate(model, [[5, 6]], **arguments).shape[1]
+    assert int(length(jnp.int32(0))) == jaxgen.generate(bundled, [[5, 6]], **arguments).shape[1]
 
 
 @pytest.mark.oracle
-def test_transformers_own_criterion_takes_the_place_of_the_strings(model: Any, tokenizer: Any) -> None:
+def test_transformers_own_criterion_takes_the_place_of_the_strings(bundled: Any, tokenizer: Any) -> None:
     from transformers import StopStringCriteria
 
     prompt = tokenizer("Once upon a time", return_tensors="np")
-    plain = jaxgen.generate(model, **prompt, max_new_tokens=30)
+    plain = jaxgen.generate(bundled, **prompt, max_new_tokens=30)
     out = jaxgen.generate(
-        model, **prompt, max_new_tokens=30, stop_strings=["there"], tokenizer=tokenizer,
+        bundled, **prompt, max_new_tokens=30, stop_strings=["there"], tokenizer=tokenizer,
         stopping_criteria=[StopStringCriteria(tokenizer, ["rabbit"])],
     )  # fmt: skip
     assert "there" in tokenizer.decode(out[0]) and tokenizer.decode(out[0]).endswith("rabbit")
@@ -210,9 +200,9 @@ def test_transformers_own_criterion_takes_the_place_of_the_strings(model: Any, t
 
 
 @pytest.mark.parametrize("wrong", ["here", 3, object()], ids=["a name", "a number", "an object"])
-def test_what_is_no_tokenizer_is_refused(wrong: Any, model: Any) -> None:
+def test_what_is_no_tokenizer_is_refused(wrong: Any, bundled: Any) -> None:
     with pytest.raises(ValueError, match=r"`tokenizer`=.* must be the model's tokenizer"):
-        jaxgen.generate(model, [[5, 6]], max_new_tokens=3, stop_strings="the", tokenizer=wrong)
+        jaxgen.generate(bundled, [[5, 6]], max_new_tokens=3, stop_strings="the", tokenizer=wrong)
 
 
 @pytest.mark.parametrize(
@@ -225,8 +215,8 @@ def test_what_is_no_tokenizer_is_refused(wrong: Any, model: Any) -> None:
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_is_refused_before_anything_is_compiled(arguments: Any, message: str, model: Any) -> None:
+def test_is_refused_before_anything_is_compiled(arguments: Any, message: str, bundled: Any) -> None:
     before = jaxgen.compile_counts()
     with pytest.raises(ValueError, match=message):
-        jaxgen.generate(model, [[5, 6]], max_new_tokens=3, **arguments)
+        jaxgen.generate(bundled, [[5, 6]], max_new_tokens=3, **arguments)
     assert jaxgen.compile_counts() == before

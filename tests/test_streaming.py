@@ -13,29 +13,12 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from random_calls import PROCESSORS, WARPERS, call, small_model, some
+from random_calls import PROCESSORS, WARPERS, call, some
 
 import jaxgen
 from jaxgen import streaming
 
 COMBINATIONS, CALLS_EACH = 4, 50
-
-
-@pytest.fixture(scope="module")
-def random_model(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return jaxgen.load(small_model(tmp_path_factory.mktemp("model")))
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return jaxgen.load(jaxgen.BUNDLED_MODEL)
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(jaxgen.BUNDLED_MODEL)
 
 
 class Recorder:
@@ -58,64 +41,64 @@ class Recorder:
 
 @pytest.mark.filterwarnings("ignore:Unfeasible length")
 @pytest.mark.parametrize("seed", range(COMBINATIONS))
-def test_streamed_tokens_are_those_of_the_plain_call_from_the_same_programs(seed: int, random_model: Any) -> None:
+def test_streamed_tokens_are_those_of_the_plain_call_from_the_same_programs(seed: int, model: Any) -> None:
     rng = np.random.default_rng(seed)
     sampling = {"do_sample": True, "num_return_sequences": 1 + seed % 3, "key": seed} if seed % 2 else {}
     names = [*some(rng, PROCESSORS, 0, 2), *(some(rng, WARPERS, 1, 2) if sampling else [])]
     for number in range(CALLS_EACH):
         ids, kwargs = call(rng, names)
-        plain = jaxgen.generate(random_model, ids, **kwargs, **sampling)
+        plain = jaxgen.generate(model, ids, **kwargs, **sampling)
         before = jaxgen.compile_counts()
         seen = Recorder()
-        streamed = jaxgen.generate(random_model, ids, streamer=seen, **kwargs, **sampling)
+        streamed = jaxgen.generate(model, ids, streamer=seen, **kwargs, **sampling)
         prompts, *columns = seen.values
         np.testing.assert_array_equal(streamed, plain)
         np.testing.assert_array_equal(prompts, np.repeat(ids, sampling.get("num_return_sequences", 1), axis=0))
         np.testing.assert_array_equal(np.stack(columns, axis=1), plain[:, ids.shape[1] :])
         assert seen.ended == 1
-        chunks = [*jaxgen.stream(random_model, ids, **kwargs, **sampling)]
+        chunks = [*jaxgen.stream(model, ids, **kwargs, **sampling)]
         np.testing.assert_array_equal(np.concatenate(chunks, axis=1), plain[:, ids.shape[1] :])
         assert chunks[0].shape[1] == 1
         if number:
             assert jaxgen.compile_counts() == before
 
 
-def test_contrastive_search_can_be_watched_too(random_model: Any) -> None:
+def test_contrastive_search_can_be_watched_too(model: Any) -> None:
     arguments = {"penalty_alpha": 0.6, "top_k": 3, "max_new_tokens": 9, "eos_token_id": None}
-    plain = jaxgen.generate(random_model, [[5, 6, 7]], **arguments)
-    chunks = [*jaxgen.stream(random_model, [[5, 6, 7]], **arguments)]
+    plain = jaxgen.generate(model, [[5, 6, 7]], **arguments)
+    chunks = [*jaxgen.stream(model, [[5, 6, 7]], **arguments)]
     np.testing.assert_array_equal(np.concatenate(chunks, axis=1), plain[:, 3:])
 
 
-def test_transformers_streamers_print_and_iterate(model: Any, tokenizer: Any, capsys: Any) -> None:
+def test_transformers_streamers_print_and_iterate(bundled: Any, tokenizer: Any, capsys: Any) -> None:
     from transformers import TextIteratorStreamer, TextStreamer
 
     prompt = tokenizer("Once upon a time", return_tensors="np")
-    text = tokenizer.decode(jaxgen.generate(model, **prompt, max_new_tokens=40)[0], skip_special_tokens=True)
-    jaxgen.generate(model, **prompt, max_new_tokens=40, streamer=TextStreamer(tokenizer, skip_special_tokens=True))
+    text = tokenizer.decode(jaxgen.generate(bundled, **prompt, max_new_tokens=40)[0], skip_special_tokens=True)
+    jaxgen.generate(bundled, **prompt, max_new_tokens=40, streamer=TextStreamer(tokenizer, skip_special_tokens=True))
     assert capsys.readouterr().out == text + "\n"
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60, skip_special_tokens=True)
     thread = threading.Thread(
-        target=jaxgen.generate, args=(model,), kwargs={**prompt, "max_new_tokens": 40, "streamer": streamer}
+        target=jaxgen.generate, args=(bundled,), kwargs={**prompt, "max_new_tokens": 40, "streamer": streamer}
     )
     thread.start()
     assert text.endswith("".join(streamer)) and thread.join() is None
 
 
-def test_transformers_asynchronous_streamer_iterates(model: Any, tokenizer: Any) -> None:
+def test_transformers_asynchronous_streamer_iterates(bundled: Any, tokenizer: Any) -> None:
     from transformers import AsyncTextIteratorStreamer
 
     prompt = tokenizer("Once upon a time", return_tensors="np")
 
     async def read() -> str:
         streamer = AsyncTextIteratorStreamer(tokenizer, timeout=60, skip_special_tokens=True)
-        work = asyncio.to_thread(jaxgen.generate, model, **prompt, max_new_tokens=20, streamer=streamer)
+        work = asyncio.to_thread(jaxgen.generate, bundled, **prompt, max_new_tokens=20, streamer=streamer)
         task = asyncio.create_task(work)
         text = "".join([piece async for piece in streamer])
         await task
         return text
 
-    expected = jaxgen.generate(model, **prompt, max_new_tokens=20)[0]
+    expected = jaxgen.generate(bundled, **prompt, max_new_tokens=20)[0]
     assert asyncio.run(read()) == tokenizer.decode(expected, skip_special_tokens=True)
 
 
@@ -130,23 +113,21 @@ def test_chunks_grow_from_one_token_to_what_a_tenth_of_a_second_takes() -> None:
     assert streaming.WATCHED.next(16, 3.0, float("inf")) == 1
 
 
-def test_a_call_that_nobody_watches_is_one_chunk_if_it_is_short(random_model: Any, monkeypatch: Any) -> None:
+def test_a_call_that_nobody_watches_is_one_chunk_if_it_is_short(model: Any, monkeypatch: Any) -> None:
     chunks = []
     monkeypatch.setattr(streaming, "advance", lambda *args, real=streaming.advance: chunks.append(1) or real(*args))
-    jaxgen.generate(random_model, [[5, 6]], max_new_tokens=100, eos_token_id=None)
+    jaxgen.generate(model, [[5, 6]], max_new_tokens=100, eos_token_id=None)
     assert len(chunks) == 1
 
 
-def test_a_call_in_chunks_is_the_call_in_one(random_model: Any, monkeypatch: Any) -> None:
-    whole = jaxgen.generate(random_model, [[5, 6]], max_new_tokens=40, eos_token_id=None)
+def test_a_call_in_chunks_is_the_call_in_one(model: Any, monkeypatch: Any) -> None:
+    whole = jaxgen.generate(model, [[5, 6]], max_new_tokens=40, eos_token_id=None)
     monkeypatch.setattr(streaming.Pace, "first", lambda self, model: 3)
     monkeypatch.setattr(streaming.Pace, "next", lambda self, *_: 3)
-    chunked = jaxgen.generate(random_model, [[5, 6]], max_new_tokens=40, eos_token_id=None)
+    chunked = jaxgen.generate(model, [[5, 6]], max_new_tokens=40, eos_token_id=None)
     np.testing.assert_array_equal(chunked, whole)
     beams = {"num_beams": 3, "max_new_tokens": 40, "eos_token_id": 20}
-    np.testing.assert_array_equal(
-        jaxgen.generate(random_model, [[5, 6]], **beams), jaxgen.generate(random_model, [[5, 6]], **beams)
-    )
+    np.testing.assert_array_equal(jaxgen.generate(model, [[5, 6]], **beams), jaxgen.generate(model, [[5, 6]], **beams))
 
 
 # ---- What ends it ----
@@ -155,47 +136,47 @@ def test_a_call_in_chunks_is_the_call_in_one(random_model: Any, monkeypatch: Any
 @pytest.mark.parametrize(
     "more", [{}, {"do_sample": True}, {"num_beams": 3}, {"penalty_alpha": 0.5, "top_k": 3}], ids=str
 )
-def test_no_time_means_one_token_as_in_transformers(more: Any, random_model: Any) -> None:
+def test_no_time_means_one_token_as_in_transformers(more: Any, model: Any) -> None:
     arguments = {"max_new_tokens": 30, "eos_token_id": None, **more}
-    out = jaxgen.generate(random_model, [[5, 6]], max_time=0.0, **arguments)
+    out = jaxgen.generate(model, [[5, 6]], max_time=0.0, **arguments)
     assert out.shape[1] == (4 if "num_beams" in more else 3)  # beams end at the step after the first
 
 
-def test_a_limit_of_time_is_kept_to_about_a_chunk(model: Any, tokenizer: Any) -> None:
+def test_a_limit_of_time_is_kept_to_about_a_chunk(bundled: Any, tokenizer: Any) -> None:
     prompt = tokenizer(["Once upon a time"] * 8, return_tensors="np")
     arguments = {"max_new_tokens": 1500, "eos_token_id": None}
-    jaxgen.generate(model, **prompt, max_time=0.2, **arguments)  # compiles, which does not count
+    jaxgen.generate(bundled, **prompt, max_time=0.2, **arguments)  # compiles, which does not count
     start = time.monotonic()
-    out = jaxgen.generate(model, **prompt, max_time=0.4, **arguments)
+    out = jaxgen.generate(bundled, **prompt, max_time=0.4, **arguments)
     assert 6 < out.shape[1] < 1505
     assert time.monotonic() - start < 0.4 + 1.0  # a busy machine
 
 
 @pytest.mark.parametrize("enough", [1000, float("inf")])
-def test_enough_time_changes_nothing(enough: float, random_model: Any) -> None:
-    plain = jaxgen.generate(random_model, [[5, 6]], max_new_tokens=20, eos_token_id=None)
-    limited = jaxgen.generate(random_model, [[5, 6]], max_new_tokens=20, eos_token_id=None, max_time=enough)
+def test_enough_time_changes_nothing(enough: float, model: Any) -> None:
+    plain = jaxgen.generate(model, [[5, 6]], max_new_tokens=20, eos_token_id=None)
+    limited = jaxgen.generate(model, [[5, 6]], max_new_tokens=20, eos_token_id=None, max_time=enough)
     np.testing.assert_array_equal(limited, plain)
 
 
-def test_compiling_takes_none_of_the_time(random_model: Any) -> None:
+def test_compiling_takes_none_of_the_time(model: Any) -> None:
     before = jaxgen.compile_counts()
-    out = jaxgen.generate(random_model, [[5, 6]] * 5, max_new_tokens=33, eos_token_id=None, max_time=0.5, top_k=3)
+    out = jaxgen.generate(model, [[5, 6]] * 5, max_new_tokens=33, eos_token_id=None, max_time=0.5, top_k=3)
     assert jaxgen.compile_counts() != before and out.shape[1] == 35
 
 
 @pytest.mark.oracle
-def test_transformers_own_criterion_of_time_takes_the_place_of_max_time(random_model: Any) -> None:
+def test_transformers_own_criterion_of_time_takes_the_place_of_max_time(model: Any) -> None:
     from transformers import MaxTimeCriteria
 
     arguments = {"max_new_tokens": 7, "eos_token_id": None}
     for limit, criterion, columns in ((0.0, 1000.0, 9), (1000.0, 0.0, 3)):
         criteria = [MaxTimeCriteria(criterion)]
-        out = jaxgen.generate(random_model, [[5, 6]], max_time=limit, stopping_criteria=criteria, **arguments)
+        out = jaxgen.generate(model, [[5, 6]], max_time=limit, stopping_criteria=criteria, **arguments)
         assert out.shape[1] == columns
 
 
-def test_an_error_in_a_streamer_is_raised_as_it_was_and_the_next_call_is_right(random_model: Any) -> None:
+def test_an_error_in_a_streamer_is_raised_as_it_was_and_the_next_call_is_right(model: Any) -> None:
     class Fails(Recorder):
         def put(self, value: np.ndarray) -> None:
             super().put(value)
@@ -203,21 +184,21 @@ def test_an_error_in_a_streamer_is_raised_as_it_was_and_the_next_call_is_right(r
                 raise KeyError("of my own")
 
     arguments = {"max_new_tokens": 12, "eos_token_id": None}
-    expected = jaxgen.generate(random_model, [[5, 6]], **arguments)
+    expected = jaxgen.generate(model, [[5, 6]], **arguments)
     failing = Fails()
     with pytest.raises(KeyError, match="of my own"):
-        jaxgen.generate(random_model, [[5, 6]], streamer=failing, **arguments)
+        jaxgen.generate(model, [[5, 6]], streamer=failing, **arguments)
     assert not failing.ended
-    np.testing.assert_array_equal(jaxgen.generate(random_model, [[5, 6]], **arguments), expected)
+    np.testing.assert_array_equal(jaxgen.generate(model, [[5, 6]], **arguments), expected)
 
 
-def test_a_reader_who_leaves_early_leaves_nothing_behind(random_model: Any) -> None:
-    for chunk in jaxgen.stream(random_model, [[5, 6]], max_new_tokens=100, eos_token_id=None):
+def test_a_reader_who_leaves_early_leaves_nothing_behind(model: Any) -> None:
+    for chunk in jaxgen.stream(model, [[5, 6]], max_new_tokens=100, eos_token_id=None):
         assert chunk.shape == (1, 1)
         break
     live = len(jax.live_arrays())
     for _ in range(3):
-        next(jaxgen.stream(random_model, [[5, 6]], max_new_tokens=100, eos_token_id=None))  # pyright: ignore
+        next(jaxgen.stream(model, [[5, 6]], max_new_tokens=100, eos_token_id=None))  # pyright: ignore
     assert len(jax.live_arrays()) <= live
 
 
@@ -244,12 +225,12 @@ def interrupted(after: float) -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def test_fifty_interrupts_come_back_in_time_and_leave_the_next_call_right(model: Any, tokenizer: Any) -> None:
+def test_fifty_interrupts_come_back_in_time_and_leave_the_next_call_right(bundled: Any, tokenizer: Any) -> None:
     prompt = tokenizer(["Once upon a time"] * 4, return_tensors="np")
     arguments = {"max_new_tokens": 600, "eos_token_id": None}
-    expected = jaxgen.generate(model, **prompt, **arguments)
+    expected = jaxgen.generate(bundled, **prompt, **arguments)
     start = time.monotonic()
-    jaxgen.generate(model, **prompt, **arguments)
+    jaxgen.generate(bundled, **prompt, **arguments)
     whole = time.monotonic() - start
     live, pressed, rng = len(jax.live_arrays()), 0, random.Random(0)
     for number in range(50):
@@ -258,16 +239,16 @@ def test_fifty_interrupts_come_back_in_time_and_leave_the_next_call_right(model:
         try:
             with interrupted(after):
                 if number % 2:
-                    jaxgen.generate(model, **prompt, **arguments)
+                    jaxgen.generate(bundled, **prompt, **arguments)
                 else:
-                    for _ in jaxgen.stream(model, **prompt, **arguments):
+                    for _ in jaxgen.stream(bundled, **prompt, **arguments):
                         pass
         except KeyboardInterrupt:
             pressed += 1
             # Half a second and a chunk, of a quarter of a second; twice that on a busy machine.
             assert time.monotonic() - start - after < 1.5
     assert pressed > 25
-    np.testing.assert_array_equal(jaxgen.generate(model, **prompt, **arguments), expected)
+    np.testing.assert_array_equal(jaxgen.generate(bundled, **prompt, **arguments), expected)
     assert len(jax.live_arrays()) <= live
 
 
@@ -281,26 +262,26 @@ def test_fifty_interrupts_come_back_in_time_and_leave_the_next_call_right(model:
     ],
     ids=["no streamer", "beams", "sampled beams", "no number"],
 )
-def test_is_refused_before_anything_is_compiled(arguments: Any, message: str, random_model: Any) -> None:
+def test_is_refused_before_anything_is_compiled(arguments: Any, message: str, model: Any) -> None:
     before = jaxgen.compile_counts()
     with pytest.raises(ValueError, match=message):
-        jaxgen.generate(random_model, [[5, 6]], max_new_tokens=3, **arguments)
+        jaxgen.generate(model, [[5, 6]], max_new_tokens=3, **arguments)
     assert jaxgen.compile_counts() == before
 
 
-def test_stream_refuses_at_the_call_what_it_cannot_yield(random_model: Any) -> None:
+def test_stream_refuses_at_the_call_what_it_cannot_yield(model: Any) -> None:
     from transformers import GenerationConfig
 
     with pytest.raises(ValueError, match="`stream` cannot follow `num_beams`=2"):
-        jaxgen.stream(random_model, [[5, 6]], max_new_tokens=3, num_beams=2)
+        jaxgen.stream(model, [[5, 6]], max_new_tokens=3, num_beams=2)
     for arguments in (
         {"return_dict_in_generate": True, "max_new_tokens": 3},
         {"generation_config": GenerationConfig(return_dict_in_generate=True, max_new_tokens=3)},
     ):
         with pytest.raises(ValueError, match="`return_dict_in_generate`=True asks for more"):
-            jaxgen.stream(random_model, [[5, 6]], **arguments)
+            jaxgen.stream(model, [[5, 6]], **arguments)
     for arguments in ({"streamer": Recorder()}, {"output_logprobs": True}):
         with pytest.raises(ValueError, match="`stream` yields the tokens and nothing else"):
-            jaxgen.stream(random_model, [[5, 6]], **arguments)
+            jaxgen.stream(model, [[5, 6]], **arguments)
     with pytest.raises(ValueError, match="has no streamer and no clock"):
-        jaxgen.prepare(random_model, [[5, 6]], max_new_tokens=3, max_time=1.0)
+        jaxgen.prepare(model, [[5, 6]], max_new_tokens=3, max_time=1.0)
