@@ -102,10 +102,13 @@ class Prompt:
 
     def left_aligned(self, slots: int, fill: jax.typing.ArrayLike) -> jax.Array:
         """int32 [N, S]: the caller's prompt in the first `length` columns, `fill` in the others."""
-        columns = self.input_ids.shape[1]
-        ids = jnp.roll(self.input_ids, self.length - columns, axis=1)
-        ids = jnp.pad(ids, ((0, 0), (0, slots - columns)))
-        return jnp.where(jnp.arange(slots) < self.length, ids, fill)
+        return jnp.where(jnp.arange(slots) < self.length, self.moved_left(self.input_ids, slots), fill)
+
+    def moved_left(self, array: jax.Array, slots: int) -> jax.Array:
+        """[N, S, ...] of [N, P, ...]: the prompt's columns from the left, what was before it and zeros after it."""
+        columns = array.shape[1]
+        rolled = jnp.roll(array, self.length - columns, axis=1)
+        return jnp.pad(rolled, ((0, 0), (0, slots - columns), *[(0, 0)] * (array.ndim - 2)))
 
 
 class Cache(Protocol):

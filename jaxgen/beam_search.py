@@ -17,7 +17,7 @@ from jaxgen.base import BranchedCache, Internals, LogitsProcessor, Prompt, Strat
 from jaxgen.beams import NEVER, Beams, take
 from jaxgen.gumbel import gumbel, row_keys
 from jaxgen.logits_process import guide, process, reorder
-from jaxgen.stopping_criteria import EosToken, MaxLength
+from jaxgen.stopping_criteria import EosToken, MaxLength, any_of
 from jaxgen.top_k import highest_few
 
 
@@ -140,10 +140,9 @@ class BeamSearch(Strategy):
         scores, states = process(self.processors, sequences, scores, state.cur_len, state.processors)
 
         candidates, sources, invalid = self._candidates(scores, state)
-        hits = jnp.zeros(candidates.scores.size, bool)
-        for criterion in (self.eos, self.max_length, *self.stopping_criteria):
-            hits |= criterion(candidates.sequences.reshape(len(hits), -1), scores, state.cur_len + 1)
-        hits = hits.reshape(candidates.scores.shape)
+        criteria = self.eos, self.max_length, *self.stopping_criteria
+        flat = candidates.sequences.reshape(-1, candidates.sequences.shape[2])
+        hits = any_of(criteria, flat, scores, state.cur_len + 1).reshape(candidates.scores.shape)
 
         alive = candidates.scores + hits * jnp.float32(NEVER)
         _, best = lax.top_k(alive, self.num_beams)

@@ -15,7 +15,7 @@ from jax import lax
 
 from jaxgen.base import BranchedCache, Internals, LogitsProcessor, Prompt, Strategy, pytree, step_buffers, write_step
 from jaxgen.logits_process import guide, process
-from jaxgen.stopping_criteria import EosToken, MaxLength
+from jaxgen.stopping_criteria import EosToken, MaxLength, any_of
 from jaxgen.top_k import highest_few
 
 
@@ -100,10 +100,6 @@ class ContrastiveSearch(Strategy):
         of_rows = jax.ShapeDtypeStruct((rows,), jnp.int32)
         shapes = {"scores": of_vocabulary, "logits": of_vocabulary, "chosen": of_rows}
 
-        def left_aligned(array: jax.Array) -> jax.Array:
-            rolled = jnp.roll(array, prompt.length - columns, axis=1)
-            return jnp.pad(rolled, ((0, 0), (0, slots - columns), *[(0, 0)] * (array.ndim - 2)))
-
         state = ContrastiveState(
             sequences=prompt.left_aligned(slots, 0),
             cur_len=prompt.length,
@@ -112,8 +108,8 @@ class ContrastiveSearch(Strategy):
             probabilities=jnp.zeros((rows, self.top_k)),
             scores=jnp.zeros((rows, vocab_size)) if self.stopping_criteria else None,
             chosen=jnp.zeros(whole, jnp.int32),
-            context=left_aligned(_unit(internals["hidden_states"][-1][:rows])),
-            compared=left_aligned(prompt.attention_mask),
+            context=prompt.moved_left(_unit(internals["hidden_states"][-1][:rows]), slots),
+            compared=prompt.moved_left(prompt.attention_mask, slots),
             finished=jnp.arange(rows) >= prompt.rows,
             invalid=jnp.zeros(rows, bool),
             processors=tuple(processor.init(prompt, vocab_size) for processor in self.processors),
@@ -137,10 +133,9 @@ class ContrastiveSearch(Strategy):
             tokens = jnp.where(state.finished[:, None], self.pad_token_id, tokens)
         write = lax.dynamic_update_slice_in_dim
         sequences = write(state.sequences, tokens, state.cur_len, axis=1)
-        finished = state.finished
         scores = jnp.zeros((rows, 0)) if state.scores is None else state.scores  # only callers' criteria look at them
-        for criterion in (self.eos, self.max_length, *self.stopping_criteria):
-            finished |= criterion(sequences, scores, state.cur_len + 1)
+        criteria = self.eos, self.max_length, *self.stopping_criteria
+        finished = state.finished | any_of(criteria, sequences, scores, state.cur_len + 1)
         own = jnp.take_along_axis(hidden, chosen[:, None, None], axis=1)
         following = replace(
             state,

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxgen.base import BranchedCache, Internals, LogitsProcessor, Prompt, Strategy, pytree, step_buffers, write_step
 from jaxgen.beams import NEVER, Beams, take
 from jaxgen.logits_process import guide, process, reorder
-from jaxgen.stopping_criteria import EosToken, MaxLength
+from jaxgen.stopping_criteria import EosToken, MaxLength, any_of
 from jaxgen.top_k import highest_few
 
 
@@ -164,9 +164,9 @@ class GroupBeamSearch(Strategy):
         groups = tuple(each.group for each in found)
         sequences = jnp.concatenate([group.running.sequences for group in groups], axis=1)
         sequences = sequences.reshape(len(scores), -1)
-        hits = jnp.repeat(jnp.arange(len(by_group)) >= state.rows, self.num_beams)
-        for criterion in (self.eos, self.max_length, *self.stopping_criteria):
-            hits |= criterion(sequences, processed, state.cur_len + 1)
+        unused = jnp.repeat(jnp.arange(len(by_group)) >= state.rows, self.num_beams)
+        criteria = self.eos, self.max_length, *self.stopping_criteria
+        hits = unused | any_of(criteria, sequences, processed, state.cur_len + 1)
         values = {"scores": processed, "logits": logits, "parents": parents}
         halves = 1 if self.guidance_scale is None else 2
         return GroupState(

@@ -17,7 +17,7 @@ from jax import lax
 from jaxgen.base import Internals, LogitsProcessor, Prompt, Strategy, pytree, step_buffers, write_step
 from jaxgen.gumbel import gumbel, row_keys
 from jaxgen.logits_process import TopK, TopP, Warper, guide, process
-from jaxgen.stopping_criteria import EosToken, MaxLength
+from jaxgen.stopping_criteria import EosToken, MaxLength, any_of
 from jaxgen.top_k import first_highest, highest_few, in_blocks
 
 WINDOW = 64  # candidates of a draw; holds the usual top_k of 50
@@ -123,9 +123,8 @@ class Sample(Strategy):
             tokens = jnp.where(state.finished, self.pad_token_id, tokens)
         sequences = lax.dynamic_update_slice_in_dim(state.sequences, tokens[:, None], state.cur_len, axis=1)
         cur_len = state.cur_len + 1
-        finished = state.finished
-        for criterion in (self.eos, self.max_length, *self.stopping_criteria):
-            finished |= criterion(sequences, scores, cur_len)
+        criteria = self.eos, self.max_length, *self.stopping_criteria
+        finished = state.finished | any_of(criteria, sequences, scores, cur_len)
         return SampleState(
             sequences=sequences,
             cur_len=cur_len,

@@ -5,12 +5,21 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
 from jaxgen.base import leaf, pytree
 
 _MIN_IDS = 8  # most models have one to three ids that end a text; all of them share a program
+
+
+def any_of(criteria: Iterable[Any], input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array) -> jax.Array:
+    """bool [N]: the rows of int32 [N, S] tokens, of which `cur_len` columns are valid, that any criterion finishes."""
+    finished = jnp.zeros(len(input_ids), bool)
+    for criterion in criteria:
+        finished |= criterion(input_ids, scores, cur_len)
+    return finished
 
 
 @pytree
