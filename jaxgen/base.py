@@ -16,7 +16,7 @@ Dimension letters, used in every docstring of the package:
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Protocol, Self, TypeVar
 
 import jax
@@ -76,12 +76,20 @@ def write_step(buffers: dict[str, jax.Array], values: Mapping[str, jax.Array], s
 class Prompt:
     """A batch of prompts as the compiled program takes it, padded to its buckets on the left and below.
 
+    The first four fields are the text, as processors see it. The others say how the model's forward pass over it
+    differs from one over all of its tokens; with any of them, `position_ids` must be given.
+
     Attributes:
         input_ids: int32 [N, P]. The caller's prompt (its own padding included) in the last `length` columns.
         attention_mask: bool [N, P]. False on the caller's padding and on the bucket's.
         length: int32 []. Columns of the caller's prompt.
         rows: int32 []. Rows of the caller's prompt; the rows below them belong to the bucket.
-        position_ids: int32 [N, P], or None to count the unmasked columns of each row.
+        position_ids: int32 [N, T], or None to count the unmasked columns of each row.
+        past: a cache of the columns before the last T; None if there are none.
+        unseen: bool [N, T]. The last T columns of the prompt, and False on those that the model has seen already too;
+            None if T is P and it is the attention mask.
+        embeddings: float [N, T, D]. What takes the place of embedded tokens; None for the tokens.
+        chunk: columns of one forward pass, static, of which T is a multiple; None for all at once.
     """
 
     input_ids: jax.Array
@@ -89,6 +97,16 @@ class Prompt:
     length: jax.Array
     rows: jax.Array
     position_ids: jax.Array | None = None
+    past: "Cache | None" = None
+    unseen: jax.Array | None = None
+    embeddings: jax.Array | None = None
+    chunk: int | None = field(default=None, metadata={"static": True})
+
+    @property
+    def cache_slots(self) -> int:
+        """The slots that the cache has after the prompt's forward pass: those of `past`, and T."""
+        before = 0 if self.past is None else self.past.slots
+        return before + (self.attention_mask if self.unseen is None else self.unseen).shape[1]
 
     def repeated(self, copies: int, halved: bool = False) -> "Prompt":
         """Each row `copies` times; `halved`, without the lower half: the negative prompts of guidance."""
@@ -119,12 +137,21 @@ class Cache(Protocol):
         """C: the continuations of each row that it holds; 1 until `branch` is called."""
         ...
 
+    @property
+    def slots(self) -> int:
+        """S: the columns that it has room for."""
+        ...
+
     def grow(self, slots: int) -> Self:
         """The same cache with room for `slots` columns."""
         ...
 
     def take(self, rows: jax.Array) -> Self:
         """The cache of int32 [M] rows of this one, in their order."""
+        ...
+
+    def select(self, rows: jax.Array, slots: jax.Array, valid: jax.Array) -> "Cache":
+        """A full cache of int32 [M, S] slots of int32 [M] rows of this one, bool [M, S] of which may be attended."""
         ...
 
     def branch(self, branches: int) -> "BranchedCache":
@@ -157,6 +184,9 @@ class Model(Protocol[AnyCache]):
     def vocab_size(self) -> int: ...
 
     @property
+    def hidden_size(self) -> int: ...
+
+    @property
     def max_position_embeddings(self) -> int: ...
 
     @property
@@ -184,7 +214,7 @@ class Model(Protocol[AnyCache]):
         """One forward pass over the next T columns.
 
         Args:
-            input_ids: int32 [N, T].
+            input_ids: int32 [N, T], or float [N, T, D] to go in place of embedded tokens.
             attention_mask: bool [N, T]. False where no later column may look.
             position_ids: int32 [N, T], or None to go on counting.
             collect: which internals to return: "hidden_states", "attentions".

@@ -93,14 +93,11 @@ def _prefill(
     repeated, or branch, only after that: several sequences of one prompt pay for it once.
     """
     rows, columns = prompt.input_ids.shape
-    cache = model.make_cache(rows, columns)
-    mask = prompt.attention_mask.astype(bool)
-    needed = _both(collect, strategy)
-    logits, cache, internals = model.extend(cache, prompt.input_ids, mask, prompt.position_ids, needed)
+    logits, cache, internals = _read(model, prompt, _both(collect, strategy))
     inner = strategy.start(prompt, slots, logits, internals)
     if strategy.copies > 1:
         cache = cache.take(jnp.repeat(jnp.arange(rows), strategy.copies))
-    cache = cache.grow(strategy.cache_slots(columns, slots - columns))
+    cache = cache.grow(strategy.cache_slots(prompt.cache_slots, slots - columns))
     if strategy.branches > 1:
         cache = cache.branch(strategy.branches)
     buffers: Internals = {}
@@ -108,6 +105,26 @@ def _prefill(
         step = jax.eval_shape(lambda: _extend(model, cache, inner.tokens, collect)[2])
         buffers = jax.tree.map(lambda x: jnp.zeros((slots - columns, *x.shape), x.dtype), step)
     return DecodeState(cache, inner, jnp.int32(0), {name: internals[name] for name in collect}, buffers)
+
+
+def _read(model: Model, prompt: Prompt, collect: tuple[str, ...]) -> tuple[jax.Array, Cache, Internals]:
+    """The forward pass over the columns of the prompt that are not in its `past`; internals are of the last chunk."""
+    mask = (prompt.attention_mask if prompt.unseen is None else prompt.unseen).astype(bool)
+    rows, columns = mask.shape
+    inputs = prompt.input_ids[:, -columns:] if prompt.embeddings is None else prompt.embeddings
+    cache = model.make_cache(rows, columns) if prompt.past is None else prompt.past.grow(prompt.cache_slots)
+    if (size := prompt.chunk) is None:
+        return model.extend(cache, inputs, mask, prompt.position_ids, collect)
+
+    def chunk(cache: Cache, number: Any, collect: tuple[str, ...]) -> tuple[jax.Array, Cache, Internals]:
+        def part(columns: Any) -> jax.Array:
+            return lax.dynamic_slice_in_dim(columns, number * size, size, axis=1)
+
+        return model.extend(cache, part(inputs), part(mask), part(prompt.position_ids), collect)
+
+    last = columns // size - 1
+    cache = lax.fori_loop(0, last, lambda number, cache: chunk(cache, number, ())[1], cache)
+    return chunk(cache, last, collect)
 
 
 def _advance(

@@ -5,8 +5,11 @@ anything is compiled.
 """
 
 import contextlib
+import copy
+import functools
 import logging
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -20,14 +23,13 @@ from jaxgen.callbacks import HostCriterion, HostFunctions, for_criterion
 from jaxgen.decoding import DecodeState, finalize
 from jaxgen.generation_config import Resolved, resolve, warn_once
 from jaxgen.inputs import (
+    Inputs,
     bucket,
-    infer_attention_mask,
+    checked_inputs,
     key_words,
-    pad_to_buckets,
     pad_token_id_or_default,
-    prompt_arrays,
+    padded_prompt,
     refuse_tracer,
-    warn_about_padding,
     with_negative_prompts,
 )
 from jaxgen.outputs import GenerateOutput, wrap
@@ -36,6 +38,7 @@ from jaxgen.stop_strings import StopStrings
 from jaxgen.stopping_criteria import CustomCriterion, EosToken, MaxLength
 from jaxgen.strategies import Rules, strategy_for
 from jaxgen.streaming import UNWATCHED, WATCHED, NewTokens, feed, finish, run
+from jaxgen.token_healing import heal
 
 logger = logging.getLogger(__name__)
 
@@ -226,7 +229,9 @@ class Call:
         collect: the internals to collect.
         forward_passes: after the prompt's, at the most.
         rows: of the caller's prompt, B.
-        columns: of the caller's prompt.
+        columns: of the caller's prompt, as text.
+        seen: int [M]. The slots of its columns in the cache, those of a continued cache first.
+        fresh: T of these, which the prompt's forward pass reads.
         host: what runs on the host.
     """
 
@@ -237,6 +242,8 @@ class Call:
     forward_passes: int
     rows: int
     columns: int
+    seen: np.ndarray
+    fresh: int
     config: Resolved
     host: HostFunctions
 
@@ -269,10 +276,11 @@ def lower(
         _check_streamer(custom.streamer, config)
     if custom.output_logprobs and not config.return_dict_in_generate:
         raise ValueError("`output_logprobs`=True has nowhere to put them. Pass `return_dict_in_generate=True` too.")
-    input_ids, given_mask = prompt_arrays(model, inputs, model_inputs, config)
-    warn_about_padding(input_ids, given_mask, config)
-    attention_mask = infer_attention_mask(input_ids, config) if given_mask is None else given_mask
-    rows, columns = input_ids.shape
+    read = checked_inputs(model, inputs, model_inputs, config)
+    if config.merged.token_healing:
+        read = _healed(model, read, custom.tokenizer)
+    config = _fitted(config, read, model_inputs)
+    rows, columns = read.input_ids.shape
     max_length = config.length_for(columns, model.max_position_embeddings)
     config, eos_token_id, stop_length, criteria = _split_criteria(custom.stopping_criteria, config, max_length)
     if stop_length >= 2**31:
@@ -294,10 +302,14 @@ def lower(
             model.vocab_size - 1,
         )
     guidance_scale, customs = _guidance(config, custom)
-    prompt = pad_to_buckets(input_ids, attention_mask)
-    if guidance_scale is not None:
+    chunk = config.prefill_chunk_size
+    if guidance_scale is None:
+        prompt, seen = padded_prompt(model, read, chunk)
+    else:
+        _need_plain(read, chunk, "`guidance_scale`", "which reads negative prompts beside the others")
         negative = custom.negative_prompt_ids, custom.negative_prompt_attention_mask
-        prompt = with_negative_prompts(model, input_ids, attention_mask, *negative)
+        prompt = with_negative_prompts(model, read.input_ids, read.text_mask, *negative)
+        seen = np.arange(prompt.cache_slots - columns, prompt.cache_slots)
     host = HostFunctions()
     beams, groups = config.num_beams, config.num_beam_groups
     host_rows = rows * (config.num_return_sequences if beams == 1 else beams)
@@ -341,7 +353,8 @@ def lower(
     new_tokens = max(stop_length - columns, 1)
     # With beams every further column costs a slot for each of them.
     slots = bucket(prompt_bucket + new_tokens) if beams == 1 else prompt_bucket + bucket(new_tokens)
-    call = Call(prompt, strategy, slots, collect, strategy.forward_passes(new_tokens), rows, columns, config, host)
+    passes = strategy.forward_passes(new_tokens)
+    call = Call(prompt, strategy, slots, collect, passes, rows, columns, seen, read.fresh, config, host)
     _check_memory(model, call)
     return call
 
@@ -359,6 +372,92 @@ def _recorded(config: Resolved, custom: Custom, collect: tuple[str, ...]) -> tup
     if config.penalty_alpha and collect:
         return (*outputs, "chosen")
     return (*outputs, "parents") if "attentions" in collect and config.num_beams > 1 else outputs
+
+
+def _fitted(config: Resolved, read: Inputs, model_inputs: Mapping[str, Any]) -> Resolved:
+    """The configuration of a prompt that is not all text, with the lengths and rules that transformers 5.23 leaves it.
+
+    Raises:
+        ValueError: if the two do not go together.
+    """
+    if read.past is not None and config.merged.cache_implementation is not None:
+        raise ValueError(
+            "Passing both `cache_implementation` (used to initialize certain caches) and `past_key_values` (a Cache "
+            "object) is unsupported. Please use only one of the two."
+        )
+    if not config.use_cache and config.prefill_chunk_size is not None:
+        raise ValueError("Cannot use prefill chunking without a cache. Leave out `use_cache` or `prefill_chunk_size`.")
+    if not config.use_cache and model_inputs.get("position_ids") is not None:
+        steps = np.diff(read.position_ids, axis=1)  # pyright: ignore[reportArgumentType, reportCallIssue]
+        if read.attention_mask.all() and (steps != 1).any():
+            raise ValueError(
+                "`position_ids` that do not go up by one are packed texts to transformers if `use_cache` is False. "
+                "Leave out `use_cache`, or pass one text per row."
+            )
+    if config.penalty_alpha:
+        _need_plain(read, config.prefill_chunk_size, "`penalty_alpha`", "which compares the hidden states of the text")
+    if read.embeddings is None:
+        return config
+    for name, off in (("encoder_repetition_penalty", 1.0), ("encoder_no_repeat_ngram_size", 0)):
+        if getattr(config.merged, name) not in (None, off):
+            warnings.warn(
+                f"Passing `{name}` requires some form of `input_ids` to be passed to `generate`, ignoring the "
+                "argument.",
+                UserWarning,
+                stacklevel=4,
+            )
+    if not read.input_ids.size:
+        only = {
+            "repetition_penalty": (1.0, "the penalty only to newly generated tokens"),
+            "no_repeat_ngram_size": (0, "n-gram constraints only to newly generated tokens"),
+        }
+        for name, (off, what) in only.items():
+            if getattr(config.merged, name) not in (None, off):
+                warnings.warn(
+                    f"Passing `{name}` with `inputs_embeds` and without `input_ids` to `generate` will apply {what}, "
+                    "not to the prompt.",
+                    UserWarning,
+                    stacklevel=4,
+                )
+    merged = copy.copy(config.merged)
+    merged.encoder_repetition_penalty = merged.encoder_no_repeat_ngram_size = None
+    columns = read.embeddings.shape[1] + (0 if read.past is None else read.past.get_seq_length())
+    config = replace(config, merged=merged, use_cache=True)
+    if read.input_ids.shape[1] == columns:
+        return config
+    max_length = None if config.max_length is None else config.max_length - columns
+    return replace(config, max_length=max_length, min_length=max(config.min_length - columns, 0))
+
+
+def _need_plain(read: Inputs, chunk: int | None, name: str, why: str) -> None:
+    kinds = {"past_key_values": read.past, "inputs_embeds": read.embeddings, "position_ids": read.position_ids}
+    for other, value in {**kinds, "prefill_chunk_size": chunk}.items():
+        if value is not None:
+            raise ValueError(f"`{other}` does not go with {name}, {why}. Leave out one of them.")
+
+
+def _healed(model: Model, read: Inputs, tokenizer: Any) -> Inputs:
+    """The prompt with its last tokens chosen anew; see `token_healing`."""
+    if tokenizer is None:
+        raise ValueError(
+            " When generating with token healing, you must pass the model's tokenizer to the `tokenizer` argument of "
+            "`generate`."
+        )
+    if not read.plain:
+        raise ValueError(
+            "`token_healing` changes the prompt, which then does not go with `past_key_values`, `inputs_embeds` or "
+            "`position_ids`. Leave out one of them."
+        )
+    input_ids = heal(read.input_ids, tokenizer, functools.partial(generate, model))
+    if input_ids.shape == read.input_ids.shape:
+        return replace(read, input_ids=input_ids)
+    if not read.attention_mask.all():
+        raise ValueError(
+            f"`token_healing` made prompts of {input_ids.shape[1]} columns, for which the `attention_mask` of "
+            f"{read.attention_mask.shape[1]} does not hold. Heal one prompt at a time."
+        )
+    mask = np.ones(input_ids.shape, bool)
+    return replace(read, input_ids=input_ids, text_mask=mask, attention_mask=mask, fresh=input_ids.shape[1])
 
 
 def _check_streamer(streamer: Any, config: Resolved) -> None:
@@ -443,16 +542,14 @@ def _guidance(config: Resolved, custom: Custom) -> tuple[Any, list[Any]]:
 
 
 # Arguments of transformers' `generate` that are yet to come; their neutral values are accepted.
-_NOT_YET = frozenset(
-    "synced_gpus assistant_model custom_generate position_ids past_key_values inputs_embeds "
-    "assistant_tokenizer trust_remote_code".split()
-)
+_NOT_YET = frozenset("synced_gpus assistant_model custom_generate assistant_tokenizer trust_remote_code".split())
 
 
 def _check_memory(model: Model, call: Call) -> None:
     """Refuses what no allocator could give, before anything is compiled for it."""
     prompt_rows, columns = call.prompt.input_ids.shape
     rows, steps = prompt_rows * call.strategy.copies, call.slots - columns
+    columns = call.prompt.cache_slots
     cache_slots = call.strategy.cache_slots(columns, steps)
     needed = {"the cache": rows * cache_slots * model.cache_bytes_per_token}
     scored = rows * call.config.num_beams

@@ -29,13 +29,12 @@ SUPPORTED = frozenset(
     "forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens "
     "guidance_scale watermarking_config output_attentions output_hidden_states output_scores output_logits "
     "return_dict_in_generate pad_token_id bos_token_id eos_token_id num_beams early_stopping length_penalty "
-    "num_beam_groups diversity_penalty penalty_alpha max_time stop_strings".split()
+    "num_beam_groups diversity_penalty penalty_alpha max_time stop_strings prefill_chunk_size token_healing".split()
 )
 # Refused by name unless they hold one of the values that switch them off.
 REFUSED: dict[str, tuple[Any, ...]] = {
     "use_mtp": (None, False),
     "cache_implementation": (None, "dynamic", "static"),
-    "token_healing": (None, False),
     "is_assistant": (None, False),
     "assistant_early_exit": (None,),
     "assistant_ensemble_weight": (None,),
@@ -45,7 +44,6 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "dola_layers": (None,),
     "constraints": (None,),
     "force_words_ids": (None,),
-    "prefill_chunk_size": (None,),
     "max_cache_len": (None,),
     "cache_config": (None,),
     "continuous_batching_config": (None,),
@@ -101,6 +99,7 @@ class Resolved:
     max_time: float | None
     stop_strings: tuple[str, ...]
     use_cache: bool
+    prefill_chunk_size: int | None
     return_dict_in_generate: bool
     outputs: tuple[str, ...]
     merged: Any
@@ -237,12 +236,12 @@ def _refuse_unknown(others: Mapping[str, Any], fields: set[str]) -> None:
     )
 
 
-MODEL_INPUTS = frozenset({"input_ids", "attention_mask"})
+MODEL_INPUTS = frozenset({"input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds"})
 
 
 _FLAGS = (
     "do_sample use_cache return_dict_in_generate output_scores output_logits output_attentions output_hidden_states "
-    "renormalize_logits remove_invalid_values".split()
+    "renormalize_logits remove_invalid_values token_healing".split()
 )
 
 
@@ -298,6 +297,7 @@ def _freeze(merged: Any, has_default_max_length: bool) -> Resolved:
         max_time=None if merged.max_time in (None, math.inf) else _number("max_time", merged.max_time, 0.0),
         stop_strings=_stop_strings(merged.stop_strings),
         use_cache=use_cache,
+        prefill_chunk_size=_chunk_size(merged.prefill_chunk_size),
         return_dict_in_generate=bool(merged.return_dict_in_generate),
         outputs=outputs,
         merged=merged,
@@ -328,6 +328,13 @@ def _count(name: str, value: Any) -> int:
     if count < 1:
         raise ValueError(f"`{name}`={count} must be at least 1.")
     return count
+
+
+def _chunk_size(value: Any) -> int | None:
+    size = _integer("prefill_chunk_size", value)
+    if size is not None and size < 1:
+        raise ValueError(f"`prefill_chunk_size`={size} must be at least 1 column.")
+    return size
 
 
 def _number(name: str, value: Any, default: float) -> float:

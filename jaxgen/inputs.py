@@ -4,6 +4,7 @@ import logging
 import operator
 import secrets
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from jax.core import Tracer
 
 from jaxgen.base import Model, Prompt, leaf
 from jaxgen.generation_config import Resolved
+from jaxgen.past_key_values import PastKeyValues
 
 logger = logging.getLogger(__name__)
 
@@ -25,20 +27,172 @@ def bucket(size: int) -> int:
     return power * 3 // 4 if size <= power * 3 // 4 else power
 
 
-def prompt_arrays(
-    model: Model, inputs: Any, model_inputs: dict[str, Any], config: Resolved
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """The checked prompt, int32 [B, P], and the attention mask the caller gave, bool [B, P]."""
+@dataclass(frozen=True)
+class Inputs:
+    """The checked prompt of a call.
+
+    M are its columns for the model: those of `past`, then T that the model has yet to see.
+
+    Attributes:
+        input_ids: int32 [B, P]. The text; without columns if there are embeddings only.
+        text_mask: bool [B, P]. Which columns of the text are no padding.
+        attention_mask: bool [B, M].
+        fresh: T.
+        position_ids: int32 [B, T], or None to count the unmasked columns.
+        embeddings: float [B, T, D], or None.
+        past: the cache to continue, or None.
+    """
+
+    input_ids: np.ndarray
+    text_mask: np.ndarray
+    attention_mask: np.ndarray
+    fresh: int
+    position_ids: np.ndarray | None = None
+    embeddings: np.ndarray | None = None
+    past: PastKeyValues | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether the model's columns are those of the text, at the positions that it would count."""
+        return self.position_ids is None and self.embeddings is None and self.past is None
+
+
+def checked_inputs(model: Model, inputs: Any, model_inputs: dict[str, Any], config: Resolved) -> Inputs:
+    """The prompt of a call, from the arguments it may come in.
+
+    Raises:
+        ValueError: naming the argument, its value, the range and the next step.
+    """
     if inputs is not None and model_inputs.get("input_ids") is not None:
         raise ValueError("`inputs` and `input_ids` were both passed, and they mean the same. Pass one of them.")
     given = model_inputs.get("input_ids") if inputs is None else inputs
-    mask = model_inputs.get("attention_mask")
+    mask, past = model_inputs.get("attention_mask"), model_inputs.get("past_key_values")
+    embeddings = _embeddings(model_inputs.get("inputs_embeds"), model.hidden_size)
+    if embeddings is not None and (given is None or np.shape(given)[1:] == (0,)):
+        input_ids = np.zeros((len(embeddings), 0), np.int32)
+    else:
+        if given is None:
+            if config.bos_token_id is None:
+                raise ValueError("`bos_token_id` has to be defined when no `input_ids` are provided.")
+            given = np.full((1 if mask is None else len(mask), 1), config.bos_token_id)
+        input_ids = _token_ids("input_ids", given, model.vocab_size)
+    rows, columns = input_ids.shape
+    if embeddings is not None and len(embeddings) != rows:
+        raise ValueError(f"`inputs_embeds` has {len(embeddings)} rows, but `input_ids` has {rows}. They must be equal.")
+    shape = (rows, columns if embeddings is None else embeddings.shape[1])
+    seen = 0 if past is None else _seen_columns(past, rows)
+    if mask is not None:
+        # With a cache the mask has all columns, and the ids have them all too or the new ones only.
+        shape = (rows, seen + columns) if np.shape(mask) == (rows, seen + columns) and embeddings is None else shape
+        mask = _mask("attention_mask", mask, shape)
+    warn_about_padding(input_ids, mask, config)
+    if mask is None:
+        if columns not in (0, shape[1]):
+            raise ValueError(
+                f"`inputs_embeds` has {shape[1]} columns, but `input_ids` has {columns}. Pass the `attention_mask` of "
+                "the former."
+            )
+        mask = infer_attention_mask(input_ids, config) if columns else np.ones(shape, bool)
+    fresh = mask.shape[1] - seen
+    if fresh < 1:
+        raise ValueError(
+            f"`past_key_values` holds {seen} columns, and the prompt has {mask.shape[1]}: nothing is left to read. "
+            f"Pass the whole text, or new `input_ids` with an `attention_mask` of {seen} columns more; or "
+            "`past_key_values.crop` what is to be read again."
+        )
+    positions = _positions(model_inputs.get("position_ids"), rows, fresh)
+    if positions is None and (past is not None or embeddings is not None):
+        positions = _counted(mask)[:, -fresh:]
+    text_mask = np.ones((rows, columns), bool)
+    if embeddings is None or columns == mask.shape[1]:
+        text_mask = mask[:, -columns:]
+    embeddings = None if embeddings is None else embeddings[:, -fresh:]
+    return Inputs(input_ids, text_mask, mask, fresh, positions, embeddings, past)
+
+
+def _embeddings(given: Any, hidden_size: int) -> np.ndarray | None:
+    """float [B, T, D]."""
     if given is None:
-        if config.bos_token_id is None:
-            raise ValueError("`bos_token_id` has to be defined when no `input_ids` are provided.")
-        given = np.full((1 if mask is None else len(mask), 1), config.bos_token_id)
-    input_ids = _token_ids("input_ids", given, model.vocab_size)
-    return input_ids, None if mask is None else _mask("attention_mask", mask, input_ids)
+        return None
+    refuse_tracer(given)
+    embeddings = np.asarray(given)
+    if embeddings.ndim != 3 or embeddings.shape[2] != hidden_size or 0 in embeddings.shape:
+        raise ValueError(
+            f"`inputs_embeds` has shape {embeddings.shape}, but must be [prompts, columns, {hidden_size}], neither "
+            "empty. Take it from `model.embed_tokens(input_ids)`."
+        )
+    if not jnp.issubdtype(embeddings.dtype, jnp.floating):
+        raise ValueError(
+            f"`inputs_embeds` has dtype {embeddings.dtype}, but must be floating. Pass ids as `input_ids`."
+        )
+    return embeddings
+
+
+def _seen_columns(past: Any, rows: int) -> int:
+    if not isinstance(past, PastKeyValues):
+        raise ValueError(
+            f"`past_key_values` is of type {type(past).__name__}, but must be the `past_key_values` of an earlier call "
+            "of `jaxgen.generate` with `return_dict_in_generate=True`."
+        )
+    if past.batch_size not in (1, rows):
+        raise ValueError(
+            f"`past_key_values` has {past.batch_size} rows, but there are {rows} prompts. Pass a cache of as many, or "
+            "of one, which all prompts then share."
+        )
+    return past.get_seq_length()
+
+
+def _positions(given: Any, rows: int, fresh: int) -> np.ndarray | None:
+    """int32 [B, T]: of what is given, the columns that are to be read."""
+    if given is None:
+        return None
+    positions = _array("position_ids", given)
+    if not np.issubdtype(positions.dtype, np.integer) or (positions.size and abs(positions).max() >= 2**31):
+        raise ValueError(f"`position_ids` has dtype {positions.dtype}, but must hold integers of 32 bits.")
+    if positions.shape[0] not in (1, rows) or positions.shape[1] < fresh:
+        raise ValueError(
+            f"`position_ids` has shape {positions.shape}, but {rows} prompts have {fresh} columns to be read. Pass one "
+            "position for each."
+        )
+    return np.broadcast_to(positions[:, -fresh:], (rows, fresh)).astype(np.int32)
+
+
+def _counted(mask: np.ndarray) -> np.ndarray:
+    """int32 [B, M]: the positions of unmasked columns, and 0."""
+    return np.where(mask, np.cumsum(mask, axis=1) - 1, 0).astype(np.int32)
+
+
+def padded_prompt(model: Model, inputs: Inputs, chunk: int | None) -> tuple[Prompt, np.ndarray]:
+    """The prompt in its buckets, and int [M], the slots of the cache in which its columns are after the forward pass.
+
+    Args:
+        model: that reads it.
+        inputs: of the call.
+        chunk: `prefill_chunk_size`.
+    """
+    chunk = chunk if chunk is not None and chunk < inputs.fresh else None
+    if inputs.plain and chunk is None:
+        prompt = pad_to_buckets(inputs.input_ids, inputs.text_mask)
+        width = prompt.input_ids.shape[1]
+        return prompt, np.arange(width - inputs.fresh, width)
+    rows, fresh = inputs.input_ids.shape[0], inputs.fresh
+    width = bucket(max(fresh, _MIN_PROMPT_BUCKET)) if chunk is None else -(-fresh // chunk) * chunk
+    prompt = pad_to_buckets(inputs.input_ids, inputs.text_mask, 0 if inputs.embeddings is not None else width)
+    padding = ((0, len(prompt.input_ids) - rows), (width - fresh, 0))
+    positions = inputs.position_ids if inputs.position_ids is not None else _counted(inputs.attention_mask)[:, -fresh:]
+    seen, past, slots = inputs.attention_mask.shape[1] - fresh, None, 0
+    if inputs.past is not None:
+        slots = bucket(max(seen, _MIN_PROMPT_BUCKET))
+        past = inputs.past.lower(model, len(prompt.input_ids), slots, inputs.attention_mask[:, :seen])
+    prompt = replace(
+        prompt,
+        position_ids=leaf(np.pad(positions, padding), np.int32),
+        past=past,
+        unseen=leaf(np.pad(inputs.attention_mask[:, -fresh:], padding), np.bool_),
+        embeddings=None if inputs.embeddings is None else np.pad(inputs.embeddings, (*padding, (0, 0))),
+        chunk=chunk,
+    )
+    return prompt, np.concatenate([np.arange(slots - seen, slots), slots + np.arange(width - fresh, width)])
 
 
 def _token_ids(name: str, given: Any, vocab_size: int) -> np.ndarray:
@@ -57,12 +211,12 @@ def _token_ids(name: str, given: Any, vocab_size: int) -> np.ndarray:
     return ids.astype(np.int32)
 
 
-def _mask(name: str, given: Any, ids: np.ndarray) -> np.ndarray:
+def _mask(name: str, given: Any, shape: tuple[int, int]) -> np.ndarray:
     if np.ndim(given) > 2:
         raise ValueError(f"`{name}` passed to `generate` must be 2D, but has {np.ndim(given)} dimensions.")
     mask = _array(name, given)
-    if mask.shape != ids.shape:
-        raise ValueError(f"`{name}` has shape {mask.shape}, but its ids have {ids.shape}. They must be equal.")
+    if mask.shape != shape:
+        raise ValueError(f"`{name}` has shape {mask.shape}, but its ids have {shape}. They must be equal.")
     if not np.isin(mask, (0, 1)).all():
         raise ValueError(f"`{name}` holds {mask[~np.isin(mask, (0, 1))][0]}, but may hold 0 and 1 only.")
     if not mask.any(axis=1).all():
@@ -107,7 +261,10 @@ def warn_about_padding(input_ids: np.ndarray, mask: np.ndarray | None, config: R
             "is same as eos token. As a consequence, you may observe unexpected behavior. Please pass your input's "
             "`attention_mask` to obtain reliable results."
         )
-    last = input_ids[:, -1] == pad_token_id_or_default(config) if mask is None else ~mask[:, -1]
+    if mask is not None and mask.shape == input_ids.shape:
+        last = ~mask[:, -1]
+    else:
+        last = input_ids[:, -1:] == pad_token_id_or_default(config)
     if last.any():
         logger.warning(
             "A decoder-only architecture is being used, but right-padding was detected! For correct generation "
@@ -129,10 +286,11 @@ def pad_token_id_or_default(config: Resolved) -> int:
     return config.eos_token_id[0] if config.eos_token_id else 0
 
 
-def pad_to_buckets(input_ids: np.ndarray, attention_mask: np.ndarray) -> Prompt:
+def pad_to_buckets(input_ids: np.ndarray, attention_mask: np.ndarray, least: int = 0) -> Prompt:
     """The prompt in the upper right corner of its bucket: masked columns before it, finished rows below it."""
     rows, columns = input_ids.shape
-    width = ((0, bucket(rows) - rows), (bucket(max(columns, _MIN_PROMPT_BUCKET)) - columns, 0))
+    padded = max(bucket(max(columns, _MIN_PROMPT_BUCKET)), least)
+    width = ((0, bucket(rows) - rows), (padded - columns, 0))
     return Prompt(
         input_ids=leaf(np.pad(input_ids, width), np.int32),
         attention_mask=leaf(np.pad(attention_mask, width), np.bool_),
@@ -153,7 +311,7 @@ def with_negative_prompts(
             raise ValueError(f"`negative_prompt_ids` has {len(negative_ids)} rows, but there are {rows} prompts.")
         negative_mask = np.ones(negative_ids.shape, bool)
     if given_mask is not None:
-        negative_mask = _mask("negative_prompt_attention_mask", given_mask, negative_ids)
+        negative_mask = _mask("negative_prompt_attention_mask", given_mask, negative_ids.shape)
     width = max(columns, negative_ids.shape[1])
 
     def widen(array: np.ndarray) -> np.ndarray:

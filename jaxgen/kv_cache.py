@@ -40,6 +40,10 @@ class KVCache:
     def branches(self) -> int:
         return 1
 
+    @property
+    def slots(self) -> int:
+        return self.valid.shape[-1]
+
     @classmethod
     def zeros(cls, layers: int, rows: int, slots: int, heads: int, head_dim: int, dtype: jax.typing.DTypeLike):
         # Zeros, not `jnp.empty`: since jax 0.11 the latter is uninitialised memory, which can hold NaN.
@@ -94,7 +98,7 @@ class KVCache:
 
     def grow(self, slots: int) -> "KVCache":
         """The same cache with `slots` slots, the new ones zero and not valid."""
-        extra = slots - self.valid.shape[1]
+        extra = slots - self.slots
 
         def pad(array: jax.Array) -> jax.Array:
             return jnp.pad(array, (*[(0, 0)] * (array.ndim - 2), (0, extra), (0, 0)))
@@ -117,6 +121,28 @@ class KVCache:
             layers=tuple((take(keys), take(values)) for keys, values in self.layers),
             valid=self.valid[rows],
             position=self.position[rows],
+        )
+
+    def select(self, rows: jax.Array, slots: jax.Array, valid: jax.Array) -> "KVCache":
+        """A full cache of chosen columns; positions have to be given to what follows.
+
+        Args:
+            rows: int32 [M].
+            slots: int32 [M, S]. Of each of these rows, the slots to take, in their new order.
+            valid: bool [M, S]. Which of them later columns may attend.
+        """
+
+        def select(array: jax.Array) -> jax.Array:
+            whole = array.reshape(len(self.valid), -1, *array.shape[-2:])
+            heads = jnp.arange(whole.shape[1])[:, None]
+            taken = whole[rows[:, None, None], heads, slots[:, None]]
+            return taken.reshape(*_without_ones(*taken.shape[:2]), *taken.shape[2:])
+
+        return KVCache(
+            layers=tuple((select(keys), select(values)) for keys, values in self.layers),
+            valid=valid,
+            length=jnp.int32(slots.shape[1]),
+            position=jnp.zeros(len(rows), jnp.int32),
         )
 
     def branch(self, branches: int) -> "BranchedCache":

@@ -130,7 +130,8 @@ class RepetitionPenalty(LogitsProcessor):
     def step(
         self, input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array, state: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        state = state.at[jnp.arange(len(scores)), input_ids[:, cur_len - 1]].set(True)
+        last = jnp.where(cur_len > 0, input_ids[:, cur_len - 1], scores.shape[1])  # of embeddings there is no text
+        state = state.at[jnp.arange(len(scores)), last].set(True, mode="drop")
         return _penalise(scores, state, self.penalty), state
 
 

@@ -1,12 +1,13 @@
 """What `generate` returns with `return_dict_in_generate`, and what is computed from it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+
+from jaxgen.past_key_values import PastKeyValues
 
 
 class _Output:
@@ -38,7 +39,8 @@ class GenerateDecoderOnlyOutput(_Output):
         attentions: T tuples over layers, the first [N, Q, P, P], then [N, Q, 1, P + t]; zeros where the column itself
             is masked.
         hidden_states: T tuples over layers and one more, the first [N, P, D], then [N, 1, D].
-        past_key_values: the cache of the L - 1 columns that the model has seen.
+        past_key_values: the cache of the columns that the model has seen: all but the last, and those of a cache that
+            was continued.
         logprobs: float32 [N, T]. The chosen tokens' log-probabilities by the model: temperature 1, whole vocabulary.
         processed_logprobs: float32 [N, T]. The same by the processed scores: of the draw that was made.
     """
@@ -48,7 +50,7 @@ class GenerateDecoderOnlyOutput(_Output):
     logits: np.ndarray | None = None
     attentions: tuple[tuple[np.ndarray, ...], ...] | None = None
     hidden_states: tuple[tuple[np.ndarray, ...], ...] | None = None
-    past_key_values: "PastKeyValues | None" = None
+    past_key_values: PastKeyValues | None = None
     logprobs: np.ndarray | None = None
     processed_logprobs: np.ndarray | None = None
 
@@ -79,7 +81,7 @@ class GenerateBeamDecoderOnlyOutput(_Output):
     beam_indices: np.ndarray | None = None
     attentions: tuple[tuple[np.ndarray, ...], ...] | None = None
     hidden_states: tuple[tuple[np.ndarray, ...], ...] | None = None
-    past_key_values: "PastKeyValues | None" = None
+    past_key_values: PastKeyValues | None = None
 
 
 GenerateOutput = GenerateDecoderOnlyOutput | GenerateBeamDecoderOnlyOutput
@@ -106,7 +108,7 @@ def wrap(call: Any, fetched: dict[str, Any], state: Any) -> GenerateOutput:
     fields |= {name: fetched[name][:rows, :steps].copy() for name in fetched if name.endswith("logprobs")}
     fields |= {name: _internals(name, call, fetched, state, steps) for name in call.collect}
     if config.use_cache:
-        fields["past_key_values"] = PastKeyValues(state.cache, call, steps)
+        fields["past_key_values"] = PastKeyValues(state.cache, _slots(call, state.cache, steps))
     return GenerateDecoderOnlyOutput(**fields) if config.num_beams == 1 else GenerateBeamDecoderOnlyOutput(**fields)
 
 
@@ -125,41 +127,50 @@ def _best_beams(call: Any, fetched: dict[str, Any]) -> dict[str, Any]:
     return fields
 
 
+def _slots(call: Any, cache: Any, steps: int) -> np.ndarray:
+    """int [rows, C, L]: where in the cache each continuation has its columns."""
+    rows, beams, base = call.rows * call.strategy.copies, call.config.num_beams, call.prompt.cache_slots
+    generated = base + np.broadcast_to(np.arange(steps - 1), (rows, 1, steps - 1))
+    if beams > 1:
+        # Of the C slots of each step, a beam attends one: its ancestor's.
+        valid = np.asarray(cache.valid)[:rows, :, base : base + beams * (steps - 1)]
+        own = valid.reshape(rows, beams, steps - 1, beams).argmax(axis=3)
+        generated = base + beams * np.arange(steps - 1) + own
+    return np.concatenate([np.broadcast_to(call.seen, (*generated.shape[:2], len(call.seen))), generated], axis=2)
+
+
 def _internals(
     name: str, call: Any, fetched: dict[str, Any], state: Any, steps: int
 ) -> tuple[tuple[np.ndarray, ...], ...]:
     """Transformers' tuple over steps of tuples over layers, from the buffers and their buckets.
 
-    The first are of the prompt, a row for each of its sequences. Later ones are of one column per row, or per branch:
-    each beam is a row of what is returned, and of the candidates of contrastive search the chosen one is. Of the slots
-    that a column may attend, those of its past are left.
+    The first are of the prompt, a row for each of its sequences; of a prompt in chunks they are of the last one. Later
+    ones are of one column per row, or per branch: each beam is a row of what is returned, and of the candidates of
+    contrastive search the chosen one is. Of the slots that a column may attend, those of its past are left.
     """
     first, later = jax.device_get((state.prompt_internals[name], state.step_internals[name]))
-    columns, beams = call.prompt.input_ids.shape[1], call.config.num_beams
-    offset, rows = columns - call.columns, call.rows * call.strategy.copies
+    base, beams = call.prompt.cache_slots, call.config.num_beams
+    rows = call.rows * call.strategy.copies
+    fresh = call.fresh if call.prompt.chunk is None else (call.fresh - 1) % call.prompt.chunk + 1
 
     def prompt(array: np.ndarray) -> np.ndarray:
         repeated = np.repeat(array[: call.rows], call.strategy.copies * beams, axis=0)
-        return repeated[..., offset:, offset:] if name == "attentions" else repeated[:, offset:]
+        return repeated[:, :, -fresh:][..., call.seen] if name == "attentions" else repeated[:, -fresh:]
 
     def step(array: np.ndarray, place: int) -> np.ndarray:
         """[N, C, D] -> [N * beams, 1, D], or [N, Q, C, S] -> [N * beams, Q, 1, t]."""
         array = array[:rows]
+        generated = base + np.broadcast_to(np.arange(place + 1), (rows, 1, place + 1))
         if "chosen" in fetched:
             branch = fetched["chosen"][place + 1][:rows]
             array = np.take_along_axis(array, branch.reshape(-1, *[1] * (array.ndim - 1)), axis=-2)
-            own = columns + place + branch[:, None, None]
-            slots = np.broadcast_to(np.arange(columns + place), (rows, 1, columns + place))
-            slots = np.concatenate([slots, own], axis=2)
+            generated = np.concatenate([generated[..., :-1], base + place + branch[:, None, None]], axis=2)
         elif "parents" in fetched:
-            generated = columns + ancestors[place][:rows] + beams * np.arange(place + 1)
-            prompts = np.broadcast_to(np.arange(columns), (rows, beams, columns))
-            slots = np.concatenate([prompts, generated], axis=2)
-        else:
-            slots = np.broadcast_to(np.arange(columns + place + 1), (rows, 1, columns + place + 1))
+            generated = base + ancestors[place][:rows] + beams * np.arange(place + 1)
         if name == "hidden_states":
             return array.reshape(-1, 1, array.shape[-1])
-        taken = np.take_along_axis(array, slots[:, None, :, offset:], axis=3)
+        seen = np.broadcast_to(call.seen, (*generated.shape[:2], len(call.seen)))
+        taken = np.take_along_axis(array, np.concatenate([seen, generated], axis=2)[:, None], axis=3)
         return taken.swapaxes(1, 2).reshape(-1, taken.shape[1], 1, taken.shape[3])
 
     ancestors = _ancestors(fetched["parents"], steps) if "parents" in fetched else []
@@ -177,37 +188,6 @@ def _ancestors(parents: np.ndarray, steps: int) -> list[np.ndarray]:
         continued = np.take_along_axis(ancestors[-1], parents[step][:, :, None], axis=1)
         ancestors.append(np.concatenate([continued, own], axis=2))
     return ancestors
-
-
-class PastKeyValues(Sequence):
-    """The cache of a call without its padding: `past[layer]` is a pair, each [N, K, columns, H] on the device."""
-
-    def __init__(self, cache: Any, call: Any, steps: int):
-        columns, beams = call.prompt.input_ids.shape[1], call.config.num_beams
-        self._cache, self._rows = cache, call.rows * call.strategy.copies
-        self._slots = np.arange(columns - call.columns, columns + steps - 1)[None, None]
-        if beams > 1:
-            # Of the C slots of each step, a beam attends one: its ancestor's.
-            valid = np.asarray(cache.valid)[: self._rows, :, columns : columns + beams * (steps - 1)]
-            own = valid.reshape(*valid.shape[:2], steps - 1, beams).argmax(axis=3)
-            generated = columns + beams * np.arange(steps - 1) + own
-            prompt = np.broadcast_to(self._slots[..., : call.columns], (*generated.shape[:2], call.columns))
-            self._slots = np.concatenate([prompt, generated], axis=2)
-
-    def __len__(self) -> int:
-        return len(self._cache.layers)
-
-    def __getitem__(self, layer: Any) -> Any:
-        return tuple(self._take(array) for array in self._cache.layer(range(len(self))[layer]))
-
-    def _take(self, array: jax.Array) -> jax.Array:
-        """[N * beams, K, columns, H] of [N, K, S, H]."""
-        taken = jnp.take_along_axis(array[: self._rows, None], self._slots[:, :, None, :, None], axis=3)
-        return taken.reshape(-1, *taken.shape[2:])
-
-    def get_seq_length(self) -> int:
-        """Columns of the prompt and the new tokens that the model has seen."""
-        return self._slots.shape[2]
 
 
 def compute_transition_scores(

@@ -133,7 +133,8 @@ class NewTokens:
 def feed(streamer: Any, call: Any) -> Callable[[Progress], None]:
     """Hands a streamer the prompts, int32 [rows, P], as transformers does; the rest is for `finish` to look with."""
     new = NewTokens(call)
-    prompts = np.asarray(call.prompt.input_ids)[: call.rows, -call.columns :]
+    padded = np.asarray(call.prompt.input_ids)
+    prompts = padded[: call.rows, padded.shape[1] - call.columns :]
     streamer.put(np.repeat(prompts, call.strategy.copies, axis=0))
 
     def look(progress: Progress) -> None:

@@ -53,6 +53,11 @@ SHOWN_BY = {
     **dict.fromkeys(
         ["stop_strings", "tokenizer"], "test_stop_strings.py::test_generated_texts_stop_as_in_transformers"
     ),
+    "past_key_values": "test_continuing.py::test_other_turns_on_a_cache_equal_transformers",
+    "inputs_embeds": "test_continuing.py::test_embeddings_in_place_of_tokens_equal_transformers",
+    "position_ids": "test_continuing.py::test_positions_of_the_callers_own_equal_transformers",
+    "prefill_chunk_size": "test_continuing.py::test_a_prompt_read_in_chunks_gives_the_same_tokens",
+    "token_healing": "test_token_healing.py::test_healed_prompts_and_what_follows_equal_transformers",
     "penalty_alpha": "test_contrastive_search.py::test_sequences_are_those_of_transformers_4_41",
     "inputs": "test_generation.py::test_prompts_come_as_lists_or_arrays_of_any_integer_type_under_either_name",
     "input_ids": "test_generation.py::test_prompts_come_as_lists_or_arrays_of_any_integer_type_under_either_name",

@@ -329,8 +329,6 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
         "greenlist_ratio must lie strictly between 0 and 1",
     ),
     "an assistant": (PROMPT, {"assistant_model": object()}, "`assistant_model` is not supported"),
-    "inputs_embeds": (None, {"inputs_embeds": np.ones((1, 2, 32))}, "`inputs_embeds` is not supported"),
-    "a cache": (PROMPT, {"past_key_values": object()}, "`past_key_values` is not supported"),
 }
 
 
@@ -348,7 +346,7 @@ def test_an_unknown_keyword_of_none_is_ignored_as_in_transformers(model: Any) ->
 
 
 def test_neutral_values_of_arguments_to_come_are_accepted(model: Any) -> None:
-    neutral = {"trust_remote_code": False, "synced_gpus": False, "position_ids": None}
+    neutral = {"trust_remote_code": False, "synced_gpus": False, "position_ids": None, "past_key_values": None}
     assert continuation(model, **neutral) == continuation(model)
 
 

@@ -230,6 +230,10 @@ class Llama(nnx.Module):
         return self.config.vocab_size
 
     @property
+    def hidden_size(self) -> int:
+        return self.config.hidden_size
+
+    @property
     def max_position_embeddings(self) -> int:
         return self.config.max_position_embeddings
 
@@ -303,7 +307,7 @@ class Llama(nnx.Module):
         collect: tuple[str, ...] = (),
     ) -> tuple[jax.Array, KVCache, Internals]:
         """float [N, T, D] after the final norm, the cache T columns longer, and the internals asked for."""
-        x = self.embed_tokens(input_ids)
+        x = self.embed_tokens(input_ids) if input_ids.ndim == 2 else input_ids.astype(self.dtype)
         cache, positions, mask = cache.extend(attention_mask, position_ids)
         cos, sin = rope.cos_sin(self.config.rope, positions, x.dtype)
         hidden_states, attentions = [x], []
