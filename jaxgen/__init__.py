@@ -1,17 +1,50 @@
 """Hugging Face `generate()` for JAX: the same arguments, the same tokens, the whole decode one compiled program."""
 
-from jaxgen.base import LogitsProcessor, Model, Prompt, Strategy
-from jaxgen.beam_search import BeamSearch
-from jaxgen.checkpoint import BUNDLED_MODEL, from_config, load, save
-from jaxgen.contrastive_search import ContrastiveSearch
-from jaxgen.decoding import compile_counts, decode
-from jaxgen.generation import Call, generate, prepare, stream
-from jaxgen.group_beam_search import GroupBeamSearch
-from jaxgen.outputs import compute_transition_scores
-from jaxgen.safetensors_file import CheckpointError
-from jaxgen.sampling import Sample
-from jaxgen.stopping_criteria import EosToken, MaxLength
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from jaxgen.version import __version__
+
+if TYPE_CHECKING:
+    from jaxgen.base import LogitsProcessor, Model, Prompt, Strategy
+    from jaxgen.beam_search import BeamSearch
+    from jaxgen.checkpoint import BUNDLED_MODEL, from_config, load, save
+    from jaxgen.contrastive_search import ContrastiveSearch
+    from jaxgen.decoding import compile_counts, decode
+    from jaxgen.generation import Call, generate, prepare, stream
+    from jaxgen.group_beam_search import GroupBeamSearch
+    from jaxgen.outputs import compute_transition_scores
+    from jaxgen.past_key_values import PastKeyValues
+    from jaxgen.safetensors_file import CheckpointError
+    from jaxgen.sampling import Sample
+    from jaxgen.stopping_criteria import EosToken, MaxLength
+
+# Where the public names live. They are imported when they are first asked for, so that `jaxgen --help` answers at once.
+_HOMES = {
+    "BUNDLED_MODEL": "checkpoint",
+    "BeamSearch": "beam_search",
+    "Call": "generation",
+    "CheckpointError": "safetensors_file",
+    "ContrastiveSearch": "contrastive_search",
+    "EosToken": "stopping_criteria",
+    "GroupBeamSearch": "group_beam_search",
+    "LogitsProcessor": "base",
+    "MaxLength": "stopping_criteria",
+    "Model": "base",
+    "PastKeyValues": "past_key_values",
+    "Prompt": "base",
+    "Sample": "sampling",
+    "Strategy": "base",
+    "compile_counts": "decoding",
+    "compute_transition_scores": "outputs",
+    "decode": "decoding",
+    "from_config": "checkpoint",
+    "generate": "generation",
+    "load": "checkpoint",
+    "prepare": "generation",
+    "save": "checkpoint",
+    "stream": "generation",
+}
 
 __all__ = [
     "__version__",
@@ -25,6 +58,7 @@ __all__ = [
     "LogitsProcessor",
     "MaxLength",
     "Model",
+    "PastKeyValues",
     "Prompt",
     "Sample",
     "Strategy",
@@ -38,3 +72,14 @@ __all__ = [
     "save",
     "stream",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'jaxgen' has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(f"jaxgen.{_HOMES[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

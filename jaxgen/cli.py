@@ -1,20 +1,11 @@
-"""The command `jaxgen`."""
+"""The command `jaxgen`: what it takes. What it does is in `commands`, which is imported when it is known which."""
 
 import argparse
 import importlib
 import sys
-import time
-from pathlib import Path
-from typing import Any
+from importlib.metadata import version
 
-import jax
-import numpy as np
-
-from jaxgen import lazy
-from jaxgen.base import Model
-from jaxgen.checkpoint import BUNDLED_MODEL, load
-from jaxgen.decoding import advance, compile_counts, finalize, prefill
-from jaxgen.generation import lower
+from jaxgen.commands.options import add_decoding_options
 from jaxgen.version import __version__
 
 
@@ -23,74 +14,65 @@ def main(argv: list[str] | None = None) -> int:
     if arguments[:1] == ["convert"]:
         # The converter imports the package, never the reverse: its command is looked up by name.
         return importlib.import_module("jaxgen.convert.__main__").main(arguments[1:], prog="jaxgen convert")
-    return _run(_parser().parse_args(arguments))
+    parsed = _parser().parse_args(arguments)
+    command = importlib.import_module(f"jaxgen.commands.{parsed.command}")
+    try:
+        return command.run(parsed)
+    except (ValueError, OSError) as error:
+        print(f"jaxgen: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("jaxgen: interrupted", file=sys.stderr)
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="jaxgen", description="Hugging Face generate() for JAX.")
-    parser.add_argument("--version", action="version", version=f"jaxgen {__version__}, jax {jax.__version__}")
+    parser.add_argument("--version", action="version", version=f"jaxgen {__version__}, jax {version('jax')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    generate = commands.add_parser("generate", help="continue a text", description="Continues a text greedily.")
-    generate.add_argument("prompt", metavar="TEXT", help="the text to continue")
-    generate.add_argument(
-        "--model", metavar="FOLDER", help="a Hugging Face or converted folder; bundled model if left out"
+
+    generate = commands.add_parser(
+        "generate", help="continue a text", description="Continues a text, as the checkpoint's own settings have it."
     )
-    generate.add_argument("--max-new-tokens", type=int, default=200, metavar="N", help="at most so many (default: 200)")
-    generate.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the checkpoint's own")
+    generate.add_argument("prompt", metavar="TEXT", nargs="?", help="what to continue; standard input by default")
+    generate.add_argument("--file", metavar="FILE", help="a file with the text instead; - for standard input")
+    generate.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
+    generate.add_argument("--negative-prompt", metavar="TEXT", help="what to guide away from, with --guidance-scale")
+
+    chat = commands.add_parser(
+        "chat",
+        help="talk with a model that was made for it",
+        description="Talks with a model. The cache is kept, so each turn reads only what is new.",
+    )
+    chat.add_argument("--system", metavar="TEXT", help="the system message")
+    chat.add_argument("--chat-template", metavar="FILE", help="a Jinja template; the checkpoint's own by default")
+    for parser_with_model in (generate, chat):
+        _add_model_options(parser_with_model)
+        add_decoding_options(parser_with_model)
+
+    inspect = commands.add_parser(
+        "inspect", help="what a folder holds", description="Says what a checkpoint holds, without loading it."
+    )
+    inspect.add_argument("folder", metavar="FOLDER", help="a Hugging Face or converted folder")
+    doctor = commands.add_parser(
+        "doctor", help="what is installed", description="Says what is installed, where it runs and what is wrong."
+    )
+    _add_cache_option(doctor)
     commands.add_parser("convert", help="convert a Hugging Face folder to jaxgen's own format", add_help=False)
     return parser
 
 
-def _run(arguments: argparse.Namespace) -> int:
-    folder = Path(arguments.model or BUNDLED_MODEL)
-    if arguments.model is None:
-        _say(f"no --model given: using the small story model that comes with jaxgen ({folder})")
-    try:
-        model = load(folder, arguments.dtype)
-        if not any((folder / file).exists() for file in ("tokenizer.json", "tokenizer.model")):
-            raise ValueError(
-                f"{folder} has neither tokenizer.json nor tokenizer.model. Copy the tokenizer's files there."
-            )
-        tokenizer = lazy.transformers().AutoTokenizer.from_pretrained(folder)
-        print(_continue(model, tokenizer, arguments.prompt, arguments.max_new_tokens))
-    except (ValueError, OSError) as error:
-        _say(str(error))
-        return 1
-    return 0
-
-
-def _continue(model: Model, tokenizer: Any, text: str, max_new_tokens: int) -> str:
-    """The text and its continuation; says on stderr how long what took."""
-    encoded = tokenizer(text, return_tensors="np")
-    fields = {"max_new_tokens": max_new_tokens, "do_sample": False, "return_dict_in_generate": False}
-    call = lower(model, None, None, {**encoded, **fields})
-    _say("compiling for this prompt length on first use")
-    compiling = _CompileClock()
-    start = time.perf_counter()
-    state, _ = jax.block_until_ready(prefill(model, call.prompt, call.strategy, call.slots))
-    first = time.perf_counter() - start
-    state, _ = advance(model, state, call.strategy, np.int32(call.slots))
-    sequences = np.asarray(call.wrap(finalize(call.strategy, state), state))
-    total = time.perf_counter() - start
-    new_tokens = sequences.shape[1] - encoded["input_ids"].shape[1]
-    _say(
-        f"first token after {first:.2f} s; {new_tokens} tokens, {new_tokens / (total - compiling.seconds):,.0f} "
-        f"tokens/s without compiling; compiled {sum(compile_counts().values())} programs in {compiling.seconds:.2f} s"
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", metavar="FOLDER", help="a Hugging Face or converted folder; bundled story model by default"
     )
-    return tokenizer.decode(sequences[0], skip_special_tokens=True)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the checkpoint's own")
+    _add_cache_option(parser)
 
 
-class _CompileClock:
-    """Adds up the seconds JAX spends on tracing, lowering and compiling from now on."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        jax.monitoring.register_event_duration_secs_listener(self._add)
-
-    def _add(self, event: str, duration_secs: float, **_: Any) -> None:
-        if event.startswith("/jax/core/compile/"):
-            self.seconds += duration_secs
-
-
-def _say(message: str) -> None:
-    print(f"jaxgen: {message}", file=sys.stderr)
+def _add_cache_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--compile-cache",
+        metavar="FOLDER",
+        help="where compiled programs are kept, or off; default: $JAXGEN_COMPILE_CACHE, else the user's cache folder",
+    )

@@ -53,9 +53,13 @@ WATCHED = Pace(seconds=0.1, most=16, watched=True)
 UNWATCHED = Pace(seconds=0.25, most=2**20, watched=False)
 
 
-def run(model: Model, call: Any, pace: Pace) -> Generator[Progress, None, DecodeState]:
+Chunks = Generator[Progress, bool | None, DecodeState]
+
+
+def run(model: Model, call: Any, pace: Pace) -> Chunks:
     """Runs a `generation.Call`, yielding the progress of its chunks as host arrays; the value is the state at the end.
 
+    True sent back ends it there: the state may then be a chunk ahead of the progress, which was queued already.
     Whatever ends it early, an interrupt or an error where it is read, leaves the device idle.
     """
     max_time = math.inf if call.config.max_time is None else call.config.max_time
@@ -79,7 +83,8 @@ def run(model: Model, call: Any, pace: Pace) -> Generator[Progress, None, Decode
                 return state
             chunk, progress = unread.popleft()
             read = jax.device_get(progress)
-            yield read
+            if (yield read):
+                return _stopped(model, call, state, read)
             now = time.monotonic() - started - compiling
             if not read.unfinished:
                 return state
@@ -97,25 +102,23 @@ def run(model: Model, call: Any, pace: Pace) -> Generator[Progress, None, Decode
 
 
 def _stopped(model: Model, call: Any, state: DecodeState, read: Progress) -> DecodeState:
-    """The state of a call out of time. Beams get one more step, whose candidates are all at the end of their length."""
+    """The state of a call that ends early. Beams get one more step, whose candidates all end at their length."""
     if read.text is not None:
         return state
     strategy: Any = replace(call.strategy, max_length=MaxLength(leaf(read.length + 1, np.int32)))
     return advance(model, state, strategy, leaf(1, np.int32), call.collect)[0]
 
 
-def finish(
-    chunks: Generator[Progress, None, DecodeState], look: Callable[[Progress], None] | None = None
-) -> DecodeState:
-    """The state that `run` ends with, after `look` has seen every chunk."""
+def finish(chunks: Chunks, look: Callable[[Progress], bool | None] = lambda progress: None) -> DecodeState:
+    """The state that `run` ends with, after `look` has seen every chunk; it may answer True to end it."""
+    stop = None
     with contextlib.closing(chunks):
         while True:
             try:
-                progress = next(chunks)
+                progress = chunks.send(stop)
             except StopIteration as ended:
                 return ended.value
-            if look is not None:
-                look(progress)
+            stop = look(progress)
 
 
 class NewTokens:

@@ -2,9 +2,11 @@
 
 import importlib.util
 import os
+import shutil
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["JAXGEN_COMPILE_CACHE"] = "off"  # of commands; what a test compiles is not to come from a test before it
 
 from pathlib import Path
 from typing import Any
@@ -62,3 +64,18 @@ def tokenizer() -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(jaxgen.BUNDLED_MODEL)
+
+
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ message['role'] }}:{{ message['content'] }}{{ eos_token }}"
+    "{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def chat_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The story model with a chat template, as a model made for conversations has it."""
+    copy = tmp_path_factory.mktemp("chat") / "model"
+    shutil.copytree(jaxgen.BUNDLED_MODEL, copy)
+    (copy / "chat_template.jinja").write_text(TEMPLATE)
+    return copy

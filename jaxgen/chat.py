@@ -1,0 +1,114 @@
+"""A conversation on a kept cache: each turn reads only what the cache does not hold yet."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from jaxgen.base import Model
+from jaxgen.generation import Call, Custom, lower
+from jaxgen.past_key_values import PastKeyValues
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one turn did.
+
+    Attributes:
+        answer: the model's text.
+        tokens: its ids, as they were shown.
+        read: columns that the prompt's forward pass read.
+        kept: columns before them that the cache held.
+    """
+
+    answer: str
+    tokens: list[int]
+    read: int
+    kept: int
+
+
+class Conversation:
+    """Messages, as a chat template wants them, and the cache of what the model has seen of them.
+
+    Every turn is rendered and tokenised as a whole. Of its ids, those that the cache holds from the start are kept, and
+    the rest is read: what a template changes about earlier turns is read again, and the answer is that of a run from
+    scratch.
+
+    Attributes:
+        model: that answers.
+        messages: dicts with `role` and `content`.
+    """
+
+    def __init__(self, model: Model, tokenizer: Any, system: str | None = None, template: str | None = None):
+        """Starts one; the template is the tokenizer's own by default.
+
+        Raises:
+            ValueError: if there is no template.
+        """
+        if template is None and not tokenizer.chat_template:
+            raise ValueError(
+                "the checkpoint has no chat template, so it was not made for conversations. Pass a model that was, or "
+                "`--chat-template FILE`."
+            )
+        self.model, self._tokenizer, self._template = model, tokenizer, template
+        self.messages: list[dict[str, str]] = []
+        self._ids: list[int] = []
+        self._past: PastKeyValues | None = None
+        self.system = system
+
+    @property
+    def system(self) -> str | None:
+        """The system message."""
+        first = self.messages[:1]
+        return first[0]["content"] if first and first[0]["role"] == "system" else None
+
+    @system.setter
+    def system(self, text: str | None) -> None:
+        rest = self.messages[self.system is not None :]
+        self.messages = [{"role": "system", "content": text}, *rest] if text else rest
+
+    def reset(self) -> None:
+        """Forgets all but the system message."""
+        self.system, self.messages = self.system, self.messages[: self.system is not None]
+
+    def ask(self, text: str, arguments: dict[str, Any], decode: Callable[[Call], tuple[Any, int]]) -> Turn:
+        """One turn; if it fails, the conversation is as it was.
+
+        Args:
+            text: the user's.
+            arguments: of `generate`.
+            decode: runs a call; gives its output, and the columns to keep of it.
+        """
+        asked = [*self.messages, {"role": "user", "content": text}]
+        ids = self._render(asked)
+        kept = min(_common(self._ids, ids), len(ids) - 1)
+        self._ids = self._ids[:kept]
+        if self._past is not None:
+            self._past.crop(kept)
+        custom = Custom(key=arguments.get("key"), tokenizer=self._tokenizer)
+        fields = {name: value for name, value in arguments.items() if name != "key"}
+        inputs = {"past_key_values": self._past if kept else None, "attention_mask": np.ones((1, len(ids)), int)}
+        call = lower(self.model, np.array([ids]), None, {**fields, **inputs, "return_dict_in_generate": True}, custom)
+        output, shown = decode(call)
+        past = self._past = output.past_key_values
+        past.crop(shown)
+        self._ids = output.sequences[0, : past.get_seq_length()].tolist()
+        tokens = output.sequences[0, len(ids) : shown].tolist()
+        answer = self._tokenizer.decode(tokens, skip_special_tokens=True)
+        self.messages = [*asked, {"role": "assistant", "content": answer}]
+        return Turn(answer, tokens, call.fresh, kept)
+
+    def _render(self, messages: list[dict[str, str]]) -> list[int]:
+        encoded = self._tokenizer.apply_chat_template(
+            messages, chat_template=self._template, add_generation_prompt=True, tokenize=True, return_dict=True
+        )
+        return list(encoded["input_ids"])
+
+
+def _common(first: list[int], second: list[int]) -> int:
+    """How many ids the two begin with alike."""
+    for place, (one, other) in enumerate(zip(first, second, strict=False)):
+        if one != other:
+            return place
+    return min(len(first), len(second))

@@ -1,0 +1,1 @@
+"""What each command of `jaxgen` does; `cli` says what it takes."""

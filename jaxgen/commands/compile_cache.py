@@ -1,0 +1,64 @@
+"""Compiled programs kept between processes: JAX's persistent compilation cache, in a folder of the user's own.
+
+Programs are loaded and run as they are, so whoever may write to the folder may run code as the user.
+"""
+
+import os
+import stat
+from pathlib import Path
+
+import jax
+
+_MOST_BYTES = 2 << 30
+
+
+def default_folder() -> Path:
+    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(caches) / "jaxgen" / "compiled"
+
+
+def current() -> Path | None:
+    """The folder in use."""
+    folder = jax.config.values["jax_compilation_cache_dir"]
+    return Path(folder) if folder else None
+
+
+def enable(where: str | None = None) -> Path | None:
+    """Keeps programs in a folder, made with mode 0700 if needed.
+
+    Args:
+        where: the folder, "off" for none; by default what JAX was told already, else `$JAXGEN_COMPILE_CACHE`, else
+            `jaxgen/compiled` in the user's cache folder.
+
+    Returns:
+        The folder, or None.
+
+    Raises:
+        ValueError: if others may write to the folder.
+    """
+    where = where or os.environ.get("JAXGEN_COMPILE_CACHE")
+    if where is None and (told := current()):
+        return told
+    if where == "off":
+        jax.config.update("jax_compilation_cache_dir", None)
+        return None
+    folder = Path(where) if where else default_folder()
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    check(folder)
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_compilation_cache_max_size", _MOST_BYTES)
+    # Also what takes less than a second, of which there is a lot before the first token.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    return folder
+
+
+def check(folder: Path) -> None:
+    """Raises ValueError if others may write to the folder."""
+    status = folder.stat()
+    mode = stat.S_IMODE(status.st_mode)
+    if status.st_uid != os.getuid() or mode & 0o022:
+        raise ValueError(
+            f"the compile cache {folder} (owner {status.st_uid}, mode {mode:04o}) can be written by others, who could "
+            "have you run their programs. Make it yours (chmod 700), or pass `--compile-cache` another folder or off."
+        )

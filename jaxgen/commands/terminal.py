@@ -1,0 +1,99 @@
+"""What the commands that decode share: a model with its tokenizer, and a decode that says how long what takes."""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxgen import lazy
+from jaxgen.base import Model
+from jaxgen.checkpoint import BUNDLED_MODEL, load
+from jaxgen.commands import compile_cache
+from jaxgen.decoding import Progress, finalize
+from jaxgen.generation import Call
+from jaxgen.streaming import WATCHED, feed, finish, run
+
+
+def say(message: str) -> None:
+    print(f"jaxgen: {message}", file=sys.stderr, flush=True)
+
+
+def open_model(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """The model and its tokenizer, with compiled programs kept where the arguments say."""
+    compile_cache.enable(arguments.compile_cache)
+    folder = Path(arguments.model or BUNDLED_MODEL)
+    if arguments.model is None:
+        say(f"no --model given: using the small story model that comes with jaxgen ({folder})")
+    model = load(folder, arguments.dtype)
+    if not any((folder / file).exists() for file in ("tokenizer.json", "tokenizer.model")):
+        raise ValueError(f"{folder} has neither tokenizer.json nor tokenizer.model. Copy the tokenizer's files there.")
+    return model, lazy.transformers().AutoTokenizer.from_pretrained(folder)
+
+
+@dataclass
+class Times:
+    """How long a decode takes, in seconds.
+
+    Attributes:
+        first_token: from the start until it is there.
+        total: from the start until the end.
+        compiling: of these, what JAX spends on tracing and compiling.
+        kept: programs that come from the compile cache.
+        shown: columns that were looked at, prompt included.
+    """
+
+    first_token: float = 0.0
+    total: float = 0.0
+    compiling: float = 0.0
+    kept: int = 0
+    shown: int = 0
+
+
+def decode(
+    model: Model, call: Call, streamer: Any = None, stop: Callable[[], bool] = lambda: False
+) -> tuple[Any, Times]:
+    """What `call.wrap` gives, and how long it took; the streamer sees tokens as they come, until `stop` says so."""
+    times, start = Times(), time.perf_counter()
+    show = None if streamer is None else feed(streamer, call)
+
+    def look(progress: Progress) -> bool:
+        times.first_token = times.first_token or time.perf_counter() - start
+        times.shown = int(progress.length)
+        if show is not None:
+            show(progress)
+        return stop()
+
+    _running.append(times)
+    try:
+        state = finish(run(model, call, WATCHED), look)
+        output = call.wrap(finalize(call.strategy, state), state)
+    finally:
+        _running.remove(times)
+    if streamer is not None:
+        streamer.end()
+    times.total = time.perf_counter() - start
+    return output, times
+
+
+_running: list[Times] = []
+
+
+def _add_duration(event: str, duration_secs: float, **_: Any) -> None:
+    if event.startswith("/jax/core/compile/"):
+        for times in _running:
+            times.compiling += duration_secs
+
+
+def _add_event(event: str, **_: Any) -> None:
+    if event == "/jax/compilation_cache/cache_hits":
+        for times in _running:
+            times.kept += 1
+
+
+jax.monitoring.register_event_duration_secs_listener(_add_duration)
+jax.monitoring.register_event_listener(_add_event)

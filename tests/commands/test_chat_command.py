@@ -1,0 +1,138 @@
+"""`jaxgen chat` in a terminal: a person types, reads along, stops an answer and leaves."""
+
+import json
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from jaxgen.cli import main
+
+
+class Terminal:
+    """A program in a pseudo-terminal."""
+
+    def __init__(self, *command: str):
+        self._master, slave = pty.openpty()
+        self.process = subprocess.Popen(
+            command, stdin=slave, stdout=slave, stderr=slave, start_new_session=True, close_fds=True,
+            preexec_fn=lambda: os.set_blocking(0, True) or _own_terminal(),
+            env={**os.environ, "TERM": "dumb"},
+        )  # fmt: skip
+        os.close(slave)
+        self.screen = ""
+
+    def wait_for(self, pattern: str, seconds: float = 120) -> str:
+        """What is on the screen up to the end of the pattern, which is then forgotten."""
+        end = time.monotonic() + seconds
+        while not (found := re.search(pattern, self.screen)):
+            ready, _, _ = select.select([self._master], [], [], max(0, end - time.monotonic()))
+            assert ready, f"waited for {pattern!r} in vain; the screen: {self.screen!r}"
+            try:
+                self.screen += os.read(self._master, 4096).decode(errors="replace")
+            except OSError:  # the program has left
+                assert re.search(pattern, self.screen), self.screen
+        before, self.screen = self.screen[: found.end()], self.screen[found.end() :]
+        return before
+
+    def type(self, text: str) -> None:
+        os.write(self._master, text.encode())
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self._master)
+
+
+def _own_terminal() -> None:
+    """Makes standard input the terminal that sends the signals."""
+    import fcntl
+    import termios
+
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+@pytest.fixture
+def chat(chat_folder: Path) -> Iterator[Terminal]:
+    options = ["--model", str(chat_folder), "--max-tokens", "2000", "--eos-token-id", "1000", "--system", "be kind"]
+    terminal = Terminal(sys.executable, "-m", "jaxgen", "chat", *options)
+    yield terminal
+    terminal.close()
+
+
+def test_a_person_talks_stops_an_answer_talks_on_and_leaves(chat: Terminal, tmp_path: Path) -> None:
+    chat.wait_for("> ")
+    chat.type("hello there\n")
+    chat.wait_for(r"hello there\r\n")
+    chat.wait_for(r"\w+ \w+ \w+ ")  # the answer has begun, and would go on for thousands of tokens
+    pressed = time.monotonic()
+    chat.type("\x03")
+    note = chat.wait_for(r"\[(\d+) tokens read, 0 kept, (\d+) written.*stopped\]\r\n")
+    assert time.monotonic() - pressed < 5  # a chunk of a tenth of a second, on a machine that may be busy
+    written = int(re.search(r"(\d+) written", note)[1])  # type: ignore[index]
+    assert 0 < written < 1900
+    chat.wait_for("> ")
+    chat.type("\x03")
+    chat.wait_for("to leave")
+    chat.type("and then\n")
+    chat.wait_for(r"and then\r\n")
+    chat.wait_for(r"\w+ \w+ \w+ ")
+    chat.type("\x03")
+    kept = re.search(r"(\d+) kept", chat.wait_for(r"kept.*stopped\]\r\n"))
+    assert kept and int(kept[1]) > 5
+    chat.wait_for("> ")
+    chat.type(f"/save {tmp_path / 'talk.json'}\n")
+    chat.wait_for("saved in")
+    roles = [message["role"] for message in json.loads((tmp_path / "talk.json").read_text())["messages"]]
+    assert roles == ["system", "user", "assistant", "user", "assistant"]
+    chat.wait_for("> ")
+    chat.type("/exit\n")
+    assert chat.process.wait(timeout=30) == 0
+
+
+def piped(monkeypatch: pytest.MonkeyPatch, lines: list[str]) -> None:
+    import io
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+
+
+def test_lines_from_a_pipe_are_answered_one_by_one(
+    chat_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    saved = tmp_path / "talk.json"
+    saved.write_text("mine")
+    piped(monkeypatch, ["hello there", "/system be a fox", "/reset", "/what", f"/save {saved}", "/save", "", "/system"])
+    assert main(["chat", "--model", str(chat_folder), "--max-tokens", "5"]) == 0
+    out, err = capsys.readouterr()
+    for said in ("(set)", "(forgotten)", "There is no /what", "/exit", "(removed)"):
+        assert said in out
+    assert "0 kept, 5 written" in err and "File exists" in err and "/save needs the name of a file" in err
+    assert saved.read_text() == "mine"
+
+
+def test_a_wrong_argument_is_reported_and_the_chat_goes_on(
+    chat_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    piped(monkeypatch, ["hello there", "/help"])
+    assert main(["chat", "--model", str(chat_folder), "--max-tokens", "5", "--min-p", "7"]) == 0
+    out, err = capsys.readouterr()
+    assert "`min_p`" in err and "/reset" in out
+
+
+def test_beams_and_models_without_a_template_are_refused(
+    chat_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["chat", "--model", str(chat_folder), "--num-beams", "2"]) == 1
+    assert "a chat shows one answer" in capsys.readouterr().err
+    assert main(["chat"]) == 1
+    assert "has no chat template" in capsys.readouterr().err
+    template = chat_folder / "chat_template.jinja"
+    piped(monkeypatch, [])
+    assert main(["chat", "--chat-template", str(template)]) == 0

@@ -1,0 +1,83 @@
+"""`jaxgen generate`: where its text comes from, and what its options do."""
+
+import io
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import jaxgen
+from jaxgen.cli import main
+
+SHORT = ["--max-tokens", "6"]
+
+
+def output(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(["generate", *arguments, *SHORT]) == 0
+    return capsys.readouterr().out
+
+
+def test_a_text_comes_from_the_command_line_a_file_or_a_pipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = output(capsys, "Once upon a time")
+    assert told.startswith("Once upon a time") and told.endswith("\n")
+    (tmp_path / "text").write_text("Once upon a time")
+    assert output(capsys, "--file", str(tmp_path / "text")) == told
+    for arguments in ([], ["--file", "-"]):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("Once upon a time"))
+        assert output(capsys, *arguments) == told
+    assert main(["generate", "x", "--file", "y"]) == 1
+    assert "TEXT and --file were both given" in capsys.readouterr().err
+    keyboard = io.StringIO()
+    keyboard.isatty = lambda: True
+    monkeypatch.setattr(sys, "stdin", keyboard)
+    assert main(["generate"]) == 1
+    assert "there is no text to continue" in capsys.readouterr().err
+
+
+def test_json_holds_the_completions_and_the_times(
+    capsys: pytest.CaptureFixture[str], bundled: Any, tokenizer: Any
+) -> None:
+    beams = ["--num-beams", "3", "--num-return-sequences", "2"]
+    told = json.loads(output(capsys, "Once upon a time", "--json", *beams))
+    ids = tokenizer("Once upon a time", return_tensors="np")["input_ids"]
+    expected = jaxgen.generate(bundled, ids, num_beams=3, num_return_sequences=2, max_new_tokens=6)
+    texts = tokenizer.batch_decode(expected, skip_special_tokens=True)
+    assert [told["prompt"] + each for each in told["completions"]] == texts
+    assert (told["prompt_tokens"], told["new_tokens"]) == (ids.shape[1], expected.shape[1] - ids.shape[1])
+    assert 0 < told["first_token_seconds"] <= told["seconds"]
+    assert output(capsys, "Once upon a time", *beams) == "\n\n".join(texts) + "\n"
+
+
+def test_a_seed_or_a_temperature_draws_and_temperature_zero_does_not(capsys: pytest.CaptureFixture[str]) -> None:
+    drawn = output(capsys, "Once upon a time", "--temp", "1.5", "--seed", "5")
+    assert drawn == output(capsys, "Once upon a time", "--temperature", "1.5", "--seed", "5")
+    assert drawn != output(capsys, "Once upon a time", "--temp", "1.5", "--seed", "6")
+    assert output(capsys, "Once upon a time", "--temp", "0") == output(capsys, "Once upon a time")
+
+
+def test_a_checkpoints_own_settings_count_as_in_generate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = shutil.copytree(jaxgen.BUNDLED_MODEL, tmp_path / "instruct")
+    (folder / "generation_config.json").write_text('{"do_sample": true, "temperature": 1.5, "eos_token_id": 2}')
+    there = ["--model", str(folder)]
+    assert output(capsys, "Once upon a time", *there, "--seed", "5") == output(
+        capsys, "Once upon a time", "--temp", "1.5", "--seed", "5"
+    )
+    assert output(capsys, "Once upon a time", *there, "--no-do-sample") == output(capsys, "Once upon a time")
+
+
+def test_stop_strings_and_negative_prompts_reach_generate(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "Once upon a time", "--stop", "was", "--stop", "zebra"]) == 0
+    assert capsys.readouterr().out.rstrip().endswith("was")
+    plain = output(capsys, "Once upon a time", "--guidance-scale", "3")
+    assert plain != output(capsys, "Once upon a time", "--guidance-scale", "3", "--negative-prompt", "a little fox")
+
+
+def test_a_wrong_value_ends_with_one_line_and_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "x", "--min-p", "3"]) == 1
+    err = capsys.readouterr().err
+    assert "`min_p`" in err and "Traceback" not in err

@@ -1,0 +1,116 @@
+"""A conversation on a kept cache: what each turn reads, and that its answers are those of runs from scratch."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import jaxgen
+from jaxgen.chat import Conversation
+from jaxgen.decoding import finalize
+from jaxgen.generation import Call
+from jaxgen.streaming import UNWATCHED, finish, run
+
+ARGUMENTS = {"max_new_tokens": 12, "repetition_penalty": 1.3}
+SAID = ["hello there", "and then", "who was it"]
+
+
+@pytest.fixture(scope="module")
+def chat_tokenizer(chat_folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(chat_folder)
+
+
+@pytest.fixture
+def conversation(bundled: Any, chat_tokenizer: Any) -> Conversation:
+    return Conversation(bundled, chat_tokenizer)
+
+
+class Decode:
+    """Runs calls to their end, or shows fewer of their columns, and remembers them."""
+
+    def __init__(self, model: Any, shown: int | None = None):
+        self.model, self.shown, self.calls = model, shown, []
+
+    def __call__(self, call: Call) -> tuple[Any, int]:
+        self.calls.append(call)
+        state = finish(run(self.model, call, UNWATCHED))
+        output = call.wrap(finalize(call.strategy, state), state)
+        return output, (self.shown and call.columns + self.shown) or output.sequences.shape[1]
+
+
+def rendered(tokenizer: Any, messages: list[dict[str, str]]) -> np.ndarray:
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
+    return np.array([ids["input_ids"]])
+
+
+def test_three_turns_read_only_what_is_new_and_answer_as_from_scratch(
+    bundled: Any, chat_tokenizer: Any, conversation: Conversation
+) -> None:
+    decode, cached = Decode(bundled), 0
+    for text in SAID:
+        ids = rendered(chat_tokenizer, [*conversation.messages, {"role": "user", "content": text}])
+        turn = conversation.ask(text, ARGUMENTS, decode)
+        assert (turn.kept, turn.read) == (cached, ids.shape[1] - cached)
+        assert decode.calls[-1].fresh == turn.read
+        scratch = jaxgen.generate(bundled, ids, **ARGUMENTS)
+        assert turn.tokens == scratch[0, ids.shape[1] :].tolist()
+        cached = scratch.shape[1] - 1
+    # The passes over prompts had room for no more than the bucket of what is new.
+    widths = [call.prompt.cache_slots - (call.prompt.past.slots if call.prompt.past else 0) for call in decode.calls]
+    assert widths[1] < 32 and widths[2] < 32
+    assert [message["role"] for message in conversation.messages] == ["user", "assistant"] * 3
+
+
+def test_an_answer_that_was_stopped_stays_and_the_next_turn_goes_on_from_it(
+    bundled: Any, chat_tokenizer: Any, conversation: Conversation
+) -> None:
+    stopped = conversation.ask(SAID[0], ARGUMENTS, Decode(bundled, shown=5))
+    assert len(stopped.tokens) == 5 and conversation.messages[-1]["content"] == stopped.answer
+    ids = rendered(chat_tokenizer, [*conversation.messages, {"role": "user", "content": SAID[1]}])
+    turn = conversation.ask(SAID[1], ARGUMENTS, Decode(bundled))
+    assert turn.kept > 5
+    assert turn.tokens == jaxgen.generate(bundled, ids, **ARGUMENTS)[0, ids.shape[1] :].tolist()
+
+
+def test_a_turn_that_fails_leaves_the_conversation_as_it_was(
+    bundled: Any, chat_tokenizer: Any, conversation: Conversation
+) -> None:
+    def fail(_: Call) -> Any:
+        raise KeyboardInterrupt
+
+    conversation.ask(SAID[0], ARGUMENTS, Decode(bundled))
+    before = list(conversation.messages)
+    with pytest.raises(KeyboardInterrupt):
+        conversation.ask(SAID[1], ARGUMENTS, fail)
+    assert conversation.messages == before
+    ids = rendered(chat_tokenizer, [*before, {"role": "user", "content": SAID[2]}])
+    turn = conversation.ask(SAID[2], ARGUMENTS, Decode(bundled))
+    assert turn.kept > 10
+    assert turn.tokens == jaxgen.generate(bundled, ids, **ARGUMENTS)[0, ids.shape[1] :].tolist()
+
+
+def test_another_system_message_or_a_reset_reads_from_where_the_texts_part(
+    bundled: Any, chat_tokenizer: Any, conversation: Conversation
+) -> None:
+    conversation.ask(SAID[0], ARGUMENTS, Decode(bundled))
+    conversation.system = "be a fox"
+    assert conversation.messages[0] == {"role": "system", "content": "be a fox"} and len(conversation.messages) == 3
+    ids = rendered(chat_tokenizer, [*conversation.messages, {"role": "user", "content": SAID[1]}])
+    turn = conversation.ask(SAID[1], ARGUMENTS, Decode(bundled))
+    assert turn.kept == 1  # the token that starts every text
+    assert turn.tokens == jaxgen.generate(bundled, ids, **ARGUMENTS)[0, ids.shape[1] :].tolist()
+    conversation.reset()
+    assert conversation.messages == [{"role": "system", "content": "be a fox"}]
+    conversation.system = None
+    assert conversation.messages == []
+
+
+def test_a_model_without_a_template_is_refused_unless_one_is_given(bundled: Any, tokenizer: Any) -> None:
+    with pytest.raises(ValueError, match="has no chat template"):
+        Conversation(bundled, tokenizer)
+    template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    turn = Conversation(bundled, tokenizer, template=template).ask("Once upon a time", ARGUMENTS, Decode(bundled))
+    assert len(turn.tokens) == 12
