@@ -85,11 +85,11 @@ class Prompt:
         length: int32 []. Columns of the caller's prompt.
         rows: int32 []. Rows of the caller's prompt; the rows below them belong to the bucket.
         position_ids: int32 [N, T], or None to count the unmasked columns of each row.
-        past: a cache of the columns before the last T; None if there are none.
-        unseen: bool [N, T]. The last T columns of the prompt, and False on those that the model has seen already too;
-            None if T is P and it is the attention mask.
-        embeddings: float [N, T, D]. What takes the place of embedded tokens; None for the tokens.
-        chunk: columns of one forward pass, static, of which T is a multiple; None for all at once.
+        past: a cache of the columns before the T that the forward pass reads; None if there are none.
+        inputs: int32 [N, T] tokens or float [N, T, D] embeddings that it reads; None for `input_ids`.
+        unseen: bool [N, T]. Which of `inputs` are no padding; None for `attention_mask`.
+        full_chunks: int32 []. With a `chunk`, how many full ones come before the last, which is padded on the left.
+        chunk: columns to read at a time, static; None for all at once.
     """
 
     input_ids: jax.Array
@@ -98,13 +98,14 @@ class Prompt:
     rows: jax.Array
     position_ids: jax.Array | None = None
     past: "Cache | None" = None
+    inputs: jax.Array | None = None
     unseen: jax.Array | None = None
-    embeddings: jax.Array | None = None
+    full_chunks: jax.Array | None = None
     chunk: int | None = field(default=None, metadata={"static": True})
 
     @property
     def cache_slots(self) -> int:
-        """The slots that the cache has after the prompt's forward pass: those of `past`, and T."""
+        """The slots that the prompt's forward pass takes at most: those of `past`, and T."""
         before = 0 if self.past is None else self.past.slots
         return before + (self.attention_mask if self.unseen is None else self.unseen).shape[1]
 

@@ -154,8 +154,7 @@ def for_criterion(function: Callable[..., Any]) -> HostFunction:
 
 
 def _is_transformers(function: Any) -> bool:
-    transformers = lazy.transformers()
-    return isinstance(function, (transformers.LogitsProcessor, transformers.StoppingCriteria))
+    return isinstance(function, (lazy.torch_class("LogitsProcessor"), lazy.torch_class("StoppingCriteria")))
 
 
 def _with_tensors(function: Callable[..., Any]) -> HostFunction:

@@ -85,14 +85,14 @@ class Conversation:
         kept = min(_common(self._ids, ids), len(ids) - 1)
         self._ids = self._ids[:kept]
         if self._past is not None:
-            self._past.crop(kept)
+            self._past.crop(kept - self._past.get_seq_length())
         custom = Custom(key=arguments.get("key"), tokenizer=self._tokenizer)
         fields = {name: value for name, value in arguments.items() if name != "key"}
         inputs = {"past_key_values": self._past if kept else None, "attention_mask": np.ones((1, len(ids)), int)}
         call = lower(self.model, np.array([ids]), None, {**fields, **inputs, "return_dict_in_generate": True}, custom)
         output, shown = decode(call)
         past = self._past = output.past_key_values
-        past.crop(shown)
+        past.crop(min(shown - past.get_seq_length(), 0))
         self._ids = output.sequences[0, : past.get_seq_length()].tolist()
         tokens = output.sequences[0, len(ids) : shown].tolist()
         answer = self._tokenizer.decode(tokens, skip_special_tokens=True)
@@ -100,9 +100,14 @@ class Conversation:
         return Turn(answer, tokens, call.fresh, kept)
 
     def _render(self, messages: list[dict[str, str]]) -> list[int]:
-        encoded = self._tokenizer.apply_chat_template(
-            messages, chat_template=self._template, add_generation_prompt=True, tokenize=True, return_dict=True
-        )
+        try:
+            encoded = self._tokenizer.apply_chat_template(
+                messages, chat_template=self._template, add_generation_prompt=True, tokenize=True, return_dict=True
+            )
+        except Exception as error:  # a template is a program of somebody else's
+            raise ValueError(f"the chat template fails: {error}. Some take no system message.") from error
+        if not encoded["input_ids"]:
+            raise ValueError("the chat template makes nothing of the messages. Pass another `--chat-template`.")
         return list(encoded["input_ids"])
 
 

@@ -1,8 +1,12 @@
 """The command `jaxgen`: what it takes. What it does is in `commands`, which is imported when it is known which."""
 
 import argparse
+import contextlib
 import importlib
+import os
+import signal
 import sys
+from collections.abc import Iterator
 from importlib.metadata import version
 
 from jaxgen.commands.options import add_decoding_options
@@ -11,19 +15,40 @@ from jaxgen.version import __version__
 
 def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
-    if arguments[:1] == ["convert"]:
-        # The converter imports the package, never the reverse: its command is looked up by name.
-        return importlib.import_module("jaxgen.convert.__main__").main(arguments[1:], prog="jaxgen convert")
-    parsed = _parser().parse_args(arguments)
-    command = importlib.import_module(f"jaxgen.commands.{parsed.command}")
     try:
-        return command.run(parsed)
-    except (ValueError, OSError) as error:
+        if arguments[:1] == ["convert"]:
+            # The converter imports the package, never the reverse: its command is looked up by name.
+            return importlib.import_module("jaxgen.convert.__main__").main(arguments[1:], prog="jaxgen convert")
+        with _interrupts_end_the_process():
+            parsed = _parser().parse_args(arguments)
+            if sys.stdout is None:
+                raise ValueError("standard output is closed: there is nowhere to write to.")
+            return importlib.import_module(f"jaxgen.commands.{parsed.command}").run(parsed)
+    except BrokenPipeError:  # as in `jaxgen generate ... | head -c 5`: nobody reads on
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # for what would be flushed at the end
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        print(f"jaxgen: {error.filename}: {error.strerror}" if error.filename else f"jaxgen: {error}", file=sys.stderr)
+    except ValueError as error:
         print(f"jaxgen: {error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         print("jaxgen: interrupted", file=sys.stderr)
-        return 130
+        return 128 + signal.SIGINT
+    return 1
+
+
+@contextlib.contextmanager
+def _interrupts_end_the_process() -> Iterator[None]:
+    """Ctrl-C at once and without a traceback, also within what would swallow an exception; `chat` has its own."""
+    try:
+        before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    except ValueError:  # not the main thread, to which no signal comes
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -32,7 +57,11 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     generate = commands.add_parser(
-        "generate", help="continue a text", description="Continues a text, as the checkpoint's own settings have it."
+        "generate",
+        help="continue a text",
+        usage="jaxgen generate [options] [TEXT]",
+        description="Continues a text, as the checkpoint's own settings have it.",
+        allow_abbrev=False,
     )
     generate.add_argument("prompt", metavar="TEXT", nargs="?", help="what to continue; standard input by default")
     generate.add_argument("--file", metavar="FILE", help="a file with the text instead; - for standard input")
@@ -42,7 +71,9 @@ def _parser() -> argparse.ArgumentParser:
     chat = commands.add_parser(
         "chat",
         help="talk with a model that was made for it",
+        usage="jaxgen chat [options]",
         description="Talks with a model. The cache is kept, so each turn reads only what is new.",
+        allow_abbrev=False,
     )
     chat.add_argument("--system", metavar="TEXT", help="the system message")
     chat.add_argument("--chat-template", metavar="FILE", help="a Jinja template; the checkpoint's own by default")

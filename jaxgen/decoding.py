@@ -109,10 +109,9 @@ def _prefill(
 
 def _read(model: Model, prompt: Prompt, collect: tuple[str, ...]) -> tuple[jax.Array, Cache, Internals]:
     """The forward pass over the columns of the prompt that are not in its `past`; internals are of the last chunk."""
+    inputs = prompt.input_ids if prompt.inputs is None else prompt.inputs
     mask = (prompt.attention_mask if prompt.unseen is None else prompt.unseen).astype(bool)
-    rows, columns = mask.shape
-    inputs = prompt.input_ids[:, -columns:] if prompt.embeddings is None else prompt.embeddings
-    cache = model.make_cache(rows, columns) if prompt.past is None else prompt.past.grow(prompt.cache_slots)
+    cache = model.make_cache(*mask.shape) if prompt.past is None else prompt.past.grow(prompt.cache_slots)
     if (size := prompt.chunk) is None:
         return model.extend(cache, inputs, mask, prompt.position_ids, collect)
 
@@ -122,9 +121,9 @@ def _read(model: Model, prompt: Prompt, collect: tuple[str, ...]) -> tuple[jax.A
 
         return model.extend(cache, part(inputs), part(mask), part(prompt.position_ids), collect)
 
-    last = columns // size - 1
-    cache = lax.fori_loop(0, last, lambda number, cache: chunk(cache, number, ())[1], cache)
-    return chunk(cache, last, collect)
+    full: Any = prompt.full_chunks
+    cache = lax.fori_loop(0, full, lambda number, cache: chunk(cache, number, ())[1], cache)
+    return chunk(cache, full, collect)
 
 
 def _advance(

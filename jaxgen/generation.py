@@ -4,13 +4,14 @@ JAX clamps and wraps where torch raises, so everything a program could get wrong
 anything is compiled.
 """
 
+import atexit
 import contextlib
 import copy
-import functools
 import logging
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+import weakref
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -153,10 +154,17 @@ def stream(model: Model, inputs: Any = None, generation_config: Any = None, **kw
             f"`stream` cannot follow `num_beams`={call.config.num_beams}: beams change their tokens until the end. Use "
             "`generate`, or one beam."
         )
-    return _chunks(model, call)
+    chunks = _chunks(model, call)
+    _unread.add(chunks)
+    return chunks
 
 
-def _chunks(model: Model, call: "Call") -> Iterator[np.ndarray]:
+# A stream that is left unread ends while the modules that end it are still there.
+_unread: weakref.WeakSet[Generator[np.ndarray, None, None]] = weakref.WeakSet()
+atexit.register(lambda: [chunks.close() for chunks in list(_unread)])
+
+
+def _chunks(model: Model, call: "Call") -> Generator[np.ndarray, None, None]:
     new = NewTokens(call)
     with call.host.registered(), contextlib.closing(run(model, call, WATCHED)) as chunks:
         for progress in chunks:
@@ -278,7 +286,7 @@ def lower(
         raise ValueError("`output_logprobs`=True has nowhere to put them. Pass `return_dict_in_generate=True` too.")
     read = checked_inputs(model, inputs, model_inputs, config)
     if config.merged.token_healing:
-        read = _healed(model, read, custom.tokenizer)
+        read = _healed(model, read, custom)
     config = _fitted(config, read, model_inputs)
     rows, columns = read.input_ids.shape
     max_length = config.length_for(columns, model.max_position_embeddings)
@@ -288,12 +296,16 @@ def lower(
             f"{stop_length} columns are asked for, but their number must be below 2**31. Lower `max_new_tokens` or "
             "`max_length` (a tokenizer without a limit reports 10**30)."
         )
-    if stop_length > model.max_position_embeddings:
+    whole = read.attention_mask.shape[1] + stop_length - columns
+    if whole > model.max_position_embeddings:
         logger.warning(
             "%d tokens are asked for, and the model was made for %d (`max_position_embeddings`): expect poor text "
-            "beyond. Lower `max_new_tokens` to avoid it.",
-            stop_length,
+            "beyond. %s to avoid it.",
+            whole,
             model.max_position_embeddings,
+            "Lower `max_new_tokens`"
+            if read.attention_mask.shape[1] < model.max_position_embeddings
+            else "Shorten the prompt",
         )
     if max(eos_token_id, default=0) >= model.vocab_size:
         logger.warning(
@@ -397,6 +409,11 @@ def _fitted(config: Resolved, read: Inputs, model_inputs: Mapping[str, Any]) -> 
     if config.penalty_alpha:
         _need_plain(read, config.prefill_chunk_size, "`penalty_alpha`", "which compares the hidden states of the text")
     if read.embeddings is None:
+        if not config.use_cache and {"attentions", "hidden_states"} & {*config.outputs}:
+            raise ValueError(
+                "`use_cache`=False would return the attentions and hidden states of the whole text at every step, but "
+                "jaxgen always decodes with a cache. Leave `use_cache` out: each column's are returned once."
+            )
         return config
     for name, off in (("encoder_repetition_penalty", 1.0), ("encoder_no_repeat_ngram_size", 0)):
         if getattr(config.merged, name) not in (None, off):
@@ -436,19 +453,31 @@ def _need_plain(read: Inputs, chunk: int | None, name: str, why: str) -> None:
             raise ValueError(f"`{other}` does not go with {name}, {why}. Leave out one of them.")
 
 
-def _healed(model: Model, read: Inputs, tokenizer: Any) -> Inputs:
+def _healed(model: Model, read: Inputs, custom: Custom) -> Inputs:
     """The prompt with its last tokens chosen anew; see `token_healing`."""
-    if tokenizer is None:
+    if custom.tokenizer is None:
         raise ValueError(
             " When generating with token healing, you must pass the model's tokenizer to the `tokenizer` argument of "
             "`generate`."
         )
+    if not callable(custom.tokenizer):
+        raise ValueError(f"`tokenizer`={custom.tokenizer!r} is none. Pass the model's.")
     if not read.plain:
         raise ValueError(
             "`token_healing` changes the prompt, which then does not go with `past_key_values`, `inputs_embeds` or "
             "`position_ids`. Leave out one of them."
         )
-    input_ids = heal(read.input_ids, tokenizer, functools.partial(generate, model))
+
+    def one_token(prompt: np.ndarray, bias: Any, row: int) -> Any:
+        # Drawn if the checkpoint's own settings say so, as in transformers.
+        key = custom.key if model.generation_config.do_sample else None
+        rows = len(read.input_ids)
+        words = None if key is None else key_words(key, resolve(model.generation_config, None, {})[0], rows, rows)
+        if words is not None and words.ndim == 2:
+            words = words[row]
+        return generate(model, prompt, generation_config=bias, key=words)
+
+    input_ids = heal(read.input_ids, custom.tokenizer, one_token)
     if input_ids.shape == read.input_ids.shape:
         return replace(read, input_ids=input_ids)
     if not read.attention_mask.all():
@@ -481,18 +510,17 @@ def _split_criteria(
     criteria: list[Any], config: Resolved, max_length: int
 ) -> tuple[Resolved, tuple[int, ...], int, list[Any]]:
     """What transformers' own criteria replace: of the configuration, the ids and the length; and the other criteria."""
-    transformers = lazy.transformers()
     eos_token_id, others = config.eos_token_id, []
     for criterion in criteria:
-        if type(criterion) is transformers.MaxLengthCriteria:
+        if type(criterion) is lazy.torch_class("MaxLengthCriteria"):
             _check_length("stopping_criteria", criterion.max_length)
             max_length = criterion.max_length
-        elif type(criterion) is transformers.EosTokenCriteria:
+        elif type(criterion) is lazy.torch_class("EosTokenCriteria"):
             eos_token_id = tuple(np.asarray(criterion.eos_token_id).reshape(-1).tolist())
-        elif type(criterion) is transformers.MaxTimeCriteria:
+        elif type(criterion) is lazy.torch_class("MaxTimeCriteria"):
             config = replace(config, max_time=criterion.max_time)
         else:
-            if type(criterion) is transformers.StopStringCriteria:
+            if type(criterion) is lazy.torch_class("StopStringCriteria"):
                 config = replace(config, stop_strings=())
             others.append(criterion)
     return config, eos_token_id, max_length, others
@@ -529,16 +557,16 @@ def _criterion(criterion: Any, host: HostFunctions, rows: int) -> Any:
 
 def _guidance(config: Resolved, custom: Custom) -> tuple[Any, list[Any]]:
     """The scale, unless off or replaced by a custom processor of its type, and the custom processors in their order."""
-    scale = config.merged.guidance_scale
-    replacing = lazy.transformers().UnbatchedClassifierFreeGuidanceLogitsProcessor
-    if scale is None or scale == 1 or any(type(each) is replacing for each in custom.logits_processor):
+    scale, customs = config.merged.guidance_scale, custom.logits_processor
+    replacing = lazy.torch_class("UnbatchedClassifierFreeGuidanceLogitsProcessor")
+    if scale is None or scale == 1 or any(type(each) is replacing for each in customs):
         if custom.negative_prompt_ids is not None:
             logger.warning("`negative_prompt_ids` has no effect without `guidance_scale`. Pass one other than 1.")
-        first = [each for each in custom.logits_processor if type(each) is replacing]
-        return None, [*first, *(each for each in custom.logits_processor if type(each) is not replacing)]
+        first = [each for each in customs if type(each) is replacing]
+        return None, [*first, *(each for each in customs if type(each) is not replacing)]
     if not isinstance(scale, (int, float, np.number)) or isinstance(scale, bool):
         raise ValueError(f"`guidance_scale`={scale!r} must be a number, above 1 to follow the prompt more closely.")
-    return leaf(scale, np.float32), custom.logits_processor
+    return leaf(scale, np.float32), customs
 
 
 # Arguments of transformers' `generate` that are yet to come; their neutral values are accepted.

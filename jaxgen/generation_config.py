@@ -184,14 +184,25 @@ def resolve(
     has_default_max_length = all(level is None for level in levels)
     min_levels = (kwargs.get("min_length"), getattr(generation_config, "min_length", None), model_config.min_length)
     if isinstance(watermark := kwargs.get("watermarking_config"), dict):
-        kwargs = {**kwargs, "watermarking_config": lazy.generation_configs().WatermarkingConfig.from_dict(watermark)}
+        try:
+            watermark = lazy.generation_configs().WatermarkingConfig.from_dict(watermark)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"`watermarking_config`={watermark!r} makes no WatermarkingConfig: {error}.") from error
+        kwargs = {**kwargs, "watermarking_config": watermark}
     merged = copy.deepcopy(generation_config) or config_class()
     merged.update(**model_config.to_dict(), defaults_only=True, allow_custom_entries=True)
     merged.update(**merged._get_default_generation_params(), defaults_only=True)
     fields = set(vars(merged))
     # transformers' check does not know that contrastive search reads `top_k`.
     unchecked = {"top_k"} & set(kwargs) if kwargs.get("penalty_alpha", merged.penalty_alpha) else set()
-    others = merged.update(**{name: value for name, value in kwargs.items() if name not in unchecked})
+    checked = {name: value for name, value in kwargs.items() if name not in unchecked}
+    try:
+        others = merged.update(**checked)
+    except (TypeError, AttributeError) as error:  # transformers compares before it asks what it is given
+        given = {name: value for name, value in checked.items() if name in fields}
+        wrong = {name: value for name, value in given.items() if not _has_a_type(config_class, name, value)} or given
+        shown = ", ".join(f"`{name}`={value!r}" for name, value in wrong.items())
+        raise ValueError(f"{shown} has the wrong type: {error}.") from error
     for name in unchecked:
         setattr(merged, name, kwargs[name])
     if generation_config is not None and (given := sorted(set(kwargs) - set(others))):
@@ -212,6 +223,17 @@ def resolve(
             resolved.min_length,
         )
     return resolved, others
+
+
+def _has_a_type(config_class: Any, name: str, value: Any) -> bool:
+    """Whether transformers can look at the value of a field, if only to refuse it."""
+    try:
+        config_class().update(**{name: value})
+    except (TypeError, AttributeError):
+        return False
+    except ValueError:
+        pass
+    return True
 
 
 def _refuse_unsupported(merged: Any) -> None:
@@ -264,11 +286,6 @@ def _freeze(merged: Any, has_default_max_length: bool) -> Resolved:
     outputs = ("scores", "logits", "attentions", "hidden_states")
     outputs = tuple(name for name in outputs if merged.return_dict_in_generate and getattr(merged, f"output_{name}"))
     use_cache = merged.use_cache is None or bool(merged.use_cache)
-    if not use_cache and {"attentions", "hidden_states"} & {*outputs}:
-        raise ValueError(
-            "`use_cache`=False would return the attentions and hidden states of the whole text at every step, but "
-            "jaxgen always decodes with a cache. Leave `use_cache` out: each column's are returned once."
-        )
     eos = _token_ids("eos_token_id", merged.eos_token_id)
     pad = _token_ids("pad_token_id", merged.pad_token_id)
     bos = _token_ids("bos_token_id", merged.bos_token_id)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from jaxgen import lazy
 from jaxgen.base import Model, Prompt, leaf
 from jaxgen.generation_config import Resolved
 from jaxgen.past_key_values import PastKeyValues
@@ -69,7 +70,7 @@ def checked_inputs(model: Model, inputs: Any, model_inputs: dict[str, Any], conf
     mask, past = model_inputs.get("attention_mask"), model_inputs.get("past_key_values")
     embeddings = _embeddings(model_inputs.get("inputs_embeds"), model.hidden_size)
     if embeddings is not None and (given is None or np.shape(given)[1:] == (0,)):
-        input_ids = np.zeros((len(embeddings), 0), np.int32)
+        input_ids = np.zeros((len(embeddings if given is None else given), 0), np.int32)
     else:
         if given is None:
             if config.bos_token_id is None:
@@ -85,7 +86,7 @@ def checked_inputs(model: Model, inputs: Any, model_inputs: dict[str, Any], conf
         # With a cache the mask has all columns, and the ids have them all too or the new ones only.
         shape = (rows, seen + columns) if np.shape(mask) == (rows, seen + columns) and embeddings is None else shape
         mask = _mask("attention_mask", mask, shape)
-    warn_about_padding(input_ids, mask, config)
+    warn_about_padding(input_ids, mask, config, embeddings is not None)
     if mask is None:
         if columns not in (0, shape[1]):
             raise ValueError(
@@ -115,7 +116,10 @@ def _embeddings(given: Any, hidden_size: int) -> np.ndarray | None:
     if given is None:
         return None
     refuse_tracer(given)
-    embeddings = np.asarray(given)
+    try:
+        embeddings = lazy.as_numpy(given)
+    except ValueError as error:
+        raise ValueError(f"`inputs_embeds` is no rectangular array ({error}).") from error
     if embeddings.ndim != 3 or embeddings.shape[2] != hidden_size or 0 in embeddings.shape:
         raise ValueError(
             f"`inputs_embeds` has shape {embeddings.shape}, but must be [prompts, columns, {hidden_size}], neither "
@@ -147,8 +151,8 @@ def _positions(given: Any, rows: int, fresh: int) -> np.ndarray | None:
     if given is None:
         return None
     positions = _array("position_ids", given)
-    if not np.issubdtype(positions.dtype, np.integer) or (positions.size and abs(positions).max() >= 2**31):
-        raise ValueError(f"`position_ids` has dtype {positions.dtype}, but must hold integers of 32 bits.")
+    if not np.issubdtype(positions.dtype, np.integer) or ((positions >= 2**30) | (positions < -(2**30))).any():
+        raise ValueError(f"`position_ids` has dtype {positions.dtype}, but must hold integers of less than 2**30.")
     if positions.shape[0] not in (1, rows) or positions.shape[1] < fresh:
         raise ValueError(
             f"`position_ids` has shape {positions.shape}, but {rows} prompts have {fresh} columns to be read. Pass one "
@@ -175,10 +179,19 @@ def padded_prompt(model: Model, inputs: Inputs, chunk: int | None) -> tuple[Prom
         prompt = pad_to_buckets(inputs.input_ids, inputs.text_mask)
         width = prompt.input_ids.shape[1]
         return prompt, np.arange(width - inputs.fresh, width)
-    rows, fresh = inputs.input_ids.shape[0], inputs.fresh
-    width = bucket(max(fresh, _MIN_PROMPT_BUCKET)) if chunk is None else -(-fresh // chunk) * chunk
-    prompt = pad_to_buckets(inputs.input_ids, inputs.text_mask, 0 if inputs.embeddings is not None else width)
-    padding = ((0, len(prompt.input_ids) - rows), (width - fresh, 0))
+    fresh = inputs.fresh
+    prompt = pad_to_buckets(inputs.input_ids, inputs.text_mask)
+    size = bucket(max(fresh, _MIN_PROMPT_BUCKET)) if chunk is None else chunk
+    full = (fresh - 1) // size  # chunks before the last, which has what is left, as in transformers
+    width = size * (1 + (bucket(full) if full else 0))
+    places = np.arange(fresh) + np.where(np.arange(fresh) < full * size, 0, (full + 1) * size - fresh)
+
+    def laid_out(array: np.ndarray) -> np.ndarray:
+        """[N, T, ...] of [B, fresh, ...]."""
+        whole = np.zeros((len(prompt.input_ids), width, *array.shape[2:]), array.dtype)
+        whole[: len(array), places] = array
+        return whole
+
     positions = inputs.position_ids if inputs.position_ids is not None else _counted(inputs.attention_mask)[:, -fresh:]
     seen, past, slots = inputs.attention_mask.shape[1] - fresh, None, 0
     if inputs.past is not None:
@@ -186,13 +199,14 @@ def padded_prompt(model: Model, inputs: Inputs, chunk: int | None) -> tuple[Prom
         past = inputs.past.lower(model, len(prompt.input_ids), slots, inputs.attention_mask[:, :seen])
     prompt = replace(
         prompt,
-        position_ids=leaf(np.pad(positions, padding), np.int32),
+        position_ids=laid_out(positions),
         past=past,
-        unseen=leaf(np.pad(inputs.attention_mask[:, -fresh:], padding), np.bool_),
-        embeddings=None if inputs.embeddings is None else np.pad(inputs.embeddings, (*padding, (0, 0))),
+        inputs=laid_out(inputs.input_ids[:, -fresh:] if inputs.embeddings is None else inputs.embeddings),
+        unseen=laid_out(inputs.attention_mask[:, -fresh:]),
+        full_chunks=None if chunk is None else leaf(full, np.int32),
         chunk=chunk,
     )
-    return prompt, np.concatenate([np.arange(slots - seen, slots), slots + np.arange(width - fresh, width)])
+    return prompt, np.concatenate([np.arange(slots - seen, slots), slots + places])
 
 
 def _token_ids(name: str, given: Any, vocab_size: int) -> np.ndarray:
@@ -245,7 +259,7 @@ def refuse_tracer(value: Any) -> None:
         raise ValueError("`generate` runs on the host, not inside jit, vmap or grad. Use `jaxgen.decode` there.")
 
 
-def warn_about_padding(input_ids: np.ndarray, mask: np.ndarray | None, config: Resolved) -> None:
+def warn_about_padding(input_ids: np.ndarray, mask: np.ndarray | None, config: Resolved, embedded: bool) -> None:
     """The warnings of transformers 5.23 `_prepare_special_tokens` and `generate`, which concern batches only."""
     eos, pad = config.eos_token_id, config.pad_token_id
     if len(input_ids) == 1 or (pad is None and not eos):
@@ -265,7 +279,7 @@ def warn_about_padding(input_ids: np.ndarray, mask: np.ndarray | None, config: R
         last = ~mask[:, -1]
     else:
         last = input_ids[:, -1:] == pad_token_id_or_default(config)
-    if last.any():
+    if last.any() and not embedded:
         logger.warning(
             "A decoder-only architecture is being used, but right-padding was detected! For correct generation "
             "results, please set `padding_side='left'` when initializing the tokenizer."
@@ -286,11 +300,10 @@ def pad_token_id_or_default(config: Resolved) -> int:
     return config.eos_token_id[0] if config.eos_token_id else 0
 
 
-def pad_to_buckets(input_ids: np.ndarray, attention_mask: np.ndarray, least: int = 0) -> Prompt:
+def pad_to_buckets(input_ids: np.ndarray, attention_mask: np.ndarray) -> Prompt:
     """The prompt in the upper right corner of its bucket: masked columns before it, finished rows below it."""
     rows, columns = input_ids.shape
-    padded = max(bucket(max(columns, _MIN_PROMPT_BUCKET)), least)
-    width = ((0, bucket(rows) - rows), (padded - columns, 0))
+    width = ((0, bucket(rows) - rows), (bucket(max(columns, _MIN_PROMPT_BUCKET)) - columns, 0))
     return Prompt(
         input_ids=leaf(np.pad(input_ids, width), np.int32),
         attention_mask=leaf(np.pad(attention_mask, width), np.bool_),

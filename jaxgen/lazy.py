@@ -5,6 +5,8 @@ import os
 import sys
 from typing import Any
 
+import numpy as np
+
 
 def transformers() -> Any:
     """The `transformers` package: configs and tokenizers, which need no torch."""
@@ -19,6 +21,18 @@ def transformers() -> Any:
             os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = before
 
 
+def torch_class(name: str) -> type:
+    """A class of `transformers` that needs torch; without torch imported nothing is an instance of what this gives.
+
+    To ask transformers for it would import torch, where it is installed: seconds before the first token.
+    """
+    return getattr(transformers(), name) if "torch" in sys.modules else _NeedsTorch
+
+
+class _NeedsTorch:
+    pass
+
+
 def generation_configs() -> Any:
     """The module of GenerationConfig and the watermarking configs, which the package shows only if torch is there."""
     transformers()
@@ -30,6 +44,14 @@ def byte_characters() -> dict[str, int]:
     transformers()
     characters = importlib.import_module("transformers.convert_slow_tokenizer").bytes_to_unicode()
     return {character: byte for byte, character in characters.items()}
+
+
+def as_numpy(array: Any) -> np.ndarray:
+    """An array of any library, also a tensor that NumPy would not take."""
+    if isinstance(array, getattr(sys.modules.get("torch"), "Tensor", _NeedsTorch)):
+        array = array.detach().cpu()
+        array = array.float() if array.is_floating_point() else array  # NumPy has no bfloat16
+    return np.asarray(array)
 
 
 def torch() -> Any:

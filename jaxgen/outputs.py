@@ -129,7 +129,7 @@ def _best_beams(call: Any, fetched: dict[str, Any]) -> dict[str, Any]:
 
 def _slots(call: Any, cache: Any, steps: int) -> np.ndarray:
     """int [rows, C, L]: where in the cache each continuation has its columns."""
-    rows, beams, base = call.rows * call.strategy.copies, call.config.num_beams, call.prompt.cache_slots
+    rows, beams, base = call.rows * call.strategy.copies, call.config.num_beams, call.seen[-1] + 1
     generated = base + np.broadcast_to(np.arange(steps - 1), (rows, 1, steps - 1))
     if beams > 1:
         # Of the C slots of each step, a beam attends one: its ancestor's.
@@ -149,7 +149,7 @@ def _internals(
     contrastive search the chosen one is. Of the slots that a column may attend, those of its past are left.
     """
     first, later = jax.device_get((state.prompt_internals[name], state.step_internals[name]))
-    base, beams = call.prompt.cache_slots, call.config.num_beams
+    base, beams = call.seen[-1] + 1, call.config.num_beams
     rows = call.rows * call.strategy.copies
     fresh = call.fresh if call.prompt.chunk is None else (call.fresh - 1) % call.prompt.chunk + 1
 

@@ -27,6 +27,8 @@ class PastKeyValues(Sequence):
         return len(self._cache.layers)
 
     def __getitem__(self, layer: Any) -> Any:
+        if isinstance(layer, slice):
+            return [self[each] for each in range(len(self))[layer]]
         heads = np.arange(self._cache.layer(0)[0].shape[1])[:, None]
         place = self._rows[:, None, None], heads, self._slots[:, None]
         return tuple(array[place] for array in self._cache.layer(range(len(self))[layer]))
@@ -40,9 +42,19 @@ class PastKeyValues(Sequence):
         """L: columns of the prompt and the new tokens that the model has seen."""
         return self._slots.shape[1]
 
-    def crop(self, max_length: int) -> None:
-        """Forgets all but the first `max_length` columns, or the last -`max_length`. As transformers 5.23 `Cache`."""
-        self._slots = self._slots[:, :max_length]
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forgets the last -`tokens_to_remove` columns. Same as transformers 5.23 `Cache.crop`.
+
+        Raises:
+            ValueError: unless it is an integer from -L to 0.
+        """
+        columns = self.get_seq_length()
+        if type(tokens_to_remove) is not int or not -columns <= tokens_to_remove <= 0:
+            raise ValueError(
+                f"`crop` removes columns by a negative number, of the {columns} that there are, but got "
+                f"{tokens_to_remove!r}. Pass an integer from {-columns} to 0."
+            )
+        self._slots = self._slots[:, : columns + tokens_to_remove]
 
     def lower(self, model: Model, rows: int, slots: int, mask: np.ndarray) -> Cache:
         """The cache to continue in a program.

@@ -99,8 +99,7 @@ def takes_cur_len(argument: str, function: Any) -> bool:
     """
     if not callable(function):
         raise ValueError(f"`{argument}` holds {function!r}, which is no callable. Pass a list of functions.")
-    transformers = lazy.transformers()
-    if isinstance(function, (transformers.LogitsProcessor, transformers.StoppingCriteria)):
+    if isinstance(function, (lazy.torch_class("LogitsProcessor"), lazy.torch_class("StoppingCriteria"))):
         return False
     parameters = inspect.signature(function).parameters.values()
     required = [each for each in parameters if each.default is each.empty and each.kind in (0, 1)]
@@ -129,7 +128,7 @@ def _merge(
     table: dict[str, LogitsProcessor | None], customs: Sequence[Any], host: HostFunctions, rows: int
 ) -> list[LogitsProcessor]:
     """The built-in processors, those of a custom one's type replaced by it, then the other custom ones."""
-    by_class = {getattr(lazy.transformers(), name): name for name in table}
+    by_class = {lazy.torch_class(name): name for name in table}
     replaced = {by_class[type(custom)]: custom for custom in reversed(customs) if type(custom) in by_class}
     merged: list[LogitsProcessor] = []
     used: list[Any] = []

@@ -15,13 +15,13 @@ _BIAS = 10.0  # makes every extension likelier than any other token
 _OWN_BIAS = 1.0  # for the token that is there, so that "http" does not become "https" without a reason
 
 
-def heal(input_ids: np.ndarray, tokenizer: Any, generate: Callable[..., Any]) -> np.ndarray:
+def heal(input_ids: np.ndarray, tokenizer: Any, one_token: Callable[[np.ndarray, Any, int], Any]) -> np.ndarray:
     """The healed prompts, int32 [B, P'] of int32 [B, P]; P' differs where the tokenizer cuts the text in other places.
 
     Args:
         input_ids: the prompts.
         tokenizer: the model's.
-        generate: that of the model.
+        one_token: continues int32 [1, P] by a token under a GenerationConfig, for a row of the prompts.
     """
     bos, pad = tokenizer.bos_token_id, tokenizer.pad_token_id
     # White space around a prompt means nothing, and would keep its last word from being extended.
@@ -44,7 +44,7 @@ def heal(input_ids: np.ndarray, tokenizer: Any, generate: Callable[..., Any]) ->
         trimmed = ids[:-1].copy()
         if (ids != pad).sum() == 1:
             trimmed[-1] = bos
-        input_ids[row] = generate(trimmed[None], generation_config=config)[0]
+        input_ids[row] = one_token(trimmed[None], config, row)[0]
     return input_ids
 
 

@@ -6,6 +6,8 @@ import shutil
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# A third of the suite's time would be LLVM's, for programs that run once or twice; XLA's own passes are as always.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 os.environ["JAXGEN_COMPILE_CACHE"] = "off"  # of commands; what a test compiles is not to come from a test before it
 
 from pathlib import Path

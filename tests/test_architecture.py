@@ -129,6 +129,16 @@ def test_the_facade_says_three_times_the_same() -> None:
         _ = jaxgen.nonsense  # type: ignore[attr-defined]
 
 
+def test_a_call_does_not_import_torch_where_it_is_installed() -> None:
+    program = (
+        "import sys, jaxgen; model = jaxgen.load(jaxgen.BUNDLED_MODEL); "
+        "jaxgen.generate(model, [[5, 6]], max_new_tokens=2, do_sample=True, guidance_scale=2.0, num_beams=2); "
+        "print('torch' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert result.stdout == "False\n"
+
+
 def test_importing_jaxgen_imports_neither_torch_nor_transformers_and_takes_about_a_second() -> None:
     program = (
         "import sys, time; start = time.process_time(); import jaxgen; seconds = time.process_time() - start; "

@@ -54,3 +54,10 @@ def test_streaming_is_compared_with_the_call_that_nobody_watches(run: Any) -> No
     printed, (figures,) = run("streaming.py", "--shape", "2-layer")
     assert printed[1].startswith("2-layer")
     assert figures["ratio"] == pytest.approx(figures["streamed_ms"] / figures["plain_ms"])
+
+
+def test_continuing_prints_what_a_kept_cache_chunks_and_kept_programs_save(run: Any) -> None:
+    printed, figures = run("continuing.py", "--shape", "2-layer")
+    assert [each["what"] for each in figures] == ["prefix", "chunks", "second process"]
+    assert all(each["ratio"] == pytest.approx(each["without"] / each["with"]) for each in figures)
+    assert figures[1]["with"] < figures[1]["without"] and len(printed) == 4

@@ -1,5 +1,6 @@
 """The command, as a person would run it."""
 
+import signal
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ def test_without_a_model_the_bundled_one_tells_a_story_and_says_how_long_it_took
     ended = run("generate", "Once upon a time", "--max-new-tokens", "20")
     assert ended.returncode == 0
     assert ended.stdout.startswith("Once upon a time") and len(ended.stdout) > 40
-    for said in ("no --model given", "first use of such lengths compiles", "first token after", "2 programs ready in"):
+    for said in ("no --model given", "first use of such lengths compiles", "s after loading", "2 programs ready in"):
         assert said in ended.stderr
     assert "PyTorch" not in ended.stderr and "Warning" not in ended.stderr
 
@@ -67,12 +68,31 @@ def test_help_answers_at_once_since_nothing_heavy_is_imported(arguments: list[st
     assert ended.stdout.endswith("heavy: []\n")
 
 
-def test_an_interrupt_ends_a_command_without_a_traceback(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def interrupted(*_: object) -> int:
-        raise KeyboardInterrupt
+@pytest.mark.parametrize("seconds", [0.2, 1.0, None], ids=["while it starts", "while it loads", "while it writes"])
+def test_an_interrupt_ends_the_process_without_a_traceback(seconds: float | None) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "jaxgen",
+        "generate",
+        "Once upon a time",
+        "--max-tokens=90000",
+        "--eos-token-id=999",
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout and process.stderr
+    time.sleep(seconds) if seconds else process.stdout.read(30)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=10) == -signal.SIGINT
+    assert b"Traceback" not in process.stderr.read()
+    process.stdout.close()
+    process.stderr.close()
 
-    monkeypatch.setattr("jaxgen.commands.generate.run", interrupted)
-    assert main(["generate", "x"]) == 130
-    assert capsys.readouterr().err == "jaxgen: interrupted\n"
+
+def test_nobody_reading_on_ends_it_quietly_and_a_closed_output_does_not_pass_for_success() -> None:
+    command = f"{sys.executable} -m jaxgen generate 'Once upon a time' --max-tokens"
+    bash = ["bash", "-c", f"{command} 9000 --eos-token-id=999 | head -c 5; echo ${{PIPESTATUS[0]}}"]
+    ended = subprocess.run(bash, capture_output=True, text=True, timeout=120)
+    assert ended.stdout == "Once 141\n" and "Traceback" not in ended.stderr and "Errno" not in ended.stderr
+    closed = subprocess.run(["bash", "-c", f"{command} 5 >&-"], capture_output=True, text=True)
+    assert closed.returncode == 1 and "standard output is closed" in closed.stderr

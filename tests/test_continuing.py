@@ -1,11 +1,13 @@
 """What goes on from a cache, from embeddings or at other positions: tokens of transformers, and of one long call."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from architectures import architecture
 from oracle import torch_model
 
 import jaxgen
@@ -33,6 +35,12 @@ def first(model: Any, ids: Any = IDS, mask: Any = MASK, **kwargs: Any) -> Any:
 
 def longer(mask: np.ndarray, columns: int) -> np.ndarray:
     return np.pad(mask, ((0, 0), (0, columns)), constant_values=1)
+
+
+def torch_ids(ids: np.ndarray) -> Any:
+    import torch
+
+    return torch.tensor(ids)
 
 
 def tensors(arrays: dict[str, Any]) -> dict[str, Any]:
@@ -147,21 +155,25 @@ def test_a_prefix_of_512_columns_saves_most_of_the_prefill_of_16_prompts(model: 
 
 def test_a_cache_can_be_cropped_and_go_on_elsewhere(model: Any) -> None:
     start = first(model)
+    past = start.past_key_values
     other = np.concatenate([start.sequences[:, : COLUMNS + 2], IDS[:, -2:]], axis=1)
     mask = longer(MASK, 4)
-    start.past_key_values.crop(COLUMNS + 2)
-    got = first(model, other, mask, past_key_values=start.past_key_values)
+    past.crop(COLUMNS + 2 - past.get_seq_length())
+    got = first(model, other, mask, past_key_values=past)
     np.testing.assert_array_equal(got.sequences, first(model, other, mask).sequences)
-    start.past_key_values.crop(-2)
-    assert start.past_key_values.get_seq_length() == COLUMNS
-    assert start.past_key_values[0][0].shape[2] == COLUMNS
+    past.crop(-2)
+    past.crop(0)
+    assert past.get_seq_length() == COLUMNS and past[0][0].shape[2] == COLUMNS and len(past[:1]) == 1
+    for wrong in (1, -COLUMNS - 1, None, -1.5, True):
+        with pytest.raises(ValueError, match="`crop` removes columns by a negative number"):
+            past.crop(wrong)
 
 
 def test_a_cache_of_beams_goes_on_beam_by_beam(model: Any) -> None:
     start = first(model, **KINDS["beams"])
     past = start.past_key_values
     assert past.batch_size == ROWS * 3
-    past.crop(COLUMNS)  # what the beams share, so that it is known
+    past.crop(COLUMNS - past.get_seq_length())  # to what the beams share, so that it is known
     ids, mask = np.repeat(np.append(IDS, IDS[:, -1:], axis=1), 3, axis=0), np.repeat(longer(MASK, 1), 3, axis=0)
     got = first(model, ids, mask, past_key_values=past)
     np.testing.assert_array_equal(got.sequences, first(model, ids, mask).sequences)
@@ -205,6 +217,15 @@ def test_embeddings_alone_have_the_lengths_and_the_warnings_of_transformers(mode
     np.testing.assert_array_equal(got, expected)
 
 
+@pytest.mark.oracle
+def test_embeddings_come_as_torch_made_them_and_keep_their_outputs_without_a_cache(model: Any, twin: Any) -> None:
+    embeddings = twin.get_input_embeddings()(torch_ids(IDS))
+    whole = jaxgen.generate(model, IDS, attention_mask=MASK, **PLAIN)[:, COLUMNS:]
+    np.testing.assert_array_equal(jaxgen.generate(model, inputs_embeds=embeddings, attention_mask=MASK, **PLAIN), whole)
+    out = first(model, None, inputs_embeds=embeddings.bfloat16(), use_cache=False, output_hidden_states=True)
+    assert out.past_key_values is not None and out.hidden_states[0][0].shape == (ROWS, COLUMNS, 32)
+
+
 def test_embeddings_of_the_tokens_give_the_tokens_continuation_and_go_on_from_a_cache(model: Any) -> None:
     whole = first(model)
     embeddings = np.asarray(model.embed_tokens(IDS))
@@ -237,6 +258,26 @@ def test_a_prompt_read_in_chunks_gives_the_same_tokens(model: Any, twin: Any, ch
     )
     got = jaxgen.generate(model, IDS, attention_mask=MASK, prefill_chunk_size=chunk, **arguments)
     np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("number", [5, 10], ids=["dynamic", "longrope"])
+def test_chunks_are_cut_where_transformers_cuts_them(number: int, tmp_path: Path) -> None:
+    """Which shows in ropes that choose their frequencies by the largest position of a forward pass."""
+    whole = architecture(number)
+    folder = replace(whole, config={**whole.config, "num_hidden_layers": 1}).write(tmp_path)
+    ids = np.random.default_rng(188).integers(3, 97, (2, 47))
+    expected = torch_model(folder).generate(torch_ids(ids), prefill_chunk_size=4, **PLAIN)
+    np.testing.assert_array_equal(jaxgen.generate(jaxgen.load(folder), ids, prefill_chunk_size=4, **PLAIN), expected)
+
+
+def test_other_lengths_in_a_bucket_of_chunks_compile_nothing(model: Any) -> None:
+    lengths = [np.full((1, columns), 5) for columns in (21, 22, 24)]
+    jaxgen.generate(model, lengths[0], prefill_chunk_size=4, **PLAIN)
+    before = jaxgen.compile_counts()
+    for ids in lengths[1:]:
+        jaxgen.generate(model, ids, prefill_chunk_size=4, **PLAIN)
+    assert jaxgen.compile_counts() == before
 
 
 @pytest.mark.oracle
@@ -297,6 +338,7 @@ def test_a_streamer_of_embeddings_gets_an_empty_prompt(model: Any) -> None:
 
 
 PACKED = {"position_ids": [[0, 1, 2] * 3], "attention_mask": np.ones_like(MASK), "use_cache": False}
+EMPTY = {"input_ids": np.zeros((2, 0), int), "inputs_embeds": np.ones((3, 2, 32))}
 EMBEDDINGS = np.ones((ROWS, COLUMNS, 32), np.float32)
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a cache of something else": ({"past_key_values": object()}, "is of type object, but must be"),
@@ -306,6 +348,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "embeddings of other rows": ({"inputs_embeds": EMBEDDINGS[:2]}, "`inputs_embeds` has 2 rows"),
     "embeddings of other columns": ({"inputs_embeds": EMBEDDINGS[:, :4]}, "Pass the `attention_mask` of the former"),
     "too few positions": ({"position_ids": MASK[:, :3]}, r"`position_ids` has shape \(3, 3\), but 3 prompts have 9"),
+    "ids of other rows": (EMPTY, "`inputs_embeds` has 3 rows, but `input_ids` has 2"),
+    "ragged embeddings": ({"inputs_embeds": [[[1.0] * 32], [[1.0] * 32] * 2]}, "`inputs_embeds` is no rectangular"),
+    "positions beyond integers": ({"position_ids": MASK - 2**62}, "of less than"),
+    "a tokenizer that is none": ({"token_healing": True, "tokenizer": "x"}, "`tokenizer`='x' is none"),
     "positions of floats": ({"position_ids": MASK * 1.0}, "`position_ids` has dtype float64"),
     "no columns in a chunk": ({"prefill_chunk_size": 0}, "`prefill_chunk_size`=0 must be at least 1"),
     "chunks without a cache": ({"prefill_chunk_size": 2, "use_cache": False}, "Cannot use prefill chunking without a"),
@@ -313,7 +359,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "chunks and guidance": ({"prefill_chunk_size": 2, "guidance_scale": 2.0}, "does not go with `guidance_scale`"),
     "positions and contrast": ({"position_ids": MASK, "penalty_alpha": 0.5, "top_k": 3}, "does not go with `penalty_"),
     "healing without a tokenizer": ({"token_healing": True}, "When generating with token healing, you must pass"),
-    "healing at positions": ({"token_healing": True, "tokenizer": 1, "position_ids": MASK}, "changes the prompt"),
+    "healing at positions": ({"token_healing": True, "tokenizer": print, "position_ids": MASK}, "changes the prompt"),
 }  # fmt: skip
 
 
@@ -322,7 +368,7 @@ def test_is_refused_before_anything_is_compiled(model: Any, case: str) -> None:
     arguments, message = REFUSED[case]
     before = jaxgen.compile_counts()
     with pytest.raises(ValueError, match=message):
-        jaxgen.generate(model, IDS, **{**PLAIN, **arguments})
+        jaxgen.generate(model, **{**PLAIN, "input_ids": IDS, **arguments})
     assert jaxgen.compile_counts() == before
 
 

@@ -23,9 +23,9 @@ def test_the_python_examples_run_one_after_the_other_and_print_two_stories(capsy
     assert [story.startswith(("Once upon a time", "One day, a small fox")) for story in stories] == [True, True]
     for example in others:
         exec(compile(example, "README.md", "exec"), names)
-    sampled, rollouts, beams, streamed = capsys.readouterr().out.splitlines()
+    sampled, rollouts, beams, streamed, continued = capsys.readouterr().out.splitlines()
     assert sampled.startswith("(8, ") and rollouts.startswith("(3, 2, ") and beams.startswith("(4, ")
-    assert len(streamed) > 60
+    assert len(streamed) > 60 and continued == "2 2"
 
 
 def test_the_first_screen_has_one_command_to_run_and_one_to_test() -> None:

@@ -50,3 +50,13 @@ def test_a_prompt_of_another_length_is_refused_beside_a_mask_with_padding(bundle
     mask = np.arange(ids.shape[1])[None] > 0
     with pytest.raises(ValueError, match="Heal one prompt at a time"):
         jaxgen.generate(bundled, ids, attention_mask=mask, token_healing=True, tokenizer=healer, max_new_tokens=2)
+
+
+def test_a_key_decides_what_a_checkpoint_that_samples_heals(healer: Any) -> None:
+    model = jaxgen.load(jaxgen.BUNDLED_MODEL)
+    model.generation_config.do_sample, model.generation_config.temperature = True, 8.0
+    ids = np.repeat(healer(["b"], return_tensors="np")["input_ids"], 2, axis=0)
+    arguments = {"token_healing": True, "tokenizer": healer, "max_new_tokens": 3}
+    for key in (3, [3, 4]):
+        once, again = (jaxgen.generate(model, ids, key=key, **arguments) for _ in range(2))
+        np.testing.assert_array_equal(once, again)

@@ -5,7 +5,10 @@ Programs are loaded and run as they are, so whoever may write to the folder may 
 
 import os
 import stat
+import sys
+import warnings
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -27,7 +30,7 @@ def enable(where: str | None = None) -> Path | None:
     """Keeps programs in a folder, made with mode 0700 if needed.
 
     Args:
-        where: the folder, "off" for none; by default what JAX was told already, else `$JAXGEN_COMPILE_CACHE`, else
+        where: the folder, "off" for none; by default `$JAXGEN_COMPILE_CACHE`, else what JAX was told already, else
             `jaxgen/compiled` in the user's cache folder.
 
     Returns:
@@ -36,10 +39,13 @@ def enable(where: str | None = None) -> Path | None:
     Raises:
         ValueError: if others may write to the folder.
     """
-    where = where or os.environ.get("JAXGEN_COMPILE_CACHE")
+    if where is None:
+        where = os.environ.get("JAXGEN_COMPILE_CACHE")
     if where is None and (told := current()):
         return told
-    if where == "off":
+    if where == "":
+        raise ValueError("the compile cache has an empty name. Pass a folder, or off.")
+    if where is not None and where.lower() == "off":
         jax.config.update("jax_compilation_cache_dir", None)
         return None
     folder = Path(where) if where else default_folder()
@@ -50,6 +56,7 @@ def enable(where: str | None = None) -> Path | None:
     # Also what takes less than a second, of which there is a lot before the first token.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    _repair_when_warned(folder)
     return folder
 
 
@@ -62,3 +69,18 @@ def check(folder: Path) -> None:
             f"the compile cache {folder} (owner {status.st_uid}, mode {mode:04o}) can be written by others, who could "
             "have you run their programs. Make it yours (chmod 700), or pass `--compile-cache` another folder or off."
         )
+
+
+def _repair_when_warned(folder: Path) -> None:
+    """Empties the folder when JAX warns of a damaged entry, which it would neither use nor replace."""
+    show = warnings.showwarning
+
+    def showwarning(message: Warning | str, *args: Any, **kwargs: Any) -> None:
+        if "reading persistent compilation cache" not in str(message):
+            show(message, *args, **kwargs)
+            return
+        for file in folder.glob("*-cache"):
+            file.unlink(missing_ok=True)
+        print(f"jaxgen: a kept program was damaged; {folder} is emptied and filled anew", file=sys.stderr)
+
+    warnings.showwarning = showwarning

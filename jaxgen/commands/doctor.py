@@ -18,11 +18,16 @@ _PACKAGES = ("jax", "jaxlib", "flax", "transformers", "safetensors", "numpy", "t
 
 def run(arguments: argparse.Namespace) -> int:
     versions = {name: _version(name) for name in _PACKAGES}
-    devices = jax.devices()
     print(f"jaxgen {__version__}, Python {platform.python_version()}, {platform.platform()}")
     print("packages   " + ", ".join(f"{name} {found or 'missing'}" for name, found in versions.items()))
-    print(f"devices    {len(devices)} x {devices[0].device_kind} ({jax.default_backend()})" + _memory(devices[0]))
-    troubles = hazards(versions, jax.default_backend())
+    try:
+        devices = jax.devices()
+        print(f"devices    {len(devices)} x {devices[0].device_kind} ({jax.default_backend()})" + _memory(devices[0]))
+        troubles = hazards(versions, jax.default_backend())
+    except (RuntimeError, AssertionError) as error:  # either, by what is missing
+        platforms = os.environ.get("JAX_PLATFORMS")
+        advice = f"JAX_PLATFORMS={platforms} asks for what is not there. Unset it." if platforms else "Reinstall jax."
+        troubles = [f"JAX finds no device{f' ({error})' if str(error) else ''}. {advice}", *hazards(versions, "none")]
     try:
         print("programs   " + _programs(compile_cache.enable(arguments.compile_cache)))
     except (OSError, ValueError) as error:

@@ -7,8 +7,8 @@ from typing import Any
 
 import jax
 
-from jaxgen import lazy
 from jaxgen.checkpoint import MANIFEST, Source, named_leaves, open_folder
+from jaxgen.commands.terminal import open_tokenizer
 
 _TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
 
@@ -51,7 +51,10 @@ def _stops(source: Source, generation_config: Any) -> str:
     ids = [ids] if isinstance(ids, int) else list(ids or [])
     if not ids or not (source.folder / "tokenizer.json").exists():
         return str(ids) if ids else "no id of its own"
-    tokenizer = lazy.transformers().AutoTokenizer.from_pretrained(source.folder)
+    try:
+        tokenizer = open_tokenizer(source.folder)
+    except ValueError as error:
+        return f"{ids}; {error}"
     return ", ".join(f"{number} ({tokenizer.convert_ids_to_tokens(number)})" for number in ids)
 
 

@@ -74,7 +74,7 @@ def add_decoding_options(parser: argparse.ArgumentParser) -> None:
         group = parser.add_argument_group(title)
         for name, kind, text in options:
             names = [f"--{name.replace('_', '-')}", *([f"--{_SHORT[name]}"] if name in _SHORT else [])]
-            hidden = [f"--{name}"] if "_" in name else []
+            hidden = [f"--{each[2:].replace('-', '_')}" for each in names if "-" in each[2:]]
             common: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS}
             if kind == "flag":
                 common["action"] = argparse.BooleanOptionalAction
@@ -85,7 +85,14 @@ def add_decoding_options(parser: argparse.ArgumentParser) -> None:
             group.add_argument(*names, help=text, **common)
             if hidden:
                 parser.add_argument(*hidden, help=argparse.SUPPRESS, **common)
-    parser.add_argument("--seed", dest="key", type=int, default=argparse.SUPPRESS, metavar="N", help="key of the draws")
+    parser.add_argument(
+        "--seed",
+        dest="key",
+        type=int,
+        default=argparse.SUPPRESS,
+        metavar="N",
+        help="key of the draws, which it implies",
+    )
 
 
 def _json(text: str) -> Any:
@@ -103,8 +110,10 @@ def decoding_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
     names = {name for options in GROUPS.values() for name, _, _ in options} | {"key"}
     given = {name: value for name, value in vars(arguments).items() if name in names}
     if given.get("temperature") == 0:
+        if given.get("do_sample"):
+            raise ValueError("--temp 0 takes the likeliest token, and --do-sample draws one. Leave out one of them.")
         del given["temperature"]
-        return {"do_sample": False, **given}
+        return {**given, "do_sample": False}
     if given.keys() & _IMPLY_SAMPLING and "penalty_alpha" not in given:
         return {"do_sample": True, **given}
     return given

@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ from jaxgen.decoding import Progress, finalize
 from jaxgen.generation import Call
 from jaxgen.streaming import WATCHED, feed, finish, run
 
+if isinstance(sys.stdin, TextIOWrapper):  # whatever the locale; what is no UTF-8 is noticed by `checked_text`
+    sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+
 
 def say(message: str) -> None:
     print(f"jaxgen: {message}", file=sys.stderr, flush=True)
@@ -26,13 +30,37 @@ def say(message: str) -> None:
 def open_model(arguments: argparse.Namespace) -> tuple[Any, Any]:
     """The model and its tokenizer, with compiled programs kept where the arguments say."""
     compile_cache.enable(arguments.compile_cache)
-    folder = Path(arguments.model or BUNDLED_MODEL)
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # either, by what is missing
+        raise ValueError(f"JAX finds no device to run on ({error}). `jaxgen doctor` says more.") from error
+    folder = BUNDLED_MODEL if arguments.model is None else Path(arguments.model)
     if arguments.model is None:
         say(f"no --model given: using the small story model that comes with jaxgen ({folder})")
     model = load(folder, arguments.dtype)
     if not any((folder / file).exists() for file in ("tokenizer.json", "tokenizer.model")):
         raise ValueError(f"{folder} has neither tokenizer.json nor tokenizer.model. Copy the tokenizer's files there.")
-    return model, lazy.transformers().AutoTokenizer.from_pretrained(folder)
+    return model, open_tokenizer(folder)
+
+
+def open_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a folder, which leaves it to `generate` to warn about long texts."""
+    try:
+        tokenizer = lazy.transformers().AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # whatever the parsers of foreign files raise
+        raise ValueError(f"the tokenizer in {folder} cannot be read ({error!r}). Copy its files again.") from error
+    tokenizer.model_max_length = sys.maxsize
+    return tokenizer
+
+
+def checked_text(text: str, where: str) -> str:
+    """The text, if it is one: bytes that are not UTF-8 come from a terminal or pipe as lone surrogates."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        byte = ord(text[error.start]) - 0xDC00
+        raise ValueError(f"{where} is not UTF-8 (byte {byte:#x}). Convert it first.") from error
+    return text
 
 
 @dataclass
@@ -45,6 +73,7 @@ class Times:
         compiling: of these, what JAX spends on tracing and compiling.
         kept: programs that come from the compile cache.
         shown: columns that were looked at, prompt included.
+        rate: columns per second after the first ones were there, without compiling.
     """
 
     first_token: float = 0.0
@@ -52,6 +81,7 @@ class Times:
     compiling: float = 0.0
     kept: int = 0
     shown: int = 0
+    rate: float = 0.0
 
 
 def decode(
@@ -60,9 +90,13 @@ def decode(
     """What `call.wrap` gives, and how long it took; the streamer sees tokens as they come, until `stop` says so."""
     times, start = Times(), time.perf_counter()
     show = None if streamer is None else feed(streamer, call)
+    first = 0, 0.0
 
     def look(progress: Progress) -> bool:
-        times.first_token = times.first_token or time.perf_counter() - start
+        nonlocal first
+        if not times.first_token:
+            times.first_token = time.perf_counter() - start
+            first = int(progress.length), times.compiling
         times.shown = int(progress.length)
         if show is not None:
             show(progress)
@@ -77,6 +111,8 @@ def decode(
     if streamer is not None:
         streamer.end()
     times.total = time.perf_counter() - start
+    columns, compiling = first
+    times.rate = (times.shown - columns) / max(times.total - times.first_token - (times.compiling - compiling), 1e-9)
     return output, times
 
 

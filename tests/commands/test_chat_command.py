@@ -117,6 +117,43 @@ def test_lines_from_a_pipe_are_answered_one_by_one(
     assert saved.read_text() == "mine"
 
 
+@pytest.mark.parametrize(
+    "template", ["{{ raise_exception('no') }}", "{% for %}", "{{ 1 / 0 }}", "{{ 1 + 'a' }}", "{# #}"], ids=str
+)
+def test_a_template_that_fails_is_reported_and_the_chat_goes_on(
+    template: str,
+    chat_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "template").write_text(template)
+    piped(monkeypatch, ["hello there", "/help"])
+    assert main(["chat", "--model", str(chat_folder), "--chat-template", str(tmp_path / "template")]) == 0
+    out, err = capsys.readouterr()
+    assert "the chat template" in err and "/reset" in out
+
+
+def test_what_is_no_utf_8_is_reported_and_two_slashes_begin_a_message(
+    chat_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    piped(monkeypatch, ["\udcff", "//etc is a folder"])
+    assert main(["chat", "--model", str(chat_folder), "--max-tokens", "5"]) == 0
+    err = capsys.readouterr().err
+    assert "the message is not UTF-8 (byte 0xff)" in err and "5 written" in err
+
+
+def test_a_seed_draws_another_answer_in_another_turn(
+    chat_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers = []
+    for _ in range(2):
+        piped(monkeypatch, ["hello there", "/reset", "hello there"])
+        assert main(["chat", "--model", str(chat_folder), "--max-tokens", "5", "--seed", "1", "--temp", "3"]) == 0
+        answers.append(capsys.readouterr().out.split("(forgotten)"))
+    assert answers[0] == answers[1] and answers[0][0].strip() != answers[0][1].strip()
+
+
 def test_a_wrong_argument_is_reported_and_the_chat_goes_on(
     chat_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,5 +1,8 @@
 """`jaxgen doctor` says what is installed and names what is known to go wrong."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -46,3 +49,12 @@ def test_a_gpu_that_jax_does_not_see_is_named(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.delenv("JAX_PLATFORMS")
     assert "jaxgen[cuda" in hazards(GOOD, "cpu", nvidia=True)[0]
     assert hazards(GOOD, "gpu", nvidia=True) == hazards(GOOD, "cpu", nvidia=False) == []
+
+
+@pytest.mark.parametrize("platform", ["cuda", "nonsense"])
+def test_a_platform_that_is_not_there_is_a_trouble(platform: str) -> None:
+    environment = {**os.environ, "JAX_PLATFORMS": platform}
+    command = [sys.executable, "-m", "jaxgen", "doctor"]
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert ended.returncode == 1 and f"JAX_PLATFORMS={platform} asks for what is not there" in ended.stdout
+    assert "packages" in ended.stdout and "Traceback" not in ended.stderr

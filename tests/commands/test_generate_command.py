@@ -77,7 +77,53 @@ def test_stop_strings_and_negative_prompts_reach_generate(capsys: pytest.Capture
     assert plain != output(capsys, "Once upon a time", "--guidance-scale", "3", "--negative-prompt", "a little fox")
 
 
-def test_a_wrong_value_ends_with_one_line_and_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["generate", "x", "--min-p", "3"]) == 1
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--min-p", "3"], "`min_p`"),
+        (["--suppress-tokens", "5"], "`suppress_tokens`"),
+        (["--watermarking-config", "5"], "`watermarking_config`"),
+        (["--watermarking-config", '{"nope": 1}'], "`watermarking_config`"),
+        (["--watermarking-config", '{"greenlist_ratio": "x"}'], "`watermarking_config`"),
+        (["--num-beams", "2", "--early-stopping", "[1]"], "early_stopping"),
+        (["--temp", "0", "--do-sample"], "Leave out one of them"),
+        (["--compile-cache", ""], "empty name"),
+        (["--model", ""], "config.json"),
+        (["--file", "/nonexistent"], "TEXT and --file"),
+    ],
+    ids=str,
+)
+def test_a_wrong_value_ends_with_one_line_and_no_traceback(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", "x", *options]) == 1
     err = capsys.readouterr().err
-    assert "`min_p`" in err and "Traceback" not in err
+    assert message in err and "Traceback" not in err
+
+
+def test_what_is_no_text_is_refused_wherever_it_comes_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "binary").write_bytes(b"abc\xff")
+    assert main(["generate", "--file", str(tmp_path / "binary")]) == 1
+    assert f"{tmp_path / 'binary'} is not UTF-8 (byte 0xff)" in capsys.readouterr().err
+    assert main(["generate", "--file", str(tmp_path)]) == 1
+    assert f"{tmp_path}: Is a directory" in capsys.readouterr().err
+    for stdin, message in ((io.StringIO("\udc80"), "standard input is not UTF-8"), (None, "there is no text")):
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert main(["generate"]) == 1
+        assert message in capsys.readouterr().err
+
+
+def test_a_tokenizer_that_cannot_be_read_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = shutil.copytree(jaxgen.BUNDLED_MODEL, tmp_path / "broken")
+    (folder / "tokenizer.json").write_text("{}")
+    assert main(["generate", "x", "--model", str(folder)]) == 1
+    assert f"the tokenizer in {folder} cannot be read" in capsys.readouterr().err
+    assert main(["inspect", str(folder)]) == 0
+    assert "[2]; the tokenizer" in capsys.readouterr().out
+
+
+def test_healed_prompts_are_counted_and_cut_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    told = json.loads(output(capsys, "Once upon a time ", "--json", "--token-healing"))
+    assert told["texts"][0].endswith(told["completions"][0]) and told["new_tokens"] == 6
