@@ -23,18 +23,10 @@ from jaxgen.base import Model, Prompt, Strategy, leaf
 from jaxgen.callbacks import HostCriterion, HostFunctions, for_criterion
 from jaxgen.decoding import DecodeState, finalize
 from jaxgen.generation_config import Resolved, resolve, warn_once
-from jaxgen.inputs import (
-    Inputs,
-    bucket,
-    checked_inputs,
-    key_words,
-    pad_token_id_or_default,
-    padded_prompt,
-    refuse_tracer,
-    with_negative_prompts,
-)
+from jaxgen.inputs import Inputs, checked_inputs, checked_negatives, key_words, pad_token_id_or_default, refuse_tracer
 from jaxgen.outputs import GenerateOutput, wrap
 from jaxgen.processor_list import as_pytree, processor_list, takes_cur_len
+from jaxgen.prompts import bucket, padded_prompt, with_negative_prompts
 from jaxgen.stop_strings import StopStrings
 from jaxgen.stopping_criteria import CustomCriterion, EosToken, MaxLength
 from jaxgen.strategies import Rules, strategy_for
@@ -320,7 +312,7 @@ def lower(
     else:
         _need_plain(read, chunk, "`guidance_scale`", "which reads negative prompts beside the others")
         negative = custom.negative_prompt_ids, custom.negative_prompt_attention_mask
-        prompt = with_negative_prompts(model, read.input_ids, read.text_mask, *negative)
+        prompt = with_negative_prompts(read, *checked_negatives(model, read, *negative))
         seen = np.arange(prompt.cache_slots - columns, prompt.cache_slots)
     host = HostFunctions()
     beams, groups = config.num_beams, config.num_beam_groups

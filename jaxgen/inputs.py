@@ -1,10 +1,10 @@
-"""What callers pass, checked on the host and made ready for a program: prompts, masks, negative prompts and keys."""
+"""What callers pass, checked on the host: prompts in all their forms, masks, negative prompts and keys."""
 
 import logging
 import operator
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -13,19 +13,11 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxgen import lazy
-from jaxgen.base import Model, Prompt, leaf
+from jaxgen.base import Model
 from jaxgen.generation_config import Resolved
 from jaxgen.past_key_values import PastKeyValues
 
 logger = logging.getLogger(__name__)
-
-_MIN_PROMPT_BUCKET = 16  # one program serves every short prompt; 16 columns cost hardly more than one
-
-
-def bucket(size: int) -> int:
-    """The smallest of 1, 2, 3, 4, 6, 8, 12, 16, 24, ... that holds `size`: at most half as much again."""
-    power = 1 << (size - 1).bit_length()
-    return power * 3 // 4 if size <= power * 3 // 4 else power
 
 
 @dataclass(frozen=True)
@@ -103,7 +95,7 @@ def checked_inputs(model: Model, inputs: Any, model_inputs: dict[str, Any], conf
         )
     positions = _positions(model_inputs.get("position_ids"), rows, fresh)
     if positions is None and (past is not None or embeddings is not None):
-        positions = _counted(mask)[:, -fresh:]
+        positions = counted_positions(mask)[:, -fresh:]
     text_mask = np.ones((rows, columns), bool)
     if embeddings is None or columns == mask.shape[1]:
         text_mask = mask[:, -columns:]
@@ -161,52 +153,9 @@ def _positions(given: Any, rows: int, fresh: int) -> np.ndarray | None:
     return np.broadcast_to(positions[:, -fresh:], (rows, fresh)).astype(np.int32)
 
 
-def _counted(mask: np.ndarray) -> np.ndarray:
+def counted_positions(mask: np.ndarray) -> np.ndarray:
     """int32 [B, M]: the positions of unmasked columns, and 0."""
     return np.where(mask, np.cumsum(mask, axis=1) - 1, 0).astype(np.int32)
-
-
-def padded_prompt(model: Model, inputs: Inputs, chunk: int | None) -> tuple[Prompt, np.ndarray]:
-    """The prompt in its buckets, and int [M], the slots of the cache in which its columns are after the forward pass.
-
-    Args:
-        model: that reads it.
-        inputs: of the call.
-        chunk: `prefill_chunk_size`.
-    """
-    chunk = chunk if chunk is not None and chunk < inputs.fresh else None
-    if inputs.plain and chunk is None:
-        prompt = pad_to_buckets(inputs.input_ids, inputs.text_mask)
-        width = prompt.input_ids.shape[1]
-        return prompt, np.arange(width - inputs.fresh, width)
-    fresh = inputs.fresh
-    prompt = pad_to_buckets(inputs.input_ids, inputs.text_mask)
-    size = bucket(max(fresh, _MIN_PROMPT_BUCKET)) if chunk is None else chunk
-    full = (fresh - 1) // size  # chunks before the last, which has what is left, as in transformers
-    width = size * (1 + (bucket(full) if full else 0))
-    places = np.arange(fresh) + np.where(np.arange(fresh) < full * size, 0, (full + 1) * size - fresh)
-
-    def laid_out(array: np.ndarray) -> np.ndarray:
-        """[N, T, ...] of [B, fresh, ...]."""
-        whole = np.zeros((len(prompt.input_ids), width, *array.shape[2:]), array.dtype)
-        whole[: len(array), places] = array
-        return whole
-
-    positions = inputs.position_ids if inputs.position_ids is not None else _counted(inputs.attention_mask)[:, -fresh:]
-    seen, past, slots = inputs.attention_mask.shape[1] - fresh, None, 0
-    if inputs.past is not None:
-        slots = bucket(max(seen, _MIN_PROMPT_BUCKET))
-        past = inputs.past.lower(model, len(prompt.input_ids), slots, inputs.attention_mask[:, :seen])
-    prompt = replace(
-        prompt,
-        position_ids=laid_out(positions),
-        past=past,
-        inputs=laid_out(inputs.input_ids[:, -fresh:] if inputs.embeddings is None else inputs.embeddings),
-        unseen=laid_out(inputs.attention_mask[:, -fresh:]),
-        full_chunks=None if chunk is None else leaf(full, np.int32),
-        chunk=chunk,
-    )
-    return prompt, np.concatenate([np.arange(slots - seen, slots), slots + places])
 
 
 def _token_ids(name: str, given: Any, vocab_size: int) -> np.ndarray:
@@ -300,49 +249,16 @@ def pad_token_id_or_default(config: Resolved) -> int:
     return config.eos_token_id[0] if config.eos_token_id else 0
 
 
-def pad_to_buckets(input_ids: np.ndarray, attention_mask: np.ndarray) -> Prompt:
-    """The prompt in the upper right corner of its bucket: masked columns before it, finished rows below it."""
-    rows, columns = input_ids.shape
-    width = ((0, bucket(rows) - rows), (bucket(max(columns, _MIN_PROMPT_BUCKET)) - columns, 0))
-    return Prompt(
-        input_ids=leaf(np.pad(input_ids, width), np.int32),
-        attention_mask=leaf(np.pad(attention_mask, width), np.bool_),
-        length=leaf(columns, np.int32),
-        rows=leaf(rows, np.int32),
-    )
-
-
-def with_negative_prompts(
-    model: Model, input_ids: np.ndarray, mask: np.ndarray, given_ids: Any, given_mask: Any
-) -> Prompt:
-    """The prompts and below them the negative ones, in one batch whose weights are read once."""
-    rows, columns = input_ids.shape
-    negative_ids, negative_mask = input_ids[:, -1:], np.ones((rows, 1), bool)
+def checked_negatives(model: Model, inputs: Inputs, given_ids: Any, given_mask: Any) -> tuple[np.ndarray, np.ndarray]:
+    """The negative prompts, int32 [B, P'] and bool [B, P']: by default the last token of each prompt."""
+    rows = len(inputs.input_ids)
+    ids, mask = inputs.input_ids[:, -1:], np.ones((rows, 1), bool)
     if given_ids is not None:
-        negative_ids = _token_ids("negative_prompt_ids", given_ids, model.vocab_size)
-        if len(negative_ids) != rows:
-            raise ValueError(f"`negative_prompt_ids` has {len(negative_ids)} rows, but there are {rows} prompts.")
-        negative_mask = np.ones(negative_ids.shape, bool)
-    if given_mask is not None:
-        negative_mask = _mask("negative_prompt_attention_mask", given_mask, negative_ids.shape)
-    width = max(columns, negative_ids.shape[1])
-
-    def widen(array: np.ndarray) -> np.ndarray:
-        return np.pad(array, ((0, 0), (width - array.shape[1], 0)))
-
-    guided, negative = (
-        pad_to_buckets(widen(ids), widen(each)) for ids, each in ((input_ids, mask), (negative_ids, negative_mask))
-    )
-    # Transformers counts the positions of a prompt by its mask, but those of a negative prompt by its columns.
-    by_mask = np.where(guided.attention_mask, np.cumsum(guided.attention_mask, axis=1) - 1, 0)
-    by_column = np.maximum(np.arange(by_mask.shape[1]) - by_mask.shape[1] + negative_ids.shape[1], 0)
-    return Prompt(
-        input_ids=leaf(np.concatenate([guided.input_ids, negative.input_ids]), np.int32),
-        attention_mask=leaf(np.concatenate([guided.attention_mask, negative.attention_mask]), np.bool_),
-        length=leaf(columns, np.int32),
-        rows=guided.rows,
-        position_ids=leaf(np.concatenate([by_mask, np.broadcast_to(by_column, by_mask.shape)]), np.int32),
-    )
+        ids = _token_ids("negative_prompt_ids", given_ids, model.vocab_size)
+        if len(ids) != rows:
+            raise ValueError(f"`negative_prompt_ids` has {len(ids)} rows, but there are {rows} prompts.")
+        mask = np.ones(ids.shape, bool)
+    return ids, mask if given_mask is None else _mask("negative_prompt_attention_mask", given_mask, ids.shape)
 
 
 def key_words(key: Any, config: Resolved, padded_rows: int, rows: int) -> Any:

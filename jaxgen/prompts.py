@@ -1,0 +1,97 @@
+"""Prompts as a program takes them: padded to their buckets, so that one program serves many shapes."""
+
+from dataclasses import replace
+
+import numpy as np
+
+from jaxgen.base import Model, Prompt, leaf
+from jaxgen.inputs import Inputs, counted_positions
+
+_MIN_PROMPT_BUCKET = 16  # one program serves every short prompt; 16 columns cost hardly more than one
+
+
+def bucket(size: int) -> int:
+    """The smallest of 1, 2, 3, 4, 6, 8, 12, 16, 24, ... that holds `size`: at most half as much again."""
+    power = 1 << (size - 1).bit_length()
+    return power * 3 // 4 if size <= power * 3 // 4 else power
+
+
+def pad_to_buckets(input_ids: np.ndarray, attention_mask: np.ndarray) -> Prompt:
+    """The prompt in the upper right corner of its bucket: masked columns before it, finished rows below it."""
+    rows, columns = input_ids.shape
+    width = ((0, bucket(rows) - rows), (bucket(max(columns, _MIN_PROMPT_BUCKET)) - columns, 0))
+    return Prompt(
+        input_ids=leaf(np.pad(input_ids, width), np.int32),
+        attention_mask=leaf(np.pad(attention_mask, width), np.bool_),
+        length=leaf(columns, np.int32),
+        rows=leaf(rows, np.int32),
+    )
+
+
+def padded_prompt(model: Model, inputs: Inputs, chunk: int | None) -> tuple[Prompt, np.ndarray]:
+    """The prompt in its buckets, and int [M], the slots of the cache in which its columns are after the forward pass.
+
+    Args:
+        model: that reads it.
+        inputs: of the call.
+        chunk: `prefill_chunk_size`.
+    """
+    chunk = chunk if chunk is not None and chunk < inputs.fresh else None
+    if inputs.plain and chunk is None:
+        prompt = pad_to_buckets(inputs.input_ids, inputs.text_mask)
+        width = prompt.input_ids.shape[1]
+        return prompt, np.arange(width - inputs.fresh, width)
+    fresh = inputs.fresh
+    prompt = pad_to_buckets(inputs.input_ids, inputs.text_mask)
+    size = bucket(max(fresh, _MIN_PROMPT_BUCKET)) if chunk is None else chunk
+    full = (fresh - 1) // size  # chunks before the last, which has what is left, as in transformers
+    width = size * (1 + (bucket(full) if full else 0))
+    places = np.arange(fresh) + np.where(np.arange(fresh) < full * size, 0, (full + 1) * size - fresh)
+
+    def laid_out(array: np.ndarray) -> np.ndarray:
+        """[N, T, ...] of [B, fresh, ...]."""
+        whole = np.zeros((len(prompt.input_ids), width, *array.shape[2:]), array.dtype)
+        whole[: len(array), places] = array
+        return whole
+
+    positions = (
+        inputs.position_ids if inputs.position_ids is not None else counted_positions(inputs.attention_mask)[:, -fresh:]
+    )
+    seen, past, slots = inputs.attention_mask.shape[1] - fresh, None, 0
+    if inputs.past is not None:
+        slots = bucket(max(seen, _MIN_PROMPT_BUCKET))
+        past = inputs.past.lower(model, len(prompt.input_ids), slots, inputs.attention_mask[:, :seen])
+    prompt = replace(
+        prompt,
+        position_ids=laid_out(positions),
+        past=past,
+        inputs=laid_out(inputs.input_ids[:, -fresh:] if inputs.embeddings is None else inputs.embeddings),
+        unseen=laid_out(inputs.attention_mask[:, -fresh:]),
+        full_chunks=None if chunk is None else leaf(full, np.int32),
+        chunk=chunk,
+    )
+    return prompt, np.concatenate([np.arange(slots - seen, slots), slots + places])
+
+
+def with_negative_prompts(inputs: Inputs, negative_ids: np.ndarray, negative_mask: np.ndarray) -> Prompt:
+    """The prompts and below them the negative ones, each [B, P'], in one batch whose weights are read once."""
+    columns = inputs.input_ids.shape[1]
+    width = max(columns, negative_ids.shape[1])
+
+    def widen(array: np.ndarray) -> np.ndarray:
+        return np.pad(array, ((0, 0), (width - array.shape[1], 0)))
+
+    guided, negative = (
+        pad_to_buckets(widen(ids), widen(mask))
+        for ids, mask in ((inputs.input_ids, inputs.text_mask), (negative_ids, negative_mask))
+    )
+    # Transformers counts the positions of a prompt by its mask, but those of a negative prompt by its columns.
+    by_mask = counted_positions(np.asarray(guided.attention_mask))
+    by_column = np.maximum(np.arange(by_mask.shape[1]) - by_mask.shape[1] + negative_ids.shape[1], 0)
+    return Prompt(
+        input_ids=leaf(np.concatenate([guided.input_ids, negative.input_ids]), np.int32),
+        attention_mask=leaf(np.concatenate([guided.attention_mask, negative.attention_mask]), np.bool_),
+        length=leaf(columns, np.int32),
+        rows=guided.rows,
+        position_ids=leaf(np.concatenate([by_mask, np.broadcast_to(by_column, by_mask.shape)]), np.int32),
+    )
