@@ -15,7 +15,7 @@ from oracle import torch_generate, torch_model
 from transformers import GenerationConfig
 
 import jaxgen
-from jaxgen.inputs import bucket
+from jaxgen.prompts import bucket
 
 PROMPT = [[5, 6, 7]]
 BATCH = [[5, 6, 7], [8, 9, 10]]

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import jaxgen
-from jaxgen.inputs import bucket
+from jaxgen.prompts import bucket
 from jaxgen.stop_strings import StopStrings
 
 TEXT = (
