@@ -10,6 +10,9 @@ from jaxgen.base import Model
 from jaxgen.generation import Call, Custom, lower
 from jaxgen.past_key_values import PastKeyValues
 
+# Arguments of `generate` that do not go with a kept cache.
+APART = ("guidance_scale", "penalty_alpha", "token_healing", "use_cache")
+
 
 @dataclass(frozen=True)
 class Turn:
@@ -70,14 +73,14 @@ class Conversation:
 
     def reset(self) -> None:
         """Forgets all but the system message."""
-        self.system, self.messages = self.system, self.messages[: self.system is not None]
+        self.messages = self.messages[: self.system is not None]
 
     def ask(self, text: str, arguments: dict[str, Any], decode: Callable[[Call], tuple[Any, int]]) -> Turn:
         """One turn; if it fails, the conversation is as it was.
 
         Args:
             text: the user's.
-            arguments: of `generate`.
+            arguments: of `generate`; not those of `APART`.
             decode: runs a call; gives its output, and the columns to keep of it.
         """
         asked = [*self.messages, {"role": "user", "content": text}]
@@ -89,7 +92,9 @@ class Conversation:
         custom = Custom(key=arguments.get("key"), tokenizer=self._tokenizer)
         fields = {name: value for name, value in arguments.items() if name != "key"}
         inputs = {"past_key_values": self._past if kept else None, "attention_mask": np.ones((1, len(ids)), int)}
-        call = lower(self.model, np.array([ids]), None, {**fields, **inputs, "return_dict_in_generate": True}, custom)
+        # Whatever the checkpoint's own settings say about a cache, here it is kept.
+        cache = {"use_cache": True, "cache_implementation": None, "return_dict_in_generate": True}
+        call = lower(self.model, np.array([ids]), None, {**fields, **inputs, **cache}, custom)
         output, shown = decode(call)
         past = self._past = output.past_key_values
         past.crop(min(shown - past.get_seq_length(), 0))

@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from importlib.metadata import version
+from io import TextIOWrapper
 
 from jaxgen.commands.options import add_decoding_options
 from jaxgen.version import __version__
@@ -23,6 +24,8 @@ def main(argv: list[str] | None = None) -> int:
             parsed = _parser().parse_args(arguments)
             if sys.stdout is None:
                 raise ValueError("standard output is closed: there is nowhere to write to.")
+            if isinstance(sys.stdin, TextIOWrapper):  # whatever the locale; what is no UTF-8 is noticed later
+                sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
             return importlib.import_module(f"jaxgen.commands.{parsed.command}").run(parsed)
     except BrokenPipeError:  # as in `jaxgen generate ... | head -c 5`: nobody reads on
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # for what would be flushed at the end

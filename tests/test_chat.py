@@ -108,6 +108,14 @@ def test_another_system_message_or_a_reset_reads_from_where_the_texts_part(
     assert conversation.messages == []
 
 
+def test_a_checkpoint_that_wants_no_cache_or_another_keeps_this_one(chat_tokenizer: Any) -> None:
+    model = jaxgen.load(jaxgen.BUNDLED_MODEL)
+    model.generation_config.use_cache, model.generation_config.cache_implementation = False, "static"
+    conversation = Conversation(model, chat_tokenizer)
+    conversation.ask(SAID[0], ARGUMENTS, Decode(model))
+    assert conversation.ask(SAID[1], ARGUMENTS, Decode(model)).kept > 10
+
+
 def test_a_model_without_a_template_is_refused_unless_one_is_given(bundled: Any, tokenizer: Any) -> None:
     with pytest.raises(ValueError, match="has no chat template"):
         Conversation(bundled, tokenizer)

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from jaxgen import lazy
-from jaxgen.chat import Conversation
+from jaxgen.chat import APART, Conversation
 from jaxgen.commands.options import decoding_arguments
 from jaxgen.commands.terminal import checked_text, decode, open_model, say
 from jaxgen.generation import Call
@@ -34,6 +34,9 @@ def run(arguments: argparse.Namespace) -> int:
         given = {"max_new_tokens": _NEW_TOKENS, **given}
     if given.get("num_beams", 1) > 1 or given.get("num_return_sequences", 1) > 1:
         raise ValueError("a chat shows one answer as it comes. Leave out `num_beams` and `num_return_sequences`.")
+    for name in APART:
+        if name in given:
+            raise ValueError(f"a chat goes on from its cache, with which `{name}` does not go. Leave it out.")
     model, tokenizer = open_model(arguments)
     chat = _Chat(Conversation(model, tokenizer, arguments.system, template), tokenizer, given)
     with contextlib.suppress(ImportError):  # what makes `input` editable, where there is one

@@ -5,7 +5,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,6 @@ from jaxgen.commands import compile_cache
 from jaxgen.decoding import Progress, finalize
 from jaxgen.generation import Call
 from jaxgen.streaming import WATCHED, feed, finish, run
-
-if isinstance(sys.stdin, TextIOWrapper):  # whatever the locale; what is no UTF-8 is noticed by `checked_text`
-    sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
 
 
 def say(message: str) -> None:
