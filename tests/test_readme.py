@@ -1,11 +1,15 @@
 """The README is true: its snippet runs, its commands are the ones CI runs, what it links to exists."""
 
+import io
 import re
+import shlex
+import sys
 from pathlib import Path
 
 import pytest
 
 import jaxgen
+from jaxgen.cli import main
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -33,6 +37,19 @@ def test_the_first_screen_has_one_command_to_run_and_one_to_test() -> None:
     assert run.strip().endswith('jaxgen generate "Once upon a time"')  # tests/test_cli.py runs it
     assert "pytest" in test
     assert README.index(test) < README.index("```python")
+
+
+@pytest.mark.parametrize("line", blocks("sh")[0].splitlines(), ids=lambda line: " ".join(line.split()[:2]))
+def test_every_command_of_the_readme_runs(
+    line: str, chat_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = shlex.split(line.replace("FOLDER", str(chat_folder)), comments=True)
+    typed = ""
+    if words[0] == "echo":
+        typed, words = words[1], words[3:]
+    monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+    assert words[0] == "jaxgen" and main(words[1:]) == 0
+    assert capsys.readouterr().out or words[1] == "chat"
 
 
 def test_ci_runs_the_test_command_of_the_readme() -> None:
