@@ -407,27 +407,23 @@ def _fitted(config: Resolved, read: Inputs, model_inputs: Mapping[str, Any]) -> 
                 "jaxgen always decodes with a cache. Leave `use_cache` out: each column's are returned once."
             )
         return config
-    for name, off in (("encoder_repetition_penalty", 1.0), ("encoder_no_repeat_ngram_size", 0)):
-        if getattr(config.merged, name) not in (None, off):
-            warnings.warn(
-                f"Passing `{name}` requires some form of `input_ids` to be passed to `generate`, ignoring the "
-                "argument.",
-                UserWarning,
-                stacklevel=4,
-            )
+    needs_text = "Passing `{}` requires some form of `input_ids` to be passed to `generate`, ignoring the argument."
+    new_only = (
+        "Passing `{}` with `inputs_embeds` and without `input_ids` to `generate` will apply {} only to newly generated "
+        "tokens, not to the prompt."
+    )
+    cautions = [
+        ("encoder_repetition_penalty", 1.0, needs_text, ""),
+        ("encoder_no_repeat_ngram_size", 0, needs_text, ""),
+    ]
     if not read.input_ids.size:
-        only = {
-            "repetition_penalty": (1.0, "the penalty only to newly generated tokens"),
-            "no_repeat_ngram_size": (0, "n-gram constraints only to newly generated tokens"),
-        }
-        for name, (off, what) in only.items():
-            if getattr(config.merged, name) not in (None, off):
-                warnings.warn(
-                    f"Passing `{name}` with `inputs_embeds` and without `input_ids` to `generate` will apply {what}, "
-                    "not to the prompt.",
-                    UserWarning,
-                    stacklevel=4,
-                )
+        cautions += [
+            ("repetition_penalty", 1.0, new_only, "the penalty"),
+            ("no_repeat_ngram_size", 0, new_only, "n-gram constraints"),
+        ]
+    for name, off, message, what in cautions:
+        if getattr(config.merged, name) not in (None, off):
+            warnings.warn(message.format(name, what), UserWarning, stacklevel=4)
     merged = copy.copy(config.merged)
     merged.encoder_repetition_penalty = merged.encoder_no_repeat_ngram_size = None
     columns = read.embeddings.shape[1] + (0 if read.past is None else read.past.get_seq_length())
@@ -460,14 +456,14 @@ def _healed(model: Model, read: Inputs, custom: Custom) -> Inputs:
             "`position_ids`. Leave out one of them."
         )
 
+    # Drawn if the checkpoint's own settings say so, as in transformers.
+    words, rows = None, len(read.input_ids)
+    if custom.key is not None and model.generation_config.do_sample:
+        words = key_words(custom.key, resolve(model.generation_config, None, {})[0], rows, rows)
+
     def one_token(prompt: np.ndarray, bias: Any, row: int) -> Any:
-        # Drawn if the checkpoint's own settings say so, as in transformers.
-        key = custom.key if model.generation_config.do_sample else None
-        rows = len(read.input_ids)
-        words = None if key is None else key_words(key, resolve(model.generation_config, None, {})[0], rows, rows)
-        if words is not None and words.ndim == 2:
-            words = words[row]
-        return generate(model, prompt, generation_config=bias, key=words)
+        key = words if words is None or words.ndim == 1 else words[row]
+        return generate(model, prompt, generation_config=bias, key=key)
 
     input_ids = heal(read.input_ids, custom.tokenizer, one_token)
     if input_ids.shape == read.input_ids.shape:

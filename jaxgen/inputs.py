@@ -94,8 +94,6 @@ def checked_inputs(model: Model, inputs: Any, model_inputs: dict[str, Any], conf
             "`past_key_values.crop` what is to be read again."
         )
     positions = _positions(model_inputs.get("position_ids"), rows, fresh)
-    if positions is None and (past is not None or embeddings is not None):
-        positions = counted_positions(mask)[:, -fresh:]
     text_mask = np.ones((rows, columns), bool)
     if embeddings is None or columns == mask.shape[1]:
         text_mask = mask[:, -columns:]

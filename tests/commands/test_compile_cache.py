@@ -25,20 +25,11 @@ def configuration() -> Iterator[None]:
         jax.config.update(name, value)
 
 
-def told(folder: Path, *arguments: str) -> dict[str, float]:
+def told(folder: Path) -> dict[str, float]:
     """What `jaxgen generate --json` says in a process of its own."""
     environment = {**os.environ, "JAXGEN_COMPILE_CACHE": str(folder)}
-    command = [
-        sys.executable,
-        "-m",
-        "jaxgen",
-        "generate",
-        "Once upon a time",
-        "--max-tokens",
-        "20",
-        "--json",
-        *arguments,
-    ]
+    options = ["generate", "Once upon a time", "--max-tokens=20", "--json"]
+    command = [sys.executable, "-m", "jaxgen", *options]
     return json.loads(subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout)
 
 
