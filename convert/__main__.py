@@ -1,25 +1,80 @@
-"""`python -m convert SRC DST`, installed as `jaxgen convert SRC DST`."""
+"""`python -m convert SRC DST`, installed as `jaxgen convert SRC DST` and `jaxgen verify DIR`."""
 
 import argparse
 import sys
+import warnings
 
 from jaxgen import CheckpointError
 
-from . import convert_checkpoint
+from . import Report, convert_checkpoint, convert_to_hugging_face, verify
 
 
 def main(argv: list[str] | None = None, prog: str = "python -m convert") -> int:
-    parser = argparse.ArgumentParser(prog=prog, description="Converts a Hugging Face folder to jaxgen's own format.")
-    parser.add_argument("src", metavar="SRC", help="folder with config.json and safetensors; only read")
-    parser.add_argument("dst", metavar="DST", help="folder to make; it must not exist yet")
-    arguments = parser.parse_args(argv)
+    run = _verify if prog.endswith("verify") else _convert
+    warnings.showwarning = lambda message, *_: print(f"{prog}: warning: {message}", file=sys.stderr)
     try:
-        target = convert_checkpoint(arguments.src, arguments.dst)
-    except (CheckpointError, OSError) as error:
+        return run(sys.argv[1:] if argv is None else argv, prog)
+    except (CheckpointError, ValueError, OSError) as error:
         print(f"{prog}: {error}", file=sys.stderr)
-        return 1
-    print(f"wrote {target}; load it with jaxgen.load({str(target)!r})", file=sys.stderr)
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted. The same command with --resume goes on from here.", file=sys.stderr)
+        return 130
+    return 1
+
+
+def _convert(argv: list[str], prog: str) -> int:
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="Converts a Hugging Face checkpoint to jaxgen's own format, and back.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "src", metavar="SRC", help="a folder with config.json and safetensors, only read, or a model on the hub"
+    )
+    parser.add_argument("dst", metavar="DST", help="the folder to make; it appears when it is complete")
+    parser.add_argument("--to-hf", action="store_true", help="the way back: SRC was converted, DST is as it was before")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: each tensor's own")
+    parser.add_argument("--shard-size", metavar="SIZE", help="largest file, in bytes or as 5GB, which is the default")
+    parser.add_argument("--workers", type=int, metavar="N", help="threads that copy; default: one per core, at most 4")
+    parser.add_argument("--overwrite", action="store_true", help="replace the checkpoint in DST, at the end")
+    parser.add_argument("--resume", action="store_true", help="go on with what an interrupted conversion left")
+    parser.add_argument(
+        "--allow-pickle",
+        action="store_true",
+        help="also read pytorch_model.bin and consolidated.*.pth, which are pickles",
+    )
+    parser.add_argument("--merge-lora", metavar="FOLDER", help="a LoRA adapter to add to the weights")
+    arguments = parser.parse_args(argv)
+    shared = {name: getattr(arguments, name) for name in ("shard_size", "workers", "overwrite", "resume")}
+    if arguments.to_hf:
+        for name in ("dtype", "allow_pickle", "merge_lora"):
+            if getattr(arguments, name):
+                parser.error(f"--{name.replace('_', '-')} does not go with --to-hf")
+        report = convert_to_hugging_face(arguments.src, arguments.dst, **shared)
+    else:
+        own = {name: getattr(arguments, name) for name in ("dtype", "allow_pickle", "merge_lora")}
+        report = convert_checkpoint(arguments.src, arguments.dst, **shared, **own)
+    _print(report, "wrote", prog)
+    print(f"load it with jaxgen.load({str(report.folder)!r})", file=sys.stderr)
     return 0
+
+
+def _verify(argv: list[str], prog: str) -> int:
+    parser = argparse.ArgumentParser(prog=prog, description="Reads a whole checkpoint and says whether it is sound.")
+    parser.add_argument("folder", metavar="DIR", help="a Hugging Face or converted folder")
+    _print(verify(parser.parse_args(argv).folder), "verified", prog)
+    return 0
+
+
+def _print(report: Report, verb: str, prog: str) -> None:
+    speed = report.bytes / report.seconds / 1e6
+    for message in report.warnings:
+        print(f"{prog}: warning: {message}", file=sys.stderr)
+    print(
+        f"{verb} {report.folder}: {report.tensors} tensors, {report.bytes / 1e6:,.1f} MB in {report.seconds:.1f} s "
+        f"({speed:,.0f} MB/s)",
+        file=sys.stderr,
+    )
 
 
 if __name__ == "__main__":

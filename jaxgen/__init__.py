@@ -11,11 +11,11 @@ if TYPE_CHECKING:
     from jaxgen.checkpoint import BUNDLED_MODEL, from_config, load, save
     from jaxgen.contrastive_search import ContrastiveSearch
     from jaxgen.decoding import compile_counts, decode
+    from jaxgen.folder import CheckpointError
     from jaxgen.generation import Call, generate, prepare, stream
     from jaxgen.group_beam_search import GroupBeamSearch
     from jaxgen.outputs import compute_transition_scores
     from jaxgen.past_key_values import PastKeyValues
-    from jaxgen.safetensors_file import CheckpointError
     from jaxgen.sampling import Sample
     from jaxgen.stopping_criteria import EosToken, MaxLength
 
@@ -24,7 +24,7 @@ _HOMES = {
     "BUNDLED_MODEL": "checkpoint",
     "BeamSearch": "beam_search",
     "Call": "generation",
-    "CheckpointError": "safetensors_file",
+    "CheckpointError": "folder",
     "ContrastiveSearch": "contrastive_search",
     "EosToken": "stopping_criteria",
     "GroupBeamSearch": "group_beam_search",

@@ -7,8 +7,10 @@ tensors straight into their rows, so the host holds one parameter beside the mod
 
 import functools
 import json
+import math
+import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +20,20 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from jaxgen import lazy, safetensors_file
+from jaxgen import lazy, quantization, safetensors_file
+from jaxgen.folder import CheckpointError, check_name, holds, read_json
 from jaxgen.models import FAMILIES, Family
-from jaxgen.safetensors_file import DTYPES, CheckpointError, Tensor
+from jaxgen.safetensors_file import DTYPES, Tensor
 
 MANIFEST = "jaxgen.json"
-NATIVE_FORMAT = 1
+NATIVE_FORMAT = 2
 INDEX = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 BUNDLED_MODEL = Path(__file__).parent / "stories"
 
 # Buffers that old checkpoints hold and that the config determines.
-_IGNORED_SUFFIXES = (".rotary_emb.inv_freq", "rope.freqs")
+_INVERSE_FREQUENCIES = (".rotary_emb.inv_freq", "rope.freqs")
+_BUFFERS = (*_INVERSE_FREQUENCIES, ".attn.masked_bias", ".self_attn.masked_bias")
 
 
 def load(path: str | Path, dtype: jax.typing.DTypeLike | None = None) -> Any:
@@ -47,7 +51,9 @@ def load(path: str | Path, dtype: jax.typing.DTypeLike | None = None) -> Any:
         CheckpointError: one sentence about what is missing, broken or unknown. Nothing is loaded then.
     """
     source = open_folder(path)
-    target = source.dtype if dtype in (None, "auto") else _dtype(dtype)
+    for message in source.warnings:
+        warnings.warn(message, stacklevel=2)
+    target = source.dtype if dtype in (None, "auto") else weights_dtype(dtype)
     leaves, treedef = jax.tree.flatten(source.abstract)
     total = sum(leaf.size for leaf in leaves) * target.itemsize
     with tqdm(total=total, unit="B", unit_scale=True, desc="loading weights", delay=2) as bar:
@@ -68,7 +74,7 @@ def from_config(config: Any, key: jax.Array | int = 0, dtype: jax.typing.DTypeLi
     """
     raw = config if isinstance(config, Mapping) else config.to_dict()
     family, parsed, generation_config = _parse_config(raw, None)
-    model = _random_model(family, parsed, _dtype(dtype), jax.random.key(key) if isinstance(key, int) else key)
+    model = _random_model(family, parsed, weights_dtype(dtype), jax.random.key(key) if isinstance(key, int) else key)
     model.generation_config = generation_config
     return model
 
@@ -119,35 +125,42 @@ class Source:
         raw: its config.json.
         abstract: the model with shapes in place of weights.
         pieces: parameter path -> the tensors that make it, stacked along the first axis.
+        buffers: tensors that the config determines, by name; not read.
+        copies: tensors that another one holds too, and which.
+        native: whether it was converted.
+        warnings: what is odd about it.
     """
 
     folder: Path
     raw: Mapping[str, Any]
     abstract: Any
     pieces: Mapping[str, list[Tensor]]
+    buffers: Mapping[str, Tensor] = field(default_factory=dict)
+    copies: Mapping[str, str] = field(default_factory=dict)
+    native: bool = False
+    warnings: tuple[str, ...] = ()
 
     @property
     def dtype(self) -> np.dtype:
         """What `load` holds the weights in by default."""
         named = self.raw.get("dtype") or self.raw.get("torch_dtype")
         try:
-            return _dtype(named) if named else self.own_dtype("embed_tokens.weight")
+            return weights_dtype(named) if named else self.own_dtype("embed_tokens.weight")
         except ValueError as error:
             raise CheckpointError(f"{self.folder / 'config.json'}: {error} Or pass another to `load`.") from error
 
     def own_dtype(self, path: str) -> np.dtype:
         """The dtype that holds all tensors of a parameter without loss."""
-        dtypes = [DTYPES[tensor.dtype] for tensor in self.pieces[path]]
-        return functools.reduce(jnp.promote_types, dtypes)
+        return functools.reduce(jnp.promote_types, [tensor.dtype for tensor in self.pieces[path]])
 
-    def parameters(self, dtype: np.dtype | None = None) -> Iterator[np.ndarray]:
-        """The values, one parameter at a time in the order of the model's leaves, in one dtype or each in its own."""
+    def parameters(self, dtype: np.dtype) -> Iterator[np.ndarray]:
+        """The values, one parameter at a time in the order of the model's leaves."""
         for path, leaf in named_leaves(self.abstract):
-            array = np.empty(leaf.shape, dtype or self.own_dtype(path))
+            array = np.empty(leaf.shape, dtype)
             row = 0
             for tensor in self.pieces[path]:
-                tensor.read_into(array[row : row + tensor.shape[0]])
-                row += tensor.shape[0]
+                tensor.read_into(array[row : row + tensor.rows])
+                row += tensor.rows
             yield array
 
 
@@ -160,34 +173,80 @@ def open_folder(path: str | Path) -> Source:
     folder = Path(path)
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder. Pass the one that holds config.json; nothing is downloaded.")
-    if (folder / "adapter_config.json").exists():
+    if holds(folder, "adapter_config.json"):
         raise CheckpointError(
-            f"{folder} holds a LoRA adapter, which would be left out. Merge it into its base model first."
+            f"{folder} holds a LoRA adapter and not a model. Merge it into its base model: `jaxgen convert BASE DST "
+            f"--merge-lora {folder}`."
         )
-    raw = _read_json(folder / "config.json")
-    generation_file = folder / "generation_config.json"
-    try:
-        family, config, generation_config = _parse_config(
-            raw, _read_json(generation_file) if generation_file.exists() else None
-        )
-    except ValueError as error:
-        raise CheckpointError(f"{folder}: {error}") from error
-    tensors = {name: t for name, t in _tensors(folder).items() if not name.endswith(_IGNORED_SUFFIXES)}
-    if unreadable := sorted({t.dtype for t in tensors.values()} - set(DTYPES)):
-        raise CheckpointError(f"{folder} holds tensors of dtype {unreadable}; jaxgen reads {list(DTYPES)}.")
-    native = (folder / MANIFEST).exists()
-    if native and (version := _read_json(folder / MANIFEST).get("format")) != NATIVE_FORMAT:
+    raw, generation = read_configs(folder)
+    native = holds(folder, MANIFEST)
+    if native and (version := read_json(folder, MANIFEST).get("format")) != NATIVE_FORMAT:
         raise CheckpointError(
             f"{folder} is a converted folder of format {version!r}, and this jaxgen reads {NATIVE_FORMAT}. Convert the "
             "original again."
         )
-    config = _resolve_head(folder, config, tensors, native)
+    return account(folder, raw, generation, read_tensors(folder), native)
+
+
+def read_configs(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The config.json of a folder and its generation_config.json, if there is one."""
+    if not holds(folder, "config.json") and holds(folder, "params.json"):
+        raise CheckpointError(
+            f"{folder} is a checkpoint as Meta distributes it, in pickles. `jaxgen convert --allow-pickle` reads it."
+        )
+    generation = "generation_config.json"
+    return read_json(folder, "config.json"), read_json(folder, generation) if holds(folder, generation) else None
+
+
+def account(
+    folder: Path,
+    raw: Mapping[str, Any],
+    generation: Mapping[str, Any] | None,
+    tensors: Mapping[str, Tensor],
+    native: bool = False,
+) -> Source:
+    """Finds a use for every tensor and tensors for every parameter.
+
+    Args:
+        folder: for messages.
+        raw: config.json.
+        generation: generation_config.json.
+        tensors: of the checkpoint, by name.
+        native: whether they have the names of parameters.
+
+    Raises:
+        CheckpointError: see `load`.
+    """
+    try:
+        tensors = quantization.dequantised(tensors, raw)
+        unquantised = {key: value for key, value in raw.items() if key not in quantization.KEYS}
+        family, config, generation_config = _parse_config(unquantised, generation)
+        _check_numbers(config)
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+    if config.num_hidden_layers > len(tensors):
+        raise CheckpointError(
+            f"{folder} holds {len(tensors)} tensors, but its config.json asks for `num_hidden_layers`="
+            f"{config.num_hidden_layers}. The checkpoint is incomplete; download it again."
+        )
+    buffers = {name: tensor for name, tensor in tensors.items() if name.endswith(_BUFFERS)}
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in buffers}
+    if unreadable := sorted({str(t.dtype) for t in tensors.values()} - set(map(str, DTYPES.values()))):
+        raise CheckpointError(f"{folder} holds tensors of dtype {unreadable}; jaxgen reads {list(DTYPES)}.")
+    head, embedding = ("lm_head.weight", "embed_tokens.weight" if native else "model.embed_tokens.weight")
+    config, copies = _resolve_head(folder, config, tensors, head, embedding)
+    config, resized = _resolve_vocabulary(config, tensors, head, embedding)
     abstract = nnx.eval_shape(lambda: family.build(config, nnx.Rngs(0), generation_config))
     shapes = {name: leaf.shape for name, leaf in named_leaves(abstract)}
-    wanted = {path: {path: shape[0]} for path, shape in shapes.items()} if native else family.weight_map(config)
-    _account(folder, shapes, wanted, tensors)
+    wanted = family.weight_map(config)
+    if native:
+        wanted = {path: _native_names(path, sources, tensors) for path, sources in wanted.items()}
+    _match(folder, shapes, wanted, {name: tensor for name, tensor in tensors.items() if name not in copies})
     pieces = {path: [tensors[name] for name in sources] for path, sources in wanted.items()}
-    return Source(folder, raw, abstract, pieces)
+    oddities = (*resized, *_oddities(raw), *_odd_buffers(config, buffers))
+    return Source(
+        folder, raw, abstract, pieces, buffers, copies, native, tuple(f"{folder}: {each}" for each in oddities)
+    )
 
 
 def _parse_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | None) -> tuple[Family, Any, Any]:
@@ -197,33 +256,87 @@ def _parse_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | None) 
         raise ValueError(f"`model_type`={raw.get('model_type')!r} is not supported; it may be one of {list(FAMILIES)}.")
     family = FAMILIES[raw["model_type"]]
     config = family.config(raw, frozenset(generation_class().to_dict()))
-    if generation is not None:
-        return family, config, generation_class.from_dict(dict(generation))
-    return family, config, generation_class.from_model_config(dict(raw))
+    try:
+        if generation is not None:
+            return family, config, generation_class.from_dict(dict(generation))
+        return family, config, generation_class.from_model_config(dict(raw))
+    except Exception as error:  # whatever transformers makes of values that make no sense
+        name = "config.json" if generation is None else "generation_config.json"
+        raise ValueError(f"transformers cannot read the generation config in {name} ({error!r}).") from error
 
 
-def _resolve_head(folder: Path, config: Any, tensors: dict[str, Tensor], native: bool) -> Any:
+def _check_numbers(config: Any) -> None:
+    """No size that overflows, nothing infinite."""
+    for each in fields(config):
+        value = getattr(config, each.name)
+        if (type(value) is int and value >= 1 << 31) or (type(value) is float and not math.isfinite(value)):
+            raise ValueError(f"`{each.name}`={value!r} in config.json is too large.")
+
+
+def _resolve_head(
+    folder: Path, config: Any, tensors: Mapping[str, Tensor], head: str, embedding: str
+) -> tuple[Any, dict[str, str]]:
     """A missing head is the embedding's, whatever the config says; a head beside a tied flag must equal it."""
-    head, embedding = ("lm_head.weight", "embed_tokens.weight" if native else "model.embed_tokens.weight")
     if head not in tensors:
-        return replace(config, tie_word_embeddings=True)
+        return replace(config, tie_word_embeddings=True), {}
     if not config.tie_word_embeddings or embedding not in tensors:
-        return config
-    if not _equal(tensors.pop(head), tensors[embedding]):
+        return config, {}
+    if not _equal(tensors[head], tensors[embedding]):
         raise CheckpointError(
             f"{folder}: config.json has `tie_word_embeddings`=true, but `{head}` differs from `{embedding}`. Set the "
             "flag to false if the checkpoint has a head of its own."
         )
-    return config
+    return config, {head: embedding}
 
 
 def _equal(first: Tensor, second: Tensor) -> bool:
     if (first.dtype, first.shape) != (second.dtype, second.shape):
         return False
-    return all(one == other for one, other in zip(first.chunks(), second.chunks(), strict=True))
+    return all(
+        np.array_equal(one.reshape(-1).view(np.uint8), other.reshape(-1).view(np.uint8))
+        for one, other in zip(first.blocks(), second.blocks(), strict=True)
+    )
 
 
-def _account(
+def _resolve_vocabulary(
+    config: Any, tensors: Mapping[str, Tensor], head: str, embedding: str
+) -> tuple[Any, tuple[str, ...]]:
+    """The tables know how many entries they have; configs miss tokens that were added and rows that pad."""
+    shapes = {tensors[name].shape for name in (head, embedding) if name in tensors}
+    if embedding not in tensors or len(shapes) != 1 or (shape := shapes.pop())[1:] != (config.hidden_size,):
+        return config, ()
+    if shape[0] in (config.vocab_size, 0):
+        return config, ()
+    said = f"the embedding has {shape[0]} rows and not `vocab_size`={config.vocab_size}, as config.json says."
+    return replace(config, vocab_size=shape[0]), (said,)
+
+
+def _oddities(raw: Mapping[str, Any]) -> Iterator[str]:
+    if raw.get("auto_map"):
+        yield "config.json has `auto_map`: code that comes with a checkpoint is never run."
+    if raw.get("pretraining_tp") not in (None, 1):
+        yield f"`pretraining_tp`={raw['pretraining_tp']!r} in config.json is ignored, as by transformers 5."
+
+
+def _odd_buffers(config: Any, buffers: Mapping[str, Tensor]) -> Iterator[str]:
+    for name, tensor in buffers.items():
+        if name.endswith(_INVERSE_FREQUENCIES):
+            expected = np.asarray(config.rope.inverse_frequencies(1))
+            stored = tensor.dtype in DTYPES.values() and tensor.shape == expected.shape
+            precision = float(jnp.finfo(tensor.dtype).eps) if stored else 0
+            found = np.concatenate([block.astype(np.float32) for block in tensor.blocks()]) if stored else expected
+            if not stored or not np.allclose(found, expected, rtol=4 * precision, atol=0):
+                yield f"`{name}` is not what config.json says, and is ignored."
+
+
+def _native_names(path: str, sources: Mapping[str, int], tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """The tensors of a converted folder that make a parameter: one, or one per dtype."""
+    if path in tensors or len(sources) == 1:
+        return {path: sum(sources.values())}
+    return {f"{path}.{number}": rows for number, rows in enumerate(sources.values())}
+
+
+def _match(
     folder: Path,
     shapes: Mapping[str, tuple[int, ...]],
     wanted: Mapping[str, Mapping[str, int]],
@@ -232,9 +345,9 @@ def _account(
     """Every tensor is used exactly once, every parameter filled exactly once, every shape fits."""
     names = [name for sources in wanted.values() for name in sources]
     if missing := [name for name in names if name not in tensors]:
-        raise CheckpointError(f"{folder} lacks {_listed(missing)}. The checkpoint is incomplete; download it again.")
+        raise CheckpointError(f"{folder} lacks {listed(missing)}. The checkpoint is incomplete; download it again.")
     if unknown := sorted(set(tensors) - set(names)):
-        raise CheckpointError(f"{folder} holds {_listed(unknown)}, which the model of its config.json has no use for.")
+        raise CheckpointError(f"{folder} holds {listed(unknown)}, which the model of its config.json has no use for.")
     for path, sources in wanted.items():
         for name, rows in sources.items():
             expected = (rows, *shapes[path][1:])
@@ -244,30 +357,37 @@ def _account(
                 )
 
 
-def _tensors(folder: Path) -> dict[str, Tensor]:
+def read_tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of a folder. The index is authoritative; a stray file beside it is never read."""
-    index_file = folder / INDEX
-    if not index_file.exists():
-        if not (folder / SINGLE_FILE).exists():
-            others = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pth", ".safetensors", ".gguf"))
-            raise CheckpointError(
-                f"{folder} has neither {INDEX} nor {SINGLE_FILE}"
-                + (f"; jaxgen does not read {others}. Save the model as safetensors." if others else ".")
-            )
-        return safetensors_file.read_header(folder / SINGLE_FILE)
-    index = _read_json(index_file).get("weight_map")
+    if not holds(folder, INDEX):
+        if not holds(folder, SINGLE_FILE):
+            raise CheckpointError(f"{folder} has neither {INDEX} nor {SINGLE_FILE}{_instead(folder)}")
+        return dict(safetensors_file.read_header(folder, SINGLE_FILE))
+    index = read_json(folder, INDEX).get("weight_map")
     if not isinstance(index, dict) or not all(isinstance(file, str) for file in index.values()):
-        raise CheckpointError(f"{index_file} has no `weight_map` from tensors to files. Download it again.")
+        raise CheckpointError(f"{folder / INDEX} has no `weight_map` from tensors to files. Download it again.")
+    listing: dict[str, set[str]] = {}
+    for name, file in index.items():
+        listing.setdefault(file, set()).add(name)
     tensors: dict[str, Tensor] = {}
-    for file in sorted(set(index.values())):
-        if Path(file).name != file or file in ("", "..") or "\\" in file or not file.isprintable() or len(file) > 255:
-            raise CheckpointError(f"{index_file} names {file!r}, which is not a plain file name in its folder.")
-        found = safetensors_file.read_header(folder / file)
-        listed = {name for name, owner in index.items() if owner == file}
-        if difference := sorted(listed ^ set(found)):
-            raise CheckpointError(f"{INDEX} and {folder / file} disagree about {_listed(difference)}.")
+    for file, names in sorted(listing.items()):
+        check_name(file, folder / INDEX)
+        found = safetensors_file.read_header(folder, file)
+        if difference := sorted(names ^ set(found)):
+            raise CheckpointError(f"{INDEX} and {folder / file} disagree about {listed(difference)}.")
         tensors |= found
     return tensors
+
+
+def _instead(folder: Path) -> str:
+    """What a folder without safetensors holds, and what can be done about it."""
+    names = sorted(path.name for path in folder.iterdir())
+    if ggufs := [name for name in names if name.endswith(".gguf")]:
+        return f", but {ggufs}: GGUF is not read. transformers can load it and save it as safetensors."
+    if pickles := [name for name in names if name.endswith((".bin", ".pth", ".pt"))]:
+        return f", but {pickles}: pickles, which can run code, are read by `jaxgen convert --allow-pickle` only."
+    others = [name for name in names if name.endswith((".safetensors", ".msgpack", ".h5"))]
+    return f"; jaxgen does not read {others}. Save the model as safetensors." if others else "."
 
 
 def named_leaves(model: Any) -> Iterator[tuple[str, Any]]:
@@ -285,7 +405,7 @@ def _stack(sources: Mapping[str, int]) -> Iterator[tuple[str, int, int]]:
         start += rows
 
 
-def _dtype(dtype: jax.typing.DTypeLike) -> np.dtype:
+def weights_dtype(dtype: jax.typing.DTypeLike) -> np.dtype:
     try:
         return next(known for known in DTYPES.values() if known == jnp.dtype(dtype))
     except (TypeError, StopIteration) as error:
@@ -293,18 +413,6 @@ def _dtype(dtype: jax.typing.DTypeLike) -> np.dtype:
         raise ValueError(f"`dtype`={dtype!r} is not supported; it may be one of {names}.") from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing. Pass the folder that holds it.") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON ({error}). Download it again.") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds no JSON object. Download it again.")
-    return content
-
-
-def _listed(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
     shown = ", ".join(f"`{name}`" for name in names[:5])
     return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"

@@ -17,9 +17,9 @@ from jaxgen.version import __version__
 def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     try:
-        if arguments[:1] == ["convert"]:
-            # The converter imports the package, never the reverse: its command is looked up by name.
-            return importlib.import_module("jaxgen.convert.__main__").main(arguments[1:], prog="jaxgen convert")
+        if arguments[:1] in (["convert"], ["verify"]):
+            # The converter imports the package, never the reverse: its commands are looked up by name.
+            return importlib.import_module("jaxgen.convert.__main__").main(arguments[1:], prog=f"jaxgen {arguments[0]}")
         with _interrupts_end_the_process():
             parsed = _parser().parse_args(arguments)
             if sys.stdout is None:
@@ -92,7 +92,8 @@ def _parser() -> argparse.ArgumentParser:
         "doctor", help="what is installed", description="Says what is installed, where it runs and what is wrong."
     )
     _add_cache_option(doctor)
-    commands.add_parser("convert", help="convert a Hugging Face folder to jaxgen's own format", add_help=False)
+    commands.add_parser("convert", help="convert a Hugging Face folder to jaxgen's own format, or back", add_help=False)
+    commands.add_parser("verify", help="read a whole checkpoint and say whether it is sound", add_help=False)
     return parser
 
 

@@ -1,10 +1,11 @@
-"""Reading and writing safetensors one tensor at a time.
+"""Reading and writing safetensors a few rows at a time.
 
 The `safetensors` package validates a file; the bytes are read with plain `readinto`, straight into their place. Its own
 readers map the whole file into memory, which counts a second copy of the model against the process.
 """
 
 import json
+import math
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -15,17 +16,72 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from jaxgen.folder import LARGEST_JSON, CheckpointError, file_in, parse_json
+
+# What weights may be held in.
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+FLOAT8 = {"F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn)}
+# What a file may hold, such as old buffers or the parts of quantised weights.
+_ALL = (
+    DTYPES
+    | FLOAT8
+    | {"F8_E5M2": np.dtype(ml_dtypes.float8_e5m2), "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu)}
+    | {"F64": np.dtype(np.float64), "BOOL": np.dtype(np.bool), "C64": np.dtype(np.complex64)}
+    | {f"{kind.upper()}{bits}": np.dtype(f"{kind}{bits // 8}") for kind in "iu" for bits in (8, 16, 32, 64)}
+)
+_NAMES = {dtype: name for name, dtype in _ALL.items()}
+
+BLOCK = 1 << 20  # bytes that are read and worked on at a time: enough for a disk, and little for a cache
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used: names the file or tensor, what is wrong, and the way out."""
+class Tensor:
+    """A tensor of a checkpoint, whose rows (its first axis) are read or computed when they are asked for.
+
+    Attributes:
+        name: as in its file.
+        dtype: what its values have without loss.
+    """
+
+    name: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+    def read(self, out: np.ndarray, start: int) -> None:
+        """Fills a C-contiguous array of the tensor's own dtype with the rows from `start` on."""
+        raise NotImplementedError
+
+    @property
+    def rows(self) -> int:
+        return self.shape[0] if self.shape else 1
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def read_into(self, out: np.ndarray, start: int = 0) -> None:
+        """Fills a C-contiguous array [rows, ...] with the rows from `start` on, cast to the array's dtype."""
+        if out.dtype == self.dtype:
+            self.read(out, start)
+            return
+        done = 0
+        for block in self.blocks(start, start + len(out)):
+            out[done : done + len(block)] = block
+            done += len(block)
+
+    def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
+        """The rows in their order, as many at a time as fit a block; each array is valid until the next one."""
+        stop = self.rows if stop is None else stop
+        step = max(1, BLOCK * self.rows // max(1, self.nbytes))
+        buffer = np.empty((min(step, stop - start), *self.shape[1:]), self.dtype)
+        for first in range(start, stop, step):
+            block = buffer[: min(step, stop - first)]
+            self.read(block, first)
+            yield block
 
 
 @dataclass(frozen=True)
-class Tensor:
-    """Where a tensor lies.
+class StoredTensor(Tensor):
+    """A tensor in a file.
 
     Attributes:
         offset: bytes from the start of the file.
@@ -33,86 +89,93 @@ class Tensor:
 
     path: Path
     name: str
-    dtype: str
+    dtype: np.dtype
     shape: tuple[int, ...]
     offset: int
 
-    def chunks(self, size: int = 1 << 24) -> Iterator[bytes]:
-        """The bytes of the tensor, a few at a time."""
-        left = int(np.prod(self.shape)) * DTYPES[self.dtype].itemsize
-        with self.path.open("rb") as file:
-            file.seek(self.offset)
-            while left > 0:
-                chunk = file.read(min(size, left))
-                left -= len(chunk)
-                yield chunk
-
-    def read_into(self, out: np.ndarray) -> None:
-        """Fills a C-contiguous array of the tensor's shape, casting to its dtype where they differ."""
-        source = out if out.dtype == DTYPES[self.dtype] else np.empty(self.shape, DTYPES[self.dtype])
-        view = source.reshape(-1).view(np.uint8).data
+    def read(self, out: np.ndarray, start: int) -> None:
+        """See `Tensor.read`."""
+        view = out.reshape(-1).view(np.uint8).data
         with self.path.open("rb", buffering=0) as file:
-            file.seek(self.offset)
+            file.seek(self.offset + start * (self.nbytes // max(1, self.rows)))
             while view and (count := file.readinto(view)):
                 view = view[count:]
         if view:
             raise CheckpointError(f"{self.path} ended while `{self.name}` was read. Download it again.")
-        if source is not out:
-            out[...] = source
+
+    def part(self, name: str, start: int, rows: int) -> "StoredTensor":
+        """Some of its rows as a tensor of their own."""
+        offset = self.offset + start * (self.nbytes // max(1, self.rows))
+        return StoredTensor(self.path, name, self.dtype, (rows, *self.shape[1:]), offset)
 
 
-def read_header(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file, which must be whole.
+def read_header(folder: Path, name: str) -> dict[str, StoredTensor]:
+    """The tensors of a file of a folder, which must be whole.
 
     Raises:
         CheckpointError: if the file is missing, is no safetensors file, or is shorter or longer than its header says.
     """
+    path = file_in(folder, name)
     try:
-        with path.open("rb") as file:
-            if file.read(64).startswith(b"version https://git-lfs"):
-                raise CheckpointError(
-                    f"{path} is a Git LFS pointer, not the weights. Run `git lfs pull` in its folder."
-                )
-            with safe_open(path, framework="numpy"):
-                pass  # opening validates the header, its offsets and the length of the file
-            file.seek(0)
-            length = struct.unpack("<Q", file.read(8))[0]
-            header = json.loads(file.read(length), object_pairs_hook=_no_duplicates)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing. The checkpoint is incomplete; download it again.") from error
-    except (OSError, SafetensorError, _DuplicateKey, RecursionError) as error:
+        header = parse_json(header_text(path))
+        with safe_open(path, framework="numpy"):
+            pass  # opening validates the header, its offsets and the length of the file
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
+        if isinstance(error, CheckpointError):
+            raise
         raise CheckpointError(f"{path} cannot be read as safetensors ({error}). Download it again.") from error
     header.pop("__metadata__", None)
+    if unreadable := sorted({entry["dtype"] for entry in header.values()} - set(_ALL)):
+        raise CheckpointError(f"{path} holds tensors of dtype {unreadable}; jaxgen reads {list(DTYPES)}.")
+    start = 8 + _header_length(path)
     return {
-        name: Tensor(path, name, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+        name: StoredTensor(path, name, _ALL[entry["dtype"]], tuple(entry["shape"]), start + entry["data_offsets"][0])
         for name, entry in header.items()
     }
 
 
+def header_text(path: Path) -> str:
+    """The JSON at the beginning of a file, with the spaces that pad it.
+
+    Raises:
+        CheckpointError: if there is none.
+    """
+    length = _header_length(path)
+    with path.open("rb") as file:
+        file.seek(8)
+        return file.read(length).decode()
+
+
+def _header_length(path: Path) -> int:
+    with path.open("rb") as file:
+        start = file.read(64)
+    if start.startswith(b"version https://git-lfs"):
+        raise CheckpointError(f"{path} is a Git LFS pointer, not the weights. Run `git lfs pull` in its folder.")
+    if not any(start):
+        raise CheckpointError(f"{path} begins with zeros: it was not downloaded to the end. Download it again.")
+    length = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else 0
+    if not 2 <= length <= LARGEST_JSON:
+        raise CheckpointError(f"{path} is no safetensors file: it begins with {start[:16]!r}. Download it again.")
+    return length
+
+
+def header(tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]], kind: str) -> tuple[bytes, dict[str, int]]:
+    """The beginning of a file of tensors of these dtypes and shapes, and where each begins in the file, in bytes."""
+    entries: dict[str, Any] = {"__metadata__": {"format": kind}}
+    end = 0
+    for name, (dtype, shape) in tensors.items():
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        entries[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    encoded = json.dumps(entries, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)  # the format aligns the data to 8 bytes
+    data = 8 + len(encoded)
+    offsets = {name: data + entries[name]["data_offsets"][0] for name in tensors}
+    return struct.pack("<Q", len(encoded)) + encoded, offsets
+
+
 def write(path: Path, tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]], arrays: Iterable[np.ndarray]) -> None:
     """Writes one file from the dtypes and shapes of its tensors and, in the same order, their values one by one."""
-    header: dict[str, Any] = {"__metadata__": {"format": "flax"}}
-    offset = 0
-    for name, (dtype, shape) in tensors.items():
-        end = offset + int(np.prod(shape)) * dtype.itemsize
-        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
-    encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)  # the format aligns the data to 8 bytes
     with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(encoded)) + encoded)
-        # The tensors come first in the zip: it must not take an array that belongs to the next file.
-        for _, array in zip(tensors, arrays, strict=False):
+        file.write(header(tensors, "flax")[0])
+        for _, array in zip(tensors, arrays, strict=True):
             file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-
-
-class _DuplicateKey(ValueError):
-    pass
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise _DuplicateKey(f"`{next(name for name in names if names.count(name) > 1)}` is there twice")
-    return content

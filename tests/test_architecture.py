@@ -48,8 +48,9 @@ def relative(file: Path) -> str:
 
 
 @pytest.mark.parametrize("file", FILES, ids=relative)
-def test_no_file_imports_torch(file: Path) -> None:
-    assert not {name for name in imports(file) if name.split(".")[0] == "torch"}
+def test_no_file_imports_torch_but_the_one_that_reads_pickles_on_request(file: Path) -> None:
+    if relative(file) != "convert/pickles.py":
+        assert not {name for name in imports(file) if name.split(".")[0] == "torch"}
 
 
 @pytest.mark.parametrize("file", FILES, ids=relative)

@@ -27,7 +27,7 @@ from oracle import torch_logits, torch_model
 
 import jaxgen
 from jaxgen import CheckpointError
-from jaxgen.safetensors_file import Tensor
+from jaxgen.safetensors_file import StoredTensor
 
 INDEX = "model.safetensors.index.json"
 TENSORS = random_tensors()
@@ -93,13 +93,17 @@ def test_every_layout_of_tensors_is_loaded(flags: dict[str, Any], tmp_path: Path
     assert_holds(jaxgen.load(write_checkpoint(tmp_path, config)), random_tensors(config), np.float32)
 
 
-def test_buffers_that_the_config_determines_are_ignored(tmp_path: Path) -> None:
-    buffers = {
-        "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32),
-        "model.layers.1.self_attn.rotary_emb.inv_freq": np.ones(4, np.int32),
-        "rope.freqs": np.ones(4, np.float32),
-    }
-    assert_holds(jaxgen.load(write_checkpoint(tmp_path, tensors=TENSORS | buffers)), TENSORS, np.float32)
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_buffers_that_the_config_determines_are_compared_with_it(dtype: Any, tmp_path: Path) -> None:
+    frequencies = (1 / 10000 ** (np.arange(0, 8, 2) / 8)).astype(dtype)
+    name = "model.layers.1.self_attn.rotary_emb.inv_freq"
+    buffers = {"rope.freqs": frequencies, name: frequencies, "model.layers.0.attn.masked_bias": np.array(-1e4, dtype)}
+    folder = write_checkpoint(tmp_path / "right", tensors=TENSORS | buffers)
+    assert_holds(jaxgen.load(folder), TENSORS, np.float32)
+    for wrong in (frequencies * 1.1, frequencies[1:], frequencies.astype(np.int32)):
+        folder = write_checkpoint(tmp_path / "wrong", tensors=TENSORS | buffers | {name: wrong})
+        with pytest.warns(UserWarning, match=f"`{name}` is not what config.json says"):
+            assert_holds(jaxgen.load(folder), TENSORS, np.float32)
 
 
 @pytest.mark.parametrize("flag", [True, False])
@@ -185,7 +189,7 @@ def test_generation_fields_of_an_old_config_become_the_generation_config(tmp_pat
 def refused(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, str], None]:
     """Checks that a folder is refused in one line that names it, before the first value is read."""
     read: list[str] = []
-    monkeypatch.setattr(Tensor, "read_into", lambda self, out: read.append(self.name))
+    monkeypatch.setattr(StoredTensor, "read", lambda self, out, start: read.append(self.name))
 
     def check(folder: Path, named: str) -> None:
         with pytest.raises(CheckpointError, match=named) as refusal:
@@ -212,9 +216,9 @@ NORM = "model.norm.weight"
         (NORM, np.ones((32, 1), np.float32), rf"`{NORM}` has shape \(32, 1\)"),
         (NORM, np.array(1, np.float32), rf"`{NORM}` has shape \(\)"),
         ("lm_head.weight", np.ones((49, 32), np.float32), r"`lm_head.weight` has shape \(49, 32\).*\(48, 32\)"),
-        (NORM, np.ones(32, ml_dtypes.float8_e4m3fn), "F8_E4M3.*BF16"),
-        (NORM, np.ones(32, np.int32), "I32.*BF16"),
-        (NORM, np.ones(32, np.float64), "F64.*BF16"),
+        (NORM, np.ones(32, ml_dtypes.float8_e4m3fn), "8-bit floats.*`quantization_config`"),
+        (NORM, np.ones(32, np.int32), "int32.*BF16"),
+        (NORM, np.ones(32, np.float64), "float64.*BF16"),
     ],
 )
 def test_tensors_that_do_not_make_the_model_are_refused_by_name(
@@ -265,7 +269,7 @@ def test_an_index_that_lists_no_files_is_refused(
 ) -> None:
     folder = write_checkpoint(tmp_path, shards=2)
     write_json(folder / INDEX, {"weight_map": weight_map})
-    refused(folder, "weight_map|lacks")
+    refused(folder, "weight_map|holds 0 tensors")
 
 
 def edit_index(folder: Path, edit: Callable[[dict[str, str]], dict[str, str]]) -> None:
@@ -305,9 +309,10 @@ def test_a_shard_that_is_missing_or_broken_is_refused_by_name(
     [
         "../outside.safetensors",
         "{above}/outside.safetensors",
-        "inner/inside.safetensors",
-        "./inside.safetensors",
+        "inner/../../outside.safetensors",
         "inner\\inside.safetensors",
+        "C:\\inside.safetensors",
+        "C:inside.safetensors",
         "",
         ".",
         "..",
@@ -315,7 +320,7 @@ def test_a_shard_that_is_missing_or_broken_is_refused_by_name(
         "inside" * 99,
     ],
 )
-def test_an_index_reaches_plain_files_of_its_own_folder_only(
+def test_an_index_names_nothing_but_files_in_its_folder(
     name: str, tmp_path: Path, refused: Callable[[Path, str], None]
 ) -> None:
     folder = write_checkpoint(tmp_path / "model", shards=2)

@@ -1,0 +1,195 @@
+"""What goes where: the files of a converted folder, and those of the Hugging Face folder that it came from."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from jaxgen import __version__
+from jaxgen.checkpoint import INDEX, MANIFEST, NATIVE_FORMAT, SINGLE_FILE, Source, listed, named_leaves
+from jaxgen.folder import CheckpointError, check_name, file_in, holds, parse_json, read_text
+from jaxgen.models import FAMILIES
+from jaxgen.safetensors_file import StoredTensor, Tensor, header, header_text
+
+SHARD_BYTES = 5 * 10**9  # as `save_pretrained` of transformers has it
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The values of one tensor in a file.
+
+    Attributes:
+        dtype: what they are written in.
+        offset: bytes from the start of the file.
+    """
+
+    tensor: Tensor
+    dtype: np.dtype
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.tensor.nbytes // self.tensor.dtype.itemsize * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class File:
+    """A safetensors file to be written: its beginning, and the pieces that fill the rest."""
+
+    name: str
+    header: bytes
+    pieces: list[Piece]
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.header) + sum(piece.nbytes for piece in self.pieces)
+
+
+# A tensor to be written: its parts, stacked along the first axis, and the dtype.
+_Entry = tuple[list[Tensor], np.dtype]
+
+
+def native_files(source: Source, dtype: np.dtype | None, shard_bytes: int) -> list[File]:
+    """The files of a converted folder: parameters by their paths, and the buffers that the way back needs.
+
+    The tensors of a parameter have one dtype, as a rule. Where they do not, each stays a tensor of its own.
+    """
+    entries: dict[str, _Entry] = {}
+    for path, _ in named_leaves(source.abstract):
+        parts = source.pieces[path]
+        if dtype or len({part.dtype for part in parts}) == 1:
+            entries[path] = (parts, dtype or parts[0].dtype)
+        else:
+            entries |= {f"{path}.{number}": ([part], part.dtype) for number, part in enumerate(parts)}
+    entries |= {name: ([tensor], tensor.dtype) for name, tensor in source.buffers.items()}
+    return _files(entries, shard_bytes, "flax")
+
+
+def manifest(source: Source, digests: Mapping[str, str], copied: Mapping[str, str], *, exact: bool) -> str:
+    """The text of a converted folder's jaxgen.json.
+
+    Args:
+        digests: SHA-256 by tensor.
+        copied: SHA-256 by file that holds no tensors.
+        exact: whether every tensor kept its bytes, so that the way back can restore its file.
+    """
+    content: dict[str, Any] = {
+        "format": NATIVE_FORMAT,
+        "jaxgen": __version__,
+        "parameters": {path: [tensor.name for tensor in tensors] for path, tensors in source.pieces.items()},
+        "copies": source.copies,
+        "sha256": {"tensors": digests, "files": copied},
+    }
+    parts = [*source.buffers.values(), *(tensor for tensors in source.pieces.values() for tensor in tensors)]
+    if exact and all(isinstance(tensor, StoredTensor) for tensor in parts):
+        text = read_text(source.folder, INDEX) if holds(source.folder, INDEX) else None
+        names = sorted(set(parse_json(text)["weight_map"].values())) if text else [SINGLE_FILE]
+        headers = {name: header_text(file_in(source.folder, name)) for name in names}
+        content["source"] = {"index": text, "headers": headers}
+    return json.dumps(content, indent=1) + "\n"
+
+
+def hugging_face_files(
+    source: Source, manifest: Mapping[str, Any], shard_bytes: int | None
+) -> tuple[list[File], str | None]:
+    """The files of the Hugging Face folder that a converted folder came from, and the text of their index.
+
+    Args:
+        shard_bytes: how large the files may be; None for the files that there were.
+    """
+    tensors = hugging_face_tensors(source, manifest)
+    if shard_bytes is None and (origin := manifest.get("source")):
+        return _original_files(source.folder, tensors, origin["headers"]), origin["index"]
+    files = _files(
+        {name: ([tensor], tensor.dtype) for name, tensor in tensors.items()}, shard_bytes or SHARD_BYTES, "pt"
+    )
+    return files, None if len(files) == 1 else index(files)
+
+
+def hugging_face_tensors(source: Source, manifest: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a converted folder under the names that they had."""
+    found: dict[str, Tensor] = dict(source.buffers)
+    for path, parts in FAMILIES[source.raw["model_type"]].weight_map(source.abstract.config).items():
+        stored = cast(list[StoredTensor], source.pieces[path])
+        if len(stored) > 1:
+            found |= {
+                name: tensor.part(name, 0, rows) for (name, rows), tensor in zip(parts.items(), stored, strict=True)
+            }
+            continue
+        start = 0
+        for name, rows in parts.items():
+            found[name] = stored[0].part(name, start, rows)
+            start += rows
+    return found | {copy: found[original] for copy, original in manifest["copies"].items()}
+
+
+def index(files: list[File]) -> str:
+    """The text of the index of several files."""
+    total = sum(piece.nbytes for file in files for piece in file.pieces)
+    owners = {name: file.name for file in files for name in _names(file.header)}
+    return json.dumps({"metadata": {"total_size": total}, "weight_map": owners}, indent=1) + "\n"
+
+
+def _names(header: bytes) -> Iterator[str]:
+    return (name for name in json.loads(header[8:]) if name != "__metadata__")
+
+
+def _files(entries: Mapping[str, _Entry], shard_bytes: int, kind: str) -> list[File]:
+    shards: list[dict[str, _Entry]] = [{}]
+    size = 0
+    for name, entry in entries.items():
+        size += _nbytes(entry)
+        if shards[-1] and size > shard_bytes:
+            shards.append({})
+            size = _nbytes(entry)
+        shards[-1][name] = entry
+    single = kind == "pt" and len(shards) == 1
+    names = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
+    return [_file(SINGLE_FILE if single else name, shard, kind) for name, shard in zip(names, shards, strict=True)]
+
+
+def _file(name: str, entries: Mapping[str, _Entry], kind: str) -> File:
+    start, offsets = header({key: (dtype, _shape(parts)) for key, (parts, dtype) in entries.items()}, kind)
+    pieces = []
+    for key, (parts, dtype) in entries.items():
+        offset = offsets[key]
+        for part in parts:
+            pieces.append(Piece(part, dtype, offset))
+            offset += pieces[-1].nbytes
+    return File(name, start, pieces)
+
+
+def _shape(parts: list[Tensor]) -> tuple[int, ...]:
+    if len(parts) == 1:
+        return parts[0].shape
+    return (sum(part.rows for part in parts), *parts[0].shape[1:])
+
+
+def _nbytes(entry: _Entry) -> int:
+    parts, dtype = entry
+    return math.prod(_shape(parts)) * dtype.itemsize
+
+
+def _original_files(folder: Path, tensors: Mapping[str, Tensor], headers: Mapping[str, str]) -> list[File]:
+    """The files as they were, to the byte."""
+    files = []
+    left = dict(tensors)
+    for name, text in headers.items():
+        check_name(name, folder / MANIFEST)
+        entries = parse_json(text)
+        entries.pop("__metadata__", None)
+        start = len(text.encode()).to_bytes(8, "little") + text.encode()
+        pieces = []
+        for key, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+            tensor = left.pop(key, None)
+            if tensor is None or tensor.shape != tuple(entry["shape"]):
+                raise CheckpointError(f"{folder}: its manifest knows of `{key}`, which its files do not hold.")
+            pieces.append(Piece(tensor, tensor.dtype, len(start) + entry["data_offsets"][0]))
+        files.append(File(name, start, pieces))
+    if left:
+        raise CheckpointError(f"{folder}: its manifest does not know of {listed(sorted(left))}.")
+    return files

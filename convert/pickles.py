@@ -1,0 +1,213 @@
+"""Pickled checkpoints, `pytorch_model.bin` and Meta's `consolidated.*.pth`: a pickle can run code when it is read.
+
+So this is only done on request, by torch's restricted loader (`weights_only`), in a process of its own. It writes the
+same tensors as safetensors, in Hugging Face's names and layout, to a folder that is then converted like any other.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from jaxgen.checkpoint import INDEX, SINGLE_FILE
+from jaxgen.folder import CheckpointError, file_in, holds, read_json
+
+_BIN, _BIN_INDEX, _META = "pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth"
+
+
+@contextlib.contextmanager
+def unpickled(folder: Path, target: Path) -> Iterator[Path]:
+    """A folder of safetensors with what a folder of pickles holds; the folder itself if it has safetensors.
+
+    Args:
+        target: where the conversion goes; the safetensors are beside it until they are converted.
+
+    Raises:
+        CheckpointError: if torch is missing or too old, or refuses the pickle.
+    """
+    if holds(folder, INDEX) or holds(folder, SINGLE_FILE) or not _pickles(folder):
+        yield folder
+        return
+    warnings.warn(
+        f"{folder} is read from pickles. torch's restricted loader runs no code of theirs that it does not know, but "
+        "safetensors cannot run any: prefer them where they exist.",
+        stacklevel=4,
+    )
+    staged = target.with_name(f"{target.name}.unpickled")
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir(parents=True)
+    try:
+        # -P: not from the working directory, which may be the checkpoint's.
+        command = [sys.executable, "-P", "-m", __name__, str(folder.resolve()), str(staged.resolve())]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        result = subprocess.run(command, capture_output=True, text=True, env=environment)
+        if result.returncode:
+            reason = result.stderr.strip().splitlines()[-1:] or [f"the process ended with {result.returncode}"]
+            raise CheckpointError(f"{folder} cannot be read: {reason[0]}")
+        yield staged
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def _pickles(folder: Path) -> list[Path]:
+    """The files of a folder that are read, in the order that transformers and Meta have."""
+    if holds(folder, _BIN_INDEX):
+        names = read_json(folder, _BIN_INDEX).get("weight_map")
+        if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+            raise CheckpointError(f"{folder / _BIN_INDEX} has no `weight_map` from tensors to files.")
+        return [file_in(folder, name) for name in sorted(set(names.values()))]
+    if holds(folder, _BIN):
+        return [file_in(folder, _BIN)]
+    parts = []
+    while holds(folder, name := f"consolidated.{len(parts):02}.pth"):
+        parts.append(file_in(folder, name))
+    return parts
+
+
+def _unpickle(folder: Path, staged: Path) -> None:
+    """The other process: writes the folder of safetensors, one tensor at a time."""
+    try:
+        import torch
+        from safetensors.torch import save_file
+    except ImportError as error:
+        raise CheckpointError("reading pickles needs torch 2.6 or newer. Install it, or convert elsewhere.") from error
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 6):
+        raise CheckpointError(f"torch {torch.__version__} has a loader that pickles can escape. Install 2.6 or newer.")
+    pickles = _pickles(folder)
+    parts = [_load(torch, path) for path in pickles]
+    if pickles[0].name == _META:
+        tensors = _from_meta(parts, read_json(folder, "params.json"))
+    else:
+        tensors = {name: partial(_itself, tensor) for part in parts for name, tensor in part.items()}
+        if len(tensors) < sum(map(len, parts)):
+            raise CheckpointError("two of its files hold a tensor of the same name.")
+    index = {}
+    for number, (name, make) in enumerate(sorted(tensors.items())):
+        # In a file and in memory of its own: safetensors refuses what shares memory, as a tied head does.
+        index[name] = f"tensor-{number:05}.safetensors"
+        save_file({name: make().contiguous().clone()}, staged / index[name])
+    (staged / INDEX).write_text(json.dumps({"weight_map": index}))
+    if holds(folder, "config.json"):
+        config = read_json(folder, "config.json")
+    else:
+        config = _meta_config(read_json(folder, "params.json"), {name: make().shape for name, make in tensors.items()})
+    (staged / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    if holds(folder, "generation_config.json"):
+        shutil.copyfile(file_in(folder, "generation_config.json"), staged / "generation_config.json")
+
+
+def _itself(tensor: Any) -> Any:
+    return tensor
+
+
+def _load(torch: Any, path: Path) -> dict[str, Any]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        first = str(error).strip().splitlines()[:1] or [""]
+        raise CheckpointError(
+            f"torch's restricted loader refuses {path} ({type(error).__name__}: {first[0]})"
+        ) from error
+    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        raise CheckpointError(f"{path} holds no table of tensors.")
+    return content
+
+
+# Meta's names, Hugging Face's, and the axis that tensor parallelism cuts; None where every piece has the whole.
+_META_TENSORS = {
+    "norm": ("model.norm", None),
+    "output": ("lm_head", 0),
+    "attention.wq": ("self_attn.q_proj", 0),
+    "attention.wk": ("self_attn.k_proj", 0),
+    "attention.wv": ("self_attn.v_proj", 0),
+    "attention.wo": ("self_attn.o_proj", 1),
+    "attention_norm": ("input_layernorm", None),
+    "ffn_norm": ("post_attention_layernorm", None),
+    "feed_forward.w1": ("mlp.gate_proj", 0),
+    "feed_forward.w2": ("mlp.down_proj", 1),
+    "feed_forward.w3": ("mlp.up_proj", 0),
+}
+
+
+def _from_meta(parts: list[dict[str, Any]], params: Mapping[str, Any]) -> dict[str, Callable[[], Any]]:
+    """Makers of the tensors, by Hugging Face's names, from the pieces that Meta's tensor parallelism cut them into."""
+    names = set(parts[0]) - {"rope.freqs"}
+    if any(set(part) - {"rope.freqs"} != names for part in parts):
+        raise CheckpointError("its pieces hold tensors of different names.")
+    heads = {"attention.wq": params["n_heads"], "attention.wk": params.get("n_kv_heads") or params["n_heads"]}
+    tensors: dict[str, Callable[[], Any]] = {}
+    for name in names:
+        pieces = [part[name] for part in parts]
+        prefix, module = "", name.removesuffix(".weight")
+        if module.startswith("layers."):
+            _, number, module = module.split(".", 2)
+            prefix = f"model.layers.{number}."
+        if module == "tok_embeddings":
+            # Cut by entries since Llama 3, by dimensions before.
+            target, axis = "model.embed_tokens", 0 if pieces[0].shape[1] == params["dim"] else 1
+        elif module in _META_TENSORS:
+            target, axis = _META_TENSORS[module]
+        else:
+            raise CheckpointError(f"`{name}` is no tensor of a Llama.")
+        tensors[f"{prefix}{target}.weight"] = partial(_joined, pieces, axis, heads.get(module))
+    return tensors
+
+
+def _joined(pieces: list[Any], axis: int | None, heads: int | None) -> Any:
+    """One tensor of its pieces; with heads, with the order of dimensions in each that Hugging Face's rotation has.
+
+    Meta turns pairs of neighbours, Hugging Face pairs from the two halves of a head.
+    """
+    import torch
+
+    whole = pieces[0] if axis is None else torch.cat(pieces, dim=axis)
+    if heads is None:
+        return whole
+    rows, columns = whole.shape
+    return whole.view(heads, rows // heads // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
+
+
+def _meta_config(params: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """A config.json. What params.json does not say is as Meta published the model of these sizes."""
+    rows, _ = shapes["model.embed_tokens.weight"]
+    llama3 = rows >= 128_000
+    config = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": rows,
+        "hidden_size": params["dim"],
+        "intermediate_size": shapes["model.layers.0.mlp.gate_proj.weight"][0],
+        "num_hidden_layers": params["n_layers"],
+        "num_attention_heads": params["n_heads"],
+        "num_key_value_heads": params.get("n_kv_heads") or params["n_heads"],
+        "rms_norm_eps": params["norm_eps"],
+        "rope_theta": params.get("rope_theta", 10000.0),
+        "max_position_embeddings": 8192 if llama3 else 4096,
+        "bos_token_id": 128000 if llama3 else 1,
+        "eos_token_id": [128001, 128008, 128009] if llama3 else 2,
+    }
+    if params.get("use_scaled_rope"):
+        small = params["n_layers"] in (16, 28)  # Llama 3.2 with 1B and 3B parameters
+        config["max_position_embeddings"] = 131_072
+        config["rope_scaling"] = {
+            "rope_type": "llama3",
+            "factor": params.get("rope_scaling_factor") or (32.0 if small else 8.0),
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        }
+    return config
+
+
+if __name__ == "__main__":
+    try:
+        _unpickle(Path(sys.argv[1]), Path(sys.argv[2]))
+    except (CheckpointError, OSError, KeyError) as error:
+        raise SystemExit(f"{error}" if isinstance(error, CheckpointError) else repr(error)) from None

@@ -1,0 +1,304 @@
+"""Writing a folder that appears whole or not at all, and that an interrupted run can go on with.
+
+Everything is written to a folder beside the destination, which is renamed when it is complete. Until then no part of it
+can be mistaken for a checkpoint: a file gets its header when it holds all of its tensors, and config.json comes last.
+A journal names each finished tensor and its SHA-256; who resumes reads those again and trusts nothing else.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+from tqdm import tqdm
+
+from jaxgen.folder import CheckpointError
+from jaxgen.safetensors_file import BLOCK, Tensor
+
+from .layout import File, Piece
+
+_JOURNAL = ".jaxgen-journal"
+
+
+@dataclass(frozen=True)
+class Digest:
+    """What is known of a tensor's values once they were read."""
+
+    sha256: str
+    finite: bool
+    zero: bool
+
+
+class Partial:
+    """A folder on its way.
+
+    Attributes:
+        folder: where it is until it is complete.
+        finished: the tensors of an earlier run, by file and offset.
+    """
+
+    def __init__(self, folder: Path, journal: TextIO, finished: Mapping[tuple[str, int], Digest]):
+        self.folder = folder
+        self.finished = finished
+        self._journal = journal
+        self._lock = threading.Lock()
+        self._stopped = threading.Event()
+
+    def write_tensors(self, files: list[File], workers: int) -> dict[str, Digest]:
+        """Writes the tensors, and then the headers.
+
+        Returns:
+            What is known of each tensor, by its name in the source.
+        """
+        self._check_space(files)
+        for file in files:
+            path = self.folder / file.name
+            path.parent.mkdir(exist_ok=True)
+            with path.open("ab") as opened:
+                opened.truncate(file.nbytes)
+        pieces = [(file, piece) for file in files for piece in file.pieces]
+        total = sum(piece.nbytes for _, piece in pieces)
+        digests: dict[str, Digest] = {}
+        with progress("converting", total) as advance, ThreadPoolExecutor(workers) as pool:
+            tasks = {pool.submit(self._piece, file.name, piece, advance): piece for file, piece in pieces}
+            try:
+                for task in as_completed(tasks):
+                    digests[tasks[task].tensor.name] = task.result()
+            finally:
+                self._stopped.set()
+                pool.shutdown(cancel_futures=True)
+        for file in files:
+            with (self.folder / file.name).open("rb+") as opened:
+                opened.write(file.header)
+                opened.flush()
+                os.fsync(opened.fileno())
+        return digests
+
+    def write(self, name: str, content: bytes) -> None:
+        """Writes a small file."""
+        with (self.folder / name).open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def copy(self, path: Path, name: str) -> str:
+        """Copies a file, and returns its SHA-256."""
+        (self.folder / name).parent.mkdir(exist_ok=True)
+        with (self.folder / name).open("wb") as file:
+            sha256 = sha256_of(path, file.write)
+            file.flush()
+            os.fsync(file.fileno())
+        return sha256
+
+    def finish(self, config: bytes) -> None:
+        """Makes a checkpoint of the folder, by its config.json."""
+        (self.folder / _JOURNAL).unlink()
+        self.write("config.json", config)
+
+    def _piece(self, file: str, piece: Piece, advance: Callable[[int], None]) -> Digest:
+        with (self.folder / file).open("rb+", buffering=0) as opened:
+            known = self.finished.get((file, piece.offset))
+            if known and known.sha256 == _hash(opened.fileno(), piece):
+                advance(piece.nbytes)
+                return known
+            offset = piece.offset
+
+            def write(data: memoryview) -> None:
+                nonlocal offset
+                if self._stopped.is_set():
+                    raise InterruptedError("another tensor could not be written")
+                _write_at(opened.fileno(), data, offset)
+                offset += len(data)
+                advance(len(data))
+
+            digest = digest_of(piece.tensor, write, piece.dtype)
+        line = json.dumps([file, piece.offset, digest.sha256, digest.finite, digest.zero])
+        with self._lock:
+            self._journal.write(line + "\n")
+            self._journal.flush()
+        return digest
+
+    def _check_space(self, files: list[File]) -> None:
+        needed = sum(file.nbytes for file in files)
+        there = sum(path.stat().st_blocks * 512 for path in self.folder.rglob("*") if path.is_file())
+        if needed - there > (free := shutil.disk_usage(self.folder).free):
+            raise CheckpointError(
+                f"{self.folder.parent} has {free:,} bytes left, and {needed - there:,} are needed. Make room there, or "
+                "choose another disk."
+            )
+
+
+def digest_of(tensor: Tensor, take: Callable[[memoryview], None], dtype: np.dtype | None = None) -> Digest:
+    """Reads a tensor to its end.
+
+    Args:
+        take: gets its bytes, in their order.
+        dtype: what the values are cast to before; their own by default.
+    """
+    sha256, zero, finite = hashlib.sha256(), True, True
+    for block in tensor.blocks():
+        values = block if dtype in (None, block.dtype) else block.astype(dtype)
+        largest, infinity = _largest_magnitude(values)
+        zero, finite = zero and not largest, finite and largest < infinity
+        data = values.reshape(-1).view(np.uint8).data
+        sha256.update(data)
+        take(data)
+    return Digest(sha256.hexdigest(), finite, zero and tensor.nbytes > 0)
+
+
+def sha256_of(path: Path, take: Callable[[bytes], Any] = len) -> str:
+    """The hash of a file, whose content `take` gets on the way."""
+    sha256 = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            sha256.update(block)
+            take(block)
+    return sha256.hexdigest()
+
+
+@contextmanager
+def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar of bytes, with an estimate, for what takes longer than a moment; any thread may move it on."""
+    lock = threading.Lock()
+    with tqdm(total=total, unit="B", unit_scale=True, desc=title, delay=2) as bar:
+
+        def advance(count: int) -> None:
+            with lock:
+                bar.update(count)
+
+        yield advance
+
+
+@contextmanager
+def partial_folder(target: Path, plan: Any, *, overwrite: bool, resume: bool) -> Iterator[Partial]:
+    """The folder that becomes `target` when the block is left without an error.
+
+    Args:
+        plan: what is to be written, as JSON; a run that was interrupted is only gone on with if it had the same.
+        overwrite: whether a checkpoint may be in the target's place; it goes when the new one is complete.
+        resume: whether to go on with what an interrupted run left.
+    """
+    folder = target.with_name(f"{target.name}.partial")
+    replaced = target.with_name(f".{target.name}.replaced")
+    if replaced.exists():  # interrupted between the renamings below, or after them
+        _remove(replaced) if target.exists() else replaced.rename(target)
+    _check_target(target, overwrite)
+    if folder.exists() and not resume:
+        raise CheckpointError(
+            f"{folder} is what an interrupted conversion to {target} left. Go on with it by --resume (`resume=True`), "
+            "or remove it."
+        )
+    fingerprint = hashlib.sha256(json.dumps(plan).encode()).hexdigest()
+    if folder.exists() and not (folder / _JOURNAL).exists():
+        _remove(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / _JOURNAL).open("a+") as journal:
+        try:
+            fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise CheckpointError(f"another process is converting to {target} now.") from error
+        yield Partial(folder, journal, _finished(journal, folder, fingerprint))
+    _sync(folder)
+    if target.exists() and any(target.iterdir()):
+        target.rename(replaced)
+    folder.rename(target)
+    _sync(target.parent)
+    if replaced.exists():
+        _remove(replaced)
+
+
+def _check_target(target: Path, overwrite: bool) -> None:
+    if not target.exists() and not target.is_symlink():
+        return
+    if not target.is_dir() or target.is_symlink():
+        raise CheckpointError(f"{target} exists already and is no folder. Choose another destination.")
+    if not any(target.iterdir()):
+        return
+    if not overwrite:
+        raise CheckpointError(
+            f"{target} exists already and is not empty. Choose another destination, or replace it by --overwrite "
+            "(`overwrite=True`)."
+        )
+    if not (target / "config.json").exists():
+        raise CheckpointError(f"{target} holds no checkpoint, so it is not overwritten. Choose another destination.")
+
+
+def _finished(journal: TextIO, folder: Path, fingerprint: str) -> dict[tuple[str, int], Digest]:
+    """What the journal of an interrupted run says, or the beginning of a new one."""
+    journal.seek(0)
+    first, *lines = journal.read().split("\n")
+    if not lines:  # nothing, or not even a whole line
+        journal.truncate(0)
+        journal.write(fingerprint + "\n")
+        journal.flush()
+        return {}
+    if first != fingerprint:
+        raise CheckpointError(
+            f"{folder} was begun from another source, or with other options. Remove it, or repeat the conversion as it "
+            "was."
+        )
+    finished = {}
+    for line in lines:
+        try:
+            file, offset, *digest = json.loads(line)
+        except ValueError:  # cut in the middle
+            continue
+        finished[file, offset] = Digest(*digest)
+    if lines[-1]:
+        journal.write("\n")
+    return finished
+
+
+def _largest_magnitude(values: np.ndarray) -> tuple[int, int]:
+    """The largest of the values' magnitudes as an integer, and the one that infinity has."""
+    bits = 8 * values.dtype.itemsize
+    exponent = {"bfloat16": 8, "float16": 5, "float32": 8}.get(str(values.dtype))
+    if exponent is None or not values.size:  # a buffer of another dtype
+        return int(bool(np.any(values))), 2
+    integers = values.reshape(-1).view(f"u{bits // 8}")
+    scratch = np.empty(min(len(integers), 1 << 16), integers.dtype)  # small, so that it stays in the nearest cache
+    largest = 0
+    for start in range(0, len(integers), len(scratch)):
+        part = integers[start : start + len(scratch)]
+        magnitudes = np.bitwise_and(part, (1 << (bits - 1)) - 1, out=scratch[: len(part)])
+        largest = max(largest, int(magnitudes.max()))
+    return largest, ((1 << exponent) - 1) << (bits - 1 - exponent)
+
+
+def _hash(descriptor: int, piece: Piece) -> str:
+    """Of what a file holds in a piece's place."""
+    sha256 = hashlib.sha256()
+    end = piece.offset + piece.nbytes
+    for offset in range(piece.offset, end, BLOCK):
+        sha256.update(os.pread(descriptor, min(BLOCK, end - offset), offset))
+    return sha256.hexdigest()
+
+
+def _write_at(descriptor: int, data: memoryview, offset: int) -> None:
+    while data:
+        count = os.pwrite(descriptor, data, offset)
+        data, offset = data[count:], offset + count
+
+
+def _remove(folder: Path) -> None:
+    """Beginning with what makes a checkpoint of it."""
+    (folder / "config.json").unlink(missing_ok=True)
+    shutil.rmtree(folder)
+
+
+def _sync(folder: Path) -> None:
+    """What the folder lists is on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,419 @@
+"""A converted folder holds the bits of its source, says where each came from, and gives them all back."""
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from checkpoints import (
+    CONFIG,
+    assert_same_bits,
+    peak_growth,
+    random_tensors,
+    write_checkpoint,
+    write_json,
+    write_large_checkpoint,
+)
+from layouts import BF16, F16, F32, LAYOUTS, TIED, mixed, random_bits
+
+import jaxgen
+from jaxgen import CheckpointError, cli, convert
+
+ROOT = Path(__file__).parents[2]
+OTHER_WEIGHTS = ("consolidated.safetensors", "pytorch_model.bin", "model-00009-of-00009.safetensors")
+# NaN equals nothing; transformers wants metadata in an index, and believes a single file before it.
+UNLIKE_TRANSFORMERS = {name for name in LAYOUTS if "bits" in name} | {"bare index", "other weights beside"}
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    files = (file for file in folder.rglob("*") if file.is_file())
+    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write_checkpoint(tmp_path / "source", shards=2)
+
+
+def converted(source: Path, name: str = "converted", **options: Any) -> Path:
+    return convert.convert_checkpoint(source, source.parent / name, **options).folder
+
+
+def assert_converts(source: Path, destination: Path, dtype: str | None = None) -> None:
+    """The converted folder loads to the same model as its source."""
+    found = jaxgen.load(convert.convert_checkpoint(source, destination).folder, dtype)
+    original = jaxgen.load(source, dtype)
+    assert_same_bits(found, original)
+    assert found.config == original.config
+    assert found.generation_config.to_dict() == original.generation_config.to_dict()
+
+
+# There and back
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_way_back_restores_every_file_to_the_byte(layout: str, tmp_path: Path) -> None:
+    source = LAYOUTS[layout](tmp_path / "source")
+    assert_converts(source, tmp_path / "converted")
+    before = hashes(source)
+    convert.convert_to_hugging_face(tmp_path / "converted", tmp_path / "back")
+    unread = {*OTHER_WEIGHTS, *(["model.safetensors"] if layout == "other weights beside" else [])}
+    assert hashes(tmp_path / "back") == {name: value for name, value in before.items() if name not in unread}
+    assert hashes(source) == before
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("layout", sorted({*LAYOUTS} - UNLIKE_TRANSFORMERS))
+def test_transformers_computes_the_same_from_the_way_back(layout: str, tmp_path: Path) -> None:
+    import torch
+    from transformers import LlamaForCausalLM
+
+    source = LAYOUTS[layout](tmp_path / "source")
+    convert.convert_checkpoint(source, tmp_path / "converted")
+    convert.convert_to_hugging_face(tmp_path / "converted", tmp_path / "back", shard_size="20KB")
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        first, second = (
+            LlamaForCausalLM.from_pretrained(folder, dtype="float32")(ids).logits
+            for folder in (source, tmp_path / "back")
+        )
+    assert torch.equal(first, second)
+
+
+def test_there_are_thirty_layouts() -> None:
+    assert len(LAYOUTS) >= 30
+
+
+@pytest.mark.parametrize(("dtype", "name"), [(F32, "float32"), (F16, "float16"), (BF16, "bfloat16")])
+def test_every_parameter_keeps_its_bits_and_its_dtype(dtype: Any, name: str, tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "source", tensors=random_bits(dtype))
+    pieces = jaxgen.checkpoint.open_folder(converted(source)).pieces
+    assert {str(tensor.dtype) for parts in pieces.values() for tensor in parts} == {name}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_mixed_dtypes_load_to_the_same_values(dtype: str, tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "source", tensors=mixed([BF16, F16, F32, F16, BF16]))
+    assert_converts(source, tmp_path / "converted", dtype)
+
+
+def test_a_missing_head_is_missing_again(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "source", CONFIG, random_tensors(TIED))
+    assert_converts(source, tmp_path / "converted")
+    convert.convert_to_hugging_face(tmp_path / "converted", tmp_path / "back")
+    assert hashes(tmp_path / "back") == hashes(source)
+
+
+def test_more_rows_than_the_config_says_are_kept_with_a_warning(tmp_path: Path) -> None:
+    wide = random_tensors(CONFIG | {"vocab_size": 64})
+    source = write_checkpoint(tmp_path / "source", tensors=wide)
+    report = convert.convert_checkpoint(source, tmp_path / "converted")
+    assert any("64 rows and not `vocab_size`=48" in message for message in report.warnings)
+    with pytest.warns(UserWarning, match="64 rows"):
+        assert jaxgen.load(report.folder).vocab_size == 64
+    convert.convert_to_hugging_face(report.folder, tmp_path / "back")
+    assert hashes(tmp_path / "back") == hashes(source)
+
+
+# Options
+
+
+def test_weights_in_another_dtype_say_so_in_their_config(source: Path, tmp_path: Path) -> None:
+    target = converted(source, dtype="bfloat16")
+    model = jaxgen.load(target)
+    assert model.dtype == BF16
+    assert_same_bits(model, jaxgen.load(source, "bfloat16"))
+    assert json.loads((target / "config.json").read_text()) == CONFIG | {"dtype": "bfloat16"}
+    convert.convert_to_hugging_face(target, tmp_path / "back")
+    assert sorted(file.name for file in (tmp_path / "back").iterdir()) == ["config.json", "model.safetensors"]
+    assert_same_bits(jaxgen.load(tmp_path / "back"), model)
+
+
+@pytest.mark.parametrize(("size", "limit"), [(12_000, 12_000), ("12KB", 12_000), ("8KiB", 8192), (1, 6200)])
+def test_parameters_are_spread_over_files_of_bounded_size(size: Any, limit: int, source: Path) -> None:
+    target = converted(source, shard_size=size)
+    assert_same_bits(jaxgen.load(target), jaxgen.load(source))
+    index = json.loads((target / "model.safetensors.index.json").read_text())
+    files = sorted(target.glob("*.safetensors"))
+    count = len(files)
+    assert count > 3
+    assert [file.name for file in files] == [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+    assert set(index["weight_map"].values()) == {file.name for file in files}
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in random_tensors().values())
+    header = 2200
+    largest = max(leaf.nbytes for leaf in jax.tree.leaves(jaxgen.load(source)))
+    assert all(file.stat().st_size < max(limit, largest) + header for file in files)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"shard_size": "big"}, "`shard_size`='big'.*5GB"),
+        ({"shard_size": 0}, "`shard_size`=0"),
+        ({"shard_size": "5 PB"}, "`shard_size`='5 PB'"),
+        ({"workers": 0}, "`workers`=0"),
+        ({"dtype": "int8"}, "`dtype`='int8'"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options: dict[str, Any], named: str, source: Path) -> None:
+    with pytest.raises(ValueError, match=named):
+        converted(source, **options)
+    assert list(source.parent.iterdir()) == [source]
+
+
+def test_the_number_of_workers_changes_nothing(source: Path) -> None:
+    assert hashes(converted(source, "one", workers=1)) == hashes(converted(source, "five", workers=5))
+
+
+# What is written
+
+
+def test_all_files_but_the_weights_are_copied_byte_for_byte(tmp_path: Path) -> None:
+    source = LAYOUTS["tokenizer and templates"](tmp_path / "source")
+    (source / "config.json").write_text(json.dumps(CONFIG, indent=7, sort_keys=True) + "\n\n")
+    kept = {name: value for name, value in hashes(source).items() if name != "model.safetensors"}
+    for name in ("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth", "stray.safetensors"):
+        (source / name).write_bytes(b"weights")
+    found = hashes(converted(source))
+    added = {"jaxgen.json", "model.safetensors.index.json", "model-00001-of-00001.safetensors"}
+    assert found.keys() == kept.keys() | added
+    assert kept.items() <= found.items()
+
+
+def test_links_are_followed_within_the_folder_and_nowhere_else(source: Path, tmp_path: Path) -> None:
+    (source / "tokenizer.json").write_text("{}")
+    (source / "vocabulary.json").symlink_to("tokenizer.json")
+    target = converted(source)
+    assert not (target / "vocabulary.json").is_symlink()
+    (tmp_path / "secret").write_text("mine")
+    (source / "notes.txt").symlink_to(tmp_path / "secret")
+    with pytest.raises(CheckpointError, match=r"notes\.txt is a link out of its folder"):
+        converted(source, "again")
+
+
+def test_the_manifest_names_every_tensor_of_the_source_once_and_every_parameter(source: Path) -> None:
+    manifest = json.loads((converted(source) / "jaxgen.json").read_text())
+    parameters, sha256 = manifest["parameters"], manifest["sha256"]
+    assert (manifest["format"], manifest["jaxgen"], manifest["copies"]) == (2, jaxgen.__version__, {})
+    tensors = random_tensors()
+    assert Counter(name for names in parameters.values() for name in names) == Counter(list(tensors))
+    assert sha256["tensors"] == {name: hashlib.sha256(array.tobytes()).hexdigest() for name, array in tensors.items()}
+    assert sha256["files"] == {"config.json": hashlib.sha256((source / "config.json").read_bytes()).hexdigest()}
+    leaves = jax.tree_util.tree_leaves_with_path(jaxgen.load(source))
+    paths = [jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value") for path, _ in leaves]
+    assert sorted(parameters) == sorted(paths)
+    prefix = "model.layers.1.self_attn."
+    expected = [f"{prefix}{part}.weight" for part in ("q_proj", "k_proj", "v_proj")]
+    assert parameters["layers.1.self_attn.qkv_proj.weight"] == expected
+
+
+@pytest.mark.parametrize(
+    ("manifest", "named"),
+    [
+        (None, "holds .* tensors|lacks `model.embed_tokens.weight`"),
+        ("", "jaxgen.json cannot be read"),
+        ("{}", "format None"),
+        ('{"format": 1}', "format 1, and this jaxgen reads 2"),
+    ],
+)
+def test_a_converted_folder_without_the_manifest_of_this_version_is_refused(
+    manifest: str | None, named: str, source: Path
+) -> None:
+    target = converted(source)
+    (target / "jaxgen.json").unlink()
+    if manifest is not None:
+        (target / "jaxgen.json").write_text(manifest)
+    with pytest.raises(CheckpointError, match=named):
+        jaxgen.load(target)
+
+
+def test_saving_into_a_converted_folder_is_refused_since_its_weights_would_win(source: Path) -> None:
+    with pytest.raises(ValueError, match=r"another layout.*jaxgen\.json.*Choose an empty folder"):
+        jaxgen.save(jaxgen.load(source), converted(source))
+
+
+# Verifying
+
+
+def test_a_sound_checkpoint_of_either_kind_is_verified(source: Path) -> None:
+    size = sum(tensor.nbytes for tensor in random_tensors().values())
+    for folder in (source, converted(source)):
+        report = convert.verify(folder)
+        assert (report.folder, report.tensors, report.bytes) == (folder, len(random_tensors()), size)
+        assert report.warnings == ()
+
+
+@pytest.mark.parametrize("file", ["model-00001-of-00001.safetensors", "config.json", "tokenizer.json"])
+def test_a_single_changed_bit_is_found(file: str, source: Path) -> None:
+    (source / "tokenizer.json").write_text('{"version": "1.0"}')
+    target = converted(source)
+    content = bytearray((target / file).read_bytes())
+    content[-3] ^= 1
+    (target / file).write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"not what (was|were) written|cannot be read"):
+        convert.verify(target)
+
+
+def test_the_way_back_refuses_tensors_that_changed(source: Path, tmp_path: Path) -> None:
+    target = converted(source)
+    file = target / "model-00001-of-00001.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"!")
+    with pytest.raises(CheckpointError, match="are not what was written"):
+        convert.convert_to_hugging_face(target, tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
+@pytest.mark.parametrize("key", ["copies", "sha256", "source"])
+@pytest.mark.parametrize("value", [None, [], {"a": 1}, "text", {"headers": {"../x": "{}"}, "index": None}])
+def test_a_manifest_that_was_tampered_with_is_refused(key: str, value: Any, source: Path, tmp_path: Path) -> None:
+    target = converted(source)
+    manifest = json.loads((target / "jaxgen.json").read_text())
+    write_json(target / "jaxgen.json", manifest | {key: value})
+    if (key, value) == ("source", None) or (key, value) == ("source", []):
+        return  # as if the weights had been changed: they are written in files of their own
+    with pytest.raises(CheckpointError, match=r"jaxgen\.json"):
+        convert.convert_to_hugging_face(target, tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
+def test_nan_infinity_and_zeros_are_reported(tmp_path: Path) -> None:
+    tensors = {name: array.copy() for name, array in random_tensors().items()}
+    tensors["model.layers.0.mlp.up_proj.weight"][3, 3] = np.nan
+    tensors["model.layers.1.mlp.down_proj.weight"][0, 0] = -np.inf
+    tensors["model.norm.weight"][:] = -0.0
+    source = write_checkpoint(tmp_path / "source", tensors=tensors)
+    for report in (convert.convert_checkpoint(source, tmp_path / "converted"), convert.verify(source)):
+        broken, zero = report.warnings
+        assert "`model.layers.0.mlp.up_proj.weight`, `model.layers.1.mlp.down_proj.weight` hold NaN" in broken
+        assert "`model.norm.weight` are zero" in zero
+
+
+# Refusals
+
+
+def test_a_converted_folder_is_not_converted_again_nor_a_source_turned_back(source: Path, tmp_path: Path) -> None:
+    target = converted(source)
+    with pytest.raises(CheckpointError, match=f"{target} is converted already"):
+        converted(target, "again")
+    with pytest.raises(CheckpointError, match=f"{source} is a Hugging Face folder already"):
+        convert.convert_to_hugging_face(source, tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize("broken", ["config.json", "model-00002-of-00002.safetensors", "model.safetensors.index.json"])
+def test_a_broken_source_leaves_nothing_behind(broken: str, source: Path, tmp_path: Path) -> None:
+    (source / broken).write_bytes((source / broken).read_bytes()[:-1])
+    before = hashes(tmp_path)
+    with pytest.raises(CheckpointError, match=broken):
+        converted(source)
+    assert hashes(tmp_path) == before
+    assert list(tmp_path.iterdir()) == [source]
+
+
+# The command
+
+
+def run_module(*arguments: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "convert", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_the_module_converts_and_says_what_it_did(source: Path, tmp_path: Path) -> None:
+    ended = run_module(source, tmp_path / "converted", "--workers", 2, "--shard-size", "20KB")
+    assert (ended.returncode, ended.stdout) == (0, "")
+    first, second = ended.stderr.splitlines()
+    assert first.startswith(f"wrote {tmp_path / 'converted'}: {len(random_tensors())} tensors, 0.1 MB in ")
+    assert second == f"load it with jaxgen.load('{tmp_path / 'converted'}')"
+    assert_same_bits(jaxgen.load(tmp_path / "converted"), jaxgen.load(source))
+
+
+def test_the_module_fails_with_one_line_and_no_traceback(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    ended = run_module(tmp_path / "empty", tmp_path / "converted")
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert ended.stderr.startswith(f"python -m convert: {tmp_path / 'empty' / 'config.json'} is missing")
+    assert ended.stderr.count("\n") == 1
+
+
+def test_the_commands_of_the_package_convert_verify_and_turn_back(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target, back = str(tmp_path / "converted"), str(tmp_path / "back")
+    assert cli.main(["convert", str(source), target]) == 0
+    assert f"wrote {target}" in capsys.readouterr().err
+    assert cli.main(["convert", str(source), target]) == 1
+    assert f"jaxgen convert: {target} exists already and is not empty" in capsys.readouterr().err
+    assert cli.main(["verify", target]) == 0
+    assert f"verified {target}" in capsys.readouterr().err
+    assert cli.main(["convert", "--to-hf", target, back]) == 0
+    assert hashes(tmp_path / "back") == hashes(source)
+    (tmp_path / "back" / "config.json").write_text("{")
+    assert cli.main(["verify", back]) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"jaxgen verify: {back}/config.json cannot be read")
+    with pytest.raises(SystemExit):
+        cli.main(["convert", "--to-hf", "--dtype", "float32", target, back])
+    assert "--dtype does not go with --to-hf" in capsys.readouterr().err
+
+
+# The hub
+
+
+def test_a_model_on_the_hub_is_fetched_without_pickles(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fnmatch
+
+    import huggingface_hub
+
+    asked: list[Any] = []
+
+    def snapshot_download(repo: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        asked.append((repo, allow_patterns, ignore_patterns))
+        return str(source)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.chdir(tmp_path)
+    convert.convert_checkpoint("owner/model", tmp_path / "converted")
+    assert_same_bits(jaxgen.load(tmp_path / "converted"), jaxgen.load(source))
+    ((repo, allowed, ignored),) = asked
+    assert repo == "owner/model"
+    for name, wanted in {
+        "model-00001-of-00002.safetensors": True,
+        "config.json": True,
+        "tokenizer.model": True,
+        "pytorch_model.bin": False,
+        "consolidated.00.pth": False,
+        "consolidated.safetensors": False,
+        "modeling.py": False,
+    }.items():
+        taken = any(fnmatch.fnmatch(name, each) for each in allowed)
+        assert (taken and not any(fnmatch.fnmatch(name, each) for each in ignored)) == wanted, name
+
+
+@pytest.mark.parametrize("name", ["nothing", "a/b/c", "../model", "owner/"])
+def test_what_is_neither_a_folder_nor_an_id_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="is not a folder, nor the id of a model"):
+        convert.convert_checkpoint(name, tmp_path / "converted")
+
+
+def test_a_hub_that_does_not_answer_is_told_in_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="owner/model is not a folder here, and the hub does not give it"):
+        convert.convert_checkpoint("owner/model", tmp_path / "converted")  # the tests are offline
+
+
+# Memory
+
+
+def test_converting_takes_the_memory_of_a_fraction_of_a_tensor(tmp_path: Path) -> None:
+    small = write_checkpoint(tmp_path / "small"), tmp_path / "small converted"
+    large, largest_tensor = write_large_checkpoint(tmp_path / "large")
+    growth = peak_growth("convert", small, (large, tmp_path / "large converted"))
+    assert growth < largest_tensor
+    shutil.rmtree(large)
