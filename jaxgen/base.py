@@ -89,8 +89,8 @@ class Prompt:
         inputs: int32 [N, T] tokens or float [N, T, D] embeddings that it reads; None for `input_ids`.
         unseen: bool [N, T]. Which of `inputs` are no padding; None for `attention_mask`.
         full_chunks: int32 []. With a `chunk`, how many full ones come before the last, which is padded on the left.
-        padding: int32 []. How many columns before those of the last chunk, or of all of them, only fill a bucket; None
-            if nothing of the text comes before.
+        padding: int32 []. How many columns at the start of the forward pass, or of its last chunk, only fill a bucket.
+            May be None if no text comes before them.
         chunk: columns to read at a time, static; None for all at once.
     """
 

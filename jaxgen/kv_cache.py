@@ -98,8 +98,8 @@ class KVCache:
         """The cache whose last T slots hold int32 [T] columns."""
         if self.columns is None:
             return self
-        start = self.length - len(own_columns)
-        return replace(self, columns=lax.dynamic_update_slice_in_dim(self.columns, own_columns, start, axis=0))
+        own = own_columns.astype(jnp.int32)
+        return replace(self, columns=lax.dynamic_update_slice_in_dim(self.columns, own, self.length - len(own), axis=0))
 
     def within(self, window: int, mask: jax.Array) -> jax.Array:
         """Of the mask that `extend` gave with this cache, bool [N, T, S], the last `window` columns up to the own one.
