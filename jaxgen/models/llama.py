@@ -73,11 +73,9 @@ class Dialect:
     spellings: tuple[str, ...] = field(default=(), compare=False)
 
 
-# What all families may leave out, and what it then is in all of them.
+# What every family may leave out, and what it then is in most of them.
 COMMON_DEFAULTS = {
-    "num_key_value_heads": None,
     "head_dim": None,
-    "max_position_embeddings": 2048,
     "hidden_act": "silu",
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": False,
@@ -86,7 +84,13 @@ COMMON_DEFAULTS = {
 LLAMA = Dialect(
     model_type="llama",
     architecture="LlamaForCausalLM",
-    defaults={**COMMON_DEFAULTS, "attention_bias": False, "mlp_bias": False},
+    defaults={
+        **COMMON_DEFAULTS,
+        "num_key_value_heads": None,
+        "max_position_embeddings": 2048,
+        "attention_bias": False,
+        "mlp_bias": False,
+    },
     fixed={"qk_norm": False},
     spellings=("LLaMAForCausalLM",),
 )
@@ -165,8 +169,8 @@ class LlamaConfig:
         settings.setdefault("o_proj_bias", settings["attention_bias"])
         settings["sliding_window"], settings["layer_types"] = _windows(settings)
         settings["rope"] = rope.from_config(values, settings["head_dim"])
-        names = [each.name for each in fields(cls) if each.name != "dialect"]
-        return cls(dialect, **{name: settings[name] for name in names})
+        settings["dialect"] = dialect
+        return cls(**{each.name: settings[each.name] for each in fields(cls)})
 
     def to_json(self) -> dict[str, Any]:
         """The `config.json` that transformers 4 and 5 both read alike, rotary parameters in both spellings."""
@@ -198,13 +202,14 @@ def _refuse_unhandled(values: Mapping[str, Any], generation_fields: frozenset[st
         )
     known = {*dialect.defaults, *_REQUIRED, *_ROPE, *_NO_EFFECT, *generation_fields}
     for key, value in values.items():
-        if key in dialect.fixed and value != dialect.fixed[key]:
-            raise ValueError(
-                f"config.json has `{key}`={value!r}, but it is {dialect.fixed[key]!r} in every {dialect.model_type}, "
-                "and transformers ignores the key. Remove it from the file."
-            )
+        if key in dialect.fixed:
+            if value != dialect.fixed[key]:
+                raise ValueError(
+                    f"config.json has `{key}`={value!r}, but it is {dialect.fixed[key]!r} in every "
+                    f"{dialect.model_type}, and transformers ignores the key. Remove it from the file."
+                )
         # A falsy value is how configs say that a feature is off, and rotating all of each head is what Llama does.
-        if key not in {*known, *dialect.fixed} and value and (key, value) != ("partial_rotary_factor", 1):
+        elif key not in known and value and (key, value) != ("partial_rotary_factor", 1):
             raise ValueError(
                 f"config.json has `{key}`={value!r}, which jaxgen does not know and which may change the computation. "
                 "If it does not, remove it from the file."
