@@ -89,6 +89,8 @@ class Prompt:
         inputs: int32 [N, T] tokens or float [N, T, D] embeddings that it reads; None for `input_ids`.
         unseen: bool [N, T]. Which of `inputs` are no padding; None for `attention_mask`.
         full_chunks: int32 []. With a `chunk`, how many full ones come before the last, which is padded on the left.
+        padding: int32 []. How many columns at the start of the forward pass, or of its last chunk, only fill a bucket.
+            May be None if no text comes before them.
         chunk: columns to read at a time, static; None for all at once.
     """
 
@@ -101,6 +103,7 @@ class Prompt:
     inputs: jax.Array | None = None
     unseen: jax.Array | None = None
     full_chunks: jax.Array | None = None
+    padding: jax.Array | None = None
     chunk: int | None = field(default=None, metadata={"static": True})
 
     @property
@@ -145,6 +148,10 @@ class Cache(Protocol):
 
     def grow(self, slots: int) -> Self:
         """The same cache with room for `slots` columns."""
+        ...
+
+    def skip(self, columns: jax.Array) -> Self:
+        """The same cache, for a forward pass whose first int32 [] columns pad a bucket and are none of the text."""
         ...
 
     def take(self, rows: jax.Array) -> Self:

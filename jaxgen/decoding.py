@@ -113,6 +113,7 @@ def _read(model: Model, prompt: Prompt, collect: tuple[str, ...]) -> tuple[jax.A
     mask = (prompt.attention_mask if prompt.unseen is None else prompt.unseen).astype(bool)
     cache = model.make_cache(*mask.shape) if prompt.past is None else prompt.past.grow(prompt.cache_slots)
     if (size := prompt.chunk) is None:
+        cache = cache if prompt.padding is None else cache.skip(prompt.padding)
         return model.extend(cache, inputs, mask, prompt.position_ids, collect)
 
     def chunk(cache: Cache, number: Any, collect: tuple[str, ...]) -> tuple[jax.Array, Cache, Internals]:
@@ -123,7 +124,7 @@ def _read(model: Model, prompt: Prompt, collect: tuple[str, ...]) -> tuple[jax.A
 
     full: Any = prompt.full_chunks
     cache = lax.fori_loop(0, full, lambda number, cache: chunk(cache, number, ())[1], cache)
-    return chunk(cache, full, collect)
+    return chunk(cache if prompt.padding is None else cache.skip(prompt.padding), full, collect)
 
 
 def _advance(

@@ -7,6 +7,7 @@ the same: a weight of 0 times NaN is NaN, and to mask values at each step costs 
 """
 
 from dataclasses import dataclass, replace
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -29,12 +30,15 @@ class KVCache:
         valid: bool [N, S]. Slots that later columns may attend.
         length: int32 []. Columns written so far, which is the next slot to write.
         position: int32 [N]. Position id of each row's next token.
+        columns: int32 [S]. Which column of the text each slot holds, up to a constant; less than any of them where
+            nothing is written. None for a model whose layers all look back without limit.
     """
 
     layers: tuple[tuple[jax.Array, jax.Array], ...]
     valid: jax.Array
     length: jax.Array
     position: jax.Array
+    columns: jax.Array | None = None
 
     @property
     def branches(self) -> int:
@@ -45,7 +49,16 @@ class KVCache:
         return self.valid.shape[-1]
 
     @classmethod
-    def zeros(cls, layers: int, rows: int, slots: int, heads: int, head_dim: int, dtype: jax.typing.DTypeLike):
+    def zeros(
+        cls,
+        layers: int,
+        rows: int,
+        slots: int,
+        heads: int,
+        head_dim: int,
+        dtype: jax.typing.DTypeLike,
+        windowed: bool = False,
+    ):
         # Zeros, not `jnp.empty`: since jax 0.11 the latter is uninitialised memory, which can hold NaN.
         shape = (*_without_ones(rows, heads), slots, head_dim)
         return cls(
@@ -53,6 +66,7 @@ class KVCache:
             valid=jnp.zeros((rows, slots), bool),
             length=jnp.zeros((), jnp.int32),
             position=jnp.zeros((rows,), jnp.int32),
+            columns=jnp.full((slots,), -1, jnp.int32) if windowed else None,
         )
 
     def extend(
@@ -78,9 +92,31 @@ class KVCache:
         own_slot = self.length + jnp.arange(columns)
         causal = jnp.arange(valid.shape[1]) <= own_slot[:, None]
         cache = replace(self, valid=valid, length=self.length + columns, position=position_ids[:, -1] + 1)
-        return cache, position_ids, valid[:, None, :] & causal
+        return cache._numbered(own_slot), position_ids, valid[:, None, :] & causal
 
-    def update(self, layer: int, keys: jax.Array, values: jax.Array) -> tuple["KVCache", jax.Array, jax.Array]:
+    def _numbered(self, own_columns: jax.Array) -> Self:
+        """The cache whose last T slots hold int32 [T] columns."""
+        if self.columns is None:
+            return self
+        own = own_columns.astype(jnp.int32)
+        return replace(self, columns=lax.dynamic_update_slice_in_dim(self.columns, own, self.length - len(own), axis=0))
+
+    def within(self, window: int, mask: jax.Array) -> jax.Array:
+        """Of the mask that `extend` gave with this cache, bool [N, T, S], the last `window` columns up to the own one.
+
+        Counted are columns, as in transformers, and not positions: padding between two tokens parts them.
+        """
+        assert self.columns is not None, "made without `windowed`"
+        width = mask.shape[1]
+        own = lax.dynamic_slice_in_dim(self.columns, self.length - width, width)
+        return mask & (self.columns > own[:, None] - window)
+
+    def skip(self, columns: jax.Array) -> Self:
+        """The same cache, for a forward pass whose first int32 [] columns pad a bucket and are none of the text."""
+        # Slots number what comes next; what is there already moves up to it.
+        return self if self.columns is None else replace(self, columns=self.columns + columns)
+
+    def update(self, layer: int, keys: jax.Array, values: jax.Array) -> tuple[Self, jax.Array, jax.Array]:
         """Writes one layer's [N, K, T, H] into the slots that `extend` made room for.
 
         Returns:
@@ -107,6 +143,7 @@ class KVCache:
             self,
             layers=tuple((pad(keys), pad(values)) for keys, values in self.layers),
             valid=jnp.pad(self.valid, ((0, 0), (0, extra))),
+            columns=None if self.columns is None else jnp.pad(self.columns, (0, extra), constant_values=-1),
         )
 
     def take(self, rows: jax.Array) -> "KVCache":
@@ -124,7 +161,7 @@ class KVCache:
         )
 
     def select(self, rows: jax.Array, slots: jax.Array, valid: jax.Array) -> "KVCache":
-        """A full cache of chosen columns; positions have to be given to what follows.
+        """A full cache of chosen columns, one after the other; positions have to be given to what follows.
 
         Args:
             rows: int32 [M].
@@ -143,6 +180,7 @@ class KVCache:
             valid=valid,
             length=jnp.int32(slots.shape[1]),
             position=jnp.zeros(len(rows), jnp.int32),
+            columns=None if self.columns is None else jnp.arange(slots.shape[1], dtype=jnp.int32),
         )
 
     def branch(self, branches: int) -> "BranchedCache":
@@ -152,6 +190,7 @@ class KVCache:
             valid=jnp.repeat(self.valid[:, None], branches, axis=1),
             length=self.length,
             position=jnp.repeat(self.position[:, None], branches, axis=1),
+            columns=self.columns,
         )
 
     def layer(self, index: int) -> tuple[jax.Array, jax.Array]:
@@ -188,6 +227,8 @@ class BranchedCache(KVCache):
         own = jnp.eye(self.branches, dtype=bool) & attention_mask[:, None]
         valid = lax.dynamic_update_slice_in_dim(self.valid, own, self.length, axis=2)
         cache = replace(self, valid=valid, length=self.length + self.branches, position=position_ids + 1)
+        if self.columns is not None:  # all of them continue the text by the same column
+            cache = cache._numbered(jnp.full(self.branches, self.columns.max() + 1))
         return cache, position_ids, valid
 
     def reorder(self, parents: jax.Array) -> "BranchedCache":

@@ -46,7 +46,8 @@ def padded_prompt(model: Model, inputs: Inputs, chunk: int | None) -> tuple[Prom
     size = bucket(max(fresh, _MIN_PROMPT_BUCKET)) if chunk is None else chunk
     full = (fresh - 1) // size  # chunks before the last, which has what is left, as in transformers
     width = size * (1 + (bucket(full) if full else 0))
-    places = np.arange(fresh) + np.where(np.arange(fresh) < full * size, 0, (full + 1) * size - fresh)
+    padding = (full + 1) * size - fresh  # of the last chunk
+    places = np.arange(fresh) + np.where(np.arange(fresh) < full * size, 0, padding)
 
     def laid_out(array: np.ndarray) -> np.ndarray:
         """[N, T, ...] of [B, fresh, ...]."""
@@ -68,6 +69,7 @@ def padded_prompt(model: Model, inputs: Inputs, chunk: int | None) -> tuple[Prom
         inputs=laid_out(inputs.input_ids[:, -fresh:] if inputs.embeddings is None else inputs.embeddings),
         unseen=laid_out(inputs.attention_mask[:, -fresh:]),
         full_chunks=None if chunk is None else leaf(full, np.int32),
+        padding=leaf(padding, np.int32),
         chunk=chunk,
     )
     return prompt, np.concatenate([np.arange(slots - seen, slots), slots + places])

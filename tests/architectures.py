@@ -1,4 +1,4 @@
-"""Small random Llamas of every architecture, and the prompts they continue.
+"""Small random models of every architecture, and the prompts they continue.
 
 Weights come from NumPy, so that the same models exist with and without torch. Their spread is 0.2 to 0.5: at the usual
 0.02 a random model repeats one token whatever it is asked, and no test can tell right from wrong.
@@ -70,7 +70,8 @@ class Architecture:
     def name(self) -> str:
         rope = self.config.get("rope_parameters") or self.config.get("rope_scaling") or {}
         heads = f"{self.config['num_attention_heads']}q{self.config['num_key_value_heads']}kv"
-        return f"{self.seed}-{heads}-{rope.get('rope_type', rope.get('type', 'default'))}"
+        name = f"{self.seed}-{heads}-{rope.get('rope_type', rope.get('type', 'default'))}"
+        return name if self.config["model_type"] == "llama" else f"{self.config['model_type']}-{name}"
 
     def write(self, folder: Path) -> Path:
         """Writes the Hugging Face folder."""
@@ -94,7 +95,8 @@ class Architecture:
 
 
 def tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """The tensors of a Hugging Face Llama checkpoint."""
+    """The tensors of a Hugging Face checkpoint."""
+    family = config["model_type"]
     hidden, inner, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     heads = config["num_attention_heads"]
     head_dim = config.get("head_dim") or hidden // heads
@@ -113,9 +115,12 @@ def tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         prefix = f"model.layers.{layer}."
         for norm in ("input_layernorm", "post_attention_layernorm"):
             shapes[f"{prefix}{norm}.weight"] = (hidden,)
+        if family == "qwen3":
+            shapes |= {f"{prefix}self_attn.{norm}.weight": (head_dim,) for norm in ("q_norm", "k_norm")}
         for name, shape in linear.items():
             shapes[f"{prefix}{name}.weight"] = shape
-            if config.get("mlp_bias" if name.startswith("mlp") else "attention_bias"):
+            has_bias = config.get("mlp_bias" if name.startswith("mlp") else "attention_bias")
+            if has_bias if family != "qwen2" else name[-6:] in ("q_proj", "k_proj", "v_proj"):
                 shapes[f"{prefix}{name}.bias"] = shape[:1]
     if not config.get("tie_word_embeddings"):
         shapes["lm_head.weight"] = (vocab, hidden)
@@ -157,3 +162,33 @@ def architecture(seed: int) -> Architecture:
 
 
 ARCHITECTURES = [architecture(seed) for seed in range(66)]
+
+
+# ---- Other families ----
+
+FAMILY_CLASSES = {"mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+WINDOWS = [2, 3, 5, 8, 12, 30, 50]  # less than the prompt, or than the text
+
+
+def family_member(model_type: str, seed: int) -> Architecture:
+    """The seed-th architecture with what another family has of its own: which layers slide, and where biases are."""
+    config = architecture(seed).config
+    biases = {key: config.pop(key) for key in ("attention_bias", "mlp_bias")}
+    config |= {"model_type": model_type, "architectures": [FAMILY_CLASSES[model_type]]}
+    window = WINDOWS[seed % len(WINDOWS)]
+    if model_type == "mistral":
+        return Architecture(seed, config | {"sliding_window": None if seed % 9 == 8 else window})
+    if model_type == "qwen3":
+        config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
+        config["attention_bias"] = biases["attention_bias"]
+    config |= [
+        {"use_sliding_window": True, "layer_types": ["sliding_attention", "full_attention"], "max_window_layers": 0},
+        {"use_sliding_window": True, "max_window_layers": 1},
+        {"use_sliding_window": True, "max_window_layers": 0},
+        {"use_sliding_window": False},
+    ][seed % 4]
+    return Architecture(seed, config | {"sliding_window": window})
+
+
+FAMILY_MEMBERS = [family_member(model_type, seed) for model_type in FAMILY_CLASSES for seed in range(44)]
+USUAL_MEMBERS = 2  # of each family; the others are for sweeps

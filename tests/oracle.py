@@ -10,17 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from architectures import ARCHITECTURES, NEW_TOKENS, Architecture
+from architectures import ARCHITECTURES, FAMILY_MEMBERS, NEW_TOKENS, USUAL_MEMBERS, Architecture
 
-RECORD = Path(__file__).parent / "data" / "greedy.json"
+DATA = Path(__file__).parent / "data"
+RECORDS = {
+    "greedy.json": ARCHITECTURES,
+    "families.json": [each for each in FAMILY_MEMBERS if each.seed < USUAL_MEMBERS],
+}
 
 
 def torch_model(folder: Path, dtype: str = "float32") -> Any:
     import torch
-    from transformers import LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(1)  # idle threads of torch spin, and the tests already run in parallel
-    return LlamaForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
 
 
 def torch_generate(model: Any, input_ids: Any, **kwargs: Any) -> np.ndarray:
@@ -44,7 +48,7 @@ def torch_logits(model: Any, input_ids: Any, attention_mask: Any = None) -> np.n
 @cache
 def recorded() -> dict[str, list[list[int]]]:
     """Sequences by the name of the architecture."""
-    return json.loads(RECORD.read_text())
+    return {name: rows for file in RECORDS for name, rows in json.loads((DATA / file).read_text()).items()}
 
 
 def live(architecture: Architecture, folder: Path) -> np.ndarray:
@@ -53,15 +57,16 @@ def live(architecture: Architecture, folder: Path) -> np.ndarray:
     return torch_generate(torch_model(folder), ids, attention_mask=mask, max_new_tokens=NEW_TOKENS)
 
 
-def _record() -> None:
+def _record(file: str, architectures: list[Architecture]) -> None:
     answers = {}
-    for architecture in ARCHITECTURES:
+    for architecture in architectures:
         with tempfile.TemporaryDirectory() as folder:
             answers[architecture.name] = live(architecture, architecture.write(Path(folder))).tolist()
-    RECORD.parent.mkdir(exist_ok=True)
+    DATA.mkdir(exist_ok=True)
     lines = (f"{json.dumps(name)}: {json.dumps(rows, separators=(',', ':'))}" for name, rows in answers.items())
-    RECORD.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    (DATA / file).write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 if __name__ == "__main__":
-    _record()
+    for file, architectures in RECORDS.items():
+        _record(file, architectures)

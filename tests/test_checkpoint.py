@@ -235,7 +235,7 @@ def test_many_missing_tensors_are_counted(tmp_path: Path, refused: Callable[[Pat
 @pytest.mark.parametrize(
     ("key", "value", "named"),
     [
-        ("model_type", "mistral", "`model_type`='mistral'.*llama"),
+        ("model_type", "mixtral", "`model_type`='mixtral'.*llama"),
         ("model_type", None, "`model_type`=None"),
         ("model_type", ["llama"], "`model_type`"),
         ("sliding_window", 4096, "`sliding_window`=4096"),

@@ -65,6 +65,53 @@ def test_dimensions_of_size_one_are_left_out_of_the_arrays(rows: int, heads: int
     np.testing.assert_array_equal(full[:, :, :2], new)
 
 
+# ---- Windows ----
+
+
+def windowed() -> KVCache:
+    return KVCache.zeros(1, ROWS, SLOTS, HEADS, HEAD_DIM, jnp.float32, windowed=True)
+
+
+def seen(cache: KVCache, mask: jax.Array, window: int) -> list[list[int]]:
+    """Of the columns of the second row, the slots that they attend."""
+    return [np.flatnonzero(column).tolist() for column in np.asarray(cache.within(window, mask)[1])]
+
+
+def test_a_window_ends_with_the_own_column_and_counts_padding() -> None:
+    cache, _, mask = windowed().extend(jnp.array([[1, 1, 1, 1], [1, 1, 0, 1]], bool))
+    assert seen(cache, mask, 1) == [[0], [1], [], [3]]
+    assert seen(cache, mask, 2) == [[0], [0, 1], [1], [3]]
+    cache, _, mask = cache.extend(jnp.ones((ROWS, 1), bool))
+    assert seen(cache, mask, 2) == [[3, 4]]
+    assert seen(cache, mask, 4) == [[1, 3, 4]]
+
+
+def test_columns_that_are_skipped_are_not_counted() -> None:
+    cache, _, _ = windowed().extend(jnp.ones((ROWS, 2), bool))
+    cache, _, mask = cache.skip(jnp.int32(2)).extend(jnp.ones((ROWS, 3), bool).at[:, :2].set(False))
+    assert seen(cache, mask, 2)[2] == [1, 4]
+    assert seen(cache, mask, 3)[2] == [0, 1, 4]
+
+
+def test_columns_that_are_taken_from_elsewhere_lie_side_by_side() -> None:
+    cache, _, _ = windowed().extend(jnp.ones((ROWS, SLOTS), bool))
+    chosen = jnp.array([[0, 2, 4], [1, 3, 5]])
+    cache = cache.select(jnp.arange(ROWS), chosen, jnp.ones((ROWS, 3), bool)).grow(SLOTS)
+    cache, _, mask = cache.take(jnp.array([1, 0])).extend(jnp.ones((ROWS, 1), bool))
+    assert seen(cache, mask, 3) == [[1, 2, 3]]
+
+
+def test_the_slots_of_a_step_are_one_column_to_a_window() -> None:
+    cache, _, _ = windowed().extend(jnp.ones((ROWS, 2), bool))
+    branched = cache.branch(2)
+    for expected in ([[1, 2], [1, 3]], [[2, 4], [3, 5]]):
+        branched, _, mask = branched.extend(jnp.ones((ROWS, 2), bool))
+        assert seen(branched, mask, 2) == expected
+    kept = cache.branch(2).extend(jnp.ones((ROWS, 2), bool))[0].keep(jnp.array([0, 1]))
+    kept, _, mask = kept.extend(jnp.ones((ROWS, 2), bool))
+    assert seen(kept, mask, 2) == [[2, 3], [2, 4]]
+
+
 # ---- Branches ----
 
 

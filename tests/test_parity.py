@@ -36,7 +36,7 @@ def test_greedy_tokens_of_a_ragged_batch_equal_transformers(architecture: Archit
 
 def test_there_are_enough_architectures_and_none_of_them_degenerates() -> None:
     answers = recorded()
-    assert len(answers) == len(ARCHITECTURES) >= 60
+    assert len(ARCHITECTURES) >= 60 and answers.keys() >= {each.name for each in ARCHITECTURES}
     for name, rows in answers.items():
         continuation = np.array(rows)[:, ARCHITECTURES[0].prompts()[0].shape[1] :]
         assert len(np.unique(continuation)) >= 4, name

@@ -2,9 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from jaxgen.models import llama
+from jaxgen.models.llama import LLAMA, Dialect, Llama, LlamaConfig, weight_map
+from jaxgen.models.mistral import MISTRAL
+from jaxgen.models.qwen2 import QWEN2
+from jaxgen.models.qwen3 import QWEN3
 
 
 @dataclass(frozen=True)
@@ -22,4 +26,13 @@ class Family:
     weight_map: Callable[[Any], dict[str, dict[str, int]]]
 
 
-FAMILIES = {"llama": Family(llama.LlamaConfig.from_json, llama.Llama, llama.weight_map)}
+def _like_llama(dialect: Dialect) -> Family:
+    return Family(partial(LlamaConfig.from_json, dialect=dialect), Llama, weight_map)
+
+
+FAMILIES = {
+    "llama": _like_llama(LLAMA),
+    "mistral": _like_llama(MISTRAL),
+    "qwen2": _like_llama(QWEN2),
+    "qwen3": _like_llama(QWEN3),
+}

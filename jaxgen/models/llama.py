@@ -1,7 +1,11 @@
-"""Llama, from its `config.json` to its logits. Same computation as transformers 5.23 `LlamaForCausalLM`."""
+"""Llama, from its `config.json` to its logits. Same computation as transformers 5.23 `LlamaForCausalLM`.
+
+Several families are a Llama with a few flags: biases elsewhere, norms on queries and keys, layers that look back a
+limited number of columns. They are this one implementation; what is their own is a `Dialect`, in a file of its own.
+"""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any, Self
 
@@ -24,27 +28,22 @@ ACTIVATIONS = {
     "relu": jax.nn.relu,
 }
 
-# What `config.json` may leave out, with the defaults of transformers 5.23 `LlamaConfig`.
-_DEFAULTS = {
-    "num_key_value_heads": None,
-    "head_dim": None,
-    "max_position_embeddings": 2048,
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-6,
-    "attention_bias": False,
-    "mlp_bias": False,
-    "tie_word_embeddings": False,
-    "initializer_range": 0.02,
-}
+# The values of `layer_types`.
+FULL, SLIDING = "full_attention", "sliding_attention"
+
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-_TYPES = dict.fromkeys((*_REQUIRED, "num_key_value_heads", "head_dim", "max_position_embeddings"), int) | {
+_POSITIVE = (*_REQUIRED, "num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window")
+_TYPES = dict.fromkeys((*_POSITIVE, "max_window_layers"), int) | {
     "hidden_act": str,
     "rms_norm_eps": float,
     "initializer_range": float,
     "attention_bias": bool,
     "mlp_bias": bool,
     "tie_word_embeddings": bool,
+    "use_sliding_window": bool,
 }
+# Where null is a value, and not the absence of one: as many heads as there are, and no window.
+_NULLABLE = frozenset({"num_key_value_heads", "sliding_window"})
 _ROPE = ("rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings")
 # Read elsewhere, or without effect on a forward pass.
 _NO_EFFECT = frozenset(
@@ -56,9 +55,60 @@ _NO_EFFECT = frozenset(
 
 
 @dataclass(frozen=True)
-class LlamaConfig:
-    """The architecture of a checkpoint, in the names of its `config.json`; part of the compile key."""
+class Dialect:
+    """How a family whose models are a Llama writes its `config.json`. Dialects of one `model_type` are the same.
 
+    Attributes:
+        model_type: the family's name.
+        architecture: the class in transformers.
+        defaults: the keys that may be left out, and what they then are in transformers 5.23.
+        fixed: the flags of `LlamaConfig` for which the family has no key, since they are always the same.
+        spellings: other names of the architecture.
+    """
+
+    model_type: str
+    architecture: str = field(compare=False)
+    defaults: Mapping[str, Any] = field(compare=False)
+    fixed: Mapping[str, bool] = field(compare=False)
+    spellings: tuple[str, ...] = field(default=(), compare=False)
+
+
+# What every family may leave out, and what it then is in most of them.
+COMMON_DEFAULTS = {
+    "head_dim": None,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.02,
+}
+LLAMA = Dialect(
+    model_type="llama",
+    architecture="LlamaForCausalLM",
+    defaults={
+        **COMMON_DEFAULTS,
+        "num_key_value_heads": None,
+        "max_position_embeddings": 2048,
+        "attention_bias": False,
+        "mlp_bias": False,
+    },
+    fixed={"qk_norm": False},
+    spellings=("LLaMAForCausalLM",),
+)
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """The architecture of a checkpoint, in the names of its `config.json`; part of the compile key.
+
+    Attributes:
+        attention_bias: whether q_proj, k_proj and v_proj have one.
+        o_proj_bias: whether o_proj has one.
+        qk_norm: whether queries and keys are normalised, each head for itself.
+        sliding_window: how many columns, with its own, a column of the sliding layers attends; None if none slides.
+        layer_types: `FULL` or `SLIDING`, for each layer.
+    """
+
+    dialect: Dialect
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -70,92 +120,147 @@ class LlamaConfig:
     hidden_act: str
     rms_norm_eps: float
     attention_bias: bool
+    o_proj_bias: bool
     mlp_bias: bool
+    qk_norm: bool
     tie_word_embeddings: bool
     initializer_range: float
+    sliding_window: int | None
+    layer_types: tuple[str, ...]
     rope: Rope
 
+    @property
+    def model_type(self) -> str:
+        return self.dialect.model_type
+
     @classmethod
-    def from_json(cls, raw: Mapping[str, Any], generation_fields: frozenset[str] = frozenset()) -> Self:
+    def from_json(
+        cls, raw: Mapping[str, Any], generation_fields: frozenset[str] = frozenset(), dialect: Dialect = LLAMA
+    ) -> Self:
         """Reads a `config.json`, refusing what would change the computation and is not handled.
 
         Args:
             raw: the parsed file.
             generation_fields: the names that belong to the generation config, where old files kept them.
+            dialect: of the family.
 
         Raises:
             ValueError: naming the key, its value and the way out.
         """
-        values = {**_DEFAULTS, **{key: value for key, value in raw.items() if value is not None}}
-        _refuse_unhandled(values, generation_fields)
-        for key, kind in _TYPES.items():
+        given = {key: value for key, value in raw.items() if value is not None or key in _NULLABLE}
+        values = {**dialect.defaults, **given}
+        _refuse_unhandled(values, generation_fields, dialect)
+        for key in (*_REQUIRED, *dialect.defaults):
+            value, kind = values.get(key), _TYPES.get(key)
             # JSON tells 1 from true, and 1e-5 may be written as a whole number.
-            if type(values.get(key)) not in (kind, *([int] if kind is float else [])) and values.get(key) is not None:
-                raise ValueError(f"`{key}`={values[key]!r} in config.json must be of type {kind.__name__}.")
-        for key in (*_REQUIRED, "num_key_value_heads", "head_dim", "max_position_embeddings"):
-            if values.get(key) is not None and values[key] < 1:
-                raise ValueError(f"`{key}`={values[key]!r} in config.json must be positive.")
+            if value is None or kind is None:
+                continue
+            if type(value) not in (kind, *([int] if kind is float else [])):
+                raise ValueError(f"`{key}`={value!r} in config.json must be of type {kind.__name__}.")
+            if key in _POSITIVE and value < 1:
+                raise ValueError(f"`{key}`={value!r} in config.json must be positive.")
         if missing := [key for key in _REQUIRED if key not in values]:
-            raise ValueError(f"config.json lacks {missing}, which a Llama needs.")
-        heads = values["num_attention_heads"]
-        values["num_key_value_heads"] = values["num_key_value_heads"] or heads
-        values["head_dim"] = values["head_dim"] or values["hidden_size"] // heads
-        _check_geometry(values)
-        fields = {key: values[key] for key in (*_REQUIRED, *_DEFAULTS)}
-        return cls(**fields, rope=rope.from_config(values, values["head_dim"]))
+            raise ValueError(f"config.json lacks {missing}, which every {dialect.model_type} has.")
+        settings = {**{key: values[key] for key in (*_REQUIRED, *dialect.defaults)}, **dialect.fixed}
+        _check_geometry(settings)
+        heads = settings["num_attention_heads"]
+        settings["num_key_value_heads"] = settings["num_key_value_heads"] or heads
+        settings["head_dim"] = settings["head_dim"] or settings["hidden_size"] // heads
+        settings.setdefault("o_proj_bias", settings["attention_bias"])
+        settings["sliding_window"], settings["layer_types"] = _windows(settings)
+        settings["rope"] = rope.from_config(values, settings["head_dim"])
+        settings["dialect"] = dialect
+        return cls(**{each.name: settings[each.name] for each in fields(cls)})
 
     def to_json(self) -> dict[str, Any]:
         """The `config.json` that transformers 4 and 5 both read alike, rotary parameters in both spellings."""
-        raw = {key: getattr(self, key) for key in (*_REQUIRED, *_DEFAULTS)}
+        slide = [kind == SLIDING for kind in self.layer_types]
+        settings = {
+            **vars(self),
+            "use_sliding_window": any(slide),
+            "layer_types": [*self.layer_types],
+            "max_window_layers": [*slide, True].index(True),  # what transformers read before there were layer types
+        }
+        raw = {key: settings[key] for key in (*_REQUIRED, *self.dialect.defaults)}
         parameters = rope.to_config(self.rope)
-        raw |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "rope_parameters": parameters}
-        raw["rope_theta"] = parameters["rope_theta"]
+        raw |= {"model_type": self.model_type, "architectures": [self.dialect.architecture]}
+        raw |= {"rope_parameters": parameters, "rope_theta": parameters["rope_theta"]}
         if parameters["rope_type"] != "default":
             raw["rope_scaling"] = {key: value for key, value in parameters.items() if key != "rope_theta"}
         return raw
 
 
-def _refuse_unhandled(values: Mapping[str, Any], generation_fields: frozenset[str]) -> None:
+def _refuse_unhandled(values: Mapping[str, Any], generation_fields: frozenset[str], dialect: Dialect) -> None:
     if quantization := values.get("quantization_config"):
         method = quantization.get("quant_method", "unnamed") if isinstance(quantization, dict) else quantization
         raise ValueError(f"the checkpoint is quantised (`quant_method`={method!r}). Use the unquantised original.")
-    if values.get("architectures") not in (None, ["LlamaForCausalLM"], ["LLaMAForCausalLM"]):
+    names = dialect.architecture, *dialect.spellings
+    if values.get("architectures") not in (None, *([name] for name in names)):
         raise ValueError(
-            f"`architectures`={values['architectures']!r} in config.json is not ['LlamaForCausalLM']. Save the model "
-            "with its language modelling head."
+            f"`architectures`={values['architectures']!r} in config.json is not ['{dialect.architecture}']. Save the "
+            "model with its language modelling head."
         )
-    known = {*_DEFAULTS, *_REQUIRED, *_ROPE, *_NO_EFFECT, *generation_fields}
+    known = {*dialect.defaults, *_REQUIRED, *_ROPE, *_NO_EFFECT, *generation_fields}
     for key, value in values.items():
+        if key in dialect.fixed:
+            if value != dialect.fixed[key]:
+                raise ValueError(
+                    f"config.json has `{key}`={value!r}, but it is {dialect.fixed[key]!r} in every "
+                    f"{dialect.model_type}, and transformers ignores the key. Remove it from the file."
+                )
         # A falsy value is how configs say that a feature is off, and rotating all of each head is what Llama does.
-        if key not in known and value and (key, value) != ("partial_rotary_factor", 1):
+        elif key not in known and value and (key, value) != ("partial_rotary_factor", 1):
             raise ValueError(
                 f"config.json has `{key}`={value!r}, which jaxgen does not know and which may change the computation. "
                 "If it does not, remove it from the file."
             )
 
 
-def _check_geometry(values: Mapping[str, Any]) -> None:
-    heads, kv_heads = values["num_attention_heads"], values["num_key_value_heads"]
-    if values["hidden_size"] % heads:
-        raise ValueError(f"`hidden_size`={values['hidden_size']} is not a multiple of `num_attention_heads`={heads}.")
+def _windows(settings: Mapping[str, Any]) -> tuple[int | None, tuple[str, ...]]:
+    """`sliding_window` and `layer_types` of a config, from the keys that its family has for them."""
+    layers, kinds = settings["num_hidden_layers"], settings.get("layer_types")
+    window = settings.get("sliding_window") if settings.get("use_sliding_window", True) else None
+    if kinds is None:
+        full = layers if window is None else settings.get("max_window_layers", 0)
+        kinds = [FULL if layer < full else SLIDING for layer in range(layers)]
+    if not isinstance(kinds, list | tuple) or any(kind not in (FULL, SLIDING) for kind in kinds):
+        raise ValueError(f"`layer_types`={kinds!r} in config.json must be a list of {FULL!r} and {SLIDING!r}.")
+    if len(kinds) != layers:
+        raise ValueError(f"`layer_types`={kinds!r} in config.json has {len(kinds)} entries for {layers} layers.")
+    if SLIDING in kinds and window is None:
+        raise ValueError(
+            f"`layer_types`={kinds!r} in config.json has sliding layers, but there is no `sliding_window`, or "
+            "`use_sliding_window` is not true. Set both, or make the layers full."
+        )
+    return (window if SLIDING in kinds else None), tuple(kinds)
+
+
+def _check_geometry(settings: Mapping[str, Any]) -> None:
+    hidden, heads = settings["hidden_size"], settings["num_attention_heads"]
+    if settings["head_dim"] is None and hidden % heads:
+        raise ValueError(f"`hidden_size`={hidden} is not a multiple of `num_attention_heads`={heads}.")
+    kv_heads, head_dim = settings["num_key_value_heads"] or heads, settings["head_dim"] or hidden // heads
     if heads % kv_heads:
         raise ValueError(f"`num_attention_heads`={heads} is not a multiple of `num_key_value_heads`={kv_heads}.")
-    if values["head_dim"] % 2:
-        raise ValueError(f"`head_dim`={values['head_dim']} must be even: rotary embeddings turn pairs of dimensions.")
-    if values["hidden_act"] not in ACTIVATIONS:
-        raise ValueError(f"`hidden_act`={values['hidden_act']!r} is not supported; it may be one of {[*ACTIVATIONS]}.")
+    if head_dim % 2:
+        raise ValueError(f"`head_dim`={head_dim} must be even: rotary embeddings turn pairs of dimensions.")
+    if (act := settings["hidden_act"]) not in ACTIVATIONS:
+        raise ValueError(f"`hidden_act`={act!r} is not supported; it may be one of {[*ACTIVATIONS]}.")
 
 
 class Attention(nnx.Module):
-    """Same as transformers 5.23 `LlamaAttention`, its three input products fused into one."""
+    """Same as transformers 5.23 `LlamaAttention` or `Qwen3Attention`, its three input products fused into one."""
 
     def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
         self.config = config
         inner = config.num_attention_heads * config.head_dim
         fused = inner + 2 * config.num_key_value_heads * config.head_dim
-        options = {"bias": config.attention_bias, "std": config.initializer_range, "rngs": rngs}
-        self.qkv_proj = Linear(config.hidden_size, fused, **options)
-        self.o_proj = Linear(inner, config.hidden_size, **options)
+        options = {"std": config.initializer_range, "rngs": rngs}
+        self.qkv_proj = Linear(config.hidden_size, fused, bias=config.attention_bias, **options)
+        self.o_proj = Linear(inner, config.hidden_size, bias=config.o_proj_bias, **options)
+        self.q_norm, self.k_norm = (
+            RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.qk_norm else None for _ in range(2)
+        )
 
     def __call__(
         self, x: jax.Array, cos: jax.Array, sin: jax.Array, mask: jax.Array, cache: KVCache
@@ -169,6 +274,8 @@ class Attention(nnx.Module):
         heads = self.config.num_attention_heads
         qkv = self.qkv_proj(x).reshape(rows, columns, -1, head_dim).transpose(0, 2, 1, 3)
         queries, keys, values = jnp.split(qkv, [heads, heads + kv_heads], axis=1)
+        if self.q_norm is not None and self.k_norm is not None:
+            queries, keys = self.q_norm(queries), self.k_norm(keys)
         queries, keys = (rope.rotate(each, cos[:, None], sin[:, None]) for each in (queries, keys))
         cache, keys, values = cache.update(0, keys, values)
         queries = queries.reshape(rows, kv_heads, heads // kv_heads, columns, head_dim)
@@ -292,10 +399,9 @@ class Llama(nnx.Module):
         return self._logits(hidden)
 
     def make_cache(self, rows: int, slots: int) -> KVCache:
-        config = self.config
-        return KVCache.zeros(
-            config.num_hidden_layers, rows, slots, config.num_key_value_heads, config.head_dim, self.dtype
-        )
+        config, windowed = self.config, self.config.sliding_window is not None
+        heads = config.num_key_value_heads
+        return KVCache.zeros(config.num_hidden_layers, rows, slots, heads, config.head_dim, self.dtype, windowed)
 
     def extend(
         self,
@@ -321,10 +427,14 @@ class Llama(nnx.Module):
         """float [N, T, D] after the final norm, the cache T columns longer, and the internals asked for."""
         x = self.embed_tokens(input_ids) if input_ids.ndim == 2 else input_ids.astype(self.dtype)
         cache, positions, mask = cache.extend(attention_mask, position_ids)
+        masks = {FULL: mask}
+        if (window := self.config.sliding_window) is not None:
+            masks[SLIDING] = cache.within(window, mask)
         cos, sin = rope.cos_sin(self.config.rope, positions, x.dtype)
         hidden_states, attentions, pairs = [x], [], []
-        for layer, pair in zip(self.layers, cache.layers, strict=True):
-            x, own, weights = _run(layer, x, cos, sin, mask, replace(cache, layers=(pair,)), "attentions" in collect)
+        for layer, pair, kind in zip(self.layers, cache.layers, self.config.layer_types, strict=True):
+            own = replace(cache, layers=(pair,))
+            x, own, weights = _run(layer, x, cos, sin, masks[kind], own, "attentions" in collect)
             pairs += own.layers
             hidden_states.append(x)
             attentions.append(weights)
@@ -359,11 +469,13 @@ def weight_map(config: LlamaConfig) -> dict[str, dict[str, int]]:
 def _layer_weights(config: LlamaConfig) -> list[tuple[str, dict[str, int], bool]]:
     hidden, inner = config.hidden_size, config.intermediate_size
     query, key = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
+    norms = ("q_norm", "k_norm") if config.qk_norm else ()
     qkv = {"self_attn.q_proj": query, "self_attn.k_proj": key, "self_attn.v_proj": key}
     return [
         ("input_layernorm", {"input_layernorm": hidden}, False),
         ("self_attn.qkv_proj", qkv, config.attention_bias),
-        ("self_attn.o_proj", {"self_attn.o_proj": hidden}, config.attention_bias),
+        ("self_attn.o_proj", {"self_attn.o_proj": hidden}, config.o_proj_bias),
+        *((f"self_attn.{norm}", {f"self_attn.{norm}": config.head_dim}, False) for norm in norms),
         ("post_attention_layernorm", {"post_attention_layernorm": hidden}, False),
         ("mlp.gate_up_proj", {"mlp.gate_proj": inner, "mlp.up_proj": inner}, config.mlp_bias),
         ("mlp.down_proj", {"mlp.down_proj": hidden}, config.mlp_bias),
