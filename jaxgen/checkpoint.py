@@ -217,6 +217,12 @@ def account(
     Raises:
         CheckpointError: see `load`.
     """
+    layers = raw.get("num_hidden_layers")
+    if isinstance(layers, int) and layers > len(tensors):  # before a list of so many is made
+        raise CheckpointError(
+            f"{folder} holds {len(tensors)} tensors, but its config.json asks for `num_hidden_layers`={layers}. The "
+            "checkpoint is incomplete; download it again."
+        )
     try:
         tensors = quantization.dequantised(tensors, raw)
         unquantised = {key: value for key, value in raw.items() if key not in quantization.KEYS}
@@ -224,11 +230,6 @@ def account(
         _check_numbers(config)
     except ValueError as error:
         raise CheckpointError(f"{folder}: {error}") from error
-    if config.num_hidden_layers > len(tensors):
-        raise CheckpointError(
-            f"{folder} holds {len(tensors)} tensors, but its config.json asks for `num_hidden_layers`="
-            f"{config.num_hidden_layers}. The checkpoint is incomplete; download it again."
-        )
     buffers = {name: tensor for name, tensor in tensors.items() if name.endswith(_BUFFERS)}
     tensors = {name: tensor for name, tensor in tensors.items() if name not in buffers}
     if unreadable := sorted({str(t.dtype) for t in tensors.values()} - set(map(str, DTYPES.values()))):

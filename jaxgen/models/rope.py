@@ -283,8 +283,8 @@ def _number(key: str, value: Any, head_dim: int) -> Any:
     if key == "truncate" and isinstance(value, bool):
         return value
     numbers = value if isinstance(value, list | tuple) else [value]
-    if any(type(number) not in (int, float) or number <= 0 for number in numbers):
-        raise ValueError(f"`{key}`={value!r} in the rotary parameters of config.json must be positive.")
+    if any(type(number) not in (int, float) or not 0 < number < 1e30 for number in numbers):
+        raise ValueError(f"`{key}`={value!r} in the rotary parameters of config.json must be positive and finite.")
     per_pair = key in ("short_factor", "long_factor")
     if per_pair != isinstance(value, list | tuple) or (per_pair and len(value) != head_dim // 2):
         wanted = f"{head_dim // 2} numbers, half of `head_dim`={head_dim}" if per_pair else "one number"
