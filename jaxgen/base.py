@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import Mesh
 from jax.tree_util import GetAttrKey, register_pytree_with_keys
 
 AnyClass = TypeVar("AnyClass", bound=type)
@@ -179,6 +180,21 @@ class BranchedCache(Cache, Protocol):
         ...
 
 
+def tensor_shards(mesh: Mesh | None) -> int:
+    """Over how many devices heads and MLP units are spread."""
+    return 1 if mesh is None else mesh.shape.get("tensor", 1)
+
+
+def row_shards(mesh: Mesh | None) -> int:
+    """Over how many devices rows are spread."""
+    return 1 if mesh is None else mesh.shape.get("data", 1)
+
+
+def rows_axis(mesh: Mesh, rows: int) -> tuple[str | None]:
+    """The mesh axis of the rows of an array, or None if it cannot share them out evenly."""
+    return ("data",) if row_shards(mesh) > 1 and rows % row_shards(mesh) == 0 else (None,)
+
+
 AnyCache = TypeVar("AnyCache", bound=Cache)
 
 
@@ -193,6 +209,11 @@ class Model(Protocol[AnyCache]):
 
     @property
     def hidden_size(self) -> int: ...
+
+    @property
+    def mesh(self) -> Mesh | None:
+        """The devices that it is spread over, by the axes "data" and "tensor"; None for one device."""
+        ...
 
     @property
     def max_position_embeddings(self) -> int: ...

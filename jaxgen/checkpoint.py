@@ -18,9 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
 from tqdm import tqdm
 
 from jaxgen import lazy, quantization, safetensors_file
+from jaxgen.base import tensor_shards
 from jaxgen.folder import CheckpointError, check_name, holds, read_json
 from jaxgen.models import FAMILIES, Family
 from jaxgen.safetensors_file import DTYPES, Tensor
@@ -36,21 +38,25 @@ _INVERSE_FREQUENCIES = (".rotary_emb.inv_freq", "rope.freqs")
 _BUFFERS = (*_INVERSE_FREQUENCIES, ".attn.masked_bias", ".self_attn.masked_bias")
 
 
-def load(path: str | Path, dtype: jax.typing.DTypeLike | None = None) -> Any:
+def load(path: str | Path, dtype: jax.typing.DTypeLike | None = None, mesh: Mesh | None = None) -> Any:
     """Loads a model from a Hugging Face folder (config.json and safetensors) or a folder written by `convert`.
 
     Args:
         path: the folder. Nothing is downloaded.
         dtype: what to hold the weights in: float32, bfloat16 or float16. By default, and with "auto", the config's
             dtype, else that of the embedding.
+        mesh: devices to spread the model over, with the axes "tensor" (attention heads, MLP units, the vocabulary),
+            "data" (rows of a batch) or both, as `jax.make_mesh((2, 4), ("data", "tensor"))`. Each parameter goes
+            straight to where it belongs.
 
     Returns:
-        The model, on JAX's default device, with `config` and `generation_config`.
+        The model, on the mesh or on JAX's default device, with `config` and `generation_config`.
 
     Raises:
         CheckpointError: one sentence about what is missing, broken or unknown. Nothing is loaded then.
+        ValueError: if the mesh has other axes, or one that heads or units cannot be spread over evenly.
     """
-    source = open_folder(path)
+    source = open_folder(path, None if mesh is None else _automatic(mesh))
     for message in source.warnings:
         warnings.warn(message, stacklevel=2)
     target = source.dtype if dtype in (None, "auto") else weights_dtype(dtype)
@@ -58,8 +64,8 @@ def load(path: str | Path, dtype: jax.typing.DTypeLike | None = None) -> Any:
     total = sum(leaf.size for leaf in leaves) * target.itemsize
     with tqdm(total=total, unit="B", unit_scale=True, desc="loading weights", delay=2) as bar:
         arrays = []
-        for array in source.parameters(target):
-            arrays.append(jax.device_put(array))
+        for array, (path, _) in zip(source.parameters(target), named_leaves(source.abstract), strict=True):
+            arrays.append(jax.device_put(array, source.sharding(path)))
             bar.update(array.nbytes)
     return jax.tree.unflatten(treedef, arrays)
 
@@ -104,16 +110,18 @@ def save(model: Any, path: str | Path) -> None:
     # Not `save_pretrained`, which refuses what many checkpoints hold: sampling fields without `do_sample`.
     model.generation_config.to_json_file(folder / "generation_config.json")
     parameters = dict(named_leaves(model))
-    pieces = {
-        name: (path, start, rows)
-        for path, sources in FAMILIES[config["model_type"]].weight_map(model.config).items()
-        for name, start, rows in _stack(sources)
-    }
+    stacks = FAMILIES[config["model_type"]].weight_map(model.config)
     header = {
         name: (np.dtype(parameters[path].dtype), (rows, *parameters[path].shape[1:]))
-        for name, (path, _, rows) in pieces.items()
+        for path, sources in stacks.items()
+        for name, rows in sources.items()
     }
-    arrays = (jax.device_get(parameters[path])[start : start + rows] for path, start, rows in pieces.values())
+    arrays = (
+        np.concatenate([whole[run] for run in runs])
+        for path, sources in stacks.items()
+        for whole in [jax.device_get(parameters[path])]
+        for runs in _runs(sources, model.mesh)
+    )
     safetensors_file.write(folder / SINGLE_FILE, header, arrays)
 
 
@@ -123,6 +131,7 @@ class Source:
 
     Attributes:
         raw: its config.json.
+        family: of the model.
         abstract: the model with shapes in place of weights.
         pieces: parameter path -> the tensors that make it, stacked along the first axis.
         buffers: tensors that the config determines, by name; not read.
@@ -133,6 +142,7 @@ class Source:
 
     folder: Path
     raw: Mapping[str, Any]
+    family: Family
     abstract: Any
     pieces: Mapping[str, list[Tensor]]
     buffers: Mapping[str, Tensor] = field(default_factory=dict)
@@ -157,15 +167,25 @@ class Source:
         """The values, one parameter at a time in the order of the model's leaves."""
         for path, leaf in named_leaves(self.abstract):
             array = np.empty(leaf.shape, dtype)
-            row = 0
-            for tensor in self.pieces[path]:
-                tensor.read_into(array[row : row + tensor.rows])
-                row += tensor.rows
+            stack = {tensor.name: tensor.rows for tensor in self.pieces[path]}
+            for tensor, runs in zip(self.pieces[path], _runs(stack, self.abstract.mesh), strict=True):
+                row = 0
+                for run in runs:
+                    tensor.read_into(array[run], row)
+                    row += run.stop - run.start
             yield array
 
+    def sharding(self, path: str) -> jax.sharding.Sharding | None:
+        """Where on its mesh a parameter goes; None without one."""
+        mesh = self.abstract.mesh
+        return None if mesh is None else NamedSharding(mesh, self.family.partition(self.abstract.config, mesh)(path))
 
-def open_folder(path: str | Path) -> Source:
+
+def open_folder(path: str | Path, mesh: Mesh | None = None) -> Source:
     """Reads what a folder holds, without its values, and accounts for every tensor and parameter.
+
+    Args:
+        mesh: see `load`.
 
     Raises:
         CheckpointError: see `load`.
@@ -185,7 +205,7 @@ def open_folder(path: str | Path) -> Source:
             f"{folder} is a converted folder of format {version!r}, and this jaxgen reads {NATIVE_FORMAT}. Convert the "
             "original again."
         )
-    return account(folder, raw, generation, read_tensors(folder), native)
+    return account(folder, raw, generation, read_tensors(folder), native, mesh)
 
 
 def read_configs(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
@@ -204,6 +224,7 @@ def account(
     generation: Mapping[str, Any] | None,
     tensors: Mapping[str, Tensor],
     native: bool = False,
+    mesh: Mesh | None = None,
 ) -> Source:
     """Finds a use for every tensor and tensors for every parameter.
 
@@ -213,6 +234,7 @@ def account(
         generation: generation_config.json.
         tensors: of the checkpoint, by name.
         native: whether they have the names of parameters.
+        mesh: see `load`.
 
     Raises:
         CheckpointError: see `load`.
@@ -237,7 +259,7 @@ def account(
     head, embedding = ("lm_head.weight", "embed_tokens.weight" if native else "model.embed_tokens.weight")
     config, copies = _resolve_head(folder, config, tensors, head, embedding)
     config, resized = _resolve_vocabulary(config, tensors, head, embedding)
-    abstract = nnx.eval_shape(lambda: family.build(config, nnx.Rngs(0), generation_config))
+    abstract = nnx.eval_shape(lambda: family.build(config, nnx.Rngs(0), generation_config, mesh))
     shapes = {name: leaf.shape for name, leaf in named_leaves(abstract)}
     wanted = family.weight_map(config)
     if native:
@@ -246,7 +268,7 @@ def account(
     pieces = {path: [tensors[name] for name in sources] for path, sources in wanted.items()}
     oddities = (*resized, *_oddities(raw), *_odd_buffers(config, buffers))
     return Source(
-        folder, raw, abstract, pieces, buffers, copies, native, tuple(f"{folder}: {each}" for each in oddities)
+        folder, raw, family, abstract, pieces, buffers, copies, native, tuple(f"{folder}: {each}" for each in oddities)
     )
 
 
@@ -398,12 +420,26 @@ def named_leaves(model: Any) -> Iterator[tuple[str, Any]]:
         yield ".".join(keys).removesuffix(".value"), leaf
 
 
-def _stack(sources: Mapping[str, int]) -> Iterator[tuple[str, int, int]]:
-    """Each source with its first row and its number of rows."""
+def _runs(sources: Mapping[str, int], mesh: Mesh | None) -> Iterator[list[slice]]:
+    """For each source of so many rows, where in a parameter its rows are.
+
+    One source after the other, as a rule; where several are spread over devices together, each device has its share of
+    every one of them.
+    """
+    shards = tensor_shards(mesh) if len(sources) > 1 else 1
+    share = sum(sources.values()) // shards
     start = 0
-    for name, rows in sources.items():
-        yield name, start, rows
-        start += rows
+    for rows in sources.values():
+        own = rows // shards
+        yield [slice(shard * share + start, shard * share + start + own) for shard in range(shards)]
+        start += own
+
+
+def _automatic(mesh: Mesh) -> Mesh:
+    """The mesh as XLA takes it, which finds out by itself where all that is between the weights goes."""
+    if not mesh.axis_names or {*mesh.axis_names} - {"data", "tensor"}:
+        raise ValueError(f"`mesh` has the axes {mesh.axis_names}; they may be 'data' and 'tensor'.")
+    return Mesh(mesh.devices, mesh.axis_names)
 
 
 def weights_dtype(dtype: jax.typing.DTypeLike) -> np.dtype:

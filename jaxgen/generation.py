@@ -26,7 +26,7 @@ from jaxgen.generation_config import Resolved, resolve, warn_once
 from jaxgen.inputs import Inputs, checked_inputs, checked_negatives, key_words, pad_token_id_or_default, refuse_tracer
 from jaxgen.outputs import GenerateOutput, wrap
 from jaxgen.processor_list import as_pytree, processor_list, takes_cur_len
-from jaxgen.prompts import bucket, padded_prompt, with_negative_prompts
+from jaxgen.prompts import bucket, padded_prompt, row_bucket, with_negative_prompts
 from jaxgen.stop_strings import StopStrings
 from jaxgen.stopping_criteria import CustomCriterion, EosToken, MaxLength
 from jaxgen.strategies import Rules, strategy_for
@@ -312,7 +312,7 @@ def lower(
     else:
         _need_plain(read, chunk, "`guidance_scale`", "which reads negative prompts beside the others")
         negative = custom.negative_prompt_ids, custom.negative_prompt_attention_mask
-        prompt = with_negative_prompts(read, *checked_negatives(model, read, *negative))
+        prompt = with_negative_prompts(model, read, *checked_negatives(model, read, *negative))
         seen = np.arange(prompt.cache_slots - columns, prompt.cache_slots)
     host = HostFunctions()
     beams, groups = config.num_beams, config.num_beam_groups
@@ -345,7 +345,7 @@ def lower(
     strategy = strategy_for(
         config,
         rules,
-        key_words(custom.key, config, bucket(rows), rows),
+        key_words(custom.key, config, row_bucket(model, rows), rows),
         pad_token_id_or_default(config),
         # Without an eos, rows that a criterion finishes go on until all are, as in transformers.
         bool(eos_token_id) or not rules.stopping_criteria,
@@ -576,11 +576,11 @@ def _check_memory(model: Model, call: Call) -> None:
             needed[f"`output_{name}`"] = of_prompt + steps * of_step
         else:
             needed[f"`output_{name}`"] = 4 * scored * steps * model.vocab_size
-    available = _memory_bytes()
+    available = _memory_bytes() * (1 if model.mesh is None else model.mesh.size)
     if sum(needed.values()) > available:
         parts = ", ".join(f"{size / 1e9:,.1f} GB for {name}" for name, size in needed.items())
         raise ValueError(
-            f"{scored} rows of {call.slots} tokens need {parts}, but the device has {available / 1e9:,.1f} GB. Lower "
+            f"{scored} rows of {call.slots} tokens need {parts}, but there are {available / 1e9:,.1f} GB. Lower "
             "`max_new_tokens`, the prompt length or the batch"
             + (", or ask for fewer outputs." if len(needed) > 1 else ".")
         )

@@ -12,8 +12,9 @@ from typing import Self
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxgen.base import pytree
+from jaxgen.base import pytree, rows_axis
 
 
 @pytree
@@ -68,6 +69,13 @@ class KVCache:
             position=jnp.zeros((rows,), jnp.int32),
             columns=jnp.full((slots,), -1, jnp.int32) if windowed else None,
         )
+
+    def placed(self, mesh: Mesh, rows: int, heads: int) -> Self:
+        """The cache spread over a mesh: rows over its axis "data", heads over "tensor"."""
+        axes = [axis for axis, size in zip((*rows_axis(mesh, rows), "tensor"), (rows, heads), strict=True) if size > 1]
+        spec = [axis if axis in mesh.shape else None for axis in axes]
+        sharding = NamedSharding(mesh, PartitionSpec(*spec))
+        return replace(self, layers=lax.with_sharding_constraint(self.layers, sharding))
 
     def extend(
         self, attention_mask: jax.Array, position_ids: jax.Array | None = None

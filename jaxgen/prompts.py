@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from jaxgen.base import Model, Prompt, leaf
+from jaxgen.base import Model, Prompt, leaf, row_shards
 from jaxgen.inputs import Inputs, counted_positions
 
 _MIN_PROMPT_BUCKET = 16  # one program serves every short prompt; 16 columns cost hardly more than one
@@ -16,10 +16,16 @@ def bucket(size: int) -> int:
     return power * 3 // 4 if size <= power * 3 // 4 else power
 
 
-def pad_to_buckets(input_ids: np.ndarray, attention_mask: np.ndarray) -> Prompt:
+def row_bucket(model: Model, rows: int) -> int:
+    """N for so many rows: on a mesh, every device has a bucket of them."""
+    shards = row_shards(model.mesh)
+    return bucket(-(-rows // shards)) * shards
+
+
+def pad_to_buckets(model: Model, input_ids: np.ndarray, attention_mask: np.ndarray) -> Prompt:
     """The prompt in the upper right corner of its bucket: masked columns before it, finished rows below it."""
     rows, columns = input_ids.shape
-    width = ((0, bucket(rows) - rows), (bucket(max(columns, _MIN_PROMPT_BUCKET)) - columns, 0))
+    width = ((0, row_bucket(model, rows) - rows), (bucket(max(columns, _MIN_PROMPT_BUCKET)) - columns, 0))
     return Prompt(
         input_ids=leaf(np.pad(input_ids, width), np.int32),
         attention_mask=leaf(np.pad(attention_mask, width), np.bool_),
@@ -38,11 +44,11 @@ def padded_prompt(model: Model, inputs: Inputs, chunk: int | None) -> tuple[Prom
     """
     chunk = chunk if chunk is not None and chunk < inputs.fresh else None
     if inputs.plain and chunk is None:
-        prompt = pad_to_buckets(inputs.input_ids, inputs.text_mask)
+        prompt = pad_to_buckets(model, inputs.input_ids, inputs.text_mask)
         width = prompt.input_ids.shape[1]
         return prompt, np.arange(width - inputs.fresh, width)
     fresh = inputs.fresh
-    prompt = pad_to_buckets(inputs.input_ids, inputs.text_mask)
+    prompt = pad_to_buckets(model, inputs.input_ids, inputs.text_mask)
     size = bucket(max(fresh, _MIN_PROMPT_BUCKET)) if chunk is None else chunk
     full = (fresh - 1) // size  # chunks before the last, which has what is left, as in transformers
     width = size * (1 + (bucket(full) if full else 0))
@@ -75,7 +81,7 @@ def padded_prompt(model: Model, inputs: Inputs, chunk: int | None) -> tuple[Prom
     return prompt, np.concatenate([np.arange(slots - seen, slots), slots + places])
 
 
-def with_negative_prompts(inputs: Inputs, negative_ids: np.ndarray, negative_mask: np.ndarray) -> Prompt:
+def with_negative_prompts(model: Model, inputs: Inputs, negative_ids: np.ndarray, negative_mask: np.ndarray) -> Prompt:
     """The prompts and below them the negative ones, each [B, P'], in one batch whose weights are read once."""
     columns = inputs.input_ids.shape[1]
     width = max(columns, negative_ids.shape[1])
@@ -84,7 +90,7 @@ def with_negative_prompts(inputs: Inputs, negative_ids: np.ndarray, negative_mas
         return np.pad(array, ((0, 0), (width - array.shape[1], 0)))
 
     guided, negative = (
-        pad_to_buckets(widen(ids), widen(mask))
+        pad_to_buckets(model, widen(ids), widen(mask))
         for ids, mask in ((inputs.input_ids, inputs.text_mask), (negative_ids, negative_mask))
     )
     # Transformers counts the positions of a prompt by its mask, but those of a negative prompt by its columns.

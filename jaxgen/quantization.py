@@ -96,6 +96,11 @@ def dequantised(tensors: Mapping[str, Tensor], raw: Mapping[str, Any]) -> dict[s
             found[name] = ScaledTensor(name, dtype, tensor.shape, tensor, scale, block)
         elif not name.endswith((*_SCALES, *_UNUSED)):
             found[name] = tensor
+    if all(found.get(name) is tensor for name, tensor in tensors.items()):
+        raise CheckpointError(
+            f"config.json has `{KEYS[0]}`={quantization!r}, but no tensor is an 8-bit float. Remove it if "
+            "they are the unquantised weights."
+        )
     if scales:
         raise CheckpointError(f"`{min(scales)}` has a scale, but is no 8-bit float. {_HOW_TO_GO_ON}")
     return found

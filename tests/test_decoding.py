@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +46,7 @@ class TransitionTable:
     """
 
     scores: jax.Array
+    mesh: ClassVar[None] = None
 
     def make_cache(self, rows: int, slots: int) -> CountingCache:
         del rows

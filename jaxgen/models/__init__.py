@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from jaxgen.models.llama import LLAMA, Dialect, Llama, LlamaConfig, weight_map
+from jax.sharding import Mesh, PartitionSpec
+
+from jaxgen.models.llama import LLAMA, Dialect, Llama, LlamaConfig, partition, weight_map
 from jaxgen.models.mistral import MISTRAL
 from jaxgen.models.qwen2 import QWEN2
 from jaxgen.models.qwen3 import QWEN3
@@ -17,17 +19,19 @@ class Family:
 
     Attributes:
         config: config.json (and the names of the generation fields it may hold) -> the family's frozen config.
-        build: config, `nnx.Rngs`, generation config -> the model, randomly initialised.
+        build: config, `nnx.Rngs`, generation config, mesh -> the model, randomly initialised.
         weight_map: config -> {parameter path: {Hugging Face tensor: rows}}.
+        partition: config, mesh -> (parameter path -> how it is spread over the mesh).
     """
 
     config: Callable[..., Any]
     build: Callable[..., Any]
     weight_map: Callable[[Any], dict[str, dict[str, int]]]
+    partition: Callable[[Any, Mesh], Callable[[str], PartitionSpec]]
 
 
 def _like_llama(dialect: Dialect) -> Family:
-    return Family(partial(LlamaConfig.from_json, dialect=dialect), Llama, weight_map)
+    return Family(partial(LlamaConfig.from_json, dialect=dialect), Llama, weight_map, partition)
 
 
 FAMILIES = {

@@ -5,6 +5,7 @@ Hugging Face's orientation [out, in], which needs no transposition on the way in
 (in a 1.2B model 166 against 190 ms per step for [in, out]).
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -53,6 +54,21 @@ class RMSNorm(nnx.Module):
         wide = x.astype(jnp.float32)
         wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
         return self.weight[...] * wide.astype(x.dtype)
+
+
+def unfuse(x: jax.Array, sizes: tuple[int, ...], shards: int, axis: int) -> list[jax.Array]:
+    """The parts of a fused product along an axis, of these sizes.
+
+    Spread over devices, each has its share of every part: the axis holds `shards` times a share of all of them.
+    """
+    shares = [size // shards for size in sizes]
+    borders = list(itertools.accumulate(shares))[:-1]
+    if shards == 1:
+        return jnp.split(x, borders, axis)
+    apart = x.reshape(*x.shape[:axis], shards, -1, *x.shape[axis + 1 :])
+    return [
+        part.reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :]) for part in jnp.split(apart, borders, axis=axis + 1)
+    ]
 
 
 def attend(

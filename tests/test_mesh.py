@@ -1,0 +1,95 @@
+"""A model that is spread over many devices gives the tokens of one device, and each device holds its share."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from checkpoints import CONFIG, random_tensors, write_checkpoint
+
+import jaxgen
+
+HERE = Path(__file__).parent
+WIDE = {"hidden_size": 64, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 8, "vocab_size": 64}
+SPREAD = CONFIG | WIDE | {"intermediate_size": 48, "num_hidden_layers": 1, "attention_bias": True, "mlp_bias": True}
+
+GREEDY: list[tuple[int, int, dict[str, Any]]] = [
+    *((1, tensor, {}) for tensor in (1, 2, 4, 8)),
+    *((data, 1, {"rows": 5}) for data in (2, 4, 8)),  # more rows than devices, fewer, and as many as come out even
+    (2, 4, {"rows": 3}),
+    (4, 2, {"do_sample": True, "key": 3}),
+    (2, 4, {"again": True}),
+]
+MORE: list[tuple[int, int, dict[str, Any]]] = [
+    (2, 2, {}),
+    (2, 2, {"num_beams": 3, "rows": 3}),
+    (1, 8, {"num_beams": 2, "num_return_sequences": 2, "do_sample": True, "key": 5}),
+    (8, 1, {"do_sample": True, "num_return_sequences": 3, "top_k": 5, "key": 1, "rows": 1}),
+    (2, 4, {"penalty_alpha": 0.6, "top_k": 3}),
+    (4, 2, {"guidance_scale": 1.5}),
+    (2, 4, {"prefill_chunk_size": 4, "rows": 9}),
+    (4, 2, {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "rows": 7}),
+]
+
+
+def run(folder: Path, config: dict[str, Any], calls: list[tuple[int, int, dict[str, Any]]]) -> None:
+    write_checkpoint(folder, config, random_tensors(config))
+    flags = f"--xla_force_host_platform_device_count=8 {os.environ['XLA_FLAGS']}"
+    command = [sys.executable, str(HERE / "meshes.py"), str(folder), json.dumps(calls)]
+    environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr[-5000:]
+
+
+def test_tokens_are_the_same_on_every_mesh_of_eight_devices(tmp_path: Path) -> None:
+    run(tmp_path, SPREAD, GREEDY)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tie_word_embeddings": True, "attention_bias": False, "mlp_bias": False},
+        {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "mlp_bias": False},
+        {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 4, "attention_bias": False}
+        | {"mlp_bias": False},
+    ],
+    ids=str,
+)
+def test_every_way_of_decoding_gives_the_same_tokens_on_a_mesh(changes: dict[str, Any], tmp_path: Path) -> None:
+    run(tmp_path, SPREAD | changes, GREEDY + MORE)
+
+
+def mesh(*axes: str) -> jax.sharding.Mesh:
+    return jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape((1,) * len(axes)), axes)
+
+
+@pytest.mark.parametrize("axes", [("model",), ("data", "tensor", "expert"), ("x", "y")])
+def test_axes_of_other_names_are_refused(axes: tuple[str, ...], folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"`mesh` has the axes .*; they may be 'data' and 'tensor'"):
+        jaxgen.load(folder, mesh=mesh(*axes))
+
+
+def test_a_mesh_that_jax_made_is_taken(folder: Path) -> None:
+    """Whatever kind of axes it has by default in this version."""
+    ours = jaxgen.load(folder, mesh=jax.make_mesh((1, 1), ("data", "tensor")))
+    np.testing.assert_array_equal(
+        jaxgen.generate(ours, [[5, 6, 7]], max_new_tokens=4),
+        jaxgen.generate(jaxgen.load(folder), [[5, 6, 7]], max_new_tokens=4),
+    )
+
+
+@pytest.mark.parametrize(("key", "value"), [("num_key_value_heads", 2), ("intermediate_size", 42)])
+def test_what_does_not_come_out_even_is_refused_by_name(key: str, value: int) -> None:
+    from jaxgen.models import FAMILIES
+
+    config = FAMILIES["llama"].config(SPREAD | {key: value})
+    spread = jax.sharding.AbstractMesh((4,), ("tensor",))
+    with pytest.raises(ValueError, match=f'`{key}`={value} cannot be spread over the 4 devices of the axis "tensor"'):
+        FAMILIES["llama"].partition(config, spread)  # type: ignore[arg-type]
