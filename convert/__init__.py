@@ -9,6 +9,7 @@ A conversion is a copy: fusing stacks tensors along their first axis, so each ke
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -107,7 +108,7 @@ def convert_checkpoint(
         hashes = {name: digest.sha256 for name, digest in sorted(digests.items())}
         partial.write(MANIFEST, manifest(source, hashes, copied, exact=wanted is None and readable is folder).encode())
         partial.finish(config)
-    return _report(target, files, digests, source.warnings, begun)
+    return _report(target, files, digests, (*source.warnings, *_tokenizer_oddities(folder)), begun)
 
 
 def convert_to_hugging_face(
@@ -227,6 +228,14 @@ def _compare(folder: Path, known: Mapping[str, Any], found: Mapping[str, str]) -
     expected = known["sha256"]["tensors"]
     if wrong := sorted(name for name in found if found[name] != expected.get(copies.get(name, name))):
         raise CheckpointError(f"{folder}: {listed(wrong)} are not what was written. Convert the original again.")
+
+
+def _tokenizer_oddities(folder: Path) -> list[str]:
+    if not (folder / "tokenizer.model").exists() or (folder / "tokenizer.json").exists():
+        return []
+    if importlib.util.find_spec("sentencepiece"):
+        return []
+    return [f"{folder} has a tokenizer.model and no tokenizer.json: reading it needs `pip install sentencepiece`."]
 
 
 def _odd_values(folder: Path, digests: Mapping[str, Digest]) -> list[str]:

@@ -27,9 +27,10 @@ def test_the_python_examples_run_one_after_the_other_and_print_two_stories(capsy
     assert [story.startswith(("Once upon a time", "One day, a small fox")) for story in stories] == [True, True]
     for example in others:
         exec(compile(example, "README.md", "exec"), names)
-    sampled, rollouts, beams, streamed, continued = capsys.readouterr().out.splitlines()
+    sampled, rollouts, beams, streamed, continued, spread = capsys.readouterr().out.splitlines()
     assert sampled.startswith("(8, ") and rollouts.startswith("(3, 2, ") and beams.startswith("(4, ")
     assert len(streamed) > 60 and continued == "2 2"
+    assert spread == "True 2"
 
 
 def test_the_first_screen_has_one_command_to_run_and_one_to_test() -> None:
@@ -50,6 +51,14 @@ def test_every_command_of_the_readme_runs(
     monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
     assert words[0] == "jaxgen" and main(words[1:]) == 0
     assert capsys.readouterr().out or words[1] == "chat"
+
+
+def test_the_commands_that_convert_run_one_after_the_other(folder: Path, tmp_path: Path) -> None:
+    places = {"SRC": str(folder), "DST": str(tmp_path / "converted"), "BACK": str(tmp_path / "back")}
+    for line in blocks("sh")[1].splitlines():
+        program, *words = shlex.split(line, comments=True)
+        assert program == "jaxgen" and main([places.get(word, word) for word in words]) == 0
+    assert (tmp_path / "back" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
 
 
 def test_ci_runs_the_test_command_of_the_readme() -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ def run(arguments: argparse.Namespace) -> int:
     source = open_folder(arguments.folder)
     for name, value in describe(source).items():
         print(f"{name:<12}{value}")
+    for message in source.warnings:
+        print(f"jaxgen: {message}", file=sys.stderr)
     return 0
 
 
