@@ -23,21 +23,20 @@ import jax
 import numpy as np
 
 from jaxgen import __version__
-from jaxgen.checkpoint import INDEX, MANIFEST, Source, listed, open_folder, weights_dtype
-from jaxgen.folder import CheckpointError, file_in, read_json
+from jaxgen.checkpoint import INDEX, MANIFEST, SINGLE_FILE, Source, listed, open_folder, weight_files, weights_dtype
+from jaxgen.folder import CheckpointError, contained, file_in, holds, read_json
 from jaxgen.quantization import KEYS
 
 from .layout import SHARD_BYTES, File, hugging_face_files, hugging_face_tensors, index, manifest, native_files
 from .lora import merged
 from .pickles import unpickled
 from .sources import local_folder
-from .writing import Digest, Partial, digest_of, partial_folder, progress, sha256_of
+from .writing import Digest, check_target, digest_of, neighbours, partial_folder, progress, sha256_of
 
 __all__ = ["Report", "convert_checkpoint", "convert_to_hugging_face", "verify"]
 
 _TEMPLATES = "additional_chat_templates"  # the one folder that belongs to a tokenizer
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".msgpack", ".h5", ".index.json")
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 @dataclass(frozen=True)
@@ -87,28 +86,38 @@ def convert_checkpoint(
         OSError: if the disk is full or does not answer. `resume` goes on from there.
     """
     begun = time.perf_counter()
-    threads, shard_bytes = _workers(workers), _bytes(shard_size)
+    threads, shard_bytes, target = _workers(workers), _bytes(shard_size), _target(dst, overwrite)
     wanted = None if dtype is None else weights_dtype(dtype)
-    folder, target = local_folder(src, allow_pickle), Path(dst)
-    _check_places(folder, target)
-    plan = [__version__, _identity(folder), str(wanted), shard_bytes, merge_lora and _identity(Path(merge_lora))]
+    folder = local_folder(src, allow_pickle)
+    _check_places(target, folder, *([] if merge_lora is None else [Path(merge_lora)]))
+    before = _identity(folder)
     with contextlib.ExitStack() as stack:
         readable = stack.enter_context(unpickled(folder, target)) if allow_pickle else folder
         source = open_folder(readable)
         if source.native:
             raise CheckpointError(f"{folder} is converted already. Pass the original Hugging Face folder.")
+        plan = [__version__, before, str(wanted), shard_bytes]
         if merge_lora is not None:
             source = replace(source, pieces=merged(source.pieces, Path(merge_lora)))
+            plan.append(_identity(Path(merge_lora)))
         files = native_files(source, wanted, shard_bytes or SHARD_BYTES)
-        config = _config(source, wanted)
-        partial = stack.enter_context(partial_folder(target, plan, overwrite=overwrite, resume=resume))
+        config, others, left_out = _config(source, wanted), *_others(folder)
+        needed = sum(file.nbytes for file in files)
+        partial = stack.enter_context(partial_folder(target, plan, needed, overwrite=overwrite, resume=resume))
         digests = partial.write_tensors(files, threads)
-        copied = _copy_others(folder, partial) | {"config.json": hashlib.sha256(config).hexdigest()}
+        copied = {name: partial.copy(path, name) for name, path in others.items()}
+        copied["config.json"] = hashlib.sha256(config).hexdigest()
         partial.write(INDEX, index(files).encode())
         hashes = {name: digest.sha256 for name, digest in sorted(digests.items())}
-        partial.write(MANIFEST, manifest(source, hashes, copied, exact=wanted is None and readable is folder).encode())
-        partial.finish(config)
-    return _report(target, files, digests, (*source.warnings, *_tokenizer_oddities(folder)), begun)
+        exact = wanted is None and readable is folder
+        partial.write(MANIFEST, manifest(source, hashes, copied, exact=exact).encode())
+        if _identity(folder) != before:
+            raise CheckpointError(f"{folder} changed while it was converted. Remove {partial.folder} and begin again.")
+        partial.write("config.json", config)
+    if readable is not folder:  # of which the pickles were read
+        left_out = []
+    odd = [*source.warnings, *left_out, *_tokenizer_oddities(folder), *_odd_values(folder, digests, wanted)]
+    return _report(target, files, odd, begun)
 
 
 def convert_to_hugging_face(
@@ -133,23 +142,25 @@ def convert_to_hugging_face(
         CheckpointError, OSError: as there.
     """
     begun = time.perf_counter()
-    threads, shard_bytes = _workers(workers), _bytes(shard_size)
-    folder, target = Path(src), Path(dst)
+    threads, shard_bytes, target = _workers(workers), _bytes(shard_size), _target(dst, overwrite)
+    folder = Path(src)
     source = open_folder(folder)
     if not source.native:
         raise CheckpointError(f"{folder} is a Hugging Face folder already.")
-    _check_places(folder, target)
+    _check_places(target, folder)
     known = read_manifest(folder)
     files, index_text = hugging_face_files(source, known, shard_bytes)
-    plan = [__version__, _identity(folder), shard_bytes]
-    with partial_folder(target, plan, overwrite=overwrite, resume=resume) as partial:
+    config, (others, left_out) = file_in(folder, "config.json").read_bytes(), _others(folder)
+    plan, needed = [__version__, _identity(folder), shard_bytes], sum(file.nbytes for file in files)
+    with partial_folder(target, plan, needed, overwrite=overwrite, resume=resume) as partial:
         digests = partial.write_tensors(files, threads)
-        _compare(folder, known, {name: digest.sha256 for name, digest in digests.items()})
-        _copy_others(folder, partial)
+        copied = {name: partial.copy(path, name) for name, path in others.items()}
+        copied["config.json"] = hashlib.sha256(config).hexdigest()
+        _compare(folder, known, digests, copied)
         if index_text is not None:
             partial.write(INDEX, index_text.encode())
-        partial.finish(file_in(folder, "config.json").read_bytes())
-    return _report(target, files, digests, source.warnings, begun)
+        partial.write("config.json", config)
+    return _report(target, files, [*source.warnings, *left_out, *_odd_values(folder, digests)], begun)
 
 
 def verify(folder: str | Path) -> Report:
@@ -160,22 +171,19 @@ def verify(folder: str | Path) -> Report:
     """
     begun = time.perf_counter()
     source = open_folder(folder)
-    if source.native:
-        known = read_manifest(source.folder)
-        tensors = hugging_face_tensors(source, known)
-    else:
-        known = None
+    known = read_manifest(source.folder) if source.native else None
+    if known is None:
         tensors = {tensor.name: tensor for parts in source.pieces.values() for tensor in parts} | dict(source.buffers)
-    digests = {}
-    with progress("verifying", sum(tensor.nbytes for tensor in tensors.values())) as advance:
-        for name, tensor in tensors.items():
-            digests[name] = digest_of(tensor, lambda data: advance(len(data)))
-    if known is not None:
-        _compare(source.folder, known, {name: digest.sha256 for name, digest in digests.items()})
-        for name, sha256 in known["sha256"]["files"].items():
-            if sha256_of(file_in(source.folder, name)) != sha256:
-                raise CheckpointError(f"{source.folder / name} is not what was written. Convert the original again.")
+    else:
+        hugging_face_files(source, known, None)  # or the way back is closed
+        tensors = hugging_face_tensors(source, known)
     size = sum(tensor.nbytes for tensor in tensors.values())
+    with progress("verifying", size) as advance:
+        digests = {name: digest_of(tensor, lambda data: advance(len(data))) for name, tensor in tensors.items()}
+    others, _ = _others(source.folder)
+    if known is not None:
+        others["config.json"] = file_in(source.folder, "config.json")
+        _compare(source.folder, known, digests, {name: sha256_of(path) for name, path in others.items()})
     odd = (*source.warnings, *_odd_values(source.folder, digests))
     return Report(source.folder, len(tensors), size, time.perf_counter() - begun, odd)
 
@@ -211,23 +219,35 @@ def _config(source: Source, dtype: np.dtype | None) -> bytes:
     return json.dumps(content, indent=2).encode() + b"\n"
 
 
-def _copy_others(folder: Path, partial: Partial) -> dict[str, str]:
-    """Copies what is no weight, byte for byte, and returns the SHA-256 of each file."""
-    names = [path.name for path in folder.iterdir() if path.is_file() and not path.name.endswith(_WEIGHT_SUFFIXES)]
-    if (folder / _TEMPLATES).is_dir():
-        names += [f"{_TEMPLATES}/{path.name}" for path in (folder / _TEMPLATES).iterdir() if path.is_file()]
-    return {
-        name: partial.copy(file_in(folder, name), name)
-        for name in sorted(names)
-        if name not in ("config.json", MANIFEST)
-    }
+def _others(folder: Path) -> tuple[dict[str, Path], list[str]]:
+    """The files that are copied as they are, by name, and a word about what is not."""
+    found, left_out = {}, []
+    used = {*weight_files(folder)} if holds(folder, INDEX) or holds(folder, SINGLE_FILE) else set()
+    templates = folder / _TEMPLATES
+    paths: list[Path] = [*folder.iterdir(), *(templates.iterdir() if _lies_in(templates, folder) else [])]
+    skipped = {"config.json", MANIFEST, INDEX, _TEMPLATES, *used, *(name.split("/")[0] for name in used)}
+    for path in sorted(paths):
+        name = path.relative_to(folder).as_posix()
+        if name in skipped:
+            continue
+        if path.name.endswith(_WEIGHT_SUFFIXES) or not path.is_file():
+            left_out.append(name)
+        else:
+            found[name] = contained(path, folder)
+    return found, [f"{folder}: {listed(left_out)} are no part of the model and left out."] if left_out else []
 
 
-def _compare(folder: Path, known: Mapping[str, Any], found: Mapping[str, str]) -> None:
-    copies = known["copies"]
-    expected = known["sha256"]["tensors"]
-    if wrong := sorted(name for name in found if found[name] != expected.get(copies.get(name, name))):
-        raise CheckpointError(f"{folder}: {listed(wrong)} are not what was written. Convert the original again.")
+def _lies_in(path: Path, folder: Path) -> bool:
+    return path.is_dir() and path.resolve().is_relative_to(folder.resolve())
+
+
+def _compare(folder: Path, known: Mapping[str, Any], digests: Mapping[str, Digest], files: Mapping[str, str]) -> None:
+    """Refuses a converted folder that is not what its manifest says."""
+    copies, expected = known["copies"], known["sha256"]
+    wrong = [name for name in digests if digests[name].sha256 != expected["tensors"].get(copies.get(name, name))]
+    wrong += [name for name in expected["files"] if expected["files"][name] != files.get(name)]
+    if wrong:
+        raise CheckpointError(f"{folder}: {listed(sorted(wrong))}: not what was written. Convert the original again.")
 
 
 def _tokenizer_oddities(folder: Path) -> list[str]:
@@ -238,49 +258,65 @@ def _tokenizer_oddities(folder: Path) -> list[str]:
     return [f"{folder} has a tokenizer.model and no tokenizer.json: reading it needs `pip install sentencepiece`."]
 
 
-def _odd_values(folder: Path, digests: Mapping[str, Digest]) -> list[str]:
+def _odd_values(folder: Path, digests: Mapping[str, Digest], dtype: np.dtype | None = None) -> list[str]:
     broken = sorted(name for name, digest in digests.items() if not digest.finite)
     zero = sorted(name for name, digest in digests.items() if digest.zero and not name.endswith(".bias"))
+    cast = " float16 ends at 65504; bfloat16 does not." if dtype == np.float16 else ""
     return [
-        *([f"{folder}: {listed(broken)} hold NaN or infinity."] if broken else []),
-        *([f"{folder}: {listed(zero)} are zero throughout."] if zero else []),
+        *([f"{folder}: NaN or infinity in {listed(broken)}.{cast}"] if broken else []),
+        *([f"{folder}: nothing but zeros in {listed(zero)}."] if zero else []),
     ]
 
 
-def _report(
-    target: Path, files: Iterable[File], digests: Mapping[str, Digest], odd: Iterable[str], begun: float
-) -> Report:
+def _report(target: Path, files: Iterable[File], odd: Iterable[str], begun: float) -> Report:
     pieces = [piece for file in files for piece in file.pieces]
     size = sum(piece.nbytes for piece in pieces)
-    odd = (*odd, *_odd_values(target, digests))
-    return Report(target, len(pieces), size, time.perf_counter() - begun, odd)
+    return Report(target, len(pieces), size, time.perf_counter() - begun, tuple(odd))
 
 
-def _check_places(folder: Path, target: Path) -> None:
-    here, there = folder.resolve(), target.resolve()
-    if here == there or here in there.parents:
-        raise CheckpointError(f"{target} lies in {folder}, which is only read. Choose another destination.")
-    if there in here.parents:
-        raise CheckpointError(f"{target} holds the source, {folder}. Choose another destination.")
+def _target(dst: str | Path, overwrite: bool) -> Path:
+    if not str(dst):
+        raise ValueError("`dst` is empty. Pass the folder to make.")
+    target = Path(os.path.abspath(dst))  # which takes `..` for what it says, and follows no link
+    check_target(target, overwrite)
+    return target
+
+
+def _check_places(target: Path, *sources: Path) -> None:
+    """No source is written to, nor anything beside it that the conversion might take for its own."""
+    ours = [path.resolve() for path in (target, *neighbours(target))]
+    for folder in sources:
+        here = folder.resolve()
+        for place in ours:
+            if here == place or here in place.parents:
+                raise CheckpointError(f"{target} is, or lies in, {folder}, which is only read. Choose another name.")
+            if place in here.parents:
+                raise CheckpointError(f"{target} holds the source, {folder}. Choose another destination.")
 
 
 def _identity(folder: Path) -> list[Any]:
     """What changes if a folder does, as far as can be seen without reading it."""
-    files = sorted(path for path in folder.iterdir() if path.is_file())
-    return [str(folder.resolve()), *([path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files)]
+    files = {path for path in folder.iterdir() if path.is_file()}
+    if holds(folder, INDEX):
+        files |= {file_in(folder, name) for name in weight_files(folder)}
+    stats = [(path.relative_to(folder).as_posix(), path.stat()) for path in sorted(files)]
+    return [str(folder.resolve()), *([name, stat.st_size, stat.st_mtime_ns] for name, stat in stats)]
 
 
 def _workers(workers: int | None) -> int:
-    if workers is not None and workers < 1:
-        raise ValueError(f"`workers`={workers} must be at least 1.")
-    return workers or min(4, os.cpu_count() or 1)
+    if workers is None:
+        return min(4, os.cpu_count() or 1)
+    if not isinstance(workers, int) or workers < 1:
+        raise ValueError(f"`workers`={workers!r} must be a whole number, at least 1.")
+    return workers
 
 
 def _bytes(size: int | str | None) -> int | None:
     """A number of bytes, also written as "5GB" or "500MiB"."""
     if size is None:
         return None
-    match = re.fullmatch(r"(\d+)\s*([KMGT]?I?B)?", str(size).strip().upper())
-    if not match or ((unit := match[2] or "").replace("B", "", 1) and unit not in _UNITS) or int(match[1]) < 1:
+    match = re.fullmatch(r"(\d+)\s*([KMGT]?)(I?)B?", str(size).strip().upper())
+    if not match or int(match[1]) < 1:
         raise ValueError(f"`shard_size`={size!r} must be a number of bytes, or one with a unit, such as '5GB'.")
-    return int(match[1]) * _UNITS.get(unit, 1)
+    number, unit, binary = match.groups()
+    return int(number) * (1024 if binary else 1000) ** " KMGT".index(unit or " ")

@@ -1,24 +1,27 @@
 """`python -m convert SRC DST`, installed as `jaxgen convert SRC DST` and `jaxgen verify DIR`."""
 
 import argparse
+import os
+import signal
 import sys
 import warnings
-
-from jaxgen import CheckpointError
+from pathlib import Path
 
 from . import Report, convert_checkpoint, convert_to_hugging_face, verify
+from .writing import neighbours
 
 
 def main(argv: list[str] | None = None, prog: str = "python -m convert") -> int:
-    run = _verify if prog.endswith("verify") else _convert
-    warnings.showwarning = lambda message, *_: print(f"{prog}: warning: {message}", file=sys.stderr)
+    arguments = sys.argv[1:] if argv is None else argv
     try:
-        return run(sys.argv[1:] if argv is None else argv, prog)
-    except (CheckpointError, ValueError, OSError) as error:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: print(f"{prog}: warning: {message}", file=sys.stderr)
+            return _verify(arguments, prog) if prog.endswith("verify") else _convert(arguments, prog)
+    except (ValueError, OSError) as error:
         print(f"{prog}: {error}", file=sys.stderr)
     except KeyboardInterrupt:
-        print(f"{prog}: interrupted. The same command with --resume goes on from here.", file=sys.stderr)
-        return 130
+        print(f"{prog}: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
     return 1
 
 
@@ -29,7 +32,9 @@ def _convert(argv: list[str], prog: str) -> int:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "src", metavar="SRC", help="a folder with config.json and safetensors, only read, or a model on the hub"
+        "src",
+        metavar="SRC",
+        help="a folder with config.json and safetensors, only read, or owner/name of a model to download from the hub",
     )
     parser.add_argument("dst", metavar="DST", help="the folder to make; it appears when it is complete")
     parser.add_argument("--to-hf", action="store_true", help="the way back: SRC was converted, DST is as it was before")
@@ -50,10 +55,16 @@ def _convert(argv: list[str], prog: str) -> int:
         for name in ("dtype", "allow_pickle", "merge_lora"):
             if getattr(arguments, name):
                 parser.error(f"--{name.replace('_', '-')} does not go with --to-hf")
-        report = convert_to_hugging_face(arguments.src, arguments.dst, **shared)
+        function, own = convert_to_hugging_face, {}
     else:
+        function = convert_checkpoint
         own = {name: getattr(arguments, name) for name in ("dtype", "allow_pickle", "merge_lora")}
-        report = convert_checkpoint(arguments.src, arguments.dst, **shared, **own)
+    try:
+        report = function(arguments.src, arguments.dst, **shared, **own)
+    except (OSError, KeyboardInterrupt):
+        if neighbours(Path(os.path.abspath(arguments.dst)))[0].exists():
+            print(f"{prog}: not complete. The same command with --resume goes on from here.", file=sys.stderr)
+        raise
     _print(report, "wrote", prog)
     print(f"load it with jaxgen.load({str(report.folder)!r})", file=sys.stderr)
     return 0

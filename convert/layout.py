@@ -10,10 +10,10 @@ from typing import Any, cast
 import numpy as np
 
 from jaxgen import __version__
-from jaxgen.checkpoint import INDEX, MANIFEST, NATIVE_FORMAT, SINGLE_FILE, Source, listed, named_leaves
+from jaxgen.checkpoint import INDEX, MANIFEST, NATIVE_FORMAT, SINGLE_FILE, Source, listed, named_leaves, weight_files
 from jaxgen.folder import CheckpointError, check_name, file_in, holds, parse_json, read_text
 from jaxgen.models import FAMILIES
-from jaxgen.safetensors_file import StoredTensor, Tensor, header, header_text
+from jaxgen.safetensors_file import NAMES, StoredTensor, Tensor, header, header_text
 
 SHARD_BYTES = 5 * 10**9  # as `save_pretrained` of transformers has it
 
@@ -87,8 +87,7 @@ def manifest(source: Source, digests: Mapping[str, str], copied: Mapping[str, st
     parts = [*source.buffers.values(), *(tensor for tensors in source.pieces.values() for tensor in tensors)]
     if exact and all(isinstance(tensor, StoredTensor) for tensor in parts):
         text = read_text(source.folder, INDEX) if holds(source.folder, INDEX) else None
-        names = sorted(set(parse_json(text)["weight_map"].values())) if text else [SINGLE_FILE]
-        headers = {name: header_text(file_in(source.folder, name)) for name in names}
+        headers = {name: header_text(file_in(source.folder, name)) for name in weight_files(source.folder)}
         content["source"] = {"index": text, "headers": headers}
     return json.dumps(content, indent=1) + "\n"
 
@@ -103,7 +102,7 @@ def hugging_face_files(
     """
     tensors = hugging_face_tensors(source, manifest)
     if shard_bytes is None and (origin := manifest.get("source")):
-        return _original_files(source.folder, tensors, origin["headers"]), origin["index"]
+        return _original_files(source.folder, tensors, origin), origin["index"]
     files = _files(
         {name: ([tensor], tensor.dtype) for name, tensor in tensors.items()}, shard_bytes or SHARD_BYTES, "pt"
     )
@@ -124,6 +123,10 @@ def hugging_face_tensors(source: Source, manifest: Mapping[str, Any]) -> dict[st
         for name, rows in parts.items():
             found[name] = stored[0].part(name, start, rows)
             start += rows
+    if unknown := sorted(set(manifest["copies"].values()) - set(found)):
+        raise CheckpointError(
+            f"{source.folder / MANIFEST} is damaged: no {listed(unknown)}. Convert the original again."
+        )
     return found | {copy: found[original] for copy, original in manifest["copies"].items()}
 
 
@@ -174,22 +177,37 @@ def _nbytes(entry: _Entry) -> int:
     return math.prod(_shape(parts)) * dtype.itemsize
 
 
-def _original_files(folder: Path, tensors: Mapping[str, Tensor], headers: Mapping[str, str]) -> list[File]:
+def _original_files(folder: Path, tensors: Mapping[str, Tensor], origin: Mapping[str, Any]) -> list[File]:
     """The files as they were, to the byte."""
-    files = []
-    left = dict(tensors)
-    for name, text in headers.items():
-        check_name(name, folder / MANIFEST)
-        entries = parse_json(text)
-        entries.pop("__metadata__", None)
-        start = len(text.encode()).to_bytes(8, "little") + text.encode()
-        pieces = []
-        for key, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
-            tensor = left.pop(key, None)
-            if tensor is None or tensor.shape != tuple(entry["shape"]):
-                raise CheckpointError(f"{folder}: its manifest knows of `{key}`, which its files do not hold.")
-            pieces.append(Piece(tensor, tensor.dtype, len(start) + entry["data_offsets"][0]))
-        files.append(File(name, start, pieces))
-    if left:
-        raise CheckpointError(f"{folder}: its manifest does not know of {listed(sorted(left))}.")
+    files, left = [], dict(tensors)
+    try:
+        for name, text in origin["headers"].items():
+            check_name(name, folder / MANIFEST)
+            files.append(_original_file(name, text, left))
+        owners = {key: file.name for file in files for key in _names(file.header)}
+        if origin["index"] is not None and parse_json(origin["index"])["weight_map"] != owners:
+            raise ValueError("its index and its headers disagree")
+        if left or (origin["index"] is None and [*origin["headers"]] != [SINGLE_FILE]):
+            raise ValueError(f"nothing about {listed(sorted(left))}")
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{folder / MANIFEST} is damaged: {error!r}. Convert the original again.") from error
     return files
+
+
+def _original_file(name: str, text: str, tensors: dict[str, Tensor]) -> File:
+    """One of them, whose tensors are taken from the table."""
+    entries = parse_json(text)
+    entries.pop("__metadata__", None)
+    encoded = text.encode()
+    start = len(encoded).to_bytes(8, "little") + encoded
+    pieces, end = [], 0
+    for key, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+        tensor = tensors.pop(key)
+        expected = {"dtype": NAMES[tensor.dtype], "shape": [*tensor.shape], "data_offsets": [end, end + tensor.nbytes]}
+        if entry != expected:
+            raise ValueError(f"`{key}` is {expected}, not {entry}")
+        pieces.append(Piece(tensor, tensor.dtype, len(start) + end))
+        end += tensor.nbytes
+    if not name.endswith(".safetensors"):
+        raise ValueError(f"{name} is no safetensors file")
+    return File(name, start, pieces)

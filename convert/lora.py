@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxgen.checkpoint import listed
 from jaxgen.folder import CheckpointError, holds, read_json
-from jaxgen.safetensors_file import DTYPES, Tensor, read_header
+from jaxgen.safetensors_file import DTYPES, ComputedTensor, Tensor, read_header
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -26,7 +26,7 @@ _CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq")
 
 
 @dataclass(frozen=True)
-class MergedTensor(Tensor):
+class MergedTensor(ComputedTensor):
     """A weight [out, in] plus `scaling * up @ down`, in float32 and rounded to the weight's dtype.
 
     Attributes:
@@ -48,8 +48,9 @@ class MergedTensor(Tensor):
         down = np.empty(self.down.shape, np.float32)
         self.up.read_into(up, start)
         self.down.read_into(down)
-        self.weight.read(out, start)
-        out[...] = out.astype(np.float32) + self.scaling * (up @ down)
+        weight = np.empty(out.shape, np.float32)
+        self.weight.read_into(weight, start)
+        out[...] = weight + self.scaling * (up @ down)
 
 
 def merged(pieces: Mapping[str, list[Tensor]], folder: Path) -> dict[str, list[Tensor]]:
@@ -64,6 +65,8 @@ def merged(pieces: Mapping[str, list[Tensor]], folder: Path) -> dict[str, list[T
     """
     if not holds(folder, _CONFIG):
         raise CheckpointError(f"{folder} holds no {_CONFIG}. Pass the folder of a LoRA adapter.")
+    if not holds(folder, _WEIGHTS):
+        raise CheckpointError(f"{folder} holds no {_WEIGHTS}. Save the adapter as safetensors; its pickle is not read.")
     config = read_json(folder, _CONFIG)
     scaling = _scaling(folder, config)
     tensors = read_header(folder, _WEIGHTS)

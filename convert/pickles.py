@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -40,10 +41,9 @@ def unpickled(folder: Path, target: Path) -> Iterator[Path]:
         "safetensors cannot run any: prefer them where they exist.",
         stacklevel=4,
     )
-    staged = target.with_name(f"{target.name}.unpickled")
-    shutil.rmtree(staged, ignore_errors=True)
-    staged.mkdir(parents=True)
-    try:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.unpickled-", dir=target.parent) as name:
+        staged = Path(name)
         # -P: not from the working directory, which may be the checkpoint's.
         command = [sys.executable, "-P", "-m", __name__, str(folder.resolve()), str(staged.resolve())]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
@@ -52,8 +52,6 @@ def unpickled(folder: Path, target: Path) -> Iterator[Path]:
             reason = result.stderr.strip().splitlines()[-1:] or [f"the process ended with {result.returncode}"]
             raise CheckpointError(f"{folder} cannot be read: {reason[0]}")
         yield staged
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
 
 
 def _pickles(folder: Path) -> list[Path]:
@@ -94,13 +92,12 @@ def _unpickle(folder: Path, staged: Path) -> None:
         index[name] = f"tensor-{number:05}.safetensors"
         save_file({name: make().contiguous().clone()}, staged / index[name])
     (staged / INDEX).write_text(json.dumps({"weight_map": index}))
-    if holds(folder, "config.json"):
-        config = read_json(folder, "config.json")
-    else:
+    for name in ("config.json", "generation_config.json"):
+        if holds(folder, name):
+            shutil.copyfile(file_in(folder, name), staged / name)
+    if not holds(folder, "config.json"):
         config = _meta_config(read_json(folder, "params.json"), {name: make().shape for name, make in tensors.items()})
-    (staged / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    if holds(folder, "generation_config.json"):
-        shutil.copyfile(file_in(folder, "generation_config.json"), staged / "generation_config.json")
+        (staged / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _itself(tensor: Any) -> Any:

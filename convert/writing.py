@@ -2,7 +2,8 @@
 
 Everything is written to a folder beside the destination, which is renamed when it is complete. Until then no part of it
 can be mistaken for a checkpoint: a file gets its header when it holds all of its tensors, and config.json comes last.
-A journal names each finished tensor and its SHA-256; who resumes reads those again and trusts nothing else.
+A journal beside it names each finished tensor and its SHA-256; who resumes reads those again and trusts nothing else.
+While the journal is there, and only then, the folders of these names are ours to change and to remove.
 """
 
 import fcntl
@@ -25,8 +26,6 @@ from jaxgen.folder import CheckpointError
 from jaxgen.safetensors_file import BLOCK, Tensor
 
 from .layout import File, Piece
-
-_JOURNAL = ".jaxgen-journal"
 
 
 @dataclass(frozen=True)
@@ -59,10 +58,9 @@ class Partial:
         Returns:
             What is known of each tensor, by its name in the source.
         """
-        self._check_space(files)
         for file in files:
             path = self.folder / file.name
-            path.parent.mkdir(exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("ab") as opened:
                 opened.truncate(file.nbytes)
         pieces = [(file, piece) for file in files for piece in file.pieces]
@@ -99,23 +97,16 @@ class Partial:
             os.fsync(file.fileno())
         return sha256
 
-    def finish(self, config: bytes) -> None:
-        """Makes a checkpoint of the folder, by its config.json."""
-        (self.folder / _JOURNAL).unlink()
-        self.write("config.json", config)
-
     def _piece(self, file: str, piece: Piece, advance: Callable[[int], None]) -> Digest:
         with (self.folder / file).open("rb+", buffering=0) as opened:
             known = self.finished.get((file, piece.offset))
-            if known and known.sha256 == _hash(opened.fileno(), piece):
-                advance(piece.nbytes)
+            if known and known.sha256 == self._hash(opened.fileno(), piece, advance):
                 return known
             offset = piece.offset
 
             def write(data: memoryview) -> None:
                 nonlocal offset
-                if self._stopped.is_set():
-                    raise InterruptedError("another tensor could not be written")
+                self._go_on()
                 _write_at(opened.fileno(), data, offset)
                 offset += len(data)
                 advance(len(data))
@@ -127,14 +118,20 @@ class Partial:
             self._journal.flush()
         return digest
 
-    def _check_space(self, files: list[File]) -> None:
-        needed = sum(file.nbytes for file in files)
-        there = sum(path.stat().st_blocks * 512 for path in self.folder.rglob("*") if path.is_file())
-        if needed - there > (free := shutil.disk_usage(self.folder).free):
-            raise CheckpointError(
-                f"{self.folder.parent} has {free:,} bytes left, and {needed - there:,} are needed. Make room there, or "
-                "choose another disk."
-            )
+    def _hash(self, descriptor: int, piece: Piece, advance: Callable[[int], None]) -> str:
+        """Of what a file holds in a piece's place."""
+        sha256 = hashlib.sha256()
+        end = piece.offset + piece.nbytes
+        for offset in range(piece.offset, end, BLOCK):
+            self._go_on()
+            block = os.pread(descriptor, min(BLOCK, end - offset), offset)
+            sha256.update(block)
+            advance(len(block))
+        return sha256.hexdigest()
+
+    def _go_on(self) -> None:
+        if self._stopped.is_set():
+            raise InterruptedError("another tensor could not be written")
 
 
 def digest_of(tensor: Tensor, take: Callable[[memoryview], None], dtype: np.dtype | None = None) -> Digest:
@@ -145,8 +142,7 @@ def digest_of(tensor: Tensor, take: Callable[[memoryview], None], dtype: np.dtyp
         dtype: what the values are cast to before; their own by default.
     """
     sha256, zero, finite = hashlib.sha256(), True, True
-    for block in tensor.blocks():
-        values = block if dtype in (None, block.dtype) else block.astype(dtype)
+    for values in tensor.blocks(dtype=dtype):
         largest, infinity = _largest_magnitude(values)
         zero, finite = zero and not largest, finite and largest < infinity
         data = values.reshape(-1).view(np.uint8).data
@@ -178,49 +174,20 @@ def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
         yield advance
 
 
-@contextmanager
-def partial_folder(target: Path, plan: Any, *, overwrite: bool, resume: bool) -> Iterator[Partial]:
-    """The folder that becomes `target` when the block is left without an error.
+def check_target(target: Path, overwrite: bool) -> None:
+    """Refuses a destination that is taken.
 
-    Args:
-        plan: what is to be written, as JSON; a run that was interrupted is only gone on with if it had the same.
-        overwrite: whether a checkpoint may be in the target's place; it goes when the new one is complete.
-        resume: whether to go on with what an interrupted run left.
+    Raises:
+        CheckpointError: if it is anything but an empty folder, or with `overwrite` a checkpoint.
     """
-    folder = target.with_name(f"{target.name}.partial")
-    replaced = target.with_name(f".{target.name}.replaced")
-    if replaced.exists():  # interrupted between the renamings below, or after them
-        _remove(replaced) if target.exists() else replaced.rename(target)
-    _check_target(target, overwrite)
-    if folder.exists() and not resume:
-        raise CheckpointError(
-            f"{folder} is what an interrupted conversion to {target} left. Go on with it by --resume (`resume=True`), "
-            "or remove it."
-        )
-    fingerprint = hashlib.sha256(json.dumps(plan).encode()).hexdigest()
-    if folder.exists() and not (folder / _JOURNAL).exists():
-        _remove(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / _JOURNAL).open("a+") as journal:
-        try:
-            fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise CheckpointError(f"another process is converting to {target} now.") from error
-        yield Partial(folder, journal, _finished(journal, folder, fingerprint))
-    _sync(folder)
-    if target.exists() and any(target.iterdir()):
-        target.rename(replaced)
-    folder.rename(target)
-    _sync(target.parent)
-    if replaced.exists():
-        _remove(replaced)
-
-
-def _check_target(target: Path, overwrite: bool) -> None:
-    if not target.exists() and not target.is_symlink():
+    if target.is_symlink():
+        raise CheckpointError(f"{target} is a link. Pass the place that it leads to.")
+    if not target.exists():
         return
-    if not target.is_dir() or target.is_symlink():
+    if not target.is_dir():
         raise CheckpointError(f"{target} exists already and is no folder. Choose another destination.")
+    if target.is_mount():
+        raise CheckpointError(f"{target} is a mount point, which cannot be replaced. Choose a folder in it.")
     if not any(target.iterdir()):
         return
     if not overwrite:
@@ -228,23 +195,97 @@ def _check_target(target: Path, overwrite: bool) -> None:
             f"{target} exists already and is not empty. Choose another destination, or replace it by --overwrite "
             "(`overwrite=True`)."
         )
-    if not (target / "config.json").exists():
-        raise CheckpointError(f"{target} holds no checkpoint, so it is not overwritten. Choose another destination.")
+    weights = any(path.name.endswith((".safetensors", ".bin", ".pth")) for path in target.iterdir())
+    others = [path.name for path in target.iterdir() if path.is_dir() and path.name != "additional_chat_templates"]
+    if others or not weights or not (target / "config.json").exists():
+        raise CheckpointError(
+            f"{target} holds more or less than a checkpoint, so it is not overwritten. Choose another destination, or "
+            "remove it yourself."
+        )
+
+
+def neighbours(target: Path) -> tuple[Path, Path, Path]:
+    """What may be beside a destination while it is made: the new folder, the old one, the journal."""
+    return (
+        target.with_name(f"{target.name}.partial"),
+        target.with_name(f".{target.name}.replaced"),
+        target.with_name(f".{target.name}.journal"),
+    )
+
+
+@contextmanager
+def partial_folder(target: Path, plan: Any, needed: int, *, overwrite: bool, resume: bool) -> Iterator[Partial]:
+    """The folder that becomes `target` when the block is left without an error.
+
+    Args:
+        plan: what is to be written, as JSON; a run that was interrupted is only gone on with if it had the same.
+        needed: bytes that it will take.
+        overwrite: whether a checkpoint may be in the target's place; it goes when the new one is complete.
+        resume: whether to go on with what an interrupted run left.
+    """
+    folder, replaced, journal = neighbours(target)
+    begun = journal.exists()
+    if not begun and (taken := [path for path in (folder, replaced) if path.is_symlink() or path.exists()]):
+        raise CheckpointError(f"{taken[0]} is in the way, and no conversion made it. Move it, or choose another name.")
+    if not begun:
+        _check_space(target, needed)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with journal.open("a+", errors="replace") as opened:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise CheckpointError(f"another process is converting to {target} now.") from error
+        if replaced.exists():  # interrupted between the renamings below, or after them
+            _remove(replaced) if target.exists() else replaced.rename(target)
+        check_target(target, overwrite)
+        if folder.exists() and not resume:
+            raise CheckpointError(
+                f"{folder} is what an interrupted conversion to {target} left. Go on with it by --resume "
+                "(`resume=True`), or remove it."
+            )
+        finished = _finished(opened, folder, hashlib.sha256(json.dumps(plan).encode()).hexdigest())
+        if begun:
+            _check_space(target, needed - sum(path.stat().st_blocks * 512 for path in folder.rglob("*")))
+        folder.mkdir(exist_ok=True)
+        (folder / "config.json").unlink(missing_ok=True)
+        try:
+            yield Partial(folder, opened, finished)
+        except CheckpointError:  # the source is at fault: nothing to go on with
+            _remove(folder)
+            journal.unlink()
+            raise
+        _sync(folder)
+        check_target(target, overwrite)  # which may have appeared in the meantime
+        if overwrite and target.exists():
+            target.rename(replaced)
+        folder.rename(target)
+        _sync(target.parent)
+        if replaced.exists():
+            _remove(replaced)
+        journal.unlink()
+
+
+def _check_space(target: Path, needed: int) -> None:
+    parent = next(parent for parent in target.parents if parent.exists())
+    if needed > (free := shutil.disk_usage(parent).free):
+        raise CheckpointError(
+            f"{parent} has {free:,} bytes left, and {needed:,} are needed. Make room there, or choose another disk."
+        )
 
 
 def _finished(journal: TextIO, folder: Path, fingerprint: str) -> dict[tuple[str, int], Digest]:
     """What the journal of an interrupted run says, or the beginning of a new one."""
     journal.seek(0)
     first, *lines = journal.read().split("\n")
-    if not lines:  # nothing, or not even a whole line
+    if not lines or not folder.exists():  # nothing to go on with
         journal.truncate(0)
         journal.write(fingerprint + "\n")
         journal.flush()
         return {}
     if first != fingerprint:
         raise CheckpointError(
-            f"{folder} was begun from another source, or with other options. Remove it, or repeat the conversion as it "
-            "was."
+            f"{folder} was begun from another source, with other options or by another version of jaxgen. Remove it, "
+            "or repeat the conversion as it was."
         )
     finished = {}
     for line in lines:
@@ -272,15 +313,6 @@ def _largest_magnitude(values: np.ndarray) -> tuple[int, int]:
         magnitudes = np.bitwise_and(part, (1 << (bits - 1)) - 1, out=scratch[: len(part)])
         largest = max(largest, int(magnitudes.max()))
     return largest, ((1 << exponent) - 1) << (bits - 1 - exponent)
-
-
-def _hash(descriptor: int, piece: Piece) -> str:
-    """Of what a file holds in a piece's place."""
-    sha256 = hashlib.sha256()
-    end = piece.offset + piece.nbytes
-    for offset in range(piece.offset, end, BLOCK):
-        sha256.update(os.pread(descriptor, min(BLOCK, end - offset), offset))
-    return sha256.hexdigest()
 
 
 def _write_at(descriptor: int, data: memoryview, offset: int) -> None:

@@ -31,6 +31,7 @@ MANIFEST = "jaxgen.json"
 NATIVE_FORMAT = 2
 INDEX = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+_MOST_LAYERS = 256  # Llama 405B has 126, and what is read before a refusal is to stay short
 BUNDLED_MODEL = Path(__file__).parent / "stories"
 
 # Buffers that old checkpoints hold and that the config determines.
@@ -240,11 +241,13 @@ def account(
         CheckpointError: see `load`.
     """
     layers = raw.get("num_hidden_layers")
-    if isinstance(layers, int) and layers > len(tensors):  # before a list of so many is made
+    if isinstance(layers, int) and layers > min(len(tensors), _MOST_LAYERS):  # before a list of so many is made
         raise CheckpointError(
-            f"{folder} holds {len(tensors)} tensors, but its config.json asks for `num_hidden_layers`={layers}. The "
-            "checkpoint is incomplete; download it again."
+            f"{folder} holds {len(tensors)} tensors, but its config.json asks for `num_hidden_layers`={layers}. Each "
+            f"needs tensors of its own, and at most {_MOST_LAYERS} layers are read. Download it again."
         )
+    buffers = {name: tensor for name, tensor in tensors.items() if name.endswith(_BUFFERS)}
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in buffers}
     try:
         tensors = quantization.dequantised(tensors, raw)
         unquantised = {key: value for key, value in raw.items() if key not in quantization.KEYS}
@@ -252,19 +255,18 @@ def account(
         _check_numbers(config)
     except ValueError as error:
         raise CheckpointError(f"{folder}: {error}") from error
-    buffers = {name: tensor for name, tensor in tensors.items() if name.endswith(_BUFFERS)}
-    tensors = {name: tensor for name, tensor in tensors.items() if name not in buffers}
     if unreadable := sorted({str(t.dtype) for t in tensors.values()} - set(map(str, DTYPES.values()))):
         raise CheckpointError(f"{folder} holds tensors of dtype {unreadable}; jaxgen reads {list(DTYPES)}.")
     head, embedding = ("lm_head.weight", "embed_tokens.weight" if native else "model.embed_tokens.weight")
     config, copies = _resolve_head(folder, config, tensors, head, embedding)
     config, resized = _resolve_vocabulary(config, tensors, head, embedding)
-    abstract = nnx.eval_shape(lambda: family.build(config, nnx.Rngs(0), generation_config, mesh))
-    shapes = {name: leaf.shape for name, leaf in named_leaves(abstract)}
     wanted = family.weight_map(config)
     if native:
         wanted = {path: _native_names(path, sources, tensors) for path, sources in wanted.items()}
-    _match(folder, shapes, wanted, {name: tensor for name, tensor in tensors.items() if name not in copies})
+    used = {name: tensor for name, tensor in tensors.items() if name not in copies}
+    _match_names(folder, wanted, used)
+    abstract = nnx.eval_shape(lambda: family.build(config, _OneKey(), generation_config, mesh))
+    _match_shapes(folder, {name: leaf.shape for name, leaf in named_leaves(abstract)}, wanted, used)
     pieces = {path: [tensors[name] for name in sources] for path, sources in wanted.items()}
     oddities = (*resized, *_oddities(raw), *_odd_buffers(config, buffers))
     return Source(
@@ -359,18 +361,31 @@ def _native_names(path: str, sources: Mapping[str, int], tensors: Mapping[str, T
     return {f"{path}.{number}": rows for number, rows in enumerate(sources.values())}
 
 
-def _match(
-    folder: Path,
-    shapes: Mapping[str, tuple[int, ...]],
-    wanted: Mapping[str, Mapping[str, int]],
-    tensors: Mapping[str, Tensor],
-) -> None:
-    """Every tensor is used exactly once, every parameter filled exactly once, every shape fits."""
+class _OneKey:
+    """In place of `nnx.Rngs` where only shapes are wanted: its counters take most of the time."""
+
+    def __init__(self) -> None:
+        self.key = jax.random.key(0)
+
+    def params(self) -> jax.Array:
+        return self.key
+
+
+def _match_names(folder: Path, wanted: Mapping[str, Mapping[str, int]], tensors: Mapping[str, Tensor]) -> None:
+    """Every tensor is used, and every parameter filled, exactly once."""
     names = [name for sources in wanted.values() for name in sources]
     if missing := [name for name in names if name not in tensors]:
         raise CheckpointError(f"{folder} lacks {listed(missing)}. The checkpoint is incomplete; download it again.")
     if unknown := sorted(set(tensors) - set(names)):
         raise CheckpointError(f"{folder} holds {listed(unknown)}, which the model of its config.json has no use for.")
+
+
+def _match_shapes(
+    folder: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    wanted: Mapping[str, Mapping[str, int]],
+    tensors: Mapping[str, Tensor],
+) -> None:
     for path, sources in wanted.items():
         for name, rows in sources.items():
             expected = (rows, *shapes[path][1:])
@@ -380,23 +395,36 @@ def _match(
                 )
 
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder. The index is authoritative; a stray file beside it is never read."""
+def weight_files(folder: Path) -> dict[str, set[str] | None]:
+    """The files that hold a folder's tensors, with the names that the index lists for each; None without an index.
+
+    The index is authoritative: a stray file beside it is never read.
+    """
     if not holds(folder, INDEX):
         if not holds(folder, SINGLE_FILE):
             raise CheckpointError(f"{folder} has neither {INDEX} nor {SINGLE_FILE}{_instead(folder)}")
-        return dict(safetensors_file.read_header(folder, SINGLE_FILE))
+        return {SINGLE_FILE: None}
     index = read_json(folder, INDEX).get("weight_map")
     if not isinstance(index, dict) or not all(isinstance(file, str) for file in index.values()):
         raise CheckpointError(f"{folder / INDEX} has no `weight_map` from tensors to files. Download it again.")
+    files: dict[str, set[str] | None] = {}
     listing: dict[str, set[str]] = {}
     for name, file in index.items():
         listing.setdefault(file, set()).add(name)
-    tensors: dict[str, Tensor] = {}
-    for file, names in sorted(listing.items()):
+    for file in sorted(listing):
         check_name(file, folder / INDEX)
+        if not file.endswith(".safetensors"):
+            raise CheckpointError(f"{folder / INDEX} names {file!r}, which is no safetensors file.")
+        files[file] = listing[file]
+    return files
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder."""
+    tensors: dict[str, Tensor] = {}
+    for file, names in weight_files(folder).items():
         found = safetensors_file.read_header(folder, file)
-        if difference := sorted(names ^ set(found)):
+        if names is not None and (difference := sorted(names ^ set(found))):
             raise CheckpointError(f"{INDEX} and {folder / file} disagree about {listed(difference)}.")
         tensors |= found
     return tensors

@@ -19,7 +19,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if arguments[:1] in (["convert"], ["verify"]):
             # The converter imports the package, never the reverse: its commands are looked up by name.
-            return importlib.import_module("jaxgen.convert.__main__").main(arguments[1:], prog=f"jaxgen {arguments[0]}")
+            with _interrupts_end_the_process():
+                module = importlib.import_module("jaxgen.convert.__main__")
+            return module.main(arguments[1:], prog=f"jaxgen {arguments[0]}")
         with _interrupts_end_the_process():
             parsed = _parser().parse_args(arguments)
             if sys.stdout is None:

@@ -18,15 +18,23 @@ class CheckpointError(ValueError):
 
 
 def file_in(folder: Path, name: str) -> Path:
-    """The path of an existing regular file of a folder.
+    """The path of a file of a folder that something in the folder names.
+
+    Raises:
+        CheckpointError: if it is missing, no regular file, or lies outside.
+    """
+    check_name(name, folder)
+    return contained(folder / name, folder)
+
+
+def contained(path: Path, folder: Path) -> Path:
+    """The path itself, of a regular file that lies in a folder.
 
     Links may lead anywhere in the folder, and from a snapshot in the cache of the Hugging Face hub to its blobs.
 
     Raises:
-        CheckpointError: if it is missing, no file, or lies outside.
+        CheckpointError: if it is missing, no regular file, or lies outside.
     """
-    check_name(name, folder)
-    path = folder / name
     try:
         real = path.resolve(strict=True)
         mode = real.stat().st_mode

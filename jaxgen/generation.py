@@ -577,10 +577,11 @@ def _check_memory(model: Model, call: Call) -> None:
         else:
             needed[f"`output_{name}`"] = 4 * scored * steps * model.vocab_size
     available = _memory_bytes() * (1 if model.mesh is None else model.mesh.size)
+    place = "the device has" if model.mesh is None else "the devices have"
     if sum(needed.values()) > available:
         parts = ", ".join(f"{size / 1e9:,.1f} GB for {name}" for name, size in needed.items())
         raise ValueError(
-            f"{scored} rows of {call.slots} tokens need {parts}, but there are {available / 1e9:,.1f} GB. Lower "
+            f"{scored} rows of {call.slots} tokens need {parts}, but {place} {available / 1e9:,.1f} GB. Lower "
             "`max_new_tokens`, the prompt length or the batch"
             + (", or ask for fewer outputs." if len(needed) > 1 else ".")
         )

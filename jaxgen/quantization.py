@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from jaxgen.folder import CheckpointError
-from jaxgen.safetensors_file import DTYPES, FLOAT8, Tensor
+from jaxgen.safetensors_file import DTYPES, FLOAT8, ComputedTensor, Tensor
 
 KEYS = ("quantization_config", "compression_config")  # of config.json
 
@@ -32,7 +32,7 @@ _HOW_TO_GO_ON = "Convert the unquantised original instead."
 
 
 @dataclass(frozen=True)
-class ScaledTensor(Tensor):
+class ScaledTensor(ComputedTensor):
     """An 8-bit weight [out, in] times its scale, rounded to the dtype that the checkpoint's weights have otherwise.
 
     Attributes:

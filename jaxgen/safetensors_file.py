@@ -29,7 +29,7 @@ _ALL = (
     | {"F64": np.dtype(np.float64), "BOOL": np.dtype(np.bool), "C64": np.dtype(np.complex64)}
     | {f"{kind.upper()}{bits}": np.dtype(f"{kind}{bits // 8}") for kind in "iu" for bits in (8, 16, 32, 64)}
 )
-_NAMES = {dtype: name for name, dtype in _ALL.items()}
+NAMES = {dtype: name for name, dtype in _ALL.items()}
 
 BLOCK = 1 << 20  # bytes that are read and worked on at a time: enough for a disk, and little for a cache
 
@@ -65,18 +65,32 @@ class Tensor:
             return
         done = 0
         for block in self.blocks(start, start + len(out)):
-            out[done : done + len(block)] = block
+            with np.errstate(over="ignore"):  # what becomes infinite is reported by those who look for it
+                out[done : done + len(block)] = block
             done += len(block)
 
-    def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
-        """The rows in their order, as many at a time as fit a block; each array is valid until the next one."""
+    def blocks(self, start: int = 0, stop: int | None = None, dtype: np.dtype | None = None) -> Iterator[np.ndarray]:
+        """The rows in their order, as many at a time as fit a block; each array is valid until the next one.
+
+        Args:
+            dtype: to cast them to; their own by default.
+        """
         stop = self.rows if stop is None else stop
         step = max(1, BLOCK * self.rows // max(1, self.nbytes))
-        buffer = np.empty((min(step, stop - start), *self.shape[1:]), self.dtype)
+        buffer = np.empty((min(step, stop - start), *self.shape[1:]), dtype or self.dtype)
         for first in range(start, stop, step):
             block = buffer[: min(step, stop - first)]
-            self.read(block, first)
+            self.read_into(block, first)
             yield block
+
+
+class ComputedTensor(Tensor):
+    """A tensor whose values are computed in float32 and rounded once, to whatever dtype is wanted."""
+
+    def read_into(self, out: np.ndarray, start: int = 0) -> None:
+        """See `Tensor.read_into`."""
+        with np.errstate(over="ignore"):
+            self.read(out, start)
 
 
 @dataclass(frozen=True)
@@ -165,7 +179,7 @@ def header(tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]], kind: str) -
     end = 0
     for name, (dtype, shape) in tensors.items():
         start, end = end, end + math.prod(shape) * dtype.itemsize
-        entries[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        entries[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     encoded = json.dumps(entries, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)  # the format aligns the data to 8 bytes
     data = 8 + len(encoded)

@@ -56,6 +56,7 @@ def test_streaming_is_compared_with_the_call_that_nobody_watches(run: Any) -> No
     assert figures["ratio"] == pytest.approx(figures["streamed_ms"] / figures["plain_ms"])
 
 
+@pytest.mark.sweep
 def test_continuing_prints_what_a_kept_cache_chunks_and_kept_programs_save(run: Any) -> None:
     printed, figures = run("continuing.py", "--shape", "2-layer")
     assert [each["what"] for each in figures] == ["prefix", "chunks", "second process"]

@@ -17,6 +17,7 @@ import jaxgen
 from jaxgen import logits_process, sampling
 
 COMBINATIONS, CALLS_EACH = 11, 20
+USUAL = 6  # the others are for sweeps
 
 
 # ---- Exactly, with the numbers of transformers ----
@@ -24,7 +25,9 @@ COMBINATIONS, CALLS_EACH = 11, 20
 
 @pytest.mark.oracle
 @pytest.mark.filterwarnings("ignore:Unfeasible length")
-@pytest.mark.parametrize("seed", range(COMBINATIONS))
+@pytest.mark.parametrize(
+    "seed", [pytest.param(seed, marks=[pytest.mark.sweep] if seed >= USUAL else []) for seed in range(COMBINATIONS)]
+)
 def test_with_the_same_noise_every_token_equals_transformers(seed: int, folder: Path, model: Any) -> None:
     import torch
 

@@ -225,7 +225,8 @@ def interrupted(after: float) -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def test_fifty_interrupts_come_back_in_time_and_leave_the_next_call_right(bundled: Any, tokenizer: Any) -> None:
+@pytest.mark.parametrize("presses", [24, pytest.param(50, marks=pytest.mark.sweep)])
+def test_interrupts_come_back_in_time_and_leave_the_next_call_right(presses: int, bundled: Any, tokenizer: Any) -> None:
     prompt = tokenizer(["Once upon a time"] * 4, return_tensors="np")
     arguments = {"max_new_tokens": 600, "eos_token_id": None}
     expected = jaxgen.generate(bundled, **prompt, **arguments)
@@ -233,7 +234,7 @@ def test_fifty_interrupts_come_back_in_time_and_leave_the_next_call_right(bundle
     jaxgen.generate(bundled, **prompt, **arguments)
     whole = time.monotonic() - start
     live, pressed, rng = len(jax.live_arrays()), 0, random.Random(0)
-    for number in range(50):
+    for number in range(presses):
         after = rng.uniform(0, min(whole, 0.3))
         start = time.monotonic()
         try:
@@ -247,7 +248,7 @@ def test_fifty_interrupts_come_back_in_time_and_leave_the_next_call_right(bundle
             pressed += 1
             # Half a second and a chunk, of a quarter of a second; twice that on a busy machine.
             assert time.monotonic() - start - after < 1.5
-    assert pressed > 25
+    assert pressed > presses / 2
     np.testing.assert_array_equal(jaxgen.generate(bundled, **prompt, **arguments), expected)
     assert len(jax.live_arrays()) <= live
 

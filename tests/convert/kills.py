@@ -104,6 +104,7 @@ def main(folder: Path, count: int, seed: int) -> int:
         assert hashes(native) == results[False]
         shutil.rmtree(target)
         shutil.rmtree(folder / ".target.replaced", ignore_errors=True)  # killed after its end, before it had swept
+        (folder / ".target.journal").unlink(missing_ok=True)
         assert sorted(folder.iterdir()) == [native, source]
     return dead
 

@@ -142,6 +142,9 @@ LAYOUTS: dict[str, Callable[[Path], Path]] = {
     "other weights beside": _with_other_weights_beside,
     "tokenizer and templates": _with_a_tokenizer,
     "another activation": of_config(hidden_act="gelu"),
+    "Mistral": of_config(model_type="mistral", architectures=["MistralForCausalLM"], sliding_window=4),
+    "Qwen2": of_config(model_type="qwen2", architectures=["Qwen2ForCausalLM"]),
+    "Qwen3": of_config(model_type="qwen3", architectures=["Qwen3ForCausalLM"], head_dim=8, attention_bias=True),
 }
 
 

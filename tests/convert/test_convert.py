@@ -73,7 +73,7 @@ def test_the_way_back_restores_every_file_to_the_byte(layout: str, tmp_path: Pat
 @pytest.mark.parametrize("layout", sorted({*LAYOUTS} - UNLIKE_TRANSFORMERS))
 def test_transformers_computes_the_same_from_the_way_back(layout: str, tmp_path: Path) -> None:
     import torch
-    from transformers import LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
 
     source = LAYOUTS[layout](tmp_path / "source")
     convert.convert_checkpoint(source, tmp_path / "converted")
@@ -81,7 +81,7 @@ def test_transformers_computes_the_same_from_the_way_back(layout: str, tmp_path:
     ids = torch.arange(40)[None]
     with torch.no_grad():
         first, second = (
-            LlamaForCausalLM.from_pretrained(folder, dtype="float32")(ids).logits
+            AutoModelForCausalLM.from_pretrained(folder, dtype="float32")(ids).logits
             for folder in (source, tmp_path / "back")
         )
     assert torch.equal(first, second)
@@ -257,7 +257,7 @@ def test_a_single_changed_bit_is_found(file: str, source: Path) -> None:
     content = bytearray((target / file).read_bytes())
     content[-3] ^= 1
     (target / file).write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"not what (was|were) written|cannot be read"):
+    with pytest.raises(CheckpointError, match=r"not what was written|cannot be read"):
         convert.verify(target)
 
 
@@ -265,7 +265,7 @@ def test_the_way_back_refuses_tensors_that_changed(source: Path, tmp_path: Path)
     target = converted(source)
     file = target / "model-00001-of-00001.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"!")
-    with pytest.raises(CheckpointError, match="are not what was written"):
+    with pytest.raises(CheckpointError, match="not what was written"):
         convert.convert_to_hugging_face(target, tmp_path / "back")
     assert not (tmp_path / "back").exists()
 
@@ -291,8 +291,10 @@ def test_nan_infinity_and_zeros_are_reported(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "source", tensors=tensors)
     for report in (convert.convert_checkpoint(source, tmp_path / "converted"), convert.verify(source)):
         broken, zero = report.warnings
-        assert "`model.layers.0.mlp.up_proj.weight`, `model.layers.1.mlp.down_proj.weight` hold NaN" in broken
-        assert "`model.norm.weight` are zero" in zero
+        assert (
+            "NaN or infinity in `model.layers.0.mlp.up_proj.weight`, `model.layers.1.mlp.down_proj.weight`." in broken
+        )
+        assert "nothing but zeros in `model.norm.weight`." in zero
 
 
 # Refusals
