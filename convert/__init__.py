@@ -305,7 +305,7 @@ def _identity(folder: Path) -> list[Any]:
 
 def _workers(workers: int | None) -> int:
     if workers is None:
-        return min(4, os.cpu_count() or 1)
+        return 4  # also on two cores: one waits for the disk
     if not isinstance(workers, int) or workers < 1:
         raise ValueError(f"`workers`={workers!r} must be a whole number, at least 1.")
     return workers

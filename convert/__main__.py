@@ -40,7 +40,7 @@ def _convert(argv: list[str], prog: str) -> int:
     parser.add_argument("--to-hf", action="store_true", help="the way back: SRC was converted, DST is as it was before")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: each tensor's own")
     parser.add_argument("--shard-size", metavar="SIZE", help="largest file, in bytes or as 5GB, which is the default")
-    parser.add_argument("--workers", type=int, metavar="N", help="threads that copy; default: one per core, at most 4")
+    parser.add_argument("--workers", type=int, metavar="N", help="threads that copy; default: 4")
     parser.add_argument("--overwrite", action="store_true", help="replace the checkpoint in DST, at the end")
     parser.add_argument("--resume", action="store_true", help="go on with what an interrupted conversion left")
     parser.add_argument(

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import CONFIG, random_tensors, write_checkpoint, write_json
+from checkpoints import CONFIG, random_tensors, write_checkpoint, write_json, write_safetensors
 from mutations import attempt, dumped, watched
 
 from jaxgen import CheckpointError, convert
@@ -77,6 +77,13 @@ def special(file: str, make: Callable[[Path], Any]) -> Callable[[Path], None]:
     return break_it
 
 
+def _many_layers(folder: Path, count: int) -> None:
+    config(num_hidden_layers=count)(folder)
+    names = {f"t{number}": np.empty(0, np.float32) for number in range(count)}
+    write_safetensors(folder / SHARD, names)
+    (folder / INDEX).write_bytes(dumped({"weight_map": dict.fromkeys(names, SHARD)}))
+
+
 def _first_file(content: dict[str, Any], name: Any) -> dict[str, Any]:
     weight_map = content["weight_map"]
     return content | {"weight_map": weight_map | {next(iter(weight_map)): name}}
@@ -105,6 +112,7 @@ BROKEN: dict[str, Callable[[Path], None]] = {
     "config with an endless number": config(rms_norm_eps=10**400),
     "infinite epsilon": text("config.json", json.dumps(CONFIG).replace("1e-05", "1e400").encode()),
     "a thousand million layers": config(num_hidden_layers=10**9),
+    "as many layers as empty tensors": lambda folder: _many_layers(folder, 600),
     "layers of text": config(num_hidden_layers="2"),
     "no layers": config(num_hidden_layers=0),
     "endless hidden size": config(hidden_size=10**30),

@@ -76,6 +76,16 @@ def test_each_scheme_is_multiplied_out(scheme: str, tmp_path: Path) -> None:
     assert b"quantization_config" not in (tmp_path / "back" / "config.json").read_bytes()
 
 
+def test_another_dtype_is_rounded_to_once(tmp_path: Path) -> None:
+    config, tensors, _ = quantised("a scale per channel")
+    folder = write_checkpoint(tmp_path / "source", config, tensors)
+    name = "model.layers.0.mlp.down_proj.weight"
+    exact = tensors[name].astype(np.float32) * tensors[f"{name}_scale"]
+    convert.convert_checkpoint(folder, tmp_path / "converted", dtype="float32")
+    for model in (jaxgen.load(folder, "float32"), jaxgen.load(tmp_path / "converted")):
+        np.testing.assert_array_equal(model.layers[0].mlp.down_proj.weight[...], exact)
+
+
 @pytest.mark.parametrize(
     "quantization",
     [

@@ -1,5 +1,6 @@
 """The README is true: its snippet runs, its commands are the ones CI runs, what it links to exists."""
 
+import importlib.util
 import io
 import re
 import shlex
@@ -69,7 +70,7 @@ def test_ci_runs_the_test_command_of_the_readme() -> None:
 
 def test_every_name_of_the_package_in_the_readme_exists() -> None:
     for name in re.findall(r"jaxgen\.(\w+)\(?", README):
-        assert hasattr(jaxgen, name), name
+        assert hasattr(jaxgen, name) or importlib.util.find_spec(f"jaxgen.{name}"), name
 
 
 @pytest.mark.parametrize(

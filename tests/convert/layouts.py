@@ -61,11 +61,11 @@ def _with_bare_index(folder: Path) -> Path:
 
 def _in_a_folder_within(folder: Path) -> Path:
     write_checkpoint(folder, shards=2)
-    (folder / "weights").mkdir()
+    (folder / "weights" / "late").mkdir(parents=True)
     file = "model-00002-of-00002.safetensors"
-    (folder / file).rename(folder / "weights" / file)
+    (folder / file).rename(folder / "weights" / "late" / file)
     index = json.loads((folder / "model.safetensors.index.json").read_text())
-    moved = {name: f"weights/{owner}" if owner == file else owner for name, owner in index["weight_map"].items()}
+    moved = {name: f"weights/late/{owner}" if owner == file else owner for name, owner in index["weight_map"].items()}
     write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": moved})
     return folder
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -281,6 +282,64 @@ def test_a_manifest_that_was_tampered_with_is_refused(key: str, value: Any, sour
     with pytest.raises(CheckpointError, match=r"jaxgen\.json"):
         convert.convert_to_hugging_face(target, tmp_path / "back")
     assert not (tmp_path / "back").exists()
+
+
+def test_what_is_not_copied_is_said(source: Path) -> None:
+    (source / "training_args.bin").write_bytes(b"x")
+    (source / "runs").mkdir()
+    for odd in ("config.json:Zone.Identifier", "a b\t.txt", "ä.md", os.fsdecode(b"\xff.txt")):
+        (source / odd).write_text(odd, errors="surrogateescape")
+    report = convert.convert_checkpoint(source, source.parent / "converted")
+    (warning,) = report.warnings
+    assert "`runs`, `training_args.bin` are no part of the model and left out" in warning
+    assert convert.verify(report.folder).warnings == ()
+    convert.convert_to_hugging_face(report.folder, source.parent / "back")
+    kept = {name: value for name, value in hashes(source).items() if name != "training_args.bin"}
+    assert hashes(source.parent / "back") == kept
+
+
+def test_files_that_lead_elsewhere_are_refused_before_the_first_byte(source: Path) -> None:
+    (source / "additional_chat_templates").symlink_to("/etc")
+    (source / "notes.txt").symlink_to("/etc/hostname")
+    with pytest.raises(CheckpointError, match=r"notes\.txt is a link out of its folder"):
+        converted(source)
+    assert list(source.parent.iterdir()) == [source]
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('\\"F32\\"', '\\"BF16\\"'),
+        ('\\"shape\\"', '\\"shapes\\"'),
+        ("[0, ", "[1, "),
+        ("model-00002-of-00002", "model-00003-of-00002"),
+        ('model-00002-of-00002.safetensors\\"', 'config.json\\"'),
+        ('"copies": {}', '"copies": {"lm_head.weight": "nothing"}'),
+    ],
+)
+def test_a_damaged_account_of_the_original_files_is_noticed(old: str, new: str, source: Path) -> None:
+    target = converted(source)
+    text = (target / "jaxgen.json").read_text()
+    assert old in text
+    (target / "jaxgen.json").write_text(text.replace(old, new, 1))
+    for function in (convert.verify, lambda folder: convert.convert_to_hugging_face(folder, source.parent / "back")):
+        with pytest.raises(CheckpointError, match=r"jaxgen\.json is damaged"):
+            function(target)
+
+
+def test_the_way_back_refuses_a_config_that_changed(source: Path) -> None:
+    target = converted(source)
+    write_json(target / "config.json", CONFIG | {"rope_theta": 5.0})
+    with pytest.raises(CheckpointError, match=r"`config\.json`: not what was written"):
+        convert.convert_to_hugging_face(target, source.parent / "back")
+    assert sorted(source.parent.iterdir()) == [target, source]
+
+
+def test_float16_that_overflows_is_said_to(tmp_path: Path) -> None:
+    large = {name: array * 1e7 for name, array in random_tensors().items()}
+    source = write_checkpoint(tmp_path / "source", tensors=large)
+    report = convert.convert_checkpoint(source, tmp_path / "converted", dtype="float16")
+    assert any("NaN or infinity in" in each and "float16 ends at 65504" in each for each in report.warnings)
 
 
 def test_nan_infinity_and_zeros_are_reported(tmp_path: Path) -> None:

@@ -236,3 +236,83 @@ def test_a_checkpoint_is_overwritten_once_the_new_one_is_complete(
 
 def test_folders_above_the_destination_are_made(source: Path, expected: dict[str, str]) -> None:
     assert hashes(convert.convert_checkpoint(source, source.parent / "new" / "folders" / "x").folder) == expected
+
+
+# Names that a conversion takes for its own
+
+
+@pytest.mark.parametrize("name", ["converted.partial", ".converted.replaced", ".converted.journal"])
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_source_with_a_name_that_a_conversion_uses_is_refused(name: str, resume: bool, tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / name)
+    before = hashes(source)
+    with pytest.raises(CheckpointError, match="which is only read"):
+        convert.convert_checkpoint(source, tmp_path / "converted", resume=resume)
+    assert hashes(source) == before
+
+
+@pytest.mark.parametrize("name", ["converted.partial", ".converted.replaced", ".converted.unpickled"])
+@pytest.mark.parametrize("link", [False, True])
+def test_a_folder_of_somebody_else_is_left_alone_whatever_its_name(name: str, link: bool, source: Path) -> None:
+    mine = write_checkpoint(source.parent / "mine")
+    place = source.parent / name
+    place.symlink_to(mine) if link else mine.rename(place)
+    before = hashes(source.parent)
+    for options in ({}, {"resume": True}, {"overwrite": True, "allow_pickle": True}):
+        if "unpickled" in name:
+            convert.convert_checkpoint(source, source.parent / f"converted{len(options)}", **options)
+        else:
+            with pytest.raises(CheckpointError, match=f"{name} is in the way, and no conversion made it"):
+                convert.convert_checkpoint(source, source.parent / "converted", **options)
+    assert before.items() <= hashes(source.parent).items()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_destination_that_appears_meanwhile_is_not_replaced(
+    overwrite: bool, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = source.parent / "converted"
+    original = StoredTensor.read
+
+    def read(self: StoredTensor, *rest: Any) -> None:
+        target.mkdir(exist_ok=True)
+        (target / "thesis.tex").write_text("mine")
+        original(self, *rest)
+
+    monkeypatch.setattr(StoredTensor, "read", read)
+    with pytest.raises(CheckpointError, match=r"exists already|more or less"):
+        convert.convert_checkpoint(source, target, overwrite=overwrite)
+    assert [path.name for path in target.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("other", [".git", "src"])
+def test_a_project_that_has_a_config_is_not_overwritten(other: str, source: Path) -> None:
+    project = source.parent / "project"
+    write_checkpoint(project)
+    (project / other).mkdir()
+    before = hashes(project)
+    with pytest.raises(CheckpointError, match="holds more or less than a checkpoint"):
+        convert.convert_checkpoint(source, project, overwrite=True)
+    assert hashes(project) == before
+
+
+def test_a_source_that_changes_while_it_is_converted_is_noticed(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = StoredTensor.read
+
+    def read(self: StoredTensor, *rest: Any) -> None:
+        os.utime(self.path, ns=(1, 1))
+        original(self, *rest)
+
+    monkeypatch.setattr(StoredTensor, "read", read)
+    with pytest.raises(CheckpointError, match="changed while it was converted"):
+        convert.convert_checkpoint(source, source.parent / "converted")
+    assert list(source.parent.iterdir()) == [source]
+
+
+@pytest.mark.parametrize("dst", ["", "."])
+def test_the_working_directory_is_no_destination(dst: str, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(source.parent)
+    with pytest.raises(ValueError, match=r"`dst` is empty|exists already"):
+        convert.convert_checkpoint(source, dst)
+    convert.convert_checkpoint(source, "./new/../other")
+    assert convert.verify("other").tensors == len(random_tensors())
