@@ -9,8 +9,6 @@ A conversion is a copy: fusing stacks tensors along their first axis, so each ke
 
 import contextlib
 import hashlib
-import importlib.util
-import json
 import os
 import re
 import time
@@ -23,20 +21,16 @@ import jax
 import numpy as np
 
 from jaxgen import __version__
-from jaxgen.checkpoint import INDEX, MANIFEST, SINGLE_FILE, Source, listed, open_folder, weight_files, weights_dtype
-from jaxgen.folder import CheckpointError, contained, file_in, holds, read_json
-from jaxgen.quantization import KEYS
+from jaxgen.checkpoint import INDEX, MANIFEST, listed, open_folder, weights_dtype
+from jaxgen.folder import CheckpointError, file_in, read_json
 
 from .layout import SHARD_BYTES, File, hugging_face_files, hugging_face_tensors, index, manifest, native_files
 from .lora import merged
 from .pickles import unpickled
-from .sources import local_folder
+from .sources import converted_config, identity, local_folder, other_files, tokenizer_oddities
 from .writing import Digest, check_target, digest_of, neighbours, partial_folder, progress, sha256_of
 
 __all__ = ["Report", "convert_checkpoint", "convert_to_hugging_face", "verify"]
-
-_TEMPLATES = "additional_chat_templates"  # the one folder that belongs to a tokenizer
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".msgpack", ".h5", ".index.json")
 
 
 @dataclass(frozen=True)
@@ -90,7 +84,7 @@ def convert_checkpoint(
     wanted = None if dtype is None else weights_dtype(dtype)
     folder = local_folder(src, allow_pickle)
     _check_places(target, folder, *([] if merge_lora is None else [Path(merge_lora)]))
-    before = _identity(folder)
+    before = identity(folder)
     with contextlib.ExitStack() as stack:
         readable = stack.enter_context(unpickled(folder, target)) if allow_pickle else folder
         source = open_folder(readable)
@@ -99,9 +93,9 @@ def convert_checkpoint(
         plan = [__version__, before, str(wanted), shard_bytes]
         if merge_lora is not None:
             source = replace(source, pieces=merged(source.pieces, Path(merge_lora)))
-            plan.append(_identity(Path(merge_lora)))
+            plan.append(identity(Path(merge_lora)))
         files = native_files(source, wanted, shard_bytes or SHARD_BYTES)
-        config, others, left_out = _config(source, wanted), *_others(folder)
+        config, others, left_out = converted_config(source, wanted), *other_files(folder)
         needed = sum(file.nbytes for file in files)
         partial = stack.enter_context(partial_folder(target, plan, needed, overwrite=overwrite, resume=resume))
         digests = partial.write_tensors(files, threads)
@@ -111,12 +105,12 @@ def convert_checkpoint(
         hashes = {name: digest.sha256 for name, digest in sorted(digests.items())}
         exact = wanted is None and readable is folder
         partial.write(MANIFEST, manifest(source, hashes, copied, exact=exact).encode())
-        if _identity(folder) != before:
-            raise CheckpointError(f"{folder} changed while it was converted. Remove {partial.folder} and begin again.")
+        if identity(folder) != before:
+            raise CheckpointError(f"{folder} changed while it was converted. Begin again.")
         partial.write("config.json", config)
     if readable is not folder:  # of which the pickles were read
         left_out = []
-    odd = [*source.warnings, *left_out, *_tokenizer_oddities(folder), *_odd_values(folder, digests, wanted)]
+    odd = [*source.warnings, *left_out, *tokenizer_oddities(folder), *_odd_values(folder, digests, wanted)]
     return _report(target, files, odd, begun)
 
 
@@ -150,8 +144,8 @@ def convert_to_hugging_face(
     _check_places(target, folder)
     known = read_manifest(folder)
     files, index_text = hugging_face_files(source, known, shard_bytes)
-    config, (others, left_out) = file_in(folder, "config.json").read_bytes(), _others(folder)
-    plan, needed = [__version__, _identity(folder), shard_bytes], sum(file.nbytes for file in files)
+    config, (others, left_out) = file_in(folder, "config.json").read_bytes(), other_files(folder)
+    plan, needed = [__version__, identity(folder), shard_bytes], sum(file.nbytes for file in files)
     with partial_folder(target, plan, needed, overwrite=overwrite, resume=resume) as partial:
         digests = partial.write_tensors(files, threads)
         copied = {name: partial.copy(path, name) for name, path in others.items()}
@@ -180,7 +174,7 @@ def verify(folder: str | Path) -> Report:
     size = sum(tensor.nbytes for tensor in tensors.values())
     with progress("verifying", size) as advance:
         digests = {name: digest_of(tensor, lambda data: advance(len(data))) for name, tensor in tensors.items()}
-    others, _ = _others(source.folder)
+    others, _ = other_files(source.folder)
     if known is not None:
         others["config.json"] = file_in(source.folder, "config.json")
         _compare(source.folder, known, digests, {name: sha256_of(path) for name, path in others.items()})
@@ -208,39 +202,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return content
 
 
-def _config(source: Source, dtype: np.dtype | None) -> bytes:
-    """config.json as it is, or with what the conversion changed."""
-    content = dict(source.raw)
-    quantised = [content.pop(key) for key in KEYS if key in content]
-    if dtype is None and not any(quantised):
-        return file_in(source.folder, "config.json").read_bytes()
-    name = str(dtype or source.own_dtype("layers.0.self_attn.qkv_proj.weight"))
-    content |= {key: name for key in ("dtype", "torch_dtype") if key in content} or {"dtype": name}
-    return json.dumps(content, indent=2).encode() + b"\n"
-
-
-def _others(folder: Path) -> tuple[dict[str, Path], list[str]]:
-    """The files that are copied as they are, by name, and a word about what is not."""
-    found, left_out = {}, []
-    used = {*weight_files(folder)} if holds(folder, INDEX) or holds(folder, SINGLE_FILE) else set()
-    templates = folder / _TEMPLATES
-    paths: list[Path] = [*folder.iterdir(), *(templates.iterdir() if _lies_in(templates, folder) else [])]
-    skipped = {"config.json", MANIFEST, INDEX, _TEMPLATES, *used, *(name.split("/")[0] for name in used)}
-    for path in sorted(paths):
-        name = path.relative_to(folder).as_posix()
-        if name in skipped:
-            continue
-        if path.name.endswith(_WEIGHT_SUFFIXES) or not path.is_file():
-            left_out.append(name)
-        else:
-            found[name] = contained(path, folder)
-    return found, [f"{folder}: {listed(left_out)} are no part of the model and left out."] if left_out else []
-
-
-def _lies_in(path: Path, folder: Path) -> bool:
-    return path.is_dir() and path.resolve().is_relative_to(folder.resolve())
-
-
 def _compare(folder: Path, known: Mapping[str, Any], digests: Mapping[str, Digest], files: Mapping[str, str]) -> None:
     """Refuses a converted folder that is not what its manifest says."""
     copies, expected = known["copies"], known["sha256"]
@@ -248,14 +209,6 @@ def _compare(folder: Path, known: Mapping[str, Any], digests: Mapping[str, Diges
     wrong += [name for name in expected["files"] if expected["files"][name] != files.get(name)]
     if wrong:
         raise CheckpointError(f"{folder}: {listed(sorted(wrong))}: not what was written. Convert the original again.")
-
-
-def _tokenizer_oddities(folder: Path) -> list[str]:
-    if not (folder / "tokenizer.model").exists() or (folder / "tokenizer.json").exists():
-        return []
-    if importlib.util.find_spec("sentencepiece"):
-        return []
-    return [f"{folder} has a tokenizer.model and no tokenizer.json: reading it needs `pip install sentencepiece`."]
 
 
 def _odd_values(folder: Path, digests: Mapping[str, Digest], dtype: np.dtype | None = None) -> list[str]:
@@ -292,15 +245,6 @@ def _check_places(target: Path, *sources: Path) -> None:
                 raise CheckpointError(f"{target} is, or lies in, {folder}, which is only read. Choose another name.")
             if place in here.parents:
                 raise CheckpointError(f"{target} holds the source, {folder}. Choose another destination.")
-
-
-def _identity(folder: Path) -> list[Any]:
-    """What changes if a folder does, as far as can be seen without reading it."""
-    files = {path for path in folder.iterdir() if path.is_file()}
-    if holds(folder, INDEX):
-        files |= {file_in(folder, name) for name in weight_files(folder)}
-    stats = [(path.relative_to(folder).as_posix(), path.stat()) for path in sorted(files)]
-    return [str(folder.resolve()), *([name, stat.st_size, stat.st_mtime_ns] for name, stat in stats)]
 
 
 def _workers(workers: int | None) -> int:

@@ -1,9 +1,16 @@
-"""Where a checkpoint comes from: a folder, or the Hugging Face hub."""
+"""Where a checkpoint comes from, a folder or the Hugging Face hub, and what is in its folder besides the weights."""
 
+import importlib.util
+import json
 import re
 from pathlib import Path
+from typing import Any
 
-from jaxgen.folder import CheckpointError
+import numpy as np
+
+from jaxgen.checkpoint import INDEX, MANIFEST, SINGLE_FILE, Source, listed, weight_files
+from jaxgen.folder import CheckpointError, contained, file_in, holds
+from jaxgen.quantization import KEYS
 
 _FILES = [
     "*.json",
@@ -16,6 +23,8 @@ _FILES = [
     "additional_chat_templates/*",
 ]
 _PICKLES = ["*.bin", "*.pth"]
+_TEMPLATES = "additional_chat_templates"  # the one folder that belongs to a tokenizer
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".msgpack", ".h5", ".index.json")
 _OTHER_LAYOUTS = ["consolidated*.safetensors", "original/*", "onnx/*"]  # the same weights once more
 
 
@@ -36,3 +45,54 @@ def local_folder(src: str | Path, allow_pickle: bool) -> Path:
         return Path(snapshot_download(str(src), allow_patterns=patterns, ignore_patterns=_OTHER_LAYOUTS))
     except Exception as error:  # of the hub, of HTTP or of the network
         raise CheckpointError(f"{src} is not a folder here, and the hub does not give it: {error}") from error
+
+
+def identity(folder: Path) -> list[Any]:
+    """What changes if a folder does, as far as can be seen without reading it."""
+    files = {path for path in folder.iterdir() if path.is_file()}
+    if holds(folder, INDEX):
+        files |= {file_in(folder, name) for name in weight_files(folder)}
+    stats = [(path.relative_to(folder).as_posix(), path.stat()) for path in sorted(files)]
+    return [str(folder.resolve()), *([name, stat.st_size, stat.st_mtime_ns] for name, stat in stats)]
+
+
+def converted_config(source: Source, dtype: np.dtype | None) -> bytes:
+    """config.json as it is, or with what the conversion changed."""
+    content = dict(source.raw)
+    quantised = [content.pop(key) for key in KEYS if key in content]
+    if dtype is None and not any(quantised):
+        return file_in(source.folder, "config.json").read_bytes()
+    name = str(dtype or source.own_dtype("layers.0.self_attn.qkv_proj.weight"))
+    content |= {key: name for key in ("dtype", "torch_dtype") if key in content} or {"dtype": name}
+    return json.dumps(content, indent=2).encode() + b"\n"
+
+
+def other_files(folder: Path) -> tuple[dict[str, Path], list[str]]:
+    """The files that are copied as they are, by name, and a word about what is not."""
+    found, left_out = {}, []
+    used = {*weight_files(folder)} if holds(folder, INDEX) or holds(folder, SINGLE_FILE) else set()
+    templates = folder / _TEMPLATES
+    paths: list[Path] = [*folder.iterdir(), *(templates.iterdir() if _lies_in(templates, folder) else [])]
+    skipped = {"config.json", MANIFEST, INDEX, _TEMPLATES, *used, *(name.split("/")[0] for name in used)}
+    for path in sorted(paths):
+        name = path.relative_to(folder).as_posix()
+        if name in skipped:
+            continue
+        if path.name.endswith(_WEIGHT_SUFFIXES) or not path.is_file():
+            left_out.append(name)
+        else:
+            found[name] = contained(path, folder)
+    return found, [f"{folder}: {listed(left_out)} are no part of the model and left out."] if left_out else []
+
+
+def tokenizer_oddities(folder: Path) -> list[str]:
+    """What keeps the tokenizer from being read here."""
+    if not (folder / "tokenizer.model").exists() or (folder / "tokenizer.json").exists():
+        return []
+    if importlib.util.find_spec("sentencepiece"):
+        return []
+    return [f"{folder} has a tokenizer.model and no tokenizer.json: reading it needs `pip install sentencepiece`."]
+
+
+def _lies_in(path: Path, folder: Path) -> bool:
+    return path.is_dir() and path.resolve().is_relative_to(folder.resolve())
