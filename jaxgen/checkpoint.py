@@ -199,17 +199,17 @@ def open_folder(path: str | Path, mesh: Mesh | None = None) -> Source:
             f"{folder} holds a LoRA adapter and not a model. Merge it into its base model: `jaxgen convert BASE DST "
             f"--merge-lora {folder}`."
         )
-    raw, generation = read_configs(folder)
+    raw, generation = _read_configs(folder)
     native = holds(folder, MANIFEST)
     if native and (version := read_json(folder, MANIFEST).get("format")) != NATIVE_FORMAT:
         raise CheckpointError(
             f"{folder} is a converted folder of format {version!r}, and this jaxgen reads {NATIVE_FORMAT}. Convert the "
             "original again."
         )
-    return account(folder, raw, generation, read_tensors(folder), native, mesh)
+    return _account(folder, raw, generation, read_tensors(folder), native, mesh)
 
 
-def read_configs(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+def _read_configs(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """The config.json of a folder and its generation_config.json, if there is one."""
     if not holds(folder, "config.json") and holds(folder, "params.json"):
         raise CheckpointError(
@@ -219,7 +219,7 @@ def read_configs(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
     return read_json(folder, "config.json"), read_json(folder, generation) if holds(folder, generation) else None
 
 
-def account(
+def _account(
     folder: Path,
     raw: Mapping[str, Any],
     generation: Mapping[str, Any] | None,

@@ -62,3 +62,10 @@ def test_continuing_prints_what_a_kept_cache_chunks_and_kept_programs_save(run: 
     assert [each["what"] for each in figures] == ["prefix", "chunks", "second process"]
     assert all(each["ratio"] == pytest.approx(each["without"] / each["with"]) for each in figures)
     assert figures[1]["with"] < figures[1]["without"] and len(printed) == 4
+
+
+def test_converting_is_compared_with_copying(run: Any) -> None:
+    printed, (figures,) = run("converting.py", "--layers", "1")
+    assert [line.split()[0] for line in printed[1:]] == ["copy", "convert", "back"]
+    assert figures["share"] == pytest.approx(figures["convert_mb_per_s"] / figures["copy_mb_per_s"])
+    assert figures["memory_bytes"] < figures["largest_bytes"]

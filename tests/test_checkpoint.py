@@ -428,6 +428,18 @@ def test_random_weights_are_normal_with_the_spread_of_the_config_and_follow_from
     assert_same_bits(jaxgen.from_config(config, jax.random.key(3), "bfloat16"), model)
 
 
+def test_a_random_model_its_saved_copy_and_one_with_another_generation_config_share_their_programs(
+    tmp_path: Path,
+) -> None:
+    model = jaxgen.from_config(CONFIG)
+    jaxgen.save(model, tmp_path)
+    loaded = jaxgen.load(tmp_path)
+    assert_same_bits(loaded, model)
+    loaded.generation_config = type(model.generation_config)(temperature=0.5)
+    assert loaded.generation_config.temperature == 0.5
+    assert jax.tree.structure(loaded) == jax.tree.structure(model)
+
+
 # Memory
 
 

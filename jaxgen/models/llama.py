@@ -387,9 +387,11 @@ class Llama(nnx.Module):
     def generation_config(self) -> Any:
         return self.host.value
 
-    @generation_config.setter
-    def generation_config(self, value: Any) -> None:
-        self.host = HostOnly(value)
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Not by a property's setter: Flax would note the name, and the model would no longer fit its programs.
+        if name == "generation_config":
+            name, value = "host", HostOnly(value)
+        super().__setattr__(name, value)
 
     def __call__(self, input_ids: jax.Array, attention_mask: jax.Array | None = None) -> jax.Array:
         """Logits of every column, without a cache to keep: for training and scoring.
