@@ -28,7 +28,7 @@ from .layout import SHARD_BYTES, File, hugging_face_files, hugging_face_tensors,
 from .lora import merged
 from .pickles import unpickled
 from .sources import converted_config, identity, local_folder, other_files, tokenizer_oddities
-from .writing import Digest, check_target, digest_of, neighbours, partial_folder, progress, sha256_of
+from .writing import Digest, Partial, check_target, digest_of, neighbours, partial_folder, progress, sha256_of
 
 __all__ = ["Report", "convert_checkpoint", "convert_to_hugging_face", "verify"]
 
@@ -99,8 +99,7 @@ def convert_checkpoint(
         needed = sum(file.nbytes for file in files)
         partial = stack.enter_context(partial_folder(target, plan, needed, overwrite=overwrite, resume=resume))
         digests = partial.write_tensors(files, threads)
-        copied = {name: partial.copy(path, name) for name, path in others.items()}
-        copied["config.json"] = hashlib.sha256(config).hexdigest()
+        copied = _copied(partial, others, config)
         partial.write(INDEX, index(files).encode())
         hashes = {name: digest.sha256 for name, digest in sorted(digests.items())}
         exact = wanted is None and readable is folder
@@ -148,8 +147,7 @@ def convert_to_hugging_face(
     plan, needed = [__version__, identity(folder), shard_bytes], sum(file.nbytes for file in files)
     with partial_folder(target, plan, needed, overwrite=overwrite, resume=resume) as partial:
         digests = partial.write_tensors(files, threads)
-        copied = {name: partial.copy(path, name) for name, path in others.items()}
-        copied["config.json"] = hashlib.sha256(config).hexdigest()
+        copied = _copied(partial, others, config)
         _compare(folder, known, digests, copied)
         if index_text is not None:
             partial.write(INDEX, index_text.encode())
@@ -200,6 +198,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder / MANIFEST} is damaged. Convert the original again.") from error
     return content
+
+
+def _copied(partial: Partial, others: Mapping[str, Path], config: bytes) -> dict[str, str]:
+    """Copies what holds no tensors, and returns the SHA-256 of each file and of the config that is still to come."""
+    hashes = {name: partial.copy(path, name) for name, path in others.items()}
+    return hashes | {"config.json": hashlib.sha256(config).hexdigest()}
 
 
 def _compare(folder: Path, known: Mapping[str, Any], digests: Mapping[str, Digest], files: Mapping[str, str]) -> None:
@@ -259,7 +263,7 @@ def _bytes(size: int | str | None) -> int | None:
     """A number of bytes, also written as "5GB" or "500MiB"."""
     if size is None:
         return None
-    match = re.fullmatch(r"(\d+)\s*([KMGT]?)(I?)B?", str(size).strip().upper())
+    match = re.fullmatch(r"(\d+)\s*(?:([KMGT])(I?))?B?", str(size).strip().upper())
     if not match or int(match[1]) < 1:
         raise ValueError(f"`shard_size`={size!r} must be a number of bytes, or one with a unit, such as '5GB'.")
     number, unit, binary = match.groups()

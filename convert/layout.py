@@ -12,7 +12,6 @@ import numpy as np
 from jaxgen import __version__
 from jaxgen.checkpoint import INDEX, MANIFEST, NATIVE_FORMAT, SINGLE_FILE, Source, listed, named_leaves, weight_files
 from jaxgen.folder import CheckpointError, check_name, file_in, holds, parse_json, read_text
-from jaxgen.models import FAMILIES
 from jaxgen.safetensors_file import NAMES, StoredTensor, Tensor, header, header_text
 
 SHARD_BYTES = 5 * 10**9  # as `save_pretrained` of transformers has it
@@ -112,7 +111,7 @@ def hugging_face_files(
 def hugging_face_tensors(source: Source, manifest: Mapping[str, Any]) -> dict[str, Tensor]:
     """The tensors of a converted folder under the names that they had."""
     found: dict[str, Tensor] = dict(source.buffers)
-    for path, parts in FAMILIES[source.raw["model_type"]].weight_map(source.abstract.config).items():
+    for path, parts in source.family.weight_map(source.abstract.config).items():
         stored = cast(list[StoredTensor], source.pieces[path])
         if len(stored) > 1:
             found |= {

@@ -14,13 +14,11 @@ from jaxgen.safetensors_file import DTYPES, ComputedTensor, Tensor, read_header
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-# What peft can do besides, with the values that mean that it does not.
+# What peft can do besides, where one of these is set.
 _UNSUPPORTED = (
     "use_dora rank_pattern alpha_pattern modules_to_save layer_replication fan_in_fan_out alora_invocation_tokens "
     "use_qalora use_bdlora trainable_token_indices target_parameters lora_bias arrow_config"
 ).split()
-
-
 # Beginnings that took something away from the base model's weights.
 _CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq")
 

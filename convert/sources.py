@@ -12,6 +12,7 @@ from jaxgen.checkpoint import INDEX, MANIFEST, SINGLE_FILE, Source, listed, weig
 from jaxgen.folder import CheckpointError, contained, file_in, holds
 from jaxgen.quantization import KEYS
 
+TEMPLATES = "additional_chat_templates"  # the one folder that belongs to a tokenizer
 _FILES = [
     "*.json",
     "*.safetensors",
@@ -20,10 +21,9 @@ _FILES = [
     "*.jinja",
     "LICENSE*",
     "README.md",
-    "additional_chat_templates/*",
+    f"{TEMPLATES}/*",
 ]
 _PICKLES = ["*.bin", "*.pth"]
-_TEMPLATES = "additional_chat_templates"  # the one folder that belongs to a tokenizer
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".msgpack", ".h5", ".index.json")
 _OTHER_LAYOUTS = ["consolidated*.safetensors", "original/*", "onnx/*"]  # the same weights once more
 
@@ -71,9 +71,9 @@ def other_files(folder: Path) -> tuple[dict[str, Path], list[str]]:
     """The files that are copied as they are, by name, and a word about what is not."""
     found, left_out = {}, []
     used = {*weight_files(folder)} if holds(folder, INDEX) or holds(folder, SINGLE_FILE) else set()
-    templates = folder / _TEMPLATES
+    templates = folder / TEMPLATES
     paths: list[Path] = [*folder.iterdir(), *(templates.iterdir() if _lies_in(templates, folder) else [])]
-    skipped = {"config.json", MANIFEST, INDEX, _TEMPLATES, *used, *(name.split("/")[0] for name in used)}
+    skipped = {"config.json", MANIFEST, INDEX, TEMPLATES, *used, *(name.split("/")[0] for name in used)}
     for path in sorted(paths):
         name = path.relative_to(folder).as_posix()
         if name in skipped:

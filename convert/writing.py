@@ -27,6 +27,7 @@ from jaxgen.folder import CheckpointError
 from jaxgen.safetensors_file import BLOCK, Tensor
 
 from .layout import File, Piece
+from .sources import TEMPLATES
 
 
 @dataclass(frozen=True)
@@ -203,7 +204,7 @@ def check_target(target: Path, overwrite: bool) -> None:
             "(`overwrite=True`)."
         )
     weights = any(path.name.endswith((".safetensors", ".bin", ".pth")) for path in target.iterdir())
-    others = [path.name for path in target.iterdir() if path.is_dir() and path.name != "additional_chat_templates"]
+    others = [path.name for path in target.iterdir() if path.is_dir() and path.name != TEMPLATES]
     if others or not weights or not (target / "config.json").exists():
         raise CheckpointError(
             f"{target} holds more or less than a checkpoint, so it is not overwritten. Choose another destination, or "

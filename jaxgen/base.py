@@ -190,9 +190,9 @@ def row_shards(mesh: Mesh | None) -> int:
     return 1 if mesh is None else mesh.shape.get("data", 1)
 
 
-def rows_axis(mesh: Mesh, rows: int) -> tuple[str | None]:
+def rows_axis(mesh: Mesh, rows: int) -> str | None:
     """The mesh axis of the rows of an array, or None if it cannot share them out evenly."""
-    return ("data",) if row_shards(mesh) > 1 and rows % row_shards(mesh) == 0 else (None,)
+    return "data" if row_shards(mesh) > 1 and rows % row_shards(mesh) == 0 else None
 
 
 AnyCache = TypeVar("AnyCache", bound=Cache)

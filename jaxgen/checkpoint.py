@@ -10,7 +10,7 @@ import json
 import math
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +61,13 @@ def load(path: str | Path, dtype: jax.typing.DTypeLike | None = None, mesh: Mesh
     for message in source.warnings:
         warnings.warn(message, stacklevel=2)
     target = source.dtype if dtype in (None, "auto") else weights_dtype(dtype)
+    shardings = source.shardings()
     leaves, treedef = jax.tree.flatten(source.abstract)
     total = sum(leaf.size for leaf in leaves) * target.itemsize
     with tqdm(total=total, unit="B", unit_scale=True, desc="loading weights", delay=2) as bar:
         arrays = []
-        for array, (path, _) in zip(source.parameters(target), named_leaves(source.abstract), strict=True):
-            arrays.append(jax.device_put(array, source.sharding(path)))
+        for array, sharding in zip(source.parameters(target), shardings, strict=True):
+            arrays.append(jax.device_put(array, sharding))
             bar.update(array.nbytes)
     return jax.tree.unflatten(treedef, arrays)
 
@@ -146,10 +147,10 @@ class Source:
     family: Family
     abstract: Any
     pieces: Mapping[str, list[Tensor]]
-    buffers: Mapping[str, Tensor] = field(default_factory=dict)
-    copies: Mapping[str, str] = field(default_factory=dict)
-    native: bool = False
-    warnings: tuple[str, ...] = ()
+    buffers: Mapping[str, Tensor]
+    copies: Mapping[str, str]
+    native: bool
+    warnings: tuple[str, ...]
 
     @property
     def dtype(self) -> np.dtype:
@@ -176,10 +177,17 @@ class Source:
                     row += run.stop - run.start
             yield array
 
-    def sharding(self, path: str) -> jax.sharding.Sharding | None:
-        """Where on its mesh a parameter goes; None without one."""
-        mesh = self.abstract.mesh
-        return None if mesh is None else NamedSharding(mesh, self.family.partition(self.abstract.config, mesh)(path))
+    def shardings(self) -> list[jax.sharding.Sharding | None]:
+        """Where on its mesh each parameter goes, in the order of the model's leaves; None without a mesh.
+
+        Raises:
+            ValueError: see `load`.
+        """
+        mesh, paths = self.abstract.mesh, [path for path, _ in named_leaves(self.abstract)]
+        if mesh is None:
+            return [None] * len(paths)
+        spec = self.family.partition(self.abstract.config, mesh)
+        return [NamedSharding(mesh, spec(path)) for path in paths]
 
 
 def open_folder(path: str | Path, mesh: Mesh | None = None) -> Source:
@@ -224,8 +232,8 @@ def _account(
     raw: Mapping[str, Any],
     generation: Mapping[str, Any] | None,
     tensors: Mapping[str, Tensor],
-    native: bool = False,
-    mesh: Mesh | None = None,
+    native: bool,
+    mesh: Mesh | None,
 ) -> Source:
     """Finds a use for every tensor and tensors for every parameter.
 
@@ -395,7 +403,7 @@ def _match_shapes(
                 )
 
 
-def weight_files(folder: Path) -> dict[str, set[str] | None]:
+def weight_files(folder: Path) -> Mapping[str, set[str] | None]:
     """The files that hold a folder's tensors, with the names that the index lists for each; None without an index.
 
     The index is authoritative: a stray file beside it is never read.
@@ -407,7 +415,6 @@ def weight_files(folder: Path) -> dict[str, set[str] | None]:
     index = read_json(folder, INDEX).get("weight_map")
     if not isinstance(index, dict) or not all(isinstance(file, str) for file in index.values()):
         raise CheckpointError(f"{folder / INDEX} has no `weight_map` from tensors to files. Download it again.")
-    files: dict[str, set[str] | None] = {}
     listing: dict[str, set[str]] = {}
     for name, file in index.items():
         listing.setdefault(file, set()).add(name)
@@ -415,8 +422,7 @@ def weight_files(folder: Path) -> dict[str, set[str] | None]:
         check_name(file, folder / INDEX)
         if not file.endswith(".safetensors"):
             raise CheckpointError(f"{folder / INDEX} names {file!r}, which is no safetensors file.")
-        files[file] = listing[file]
-    return files
+    return dict(sorted(listing.items()))
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:

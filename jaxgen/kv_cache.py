@@ -72,7 +72,7 @@ class KVCache:
 
     def placed(self, mesh: Mesh, rows: int, heads: int) -> Self:
         """The cache spread over a mesh: rows over its axis "data", heads over "tensor"."""
-        axes = [axis for axis, size in zip((*rows_axis(mesh, rows), "tensor"), (rows, heads), strict=True) if size > 1]
+        axes = [axis for axis, size in zip((rows_axis(mesh, rows), "tensor"), (rows, heads), strict=True) if size > 1]
         spec = [axis if axis in mesh.shape else None for axis in axes]
         sharding = NamedSharding(mesh, PartitionSpec(*spec))
         return replace(self, layers=lax.with_sharding_constraint(self.layers, sharding))

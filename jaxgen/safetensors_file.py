@@ -111,7 +111,7 @@ class StoredTensor(Tensor):
         """See `Tensor.read`."""
         view = out.reshape(-1).view(np.uint8).data
         with self.path.open("rb", buffering=0) as file:
-            file.seek(self.offset + start * (self.nbytes // max(1, self.rows)))
+            file.seek(self._offset_of(start))
             while view and (count := file.readinto(view)):
                 view = view[count:]
         if view:
@@ -119,8 +119,10 @@ class StoredTensor(Tensor):
 
     def part(self, name: str, start: int, rows: int) -> "StoredTensor":
         """Some of its rows as a tensor of their own."""
-        offset = self.offset + start * (self.nbytes // max(1, self.rows))
-        return StoredTensor(self.path, name, self.dtype, (rows, *self.shape[1:]), offset)
+        return StoredTensor(self.path, name, self.dtype, (rows, *self.shape[1:]), self._offset_of(start))
+
+    def _offset_of(self, row: int) -> int:
+        return self.offset + row * (self.nbytes // max(1, self.rows))
 
 
 def read_header(folder: Path, name: str) -> dict[str, StoredTensor]:
@@ -131,17 +133,18 @@ def read_header(folder: Path, name: str) -> dict[str, StoredTensor]:
     """
     path = file_in(folder, name)
     try:
-        header = parse_json(header_text(path))
+        text = header_text(path)
+        header = parse_json(text)
         with safe_open(path, framework="numpy"):
             pass  # opening validates the header, its offsets and the length of the file
+    except CheckpointError:
+        raise
     except (OSError, SafetensorError, ValueError, RecursionError) as error:
-        if isinstance(error, CheckpointError):
-            raise
         raise CheckpointError(f"{path} cannot be read as safetensors ({error}). Download it again.") from error
     header.pop("__metadata__", None)
     if unreadable := sorted({entry["dtype"] for entry in header.values()} - set(_ALL)):
         raise CheckpointError(f"{path} holds tensors of dtype {unreadable}; jaxgen reads {list(DTYPES)}.")
-    start = 8 + _header_length(path)
+    start = 8 + len(text.encode())
     return {
         name: StoredTensor(path, name, _ALL[entry["dtype"]], tuple(entry["shape"]), start + entry["data_offsets"][0])
         for name, entry in header.items()
@@ -154,23 +157,17 @@ def header_text(path: Path) -> str:
     Raises:
         CheckpointError: if there is none.
     """
-    length = _header_length(path)
-    with path.open("rb") as file:
-        file.seek(8)
-        return file.read(length).decode()
-
-
-def _header_length(path: Path) -> int:
     with path.open("rb") as file:
         start = file.read(64)
-    if start.startswith(b"version https://git-lfs"):
-        raise CheckpointError(f"{path} is a Git LFS pointer, not the weights. Run `git lfs pull` in its folder.")
-    if not any(start):
-        raise CheckpointError(f"{path} begins with zeros: it was not downloaded to the end. Download it again.")
-    length = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else 0
-    if not 2 <= length <= LARGEST_JSON:
-        raise CheckpointError(f"{path} is no safetensors file: it begins with {start[:16]!r}. Download it again.")
-    return length
+        if start.startswith(b"version https://git-lfs"):
+            raise CheckpointError(f"{path} is a Git LFS pointer, not the weights. Run `git lfs pull` in its folder.")
+        if not any(start):
+            raise CheckpointError(f"{path} begins with zeros: it was not downloaded to the end. Download it again.")
+        length = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else 0
+        if not 2 <= length <= LARGEST_JSON:
+            raise CheckpointError(f"{path} is no safetensors file: it begins with {start[:16]!r}. Download it again.")
+        file.seek(8)
+        return file.read(length).decode()
 
 
 def header(tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]], kind: str) -> tuple[bytes, dict[str, int]]:

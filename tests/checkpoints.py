@@ -1,5 +1,6 @@
 """Small random checkpoints of every layout, written byte by byte, so that a test can break whatever it wants."""
 
+import hashlib
 import json
 import struct
 import subprocess
@@ -96,6 +97,12 @@ def write_checkpoint(
         write_safetensors(folder / file, {name: tensors[name] for name, owner in index.items() if owner == file})
     write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": index})
     return folder
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file in a folder and its folders."""
+    files = (file for file in folder.rglob("*") if file.is_file())
+    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
 def assert_same_bits(first: Any, second: Any) -> None:

@@ -194,7 +194,6 @@ def main(count: int, seed: int) -> int:
         outside = watched(folder.path)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         for number in range(count):
-            state = rng.getstate()
             file = folder.broken(rng)
             try:
                 loaded += attempt(folder.path)
@@ -202,7 +201,6 @@ def main(count: int, seed: int) -> int:
                 print(f"attempt {number}: {file}: {(folder.path / file).read_bytes()[:3000]!r}", file=sys.stderr)
                 raise
             folder.mend(file)
-            del state
         grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
         assert grown < MEGABYTES, grown
         assert not outside(), outside()

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import CONFIG, random_tensors, write_checkpoint, write_json, write_safetensors
+from checkpoints import CONFIG, write_checkpoint, write_json, write_safetensors
 from mutations import attempt, dumped, watched
 
 from jaxgen import CheckpointError, convert
@@ -189,8 +189,6 @@ def write(folder: Path) -> Path:
 def test_a_broken_checkpoint_is_refused_at_once_in_one_sentence(how: str, tmp_path: Path) -> None:
     folder = write(tmp_path / "model")
     BROKEN[how](folder)
-    if how == "header of nothing":
-        assert open_folder  # the index disagrees
     assert not attempt(folder)
     with pytest.raises(CheckpointError):
         convert.convert_checkpoint(folder, tmp_path / "converted")
@@ -291,7 +289,3 @@ def test_what_was_changed_at_random_loads_or_is_refused(count: int) -> None:
     ended = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr[-5000:]
     assert 0 < int(ended.stdout) < count / 2
-
-
-def test_the_tensors_of_the_broken_checkpoints_were_whole() -> None:
-    assert all(np.isfinite(array).all() for array in random_tensors().values())

@@ -439,7 +439,7 @@ class Llama(nnx.Module):
         """float [N, T, D] after the final norm, the cache T columns longer, and the internals asked for."""
         x = self.embed_tokens(input_ids) if input_ids.ndim == 2 else input_ids.astype(self.dtype)
         if self.mesh is not None:
-            x = lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(*rows_axis(self.mesh, len(x)))))
+            x = lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(rows_axis(self.mesh, len(x)))))
         cache, positions, mask = cache.extend(attention_mask, position_ids)
         masks = {FULL: mask}
         if (window := self.config.sliding_window) is not None:

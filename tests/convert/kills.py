@@ -1,11 +1,10 @@
 """Kills conversions at random points, by the clock and by what they do to files, and looks at what is left.
 
-    python tests/convert/kills.py FOLDER COUNT SEED
+    PYTHONPATH=tests python tests/convert/kills.py FOLDER COUNT SEED
 
 Prints how many were killed before their end. Children are forked, so that none of them has to import anything.
 """
 
-import hashlib
 import json
 import os
 import random
@@ -18,15 +17,12 @@ from pathlib import Path
 
 os.environ["TQDM_DISABLE"] = "1"  # its lock is shared with the children, who may die with it
 
+from checkpoints import hashes
+
 from jaxgen import CheckpointError, convert
 from jaxgen.checkpoint import open_folder
 
 CHANGES = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree", "fcntl.flock"}
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    files = (file for file in folder.rglob("*") if file.is_file())
-    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
 def work(source: Path, target: Path, back: bool, resume: bool) -> None:
@@ -62,7 +58,7 @@ def killed(source: Path, target: Path, back: bool, resume: bool, *, after: float
     return os.WIFSIGNALED(status)
 
 
-def check_leftovers(folder: Path, target: Path, complete: list[dict[str, str]]) -> None:
+def check_leftovers(folder: Path, complete: list[dict[str, str]]) -> None:
     """What is there is whole, or it does not load."""
     for left in folder.glob("*target*"):
         if (left / "config.json").exists():
@@ -96,7 +92,7 @@ def main(folder: Path, count: int, seed: int) -> int:
         for attempt in range(rng.choice([1, 1, 3])):
             after = rng.uniform(0, duration) if number % 2 else rng.randrange(150)
             dead += killed(origin, target, back, attempt > 0, after=after)
-            check_leftovers(folder, target, complete)
+            check_leftovers(folder, complete)
         if (folder / "target.partial").exists() or not target.exists() or hashes(target) != results[back]:
             work(origin, target, back, True)
         assert hashes(target) == results[back]

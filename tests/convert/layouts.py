@@ -1,7 +1,6 @@
 """The ways in which the weights of one model lie in folders of the Hugging Face kind."""
 
 import json
-import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -146,8 +145,3 @@ LAYOUTS: dict[str, Callable[[Path], Path]] = {
     "Qwen2": of_config(model_type="qwen2", architectures=["Qwen2ForCausalLM"]),
     "Qwen3": of_config(model_type="qwen3", architectures=["Qwen3ForCausalLM"], head_dim=8, attention_bias=True),
 }
-
-
-def copy(folder: Path, target: Path) -> Path:
-    shutil.copytree(folder, target)
-    return target

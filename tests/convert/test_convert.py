@@ -16,6 +16,7 @@ import pytest
 from checkpoints import (
     CONFIG,
     assert_same_bits,
+    hashes,
     peak_growth,
     random_tensors,
     write_checkpoint,
@@ -31,11 +32,6 @@ ROOT = Path(__file__).parents[2]
 OTHER_WEIGHTS = ("consolidated.safetensors", "pytorch_model.bin", "model-00009-of-00009.safetensors")
 # NaN equals nothing; transformers wants metadata in an index, and believes a single file before it.
 UNLIKE_TRANSFORMERS = {name for name in LAYOUTS if "bits" in name} | {"bare index", "other weights beside"}
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    files = (file for file in folder.rglob("*") if file.is_file())
-    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
 @pytest.fixture

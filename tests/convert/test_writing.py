@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import CONFIG, random_tensors, write_checkpoint
+from checkpoints import CONFIG, hashes, random_tensors, write_checkpoint
 from jaxgen.convert import writing
-from kills import hashes
 
 import jaxgen
 from jaxgen import CheckpointError, convert
@@ -37,7 +36,8 @@ def run_kills(tmp_path: Path, count: int, seed: int) -> int:
     config = CONFIG | {"hidden_size": 256, "intermediate_size": 1024, "vocab_size": 2048, "num_hidden_layers": 6}
     write_checkpoint(tmp_path / "source", config, shards=3)
     command = [sys.executable, str(HERE / "kills.py"), str(tmp_path), str(count), str(seed)]
-    ended = subprocess.run(command, capture_output=True, text=True)
+    environment = os.environ | {"PYTHONPATH": str(HERE.parent)}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     return json.loads(ended.stdout)
 
