@@ -172,7 +172,7 @@ def watched(folder: Path) -> Callable[[], list[str]]:
 
 def attempt(folder: Path) -> bool:
     """Whether it loads; any other error than the one that is meant is let through."""
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         open_folder(folder)
         return True
@@ -182,7 +182,7 @@ def attempt(folder: Path) -> bool:
         assert len(message) < 5000, message[:5000]
         return False
     finally:
-        assert time.perf_counter() - start < SECONDS
+        assert time.process_time() - start < SECONDS
 
 
 def main(count: int, seed: int) -> int:
