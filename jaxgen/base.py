@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jax.tree_util import GetAttrKey, register_pytree_with_keys
 
 AnyClass = TypeVar("AnyClass", bound=type)
@@ -180,7 +180,7 @@ class BranchedCache(Cache, Protocol):
         ...
 
 
-def tensor_shards(mesh: Mesh | None) -> int:
+def tensor_shards(mesh: Mesh | AbstractMesh | None) -> int:
     """Over how many devices heads and MLP units are spread."""
     return 1 if mesh is None else mesh.shape.get("tensor", 1)
 

@@ -87,6 +87,20 @@ def from_config(config: Any, key: jax.Array | int = 0, dtype: jax.typing.DTypeLi
     return model
 
 
+def abstract(config: Mapping[str, Any], mesh: Mesh | None = None) -> Any:
+    """The model of a config.json with shapes in place of weights: nothing is allocated.
+
+    Args:
+        config: its content.
+        mesh: see `load`.
+    """
+    return _abstract(*_parse_config(config, None), None if mesh is None else _automatic(mesh))
+
+
+def _abstract(family: Family, config: Any, generation_config: Any, mesh: Mesh | None) -> Any:
+    return nnx.eval_shape(lambda: family.build(config, _OneKey(), generation_config, mesh))
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _random_model(family: Family, config: Any, dtype: np.dtype, key: jax.Array) -> Any:
     return jax.tree.map(lambda leaf: leaf.astype(dtype), family.build(config, nnx.Rngs(key)))
@@ -273,12 +287,12 @@ def _account(
         wanted = {path: _native_names(path, sources, tensors) for path, sources in wanted.items()}
     used = {name: tensor for name, tensor in tensors.items() if name not in copies}
     _match_names(folder, wanted, used)
-    abstract = nnx.eval_shape(lambda: family.build(config, _OneKey(), generation_config, mesh))
-    _match_shapes(folder, {name: leaf.shape for name, leaf in named_leaves(abstract)}, wanted, used)
+    model = _abstract(family, config, generation_config, mesh)
+    _match_shapes(folder, {name: leaf.shape for name, leaf in named_leaves(model)}, wanted, used)
     pieces = {path: [tensors[name] for name in sources] for path, sources in wanted.items()}
     oddities = (*resized, *_oddities(raw), *_odd_buffers(config, buffers))
     return Source(
-        folder, raw, family, abstract, pieces, buffers, copies, native, tuple(f"{folder}: {each}" for each in oddities)
+        folder, raw, family, model, pieces, buffers, copies, native, tuple(f"{folder}: {each}" for each in oddities)
     )
 
 

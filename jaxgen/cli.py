@@ -13,6 +13,8 @@ from io import TextIOWrapper
 from jaxgen.commands.options import add_decoding_options
 from jaxgen.version import __version__
 
+_DTYPES = ("float32", "bfloat16", "float16")
+
 
 def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
@@ -90,6 +92,28 @@ def _parser() -> argparse.ArgumentParser:
         "inspect", help="what a folder holds", description="Says what a checkpoint holds, without loading it."
     )
     inspect.add_argument("folder", metavar="FOLDER", help="a Hugging Face or converted folder")
+    plan = commands.add_parser(
+        "plan",
+        help="whether a model, a batch and a context fit a device",
+        description="Says what a call needs of each device, and what would fit if it does not. Nothing is loaded.",
+        epilog="Ends with 0 if it fits and with 1 if not.",
+        allow_abbrev=False,
+    )
+    plan.add_argument(
+        "model", metavar="MODEL", help="1b, 8b, 70b or 405b for a Llama 3 of that size, else a folder (./8b is one)"
+    )
+    plan.add_argument("--batch", type=int, default=1, metavar="N", help="prompts (default: 1)")
+    plan.add_argument("--prompt-tokens", type=int, default=1024, metavar="N", help="of each (default: 1024)")
+    plan.add_argument("--new-tokens", type=int, default=256, metavar="N", help="for each (default: 256)")
+    plan.add_argument("--num-beams", type=int, default=1, metavar="N")
+    plan.add_argument("--num-return-sequences", type=int, default=1, metavar="N")
+    plan.add_argument("--dtype", choices=_DTYPES, help="default: the checkpoint's own")
+    plan.add_argument("--quantize", choices=("int8",), help="weights of one byte")
+    plan.add_argument(
+        "--device", metavar="KIND", help="v5e, v6e, v5p, h100, h200, a100-80g, a100-40g or l4; default: what is here"
+    )
+    plan.add_argument("--mesh", default="1x1", metavar="DATAxTENSOR", help="devices for rows, and for heads and units")
+    plan.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
     doctor = commands.add_parser(
         "doctor", help="what is installed", description="Says what is installed, where it runs and what is wrong."
     )
@@ -103,7 +127,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", metavar="FOLDER", help="a Hugging Face or converted folder; bundled story model by default"
     )
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the checkpoint's own")
+    parser.add_argument("--dtype", choices=_DTYPES, help="default: the checkpoint's own")
     _add_cache_option(parser)
 
 

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from jaxgen import lazy
-from jaxgen.base import Model, Prompt, Strategy, leaf
+from jaxgen.base import Model, Prompt, Strategy, leaf, row_shards
 from jaxgen.callbacks import HostCriterion, HostFunctions, for_criterion
 from jaxgen.decoding import DecodeState, finalize
 from jaxgen.generation_config import Resolved, resolve, warn_once
@@ -266,6 +266,15 @@ def lower(
     model: Model, inputs: Any, generation_config: Any, kwargs: dict[str, Any], custom: Custom | None = None
 ) -> Call:
     """From the arguments of `generate` to the arguments of `prefill` and `advance`; every check is in here."""
+    call = lower_for_any_device(model, inputs, generation_config, kwargs, custom)
+    _check_memory(model, call)
+    return call
+
+
+def lower_for_any_device(
+    model: Model, inputs: Any, generation_config: Any, kwargs: dict[str, Any], custom: Custom | None = None
+) -> Call:
+    """As `lower`, whatever the memory here: for programs that run elsewhere."""
     custom = custom or Custom()
     for name in _NOT_YET & kwargs.keys():
         if kwargs[name] is not None and kwargs[name] is not False:
@@ -345,7 +354,7 @@ def lower(
     strategy = strategy_for(
         config,
         rules,
-        key_words(custom.key, config, row_bucket(model, rows), rows),
+        key_words(custom.key, config, row_bucket(row_shards(model.mesh), rows), rows),
         pad_token_id_or_default(config),
         # Without an eos, rows that a criterion finishes go on until all are, as in transformers.
         bool(eos_token_id) or not rules.stopping_criteria,
@@ -358,9 +367,7 @@ def lower(
     # With beams every further column costs a slot for each of them.
     slots = bucket(prompt_bucket + new_tokens) if beams == 1 else prompt_bucket + bucket(new_tokens)
     passes = strategy.forward_passes(new_tokens)
-    call = Call(prompt, strategy, slots, collect, passes, rows, columns, seen, read.fresh, config, host)
-    _check_memory(model, call)
-    return call
+    return Call(prompt, strategy, slots, collect, passes, rows, columns, seen, read.fresh, config, host)
 
 
 def _recorded(config: Resolved, custom: Custom, collect: tuple[str, ...]) -> tuple[str, ...]:
@@ -576,7 +583,7 @@ def _check_memory(model: Model, call: Call) -> None:
             needed[f"`output_{name}`"] = of_prompt + steps * of_step
         else:
             needed[f"`output_{name}`"] = 4 * scored * steps * model.vocab_size
-    available = _memory_bytes() * (1 if model.mesh is None else model.mesh.size)
+    available = memory_bytes() * (1 if model.mesh is None else model.mesh.size)
     place = "the device has" if model.mesh is None else "the devices have"
     if sum(needed.values()) > available:
         parts = ", ".join(f"{size / 1e9:,.1f} GB for {name}" for name, size in needed.items())
@@ -587,7 +594,8 @@ def _check_memory(model: Model, call: Call) -> None:
         )
 
 
-def _memory_bytes() -> int:
+def memory_bytes() -> int:
+    """What a device has here; a CPU has the machine's."""
     device = jax.devices()[0]
     stats = device.memory_stats() if device.platform != "cpu" else None
     return stats["bytes_limit"] if stats else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

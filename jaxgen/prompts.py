@@ -16,16 +16,18 @@ def bucket(size: int) -> int:
     return power * 3 // 4 if size <= power * 3 // 4 else power
 
 
-def row_bucket(model: Model, rows: int) -> int:
-    """N for so many rows: on a mesh, every device has a bucket of them."""
-    shards = row_shards(model.mesh)
+def row_bucket(shards: int, rows: int) -> int:
+    """N for so many rows: each of the devices that they are spread over has a bucket of them."""
     return bucket(-(-rows // shards)) * shards
 
 
 def pad_to_buckets(model: Model, input_ids: np.ndarray, attention_mask: np.ndarray) -> Prompt:
     """The prompt in the upper right corner of its bucket: masked columns before it, finished rows below it."""
     rows, columns = input_ids.shape
-    width = ((0, row_bucket(model, rows) - rows), (bucket(max(columns, _MIN_PROMPT_BUCKET)) - columns, 0))
+    width = (
+        (0, row_bucket(row_shards(model.mesh), rows) - rows),
+        (bucket(max(columns, _MIN_PROMPT_BUCKET)) - columns, 0),
+    )
     return Prompt(
         input_ids=leaf(np.pad(input_ids, width), np.int32),
         attention_mask=leaf(np.pad(attention_mask, width), np.bool_),

@@ -1,6 +1,5 @@
 """What XLA makes of the decode loop, read from its text: the reason why a step costs what it should."""
 
-import re
 from collections import Counter
 from typing import Any
 
@@ -8,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compilers import elements, loop_body
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -29,27 +29,7 @@ CONFIG = {
 
 def loop_instructions(text: str) -> list[tuple[str, str]]:
     """(operation, result shape) of everything the body of the program's loop runs, fusions included."""
-    computations: dict[str, list[str]] = {}
-    lines: list[str] = []
-    for line in text.splitlines():
-        if header := re.match(r"(?:ENTRY )?%?([\w.\-]+) .*\{$", line):
-            lines = computations.setdefault(header[1], [])
-        else:
-            lines.append(line.strip())
-    bodies = re.findall(r" while\(.*body=%?([\w.\-]+)", text)
-    assert len(bodies) == 1, "the decode is one loop"
-    pending, reached = bodies, set()
-    while pending:
-        name = pending.pop()
-        if name not in reached:
-            reached.add(name)
-            pending += re.findall(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)", "\n".join(computations[name]))
-    found = (
-        re.match(r"(?:ROOT )?%?[\w.\-]+ = (\w+\[[\d,]*\])\S* ([\w\-]+)\(", line)
-        for name in reached
-        for line in computations[name]
-    )
-    return [(match[2], match[1]) for match in found if match]
+    return [(each.operation, each.arrays[0][0]) for each in loop_body(text) if each.arrays]
 
 
 @pytest.fixture(scope="module", params=[1, 4], ids=lambda rows: f"{rows} rows")
@@ -59,11 +39,6 @@ def instructions(request: pytest.FixtureRequest) -> tuple[int, list[tuple[str, s
     state = jax.eval_shape(lambda: decoding._prefill(model, call.prompt, call.strategy, call.slots))
     compiled = decoding.advance.lower(model, state, call.strategy, np.int32(1)).compile()
     return request.param * KV_HEADS * call.slots * HEAD_DIM, loop_instructions(compiled.as_text())
-
-
-def elements(shape: str) -> int:
-    sizes = shape[shape.index("[") + 1 : -1]
-    return int(np.prod([int(size) for size in sizes.split(",") if size]))
 
 
 def test_the_loop_runs_one_forward_pass_per_step(instructions: tuple[int, list[tuple[str, str]]]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from jaxgen.checkpoint import MANIFEST, Source, named_leaves, open_folder
-from jaxgen.commands.terminal import open_tokenizer
+from jaxgen.commands.terminal import byte_count, open_tokenizer
 
 _TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
 
@@ -42,8 +42,8 @@ def describe(source: Source) -> dict[str, str]:
         "context": f"{config.max_position_embeddings:,} tokens",
         "parameters": f"{parameters:,}",
         "dtype": f"{source.dtype} (stored: {', '.join(stored)})",
-        "weights": _bytes(weights),
-        "cache": f"{_bytes(per_token)} for a token of a row; {_bytes(whole)} for a whole context",
+        "weights": byte_count(weights),
+        "cache": f"{byte_count(per_token)} for a token of a row; {byte_count(whole)} for a whole context",
         "stops at": _stops(source, model.generation_config),
         "chat": "has a template" if _has_template(source.folder) else "has no template",
     }
@@ -66,11 +66,3 @@ def _has_template(folder: Path) -> bool:
     return any((folder / name).exists() for name in _TEMPLATES) or (
         config.exists() and '"chat_template"' in config.read_text(encoding="utf-8")
     )
-
-
-def _bytes(size: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:,.0f} {unit}" if unit == "B" else f"{size:,.1f} {unit}"
-        size /= 1000
-    return f"{size:,.2f} TB"

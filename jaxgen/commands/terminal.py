@@ -23,6 +23,15 @@ def say(message: str) -> None:
     print(f"jaxgen: {message}", file=sys.stderr, flush=True)
 
 
+def byte_count(size: float) -> str:
+    """Bytes as people read them."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:,.0f} {unit}" if unit == "B" else f"{size:,.1f} {unit}"
+        size /= 1000
+    return f"{size:,.2f} TB"
+
+
 def open_model(arguments: argparse.Namespace) -> tuple[Any, Any]:
     """The model and its tokenizer, with compiled programs kept where the arguments say."""
     compile_cache.enable(arguments.compile_cache)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from jaxgen.models.llama import LLAMA, Dialect, Llama, LlamaConfig, partition, weight_map
 from jaxgen.models.mistral import MISTRAL
@@ -27,7 +27,7 @@ class Family:
     config: Callable[..., Any]
     build: Callable[..., Any]
     weight_map: Callable[[Any], dict[str, dict[str, int]]]
-    partition: Callable[[Any, Mesh], Callable[[str], PartitionSpec]]
+    partition: Callable[[Any, Mesh | AbstractMesh], Callable[[str], PartitionSpec]]
 
 
 def _like_llama(dialect: Dialect) -> Family:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jaxgen.base import Internals, rows_axis, tensor_shards
 from jaxgen.kv_cache import KVCache
@@ -480,7 +480,7 @@ def weight_map(config: LlamaConfig) -> dict[str, dict[str, int]]:
     return table
 
 
-def partition(config: LlamaConfig, mesh: Mesh) -> Callable[[str], PartitionSpec]:
+def partition(config: LlamaConfig, mesh: Mesh | AbstractMesh) -> Callable[[str], PartitionSpec]:
     """How each parameter, by its path, is spread over a mesh with the axis "tensor": by the rows of the products that
     make heads and units, by the columns of those that take them, by entries of the vocabulary.
 

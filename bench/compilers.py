@@ -1,0 +1,328 @@
+"""What the compilers of TPUs and of an H200 make of the two programs, without such a device.
+
+    JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 python bench/compilers.py --target v5e v6e v5p    # with jax[tpu]
+    JAX_PLATFORMS=cpu python bench/compilers.py --target h200                                # with jax[cuda12]
+
+Lowers the real prefill and decode for models of 1B to 405B parameters on 1 to 256 devices and reads what the compiler
+answers: bytes of each device, what the decode loop copies and sends, and whether it fits. No weight is ever allocated.
+`plan` is the ratio of the bytes that `jaxgen plan` predicts to the compiler's. A TPU's "bytes accessed" count what is
+prefetched twice. The compiler of a GPU does not refuse what is too large; it is compared with the memory here.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import re
+import time
+from dataclasses import dataclass
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxgen import decoding
+from jaxgen.checkpoint import abstract, named_leaves
+from jaxgen.generation import lower_for_any_device
+from jaxgen.models import FAMILIES
+from jaxgen.plan import plan
+from jaxgen.shapes import SHAPES
+
+# XLA's description of an H200, for whom there is no device to ask.
+H200 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
+  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535 block_dim_limit_z: 65535 memory_bandwidth: 4800000000000 l2_cache_size: 62914560
+  clock_rate_ghz: 1.98 device_memory_size: 150000000000 shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 minor: 0 } registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}
+platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 } runtime_version { major: 12 minor: 9 }
+device_description_str: "NVIDIA H200"
+"""
+# The smallest topology with so many devices.
+TOPOLOGIES = {
+    "v5e": {4: "2x2", 8: "2x4", 16: "4x4", 64: "8x8", 256: "16x16"},
+    "v6e": {4: "2x2", 8: "2x4", 16: "4x4", 64: "8x8", 256: "16x16"},
+    "v5p": {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 64: "4x4x4", 256: "4x8x8"},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call on one mesh.
+
+    Attributes:
+        mesh: devices on the axes "data" and "tensor".
+    """
+
+    target: str
+    shape: str
+    mesh: tuple[int, int]
+    batch: int
+    prompt_tokens: int
+    new_tokens: int
+    num_beams: int = 1
+
+
+CASES = [
+    Case("v5e", "1b", (1, 1), 1, 1024, 1024),
+    Case("v5e", "1b", (1, 1), 16, 1024, 1024),
+    Case("v5e", "8b", (1, 1), 1, 128, 128),
+    Case("v5e", "8b", (1, 8), 16, 1024, 1024),
+    Case("v5e", "8b", (32, 8), 512, 1024, 1024),
+    Case("v6e", "8b", (1, 1), 16, 1024, 1024),
+    Case("v6e", "8b", (1, 1), 4, 1024, 256, num_beams=4),
+    Case("v6e", "70b", (1, 8), 16, 512, 512),
+    Case("v5p", "8b", (1, 1), 16, 1024, 1024),
+    Case("v5p", "70b", (1, 4), 16, 512, 512),
+    Case("v5p", "405b", (1, 8), 16, 512, 512),
+    Case("h200", "1b", (1, 1), 16, 1024, 1024),
+    Case("h200", "8b", (1, 1), 1, 1024, 1024),
+    Case("h200", "8b", (1, 1), 16, 1024, 1024),
+    Case("h200", "8b", (2, 4), 64, 1024, 1024),
+    Case("h200", "70b", (1, 4), 16, 512, 512),
+    Case("h200", "405b", (1, 8), 16, 512, 512),
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", nargs="+", choices=(*TOPOLOGIES, "h200"), required=True)
+    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=[*SHAPES])
+    parser.add_argument("--json", type=Path, help="append the figures to this file, one JSON object per line")
+    arguments = parser.parse_args()
+    print(
+        f"{'target':6} {'shape':5} {'mesh':>5} {'batch':>5} {'columns':>11} {'compile s':>11} {'weights':>8} "
+        f"{'cache GB':>8} {'temporaries MB':>15} {'plan':>5} {'moves':>5} {'sends':>12} {'tokens/s':>9}"
+    )
+    for case in CASES:
+        if case.target in arguments.target and case.shape in arguments.shape:
+            figures = examine(case, devices(case.target, math.prod(case.mesh)))
+            print(row(case, figures), flush=True)
+            if arguments.json:
+                with arguments.json.open("a") as file:
+                    file.write(json.dumps({**vars(case), **figures, **record()}) + "\n")
+
+
+def devices(target: str, count: int) -> Any:
+    """Devices that are described, and need not be there."""
+    if target == "h200":
+        described = topologies.get_topology_desc(platform="cuda", topology=f"1x1x{count}", target_config=H200)
+        return described.devices
+    name = next(name for size, name in TOPOLOGIES[target].items() if size >= count)
+    return topologies.get_topology_desc(platform="tpu", topology_name=f"{target}:{name}").devices[:count]
+
+
+def examine(case: Case, found: Any) -> dict[str, Any]:
+    """The figures of a case: bytes of each device; those of a refused program are missing."""
+    planned = plan(
+        case.shape,
+        case.batch,
+        case.prompt_tokens,
+        case.new_tokens,
+        num_beams=case.num_beams,
+        dtype="bfloat16",
+        device=case.target,
+        mesh=case.mesh,
+    )
+    figures: dict[str, Any] = {
+        "dtype": "bfloat16",
+        "plan_bytes": planned.total,
+        "plan_fits": planned.fits,
+        "roofline_tokens_per_s": planned.tokens_per_s,
+        "refused": None,
+    }
+    model, prompt, strategy, slots, everywhere = programs(case, found)
+    try:
+        lowered = decoding.prefill.lower(model, prompt, strategy, slots, ())
+        prefill, figures["prefill_compile_s"] = timed(lowered)
+        shardings = prefill.output_shardings[0]
+        state = jax.tree.map(placed, lowered.out_info[0], shardings)
+        figures["prefill_temp_bytes"] = prefill.memory_analysis().temp_size_in_bytes
+        cache = [array for layer in state.cache.layers for array in layer]
+        shares = [math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize for array in cache]
+        advance, figures["decode_compile_s"] = timed(
+            decoding.advance.lower(model, state, strategy, placed(np.int32(1), everywhere), ())
+        )
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        figures["refused"] = " ".join(str(error).split())[:300]
+        return figures
+    memory = advance.memory_analysis()
+    weights = [math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(model)]
+    figures |= {
+        "weights_bytes": sum(weights) * 2,
+        "cache_bytes": sum(shares),
+        "decode_temp_bytes": memory.temp_size_in_bytes,
+    }
+    figures["total_bytes"] = memory.argument_size_in_bytes + max(
+        figures["prefill_temp_bytes"], figures["decode_temp_bytes"]
+    )
+    figures["plan_ratio"] = planned.total / figures["total_bytes"]
+    figures["fits"] = figures["total_bytes"] <= planned.available
+    body = loop_body(advance.as_text())
+    matrices = [size for size, leaf in zip(weights, jax.tree.leaves(model), strict=True) if leaf.ndim == 2]
+    figures |= {
+        "moves": moves(body, min(*matrices, shares[0] // 2)),
+        "collectives": sum(each.operation.removesuffix("-start") in COLLECTIVES for each in body),
+        "collective_bytes": sum(each.sent for each in body),
+    }
+    cost = (advance.cost_analysis() or {}).get("bytes accessed")
+    figures["bytes_accessed_of_floor"] = None if cost is None else cost / (sum(weights) * 2 + sum(shares))
+    return figures
+
+
+def programs(case: Case, found: Any) -> tuple[Any, Any, Any, int, NamedSharding]:
+    """The arguments of the programs, as shapes that have their places; and the place of what is everywhere."""
+    grid = Mesh(np.array(found).reshape(case.mesh), ("data", "tensor"))
+    everywhere = NamedSharding(grid, PartitionSpec())
+    config = SHAPES[case.shape]
+    model = abstract(config, grid if grid.size > 1 else None)
+    spec = FAMILIES[config["model_type"]].partition(model.config, grid)
+    leaves = [
+        jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16, sharding=NamedSharding(grid, spec(path)))
+        for path, leaf in named_leaves(model)
+    ]
+    model = jax.tree.unflatten(jax.tree.structure(model), leaves)
+    options = {"max_new_tokens": case.new_tokens, "num_beams": case.num_beams}
+    calls = []
+
+    def lowered(model: Any) -> None:
+        prompt = np.ones((case.batch, case.prompt_tokens), np.int32)
+        calls.append(lower_for_any_device(model, prompt, None, options))
+
+    jax.eval_shape(lowered, model)
+    (call,) = calls
+    prompt, strategy = jax.tree.map(lambda leaf: placed(leaf, everywhere), (call.prompt, call.strategy))
+    return model, prompt, strategy, call.slots, everywhere
+
+
+def placed(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf), sharding=sharding)
+
+
+def timed(lowered: Any) -> tuple[Any, float]:
+    start = time.perf_counter()
+    compiled = lowered.compile()
+    return compiled, time.perf_counter() - start
+
+
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+_MOVING = ("copy", "copy-start", "transpose", "concatenate", "gather", "pad", "scatter", "select")
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "s32": 4, "u32": 4, "f32": 4}
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """Of an HLO text.
+
+    Attributes:
+        operation: such as "copy-start".
+        arrays: of the result, each with its shape and whether it is in the memory that is not on the chip.
+    """
+
+    operation: str
+    arrays: tuple[tuple[str, bool], ...]
+
+    @property
+    def sent(self) -> int:
+        """Bytes of a collective's result on a device; what starts one has its operands beside it."""
+        name = self.operation.removesuffix("-start")
+        if name not in COLLECTIVES:
+            return 0
+        sizes = [elements(shape) * _BYTES.get(shape[: shape.index("[")], 8) for shape, _ in self.arrays]
+        return sum(sizes) if name == "all-reduce" else max(sizes)
+
+
+def loop_body(text: str) -> list[Instruction]:
+    """Everything that the body of the program's loop runs, fusions included."""
+    computations: dict[str, list[str]] = {}
+    lines: list[str] = []
+    for line in text.splitlines():
+        if header := re.match(r"(?:ENTRY )?%?([\w.\-]+) .*\{$", line):
+            lines = computations.setdefault(header[1], [])
+        else:
+            lines.append(line.strip())
+    inner = {
+        name for each in computations.values() for line in each for name in re.findall(r"calls=%?([\w.\-]+)", line)
+    }
+    bodies = [
+        body
+        for name, each in computations.items()
+        if name not in inner
+        for line in each
+        for body in re.findall(r" while\(.*body=%?([\w.\-]+)", line)
+    ]
+    if len(bodies) != 1:
+        raise ValueError(f"the decode is one loop, but the program has {len(bodies)}")
+    pending, reached = bodies, set()
+    while pending:
+        name = pending.pop()
+        if name not in reached:
+            reached.add(name)
+            pending += re.findall(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)", "\n".join(computations[name]))
+    found = []
+    for line in (line for name in reached for line in computations[name]):
+        if match := re.match(r"(?:ROOT )?%?[\w.\-]+ = (.*?) ([a-z][\w\-]*)\(%?[\w.\-]*", line):
+            arrays = re.findall(r"(\w+\[[\d,]*\])(\{[^}]*\})?", match[1])
+            found.append(Instruction(match[2], tuple((shape, "S(" not in layout) for shape, layout in arrays)))
+    return found
+
+
+def moves(body: list[Instruction], smallest: int) -> list[str]:
+    """What rewrites in the device's memory so many elements or more, such as a layer's cache or a weight."""
+    return [
+        f"{each.operation} {each.arrays[0][0]}"
+        for each in body
+        if each.operation in _MOVING and each.arrays and each.arrays[0][1] and elements(each.arrays[0][0]) >= smallest
+    ]
+
+
+def elements(shape: str) -> int:
+    """Of "f32[2,3]"."""
+    return math.prod(int(size) for size in shape[shape.index("[") + 1 : -1].split(",") if size)
+
+
+def row(case: Case, figures: dict[str, Any]) -> str:
+    name = (
+        f"{case.target:6} {case.shape:5} {case.mesh[0]:>3}x{case.mesh[1]} {case.batch:5} "
+        f"{case.prompt_tokens:>5}+{case.new_tokens:<5}"
+    )
+    if figures["refused"]:
+        said = "fits" if figures["plan_fits"] else "does not fit, either"
+        return f"{name} refused for lack of memory; plan: {said}: {figures['plan_bytes'] / 1e9:.1f} GB"
+    sends = f"{figures['collectives']}, {figures['collective_bytes'] / 1e6:.1f} MB"
+    return (
+        f"{name} {figures['prefill_compile_s']:5.1f} {figures['decode_compile_s']:5.1f} "
+        f"{figures['weights_bytes'] / 1e9:8.2f} {figures['cache_bytes'] / 1e9:8.2f} "
+        f"{figures['prefill_temp_bytes'] / 1e6:8.0f} {figures['decode_temp_bytes'] / 1e6:6.0f} "
+        f"{figures['plan_ratio']:5.2f} {len(figures['moves']):5} {sends:>12} {figures['roofline_tokens_per_s']:9,.0f}"
+    )
+
+
+def record() -> dict[str, Any]:
+    """What a figure needs to be compared with others."""
+    versions = {}
+    for name in ("jaxgen", "jax", "jaxlib", "libtpu", "jax-cuda12-plugin"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:  # one compiler is there, or the other
+            continue
+    return {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "versions": versions,
+        "date": date.today().isoformat(),
+    }
+
+
+if __name__ == "__main__":
+    main()
