@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import re
+from typing import Any
 
 from jaxgen.commands.terminal import byte_count
 from jaxgen.plan import Plan, plan
@@ -37,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0 if found.fits else 1
 
 
-def _record(found: Plan) -> dict[str, object]:
+def _record(found: Plan) -> dict[str, Any]:
     fields = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
     del fields["suggestions"]
     return fields | {"fits": found.fits}
