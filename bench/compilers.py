@@ -35,7 +35,7 @@ from jaxgen.models import FAMILIES
 from jaxgen.plan import plan
 from jaxgen.shapes import SHAPES
 
-# XLA's description of an H200, for whom there is no device to ask.
+# XLA's description of an H200, as there is no device to ask.
 H200 = """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472

@@ -75,6 +75,11 @@ def test_converting_is_compared_with_copying(run: Any) -> None:
 LOOP = """
 HloModule jit__advance
 
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  ROOT %total = f32[] add(%a, %a)
+}
+
 %fused (p: f32[4,8]) -> f32[8,4] {
   %p = f32[4,8]{1,0} parameter(0)
   ROOT %turned = f32[8,4]{1,0} transpose(%p), dimensions={1,0}
