@@ -346,7 +346,7 @@ class _Call:
         """The larger of what attention and the MLP of a layer have alive, beside what all of them share."""
         config, columns = self.config, self.columns
         item = max(self.item, 4) if platform == "cpu" else self.item  # XLA:CPU computes in float32
-        # Spread over several, XLA:GPU was found to keep the scores of all heads on each.
+        # Spread over several, XLA:GPU needs as much on each as the scores of all heads take.
         scores = 4 * rows * config.num_attention_heads // (1 if platform == "gpu" else tensor) * columns**2
         heads = config.num_attention_heads + 2 * config.num_key_value_heads
         qkv = item * rows * columns * heads * config.head_dim // tensor
