@@ -5,7 +5,8 @@ structure and shapes. A new temperature, stop set or length is new data for the 
 
 `decode` is the pure composition, for use inside the caller's own `jit`, `vmap` or `shard_map`. `generate` dispatches
 the jitted `prefill` and `advance`: a new prompt bucket then recompiles the prefill only, and the same `advance` serves
-a whole call or a chunk of it, since the number of steps is traced.
+a whole call or a chunk of it, since the number of steps is traced. Between chunks the cache may `grow`: attention reads
+every slot there is, so a cache with room for the longest text would be paid for from the first token on.
 """
 
 import functools
@@ -85,19 +86,25 @@ def finalize(strategy: Strategy, state: DecodeState) -> Mapping[str, Any]:
 
 
 def _prefill(
-    model: Model, prompt: Prompt, strategy: Strategy, slots: int, collect: tuple[str, ...] = ()
+    model: Model,
+    prompt: Prompt,
+    strategy: Strategy,
+    slots: int,
+    collect: tuple[str, ...] = (),
+    cache_slots: int | None = None,
 ) -> DecodeState:
     """One forward pass over the prompt; the first token of every row is chosen.
 
-    The prompt attends to its own columns only: the cache starts with P slots and grows to S afterwards. Its rows are
-    repeated, or branch, only after that: several sequences of one prompt pay for it once.
+    The prompt attends to its own columns only: the cache starts with P slots and grows afterwards, to `cache_slots` or
+    to all that the strategy may need. Its rows are repeated, or branch, only after that: several sequences of one
+    prompt pay for it once.
     """
     rows, columns = prompt.input_ids.shape
     logits, cache, internals = _read(model, prompt, _both(collect, strategy))
     inner = strategy.start(prompt, slots, logits, internals)
     if strategy.copies > 1:
         cache = cache.take(jnp.repeat(jnp.arange(rows), strategy.copies))
-    cache = cache.grow(strategy.cache_slots(prompt.cache_slots, slots - columns))
+    cache = cache.grow(cache_slots or strategy.cache_slots(prompt.cache_slots, slots - columns))
     if strategy.branches > 1:
         cache = cache.branch(strategy.branches)
     buffers: Internals = {}
@@ -165,11 +172,11 @@ _compile_counts: Counter[str] = Counter()
 
 
 def compile_counts() -> dict[str, int]:
-    """How many programs this process has built for `generate` so far: {"prefill": ..., "advance": ...}.
+    """How many programs this process has built for `generate` so far: {"prefill": ..., "advance": ..., "grow": ...}.
 
     A call that leaves the figures alone compiled nothing.
     """
-    return {"prefill": _compile_counts["prefill"], "advance": _compile_counts["advance"]}
+    return {name: _compile_counts[name] for name in ("prefill", "advance", "grow")}
 
 
 def _counted_jit(name: str, function: Callable[..., DecodeState], **options: Any) -> Callable[..., Any]:
@@ -185,5 +192,11 @@ def _counted_jit(name: str, function: Callable[..., DecodeState], **options: Any
     return jax.jit(traced, **options)
 
 
-prefill = _counted_jit("prefill", _prefill, static_argnums=(3, 4))
+def _grow(cache: Cache, slots: int) -> Cache:
+    _compile_counts["grow"] += 1
+    return cache.grow(slots)
+
+
+prefill = _counted_jit("prefill", _prefill, static_argnums=(3, 4, 5))
 advance = _counted_jit("advance", _advance, static_argnums=4, donate_argnums=1)
+grow = jax.jit(_grow, static_argnums=1)

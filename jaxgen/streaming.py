@@ -4,6 +4,7 @@ While the device works on a chunk the host looks at the one before, and the next
 waits. The programs are those of a call in one piece: the number of their steps is data.
 """
 
+import bisect
 import contextlib
 import math
 import time
@@ -16,7 +17,7 @@ import jax
 import numpy as np
 
 from jaxgen.base import Model, leaf
-from jaxgen.decoding import DecodeState, Progress, advance, prefill
+from jaxgen.decoding import DecodeState, Progress, advance, grow, prefill
 from jaxgen.stopping_criteria import MaxLength
 
 # For a guess at the first chunk of an unwatched call: a tenth of the bytes per second that weights are read with, since
@@ -49,6 +50,47 @@ class Pace:
         return max(1, min(int(min(self.seconds, left) / max(per_step, 1e-6)), 2 * steps, self.most))
 
 
+# A cache smaller than this is not worth a program of its own.
+_FEWEST_SLOTS = 256
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A size of the cache, and how long it is enough.
+
+    Attributes:
+        cache_slots: of each row.
+        passes: forward passes since the prompt's until it is full, but for one that a call which ends early may need.
+    """
+
+    cache_slots: int
+    passes: int
+
+
+def stages(model: Model, call: Any) -> Generator[Stage]:
+    """The sizes that the cache of a `generation.Call` grows through, each about twice the last.
+
+    What is reserved is read at every step, so it is at most as much again as what is needed, or so little beside the
+    weights that it does not count.
+    """
+    strategy, columns = call.strategy, call.prompt.cache_slots
+    most = strategy.cache_slots(columns, call.slots - call.prompt.input_ids.shape[1])
+    weights = sum(each.nbytes for each in jax.tree.leaves(model))
+    rows = len(call.prompt.input_ids) * strategy.copies
+    unnoticed = weights // 64 // (rows * model.cache_bytes_per_token)
+    passes, whole = 0, "attentions" in call.collect  # whose buffers are as wide as the cache
+    while True:
+        needed = max(strategy.cache_slots(columns, passes + 2), unnoticed, _FEWEST_SLOTS)
+        size = 1 << (needed - 1).bit_length()
+        if whole or most <= size * 3 // 2:
+            yield Stage(most, call.forward_passes)
+            return
+        passes = (
+            bisect.bisect(range(call.forward_passes), size, key=lambda new: strategy.cache_slots(columns, new + 1)) - 1
+        )
+        yield Stage(size, passes)
+
+
 WATCHED = Pace(seconds=0.1, most=16, watched=True)
 UNWATCHED = Pace(seconds=0.25, most=2**20, watched=False)
 
@@ -65,21 +107,27 @@ def run(model: Model, call: Any, pace: Pace) -> Chunks:
     max_time = math.inf if call.config.max_time is None else call.config.max_time
     waits = pace.watched or max_time < math.inf
     started = time.monotonic()
-    state, progress = prefill(model, call.prompt, call.strategy, call.slots, call.collect)
+    sizes = stages(model, call)
+    stage, done = next(sizes), 0
+    state, progress = prefill(model, call.prompt, call.strategy, call.slots, call.collect, stage.cache_slots)
     compiling = time.monotonic() - started  # which is what dispatches take their time for
     try:
         unread = deque([(1, progress)])
-        left, steps = call.forward_passes, 1 if waits else pace.first(model)
+        steps = 1 if waits else pace.first(model)
         ahead = 0 if waits else 1  # the first token does not wait for the compiler
         before = 0.0
         while True:
-            while left and len(unread) <= ahead:
-                chunk, asked = min(steps, left), time.monotonic()
+            while done < call.forward_passes and len(unread) <= ahead:
+                asked = time.monotonic()
+                if done == stage.passes:
+                    stage = next(sizes)
+                    state = replace(state, cache=grow(state.cache, stage.cache_slots))
+                chunk = min(steps, stage.passes - done)
                 state, progress = advance(model, state, call.strategy, leaf(chunk, np.int32), call.collect)
                 compiling += time.monotonic() - asked
                 unread.append((chunk, progress))
-                left -= chunk
-            if not unread or not (left or waits):
+                done += chunk
+            if not unread or not (done < call.forward_passes or waits):
                 return state
             chunk, progress = unread.popleft()
             read = jax.device_get(progress)

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 
 
 class Linear(nnx.Module):
@@ -23,7 +24,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., in] -> [..., out]."""
-        y = jnp.einsum("...i,oi->...o", x, self.weight[...])
+        y = product(x, self.weight[...])
         return y if self.bias is None else y + self.bias[...]
 
 
@@ -39,7 +40,7 @@ class Embed(nnx.Module):
 
     def attend(self, x: jax.Array) -> jax.Array:
         """[..., D] -> [..., V]: the head of a model with tied embeddings."""
-        return jnp.einsum("...d,vd->...v", x, self.weight[...])
+        return product(x, self.weight[...])
 
 
 class RMSNorm(nnx.Module):
@@ -54,6 +55,37 @@ class RMSNorm(nnx.Module):
         wide = x.astype(jnp.float32)
         wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
         return self.weight[...] * wide.astype(x.dtype)
+
+
+def product(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """x @ weight.T, [..., in] and [out, in] -> [..., out], in the form that the platform multiplies fastest."""
+
+    def in_order(x: jax.Array, weight: jax.Array) -> jax.Array:
+        return jnp.einsum("...i,oi->...o", x, weight)
+
+    return lax.platform_dependent(x, weight, cpu=_product_on_cpu, default=in_order)
+
+
+def _product_on_cpu(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """As measured with jax 0.10.
+
+    With 2 to 32 rows in float32 the weight comes first: the other way round it is packed anew at every call, which
+    takes as long again as multiplying. The barrier keeps XLA from turning the product around. In other dtypes a single
+    row takes a path 8 times slower than that of two.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    if x.dtype == jnp.float32 and 1 < len(rows) <= 32:
+        y = lax.optimization_barrier(jnp.einsum("oi,mi->om", weight, rows)).T
+    elif x.dtype != jnp.float32 and len(rows) == 1:
+        y = _wide(jnp.pad(rows, ((0, 1), (0, 0))), weight)[:1]
+    else:
+        y = _wide(rows, weight)
+    return y.astype(x.dtype).reshape(*x.shape[:-1], -1)
+
+
+def _wide(rows: jax.Array, weight: jax.Array) -> jax.Array:
+    """[m, in] and [out, in] -> float32 [m, out]."""
+    return jnp.einsum("mi,oi->mo", rows, weight, preferred_element_type=jnp.float32)
 
 
 def unfuse(x: jax.Array, sizes: tuple[int, ...], shards: int, axis: int) -> list[jax.Array]:
