@@ -25,7 +25,11 @@ DECODES: dict[str, dict[str, Any]] = {
     "sampling": {"do_sample": True, "top_k": 50, "top_p": 0.9},
     "beams": {"num_beams": 4},
 }
-_PACKAGES = ("jaxgen", "jax", "transformers", "torch", "keras-hub", "llama-cpp-python")
+_PACKAGES = ("jax", "transformers", "torch", "keras-hub", "llama-cpp-python")
+
+
+# What is read at once to measure the bandwidth: much more than any cache holds.
+READ_BYTES = {"cpu": 1 << 29, "gpu": 1 << 31, "tpu": 1 << 31}
 
 
 def seconds(call: Callable[[], Any]) -> float:
@@ -39,7 +43,7 @@ def machine() -> dict[str, Any]:
     return {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "device": jax.devices()[0].device_kind,
-        "versions": {name: found for name in _PACKAGES if (found := _version(name))},
+        "versions": {"jaxgen": jaxgen.__version__} | {name: found for name in _PACKAGES if (found := _version(name))},
         "date": date.today().isoformat(),
     }
 
@@ -82,11 +86,11 @@ def continued(model: Any, prompts: np.ndarray, new_tokens: int, **kwargs: Any) -
 def bandwidth(mesh: Mesh | None = None) -> float:
     """Bytes per second that the device, or all of a mesh, can read: the faster of a sum and a product with a vector.
 
-    The array is much larger than any cache. Each time is of several reads in a row, so that dispatching them, which an
-    accelerator does meanwhile, does not count; the median of seven.
+    Each time is of several reads in a row, so that dispatching them, which an accelerator does meanwhile, does not
+    count; the median of seven.
     """
     devices = 1 if mesh is None else mesh.size
-    rows = devices * (1 << 15 if jax.default_backend() == "cpu" else 1 << 17)
+    rows = devices * READ_BYTES[jax.default_backend()] // (4 * 4096)
     sharding = None if mesh is None else NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     array = jax.jit(lambda: jnp.ones((rows, 4096), jnp.float32), out_shardings=sharding)()
     reads = 2 if jax.default_backend() == "cpu" else 8

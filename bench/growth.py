@@ -63,21 +63,24 @@ def main() -> None:
     model = jaxgen.from_config(config, dtype=arguments.dtype)
     common = {"shape": arguments.shape, "dtype": arguments.dtype, "steps": arguments.steps, "bandwidth": rate}
     measured = {
-        "length": by_length(model, arguments.length, room, arguments.steps, arguments.repeats),
-        "batch": by_call(model, arguments.batch, "batch", arguments.steps, arguments.repeats),
-        "beams": by_call(model, arguments.beams, "beams", arguments.steps, arguments.repeats),
+        "length": lambda: by_length(model, arguments.length, room, arguments.steps, arguments.repeats),
+        "batch": lambda: by_call(model, arguments.batch, "batch", arguments.steps, arguments.repeats),
+        "beams": lambda: by_call(model, arguments.beams, "beams", arguments.steps, arguments.repeats),
     }
-    for axis, rows in measured.items():
+    for axis, measure in measured.items():
+        if not (rows := measure()):
+            continue
         print(f"{axis:>8} {'ms/step':>9} {'(range)':>19}")
         for figures in rows:
             spread = "({:.3f} - {:.3f})".format(*figures["step_ms_range"])
-            print(f"{figures['value']:8} {figures['step_ms']:9.3f} {spread:>19}")
+            print(f"{figures['value']:8} {figures['step_ms']:9.3f} {spread:>19}", flush=True)
+        own = common
         if axis == "length" and len(rows) > 1:
             slope, floor = slopes(rows, model.cache_bytes_per_token, rate)
-            common |= {"slope_ms": slope, "floor_slope_ms": floor}
+            own = common | {"slope_ms": slope, "floor_slope_ms": floor}
             print(f"{slope * 1e3:.2f} us per column; its bytes take {floor * 1e3:.2f} us at {rate / 1e9:.1f} GB/s")
         for figures in rows:
-            record(arguments.json, {"axis": axis, **common, **figures, "repeats": arguments.repeats})
+            record(arguments.json, {"axis": axis, **own, **figures, "repeats": arguments.repeats})
 
 
 def by_length(model: Any, lengths: list[int], room: int, steps: int, repeats: int) -> list[dict[str, Any]]:

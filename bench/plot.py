@@ -57,7 +57,7 @@ def throughput(records: Records) -> Any:
     """Tokens per second, and the share of the bandwidth, over the batch."""
     case = ("model", "dtype", "quantize", "mesh", "decode", "prompt_tokens", "new_tokens")
     records = sorted(last(records, *case, "batch"), key=lambda record: record["batch"])
-    figure, (rates, shares) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    figure, (rates, shares) = plt.subplots(1, 2, figsize=(11, 5.5), layout="constrained")
 
     def name(record: dict[str, Any]) -> str:
         weights = record["quantize"] or record["dtype"]
@@ -80,7 +80,7 @@ def throughput(records: Records) -> Any:
         axes.set_xticks(batches, [str(batch) for batch in batches])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-    rates.legend(fontsize=8)
+    figure.legend(loc="outside upper center", ncols=3, fontsize=7)
     return _with_margin(figure)
 
 
@@ -134,10 +134,8 @@ def compare(records: Records) -> Any:
                 labels = ["" if name == "jaxgen" else f"{figures['ratio']:.2g}x" for _, figures in shown]
                 axes.bar_label(bars, labels, fontsize=6, rotation=90, padding=2)
             axes.set_xticks(range(len(own)), [str(record["batch"]) for record in own])
-            axes.set(
-                xlabel="rows", ylabel="ms per token, whole call", title=f"{shape}, {dtype}, {decode}", yscale="log"
-            )
-            axes.margins(y=0.25)
+            axes.set(xlabel="rows", ylabel="ms per token, whole call", title=f"{shape}, {dtype}, {decode}")
+            axes.margins(y=0.15)
     handles = [plt.Rectangle((0, 0), 1, 1, color=f"C{place}") for place in range(len(peers))]
     figure.legend(handles, peers, loc="outside upper center", ncols=len(peers), fontsize=8)
     return _with_margin(figure)

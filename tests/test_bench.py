@@ -26,6 +26,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     def run(script: str, *options: str) -> tuple[list[str], list[dict[str, Any]]]:
         record = tmp_path / "figures.jsonl"
         monkeypatch.syspath_prepend(str(BENCH))
+        monkeypatch.setattr(importlib.import_module("common"), "READ_BYTES", {"cpu": 1 << 20})
         monkeypatch.setattr(sys, "argv", [script, "--repeats", "1", "--json", str(record), *options])
         runpy.run_path(str(BENCH / script), run_name="__main__")
         figures = [json.loads(line) for line in record.read_text().splitlines()]
@@ -36,22 +37,48 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     return run
 
 
-SHORT = ("--shape", "2-layer", "--new-tokens", "8", "--batch", "2")
-
-
-def test_compare_prints_a_row_per_case_and_the_ratio_of_every_peer(run: Any) -> None:
-    printed, (figures,) = run("compare.py", *SHORT, "--decode", "beams", "--peers", "transformers")
-    assert printed[2].split()[:3] == ["2-layer", "2", "beams"] and printed[2].count("x") == 2
-    assert figures["ratio"] == pytest.approx(figures["transformers_ms"] / figures["jaxgen_ms"])
-    assert figures["peers"]["transformers"]["ratio"] == figures["ratio"]
-
-
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Imports a module of the benchmarks."""
     monkeypatch.syspath_prepend(str(BENCH))
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     return importlib.import_module
+
+
+SHORT = ("--shape", "2-layer", "--new-tokens", "8", "--batch", "2")
+
+
+def test_compare_prints_a_row_per_case_and_the_ratio_of_every_peer(
+    run: Any, bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Here(bench("peers").Worker):
+        """In this process, which saves the time for two others to start."""
+
+        def __init__(self, name: str, folder: str, dtype: str):
+            peer = bench("peers").PEERS[name](folder, dtype)
+            self._ask = lambda method, case: getattr(peer, method)(case)
+
+        def close(self) -> None: ...
+
+    monkeypatch.setattr(bench("peers"), "Worker", Here)
+    printed, (figures,) = run("compare.py", *SHORT, "--decode", "beams", "--peers", "transformers")
+    assert printed[2].split()[:3] == ["2-layer", "2", "beams"] and printed[2].count("x") == 2
+    assert figures["ratio"] == pytest.approx(figures["transformers_ms"] / figures["jaxgen_ms"])
+    assert figures["peers"]["transformers"]["ratio"] == figures["ratio"]
+
+
+def test_a_peer_answers_from_its_own_process_and_says_what_failed_there(bench: Any, folder: Path) -> None:
+    peers = bench("peers")
+    prompts = np.arange(3, 11).reshape(2, 4)
+    worker = peers.Worker("jaxgen", str(folder), "float32")
+    case = peers.Case("greedy", prompts, 4)
+    assert np.array_equal(worker.first(case)[1], peers.Jaxgen(str(folder), "float32").generate(case))
+    assert worker.timed(case) > 0 and worker.refuses(case) is None
+    with pytest.raises(RuntimeError, match=r"ValueError: .*`input_ids`"):
+        worker.first(peers.Case("greedy", -prompts, 4))
+    worker.close()
+    with pytest.raises(RuntimeError, match="is not a folder"):
+        peers.Worker("jaxgen", str(folder / "none"), "float32")
 
 
 def test_a_peer_that_gives_other_tokens_or_none_gets_no_ratio(bench: Any) -> None:
