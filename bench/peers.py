@@ -236,7 +236,8 @@ class Worker(Peer):
 
     def close(self) -> None:
         self._pipe.close()
-        self._process.join()
+        self._process.join(5)
+        self._process.terminate()  # torch.compile's own helpers may keep it from ending
 
 
 def _serve(pipe: Any, name: str, folder: str, dtype: str) -> None:
