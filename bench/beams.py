@@ -9,7 +9,6 @@ rows, and the cache with one that holds every prompt once for each beam.
 """
 
 import argparse
-import json
 import statistics
 import tempfile
 from pathlib import Path
@@ -17,10 +16,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from compare import SHAPES, machine, seconds
+from common import continued, record, seconds
 from transformers import LlamaForCausalLM
 
 import jaxgen
+from jaxgen.shapes import SHAPES
 
 BEAMS = 4
 
@@ -51,9 +51,7 @@ def main() -> None:
                 f"{figures['of_greedy']:6.2f} {figures['of_unshared_cache']:6.2f}",
                 flush=True,
             )
-            if arguments.json:
-                with arguments.json.open("a") as file:
-                    file.write(json.dumps({"shape": arguments.shape, **figures, **machine()}) + "\n")
+            record(arguments.json, {"shape": arguments.shape, **figures})
 
 
 def compare(model: Any, twin: Any, prompt_tokens: int, batch: int, new_tokens: int, repeats: int) -> dict[str, Any]:
@@ -63,10 +61,10 @@ def compare(model: Any, twin: Any, prompt_tokens: int, batch: int, new_tokens: i
     rows = rng.integers(3, model.vocab_size, (batch * BEAMS, prompt_tokens))
 
     def beams(tokens: int = new_tokens) -> np.ndarray:
-        return _continued(model, prompts, tokens, num_beams=BEAMS)
+        return continued(model, prompts, tokens, num_beams=BEAMS)
 
     def greedy(tokens: int = new_tokens) -> np.ndarray:
-        return _continued(model, rows, tokens)
+        return continued(model, rows, tokens)
 
     def theirs() -> np.ndarray:
         ids = torch.tensor(prompts)
@@ -109,11 +107,6 @@ def compare(model: Any, twin: Any, prompt_tokens: int, batch: int, new_tokens: i
         / _cache_slots(model, rows, new_tokens),
         "repeats": repeats,
     }
-
-
-def _continued(model: Any, prompts: np.ndarray, new_tokens: int, **kwargs: Any) -> np.ndarray:
-    mask = np.ones_like(prompts)
-    return jaxgen.generate(model, prompts, attention_mask=mask, max_new_tokens=new_tokens, eos_token_id=None, **kwargs)
 
 
 def _cache_slots(model: Any, prompts: np.ndarray, new_tokens: int, **kwargs: Any) -> int:

@@ -1,128 +1,157 @@
-"""Whole greedy calls of jaxgen and transformers side by side on the same machine, as a table.
+"""Whole calls of jaxgen and its peers side by side on the same machine, as a table.
 
-    python bench/compare.py --shape 2-layer 135m
+    python bench/compare.py --shape 2-layer 135m --batch 1 4 16 --decode greedy sampling beams
 
-Both start from the same random weights in float32 and the same 32-token prompt and produce 128 tokens without an end.
-The calls alternate, so that a machine that slows down slows both; figures are medians. A jaxgen call with a prompt
-length that was never seen before is timed too: within a bucket it must cost nothing more.
+All start from the same random weights and the same prompts and produce as many tokens, without an end, on the CPU. The
+calls alternate, so that a machine that slows down slows all; figures are medians. A ratio is printed for equal work
+only: greedy and beam tokens must be those of jaxgen, where greedy ones may be others of two that tie within the
+rounding of the dtype, and beams of equal shape have to do in bfloat16, whose rounding decides between texts. Samples
+are drawn by other generators, so that their shape has to do too.
+
+The first call of a case compiles what there is to compile, and a call with a prompt length that was never seen before
+shows whether it will again. Peers besides transformers are taken if they are installed:
+
+    pip install torch transformers keras-hub llama-cpp-python gguf
 """
 
 import argparse
-import json
+import functools
+import itertools
 import os
-import platform
 import statistics
 import tempfile
-import time
-from collections.abc import Callable
-from datetime import date
-from importlib.metadata import version
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+# As the peers are, here and in their processes.
+os.environ["JAX_PLATFORMS"] = "cpu"
+
 import numpy as np
-import torch
-from transformers import LlamaForCausalLM
+from common import DECODES, random_prompts, record, varied
+from peers import PEERS, Case, Peer, Worker, installed
+from reference import Reference, Verdict
 
 import jaxgen
+from jaxgen.shapes import SHAPES
 
-_COMMON = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "max_position_embeddings": 2048}
-SHAPES: dict[str, dict[str, Any]] = {
-    "2-layer": _COMMON
-    | {
-        "vocab_size": 1000,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    },
-    "135m": _COMMON
-    | {
-        "vocab_size": 49152,
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "tie_word_embeddings": True,
-    },
-}
-PROMPT_TOKENS, NEW_TOKENS = 32, 128
+Judge = Callable[[Case, np.ndarray], Verdict]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--repeats", type=int, default=7, help="timed calls of each (default: 7)")
+    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["2-layer", "135m"])
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 4, 16])
+    parser.add_argument("--decode", nargs="+", choices=DECODES, default=[*DECODES])
+    parser.add_argument("--peers", nargs="+", choices=[*PEERS][1:], help="beside jaxgen (default: all installed)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of all of them")
+    parser.add_argument("--prompt-tokens", type=int, default=32)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=5, help="timed calls of each (default: 5)")
     parser.add_argument("--json", type=Path, help="append the figures to this file, one JSON object per line")
     arguments = parser.parse_args()
-    print(
-        f"{'shape':8} {'jaxgen ms/token':>16} {'transformers':>13} {'ratio':>6} {'first call s':>13} {'new length':>11}"
-    )
+    if missing := [name for name in arguments.peers or () if not installed(name)]:
+        parser.error(f"--peers {missing} need {[PEERS[name].packages for name in missing]}, which are not installed.")
+    names = ["jaxgen", *(arguments.peers or filter(installed, [*PEERS][1:]))]
+    print(f"ms/token of a whole call, its ratio to jaxgen's, seconds of the first call; {arguments.dtype}")
+    print(f"{'shape':8} {'batch':>5} {'decode':8}" + "".join(f"{name:>27}" for name in names))
+    notes: set[str] = set()
     for shape in arguments.shape:
-        figures = compare(shape, arguments.repeats)
-        print(
-            f"{shape:8} {figures['jaxgen_ms']:16.3f} {figures['transformers_ms']:13.3f} {figures['ratio']:6.1f} "
-            f"{figures['first_call_s']:13.2f} {figures['new_length_ratio']:11.2f}"
-        )
-        if arguments.json:
-            with arguments.json.open("a") as file:
-                file.write(json.dumps(figures) + "\n")
+        with tempfile.TemporaryDirectory() as folder:
+            jaxgen.save(jaxgen.from_config(varied(shape), dtype=arguments.dtype), folder)
+            peers = {name: Worker(name, folder, arguments.dtype) for name in names}
+
+            @functools.cache
+            def reference(folder: str = folder) -> Reference:
+                return Reference(jaxgen.load(folder))
+
+            def judge(case: Case, tokens: np.ndarray, reference: Callable[[], Reference] = reference) -> Verdict:
+                return reference().judge(case.decode, case.prompts, tokens)
+
+            for batch, decode in itertools.product(arguments.batch, arguments.decode):
+                prompts = random_prompts(SHAPES[shape]["vocab_size"], batch, arguments.prompt_tokens)
+                case = Case(decode, prompts, arguments.new_tokens)
+                figures = compare(peers, judge, case, arguments.dtype, arguments.repeats)
+                print(f"{shape:8} {batch:5} {decode:8}" + "".join(map(cell, figures.values())), flush=True)
+                notes |= {f"{name}: {each['skipped']}" for name, each in figures.items() if "skipped" in each}
+                record(arguments.json, {"shape": shape, "dtype": arguments.dtype} | summary(case, figures))
+            for peer in peers.values():
+                peer.close()
+    print("\n".join(sorted(notes)))
 
 
-def compare(shape: str, repeats: int) -> dict[str, Any]:
-    """Milliseconds per token of both, their ratio, and what the first call and a new prompt length cost."""
-    model = jaxgen.from_config(SHAPES[shape])
-    with tempfile.TemporaryDirectory() as folder:
-        jaxgen.save(model, folder)
-        twin = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    rng = np.random.default_rng(0)
-
-    def ours(columns: int = PROMPT_TOKENS) -> None:
-        prompt = rng.integers(3, SHAPES[shape]["vocab_size"], (1, columns))
-        jaxgen.generate(model, prompt, max_new_tokens=NEW_TOKENS, eos_token_id=None)
-
-    def theirs() -> None:
-        prompt = torch.tensor(rng.integers(3, SHAPES[shape]["vocab_size"], (1, PROMPT_TOKENS)))
-        twin.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=NEW_TOKENS, eos_token_id=None)
-
-    first_call = seconds(ours)
-    theirs()
-    times: dict[str, list[float]] = {"ours": [], "theirs": [], "new length": []}
+def compare(peers: Mapping[str, Peer], judge: Judge, case: Case, dtype: str, repeats: int) -> dict[str, dict[str, Any]]:
+    """By peer, its figures, or "skipped": why there is no ratio."""
+    figures: dict[str, dict[str, Any]] = {}
+    tokens: dict[str, np.ndarray] = {}
+    times: dict[str, list[float]] = {}
+    new_lengths: dict[str, list[float]] = {}
+    for name, peer in peers.items():
+        try:
+            reason = peer.refuses(case)
+            if reason is None:
+                cold, tokens[name] = peer.first(case)
+                reason = difference(case, tokens["jaxgen"], tokens[name], judge, dtype)
+                figures[name] = {"first_call_s": cold}
+        except RuntimeError as error:
+            if name == "jaxgen":
+                raise
+            reason = str(error)
+        if reason is not None:
+            figures[name] = {"skipped": reason}
+        else:
+            times[name], new_lengths[name] = [], []
     for repeat in range(repeats):
-        # Each takes the machine over with an untimed call: the threads of the other are still spinning.
-        theirs()
-        times["theirs"].append(seconds(theirs))
-        ours()
-        times["ours"].append(seconds(ours))
-        times["new length"].append(seconds(lambda columns=PROMPT_TOKENS - 1 - repeat % 7: ours(columns)))
-    medians = {name: statistics.median(values) / NEW_TOKENS * 1e3 for name, values in times.items()}
+        for name, taken in times.items():
+            taken.append(peers[name].timed(case))
+            if case.decode == "greedy" and repeat < 3:
+                shorter = replace(case, prompts=case.prompts[:, repeat + 1 :])
+                new_lengths[name].append(peers[name].first(shorter)[0])
+    for name, taken in times.items():
+        per_token = [each / case.new_tokens * 1e3 for each in taken]
+        median = statistics.median(per_token)
+        figures[name] |= {"ms": median, "ms_range": [min(per_token), max(per_token)]}
+        figures[name]["ratio"] = median / figures["jaxgen"]["ms"]
+        if new_lengths[name]:
+            figures[name]["new_length_ratio"] = statistics.median(new_lengths[name]) / statistics.median(taken)
+    return figures
+
+
+def difference(case: Case, ours: np.ndarray, theirs: np.ndarray, judge: Judge, dtype: str) -> str | None:
+    """What keeps int [B, T] tokens from being the same work as ours, if anything does."""
+    if theirs.shape != ours.shape:
+        return f"tokens of shape {theirs.shape} instead of {ours.shape}"
+    if case.decode == "sampling" or np.array_equal(theirs, ours):
+        return None
+    if case.decode == "beams" and dtype != "float32":
+        return None
+    if case.decode == "greedy" and not judge(case, theirs).wrong:
+        return None
+    return "other tokens"
+
+
+def cell(figures: Mapping[str, Any]) -> str:
+    if "skipped" in figures:
+        return f"{'other tokens' if figures['skipped'] == 'other tokens' else '-':>27}"
+    return f"{figures['ms']:12.3f}{figures['ratio']:6.2f}x{figures['first_call_s']:7.2f}s"
+
+
+def summary(case: Case, figures: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The record of a case; what jaxgen and eager transformers took stands beside the peers, as it always has."""
+    ours, theirs = figures["jaxgen"], figures.get("transformers", {})
     return {
-        "shape": shape,
-        "jaxgen_ms": medians["ours"],
-        "transformers_ms": medians["theirs"],
-        "ratio": medians["theirs"] / medians["ours"],
-        "first_call_s": first_call,
-        "new_length_ratio": medians["new length"] / medians["ours"],
-        "repeats": repeats,
-        **machine(),
+        "decode": case.decode,
+        "batch": len(case.prompts),
+        "prompt_tokens": case.prompts.shape[1],
+        "new_tokens": case.new_tokens,
+        "jaxgen_ms": ours["ms"],
+        "transformers_ms": theirs.get("ms"),
+        "ratio": theirs.get("ratio"),
+        "first_call_s": ours["first_call_s"],
+        "new_length_ratio": ours.get("new_length_ratio"),
+        "peers": figures,
     }
-
-
-def machine() -> dict[str, Any]:
-    """What a figure needs to be compared with others."""
-    return {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "versions": {name: version(name) for name in ("jaxgen", "jax", "transformers", "torch")},
-        "date": date.today().isoformat(),
-    }
-
-
-def seconds(call: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

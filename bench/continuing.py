@@ -8,7 +8,6 @@ that finds the programs of the first is timed to its first token, from the call 
 """
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -19,9 +18,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from compare import SHAPES, machine, seconds
+from common import random_prompts, record, seconds
 
 import jaxgen
+from jaxgen.shapes import SHAPES
 
 PREFIX, OWN, PROMPTS = 512, 32, 16
 LONG, CHUNK = 1536, 128
@@ -54,19 +54,13 @@ def main() -> None:
     for what, figures in measured.items():
         without, with_it, unit = figures["without"], figures["with"], figures["unit"]
         print(f"{what:16} {without:9.3f} {unit:2} {with_it:9.3f} {unit:2} {without / with_it:7.2f}")
-        if arguments.json:
-            record = {"shape": arguments.shape, "what": what, **figures, "ratio": without / with_it}
-            with arguments.json.open("a") as file:
-                file.write(json.dumps({**record, "repeats": arguments.repeats, **machine()}) + "\n")
-
-
-def ids(model: Any, rows: int, columns: int) -> np.ndarray:
-    return np.random.default_rng(rows).integers(3, model.vocab_size, (rows, columns))
+        figures |= {"ratio": without / with_it, "repeats": arguments.repeats}
+        record(arguments.json, {"shape": arguments.shape, "what": what, **figures})
 
 
 def prefix(model: Any, repeats: int) -> dict[str, Any]:
     """Seconds to the first token of every prompt."""
-    shared, own = ids(model, 1, PREFIX), ids(model, PROMPTS, OWN)
+    shared, own = random_prompts(model.vocab_size, 1, PREFIX), random_prompts(model.vocab_size, PROMPTS, OWN)
     whole = np.concatenate([np.repeat(shared, PROMPTS, axis=0), own], axis=1)
 
     def call(prompt: np.ndarray, **kwargs: Any) -> Any:
@@ -87,7 +81,7 @@ def prefix(model: Any, repeats: int) -> dict[str, Any]:
 
 def chunks(model: Any, repeats: int) -> dict[str, Any]:
     """Megabytes that the program needs beside weights, prompt and result, and what chunks cost in time."""
-    prompt = ids(model, 1, LONG)
+    prompt = random_prompts(model.vocab_size, 1, LONG)
     arguments = {"max_new_tokens": 2, "eos_token_id": None}
     figures: dict[str, Any] = {"unit": "MB"}
     tokens, times = [], []

@@ -22,11 +22,12 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from compare import SHAPES, machine
+from common import record
 from safetensors.numpy import save_file
 
 import jaxgen
 from jaxgen import convert
+from jaxgen.shapes import SHAPES
 
 MEASURE = """
 import sys
@@ -58,12 +59,10 @@ def main() -> None:
     print(f"{size / 1e6:,.0f} MB, the largest tensor {largest / 1e6:.1f} MB; memory {memory / 1e6:.1f} MB")
     for what, rate in rates.items():
         print(f"{what:12} {rate:8.0f} MB/s {rate / rates['copy']:6.2f} of copying")
-    if arguments.json:
-        figures = {f"{what}_mb_per_s": rate for what, rate in rates.items()}
-        figures |= {"share": rates["convert"] / rates["copy"], "share_back": rates["back"] / rates["copy"]}
-        record = {"bytes": size, "largest_bytes": largest, "memory_bytes": memory, **figures}
-        with arguments.json.open("a") as file:
-            file.write(json.dumps({**record, "repeats": arguments.repeats, **machine()}) + "\n")
+    figures = {f"{what}_mb_per_s": rate for what, rate in rates.items()}
+    figures |= {"share": rates["convert"] / rates["copy"], "share_back": rates["back"] / rates["copy"]}
+    sizes = {"bytes": size, "largest_bytes": largest, "memory_bytes": memory}
+    record(arguments.json, {**sizes, **figures, "repeats": arguments.repeats})
 
 
 def write_checkpoint(folder: Path, layers: int) -> tuple[int, int]:

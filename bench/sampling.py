@@ -7,13 +7,12 @@ here than in any model people use. The calls alternate; figures are medians.
 """
 
 import argparse
-import json
 import statistics
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from compare import machine, seconds
+from common import random_prompts, record, seconds
 
 import jaxgen
 
@@ -42,7 +41,7 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=MODEL["vocab_size"], help="tokens (default: 128256)")
     arguments = parser.parse_args()
     model = jaxgen.from_config({**MODEL, "vocab_size": arguments.vocabulary})
-    prompt = np.random.default_rng(0).integers(3, arguments.vocabulary, (ROWS, PROMPT_TOKENS))
+    prompt = random_prompts(arguments.vocabulary, ROWS, PROMPT_TOKENS)
     mask = np.ones_like(prompt)
 
     def call(way: str) -> None:
@@ -62,17 +61,8 @@ def main() -> None:
     for way, milliseconds in medians.items():
         ratio = milliseconds / medians["greedy"]
         print(f"{way:40}{milliseconds:8.2f}{ratio:11.3f}")
-        if arguments.json:
-            figures = {
-                "way": way,
-                "vocabulary": arguments.vocabulary,
-                "ms": milliseconds,
-                "of_greedy": ratio,
-                "repeats": arguments.repeats,
-                **machine(),
-            }
-            with arguments.json.open("a") as file:
-                file.write(json.dumps(figures) + "\n")
+        figures = {"way": way, "vocabulary": arguments.vocabulary, "ms": milliseconds, "of_greedy": ratio}
+        record(arguments.json, {**figures, "repeats": arguments.repeats})
 
 
 if __name__ == "__main__":

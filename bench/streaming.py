@@ -7,15 +7,17 @@ alternate; figures are medians. The tokens must be equal, and the second call of
 """
 
 import argparse
-import json
 import statistics
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from compare import NEW_TOKENS, PROMPT_TOKENS, SHAPES, machine, seconds
+from common import random_prompts, record, seconds
 
 import jaxgen
+from jaxgen.shapes import SHAPES
+
+PROMPT_TOKENS, NEW_TOKENS = 32, 128
 
 
 class Watcher:
@@ -33,7 +35,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="append the figures to this file, one JSON object per line")
     arguments = parser.parse_args()
     model = jaxgen.from_config(SHAPES[arguments.shape])
-    prompt = np.random.default_rng(0).integers(3, model.vocab_size, (1, PROMPT_TOKENS))
+    prompt = random_prompts(model.vocab_size, 1, PROMPT_TOKENS)
 
     def call(**kwargs: Any) -> np.ndarray:
         return jaxgen.generate(model, prompt, max_new_tokens=NEW_TOKENS, eos_token_id=None, **kwargs)
@@ -49,10 +51,8 @@ def main() -> None:
     plain, streamed = (statistics.median(values) / NEW_TOKENS * 1e3 for values in times.values())
     print(f"{'shape':8} {'plain ms/token':>15} {'streamed':>9} {'ratio':>6}")
     print(f"{arguments.shape:8} {plain:15.3f} {streamed:9.3f} {streamed / plain:6.3f}")
-    if arguments.json:
-        figures = {"shape": arguments.shape, "plain_ms": plain, "streamed_ms": streamed, "ratio": streamed / plain}
-        with arguments.json.open("a") as file:
-            file.write(json.dumps({**figures, "repeats": arguments.repeats, **machine()}) + "\n")
+    figures = {"shape": arguments.shape, "plain_ms": plain, "streamed_ms": streamed, "ratio": streamed / plain}
+    record(arguments.json, {**figures, "repeats": arguments.repeats})
 
 
 if __name__ == "__main__":

@@ -1,13 +1,19 @@
 """The benchmarks run and write what they print."""
 
+import importlib
 import json
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import jax
+import numpy as np
 import pytest
 from compilers import elements, loop_body, moves
+
+import jaxgen
 
 BENCH = Path(__file__).parent.parent / "bench"
 
@@ -21,6 +27,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     def run(script: str, *options: str) -> tuple[list[str], list[dict[str, Any]]]:
         record = tmp_path / "figures.jsonl"
         monkeypatch.syspath_prepend(str(BENCH))
+        monkeypatch.setattr(importlib.import_module("common"), "READ_BYTES", {"cpu": 1 << 20})
         monkeypatch.setattr(sys, "argv", [script, "--repeats", "1", "--json", str(record), *options])
         runpy.run_path(str(BENCH / script), run_name="__main__")
         figures = [json.loads(line) for line in record.read_text().splitlines()]
@@ -31,10 +38,156 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     return run
 
 
-def test_compare_prints_a_row_per_shape(run: Any) -> None:
-    printed, (figures,) = run("compare.py", "--shape", "2-layer")
-    assert printed[1].startswith("2-layer")
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Imports a module of the benchmarks."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    return importlib.import_module
+
+
+SHORT = ("--shape", "2-layer", "--new-tokens", "8", "--batch", "2")
+
+
+def test_compare_prints_a_row_per_case_and_the_ratio_of_every_peer(
+    run: Any, bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Here(bench("peers").Worker):
+        """In this process, which saves the time for two others to start."""
+
+        def __init__(self, name: str, folder: str, dtype: str):
+            peer = bench("peers").PEERS[name](folder, dtype)
+            self._ask = lambda method, case: getattr(peer, method)(case)
+
+        def close(self) -> None: ...
+
+    monkeypatch.setattr(bench("peers"), "Worker", Here)
+    printed, (figures,) = run("compare.py", *SHORT, "--decode", "beams", "--peers", "transformers")
+    assert printed[2].split()[:3] == ["2-layer", "2", "beams"] and printed[2].count("x") == 2
     assert figures["ratio"] == pytest.approx(figures["transformers_ms"] / figures["jaxgen_ms"])
+    assert figures["peers"]["transformers"]["ratio"] == figures["ratio"]
+
+
+def test_a_peer_answers_from_its_own_process_and_says_what_failed_there(bench: Any, folder: Path) -> None:
+    peers = bench("peers")
+    prompts = np.arange(3, 11).reshape(2, 4)
+    worker = peers.Worker("jaxgen", str(folder), "float32")
+    case = peers.Case("greedy", prompts, 4)
+    assert np.array_equal(worker.first(case)[1], peers.Jaxgen(str(folder), "float32").generate(case))
+    assert worker.timed(case) > 0 and worker.refuses(case) is None
+    with pytest.raises(RuntimeError, match=r"ValueError: .*`input_ids`"):
+        worker.first(peers.Case("greedy", -prompts, 4))
+    worker.close()
+    with pytest.raises(RuntimeError, match="is not a folder"):
+        peers.Worker("jaxgen", str(folder / "none"), "float32")
+
+
+def test_a_peer_that_gives_other_tokens_or_none_gets_no_ratio(bench: Any) -> None:
+    compare, peers = bench("compare"), bench("peers")
+    ours = np.arange(8).reshape(2, 4)
+
+    class Fixed(peers.Peer):
+        def __init__(self, tokens: np.ndarray):
+            self.tokens = tokens
+
+        def generate(self, case: Any) -> np.ndarray:
+            return self.tokens
+
+    class Failing(peers.Peer):
+        def generate(self, case: Any) -> np.ndarray:
+            raise RuntimeError("no memory")
+
+    given = {"jaxgen": Fixed(ours), "same": Fixed(ours), "other": Fixed(ours[::-1]), "fewer": Fixed(ours[:, :3])}
+    wrong = SimpleNamespace(wrong=1)
+    case = peers.Case("greedy", np.ones((2, 5), int), 4)
+    figures = compare.compare(given | {"failing": Failing()}, lambda case, tokens: wrong, case, "float32", 1)
+    assert figures["same"]["ratio"] == pytest.approx(figures["same"]["ms"] / figures["jaxgen"]["ms"])
+    assert figures["other"] == {"skipped": "other tokens"} and figures["failing"] == {"skipped": "no memory"}
+    assert figures["fewer"] == {"skipped": "tokens of shape (2, 3) instead of (2, 4)"}
+    assert "ratio" not in {**figures["other"], **figures["fewer"], **figures["failing"]}
+
+
+@pytest.mark.parametrize(("decode", "dtype"), [("beams", "float32"), ("beams", "bfloat16"), ("greedy", "float32")])
+def test_tokens_may_differ_where_rounding_decides(bench: Any, decode: str, dtype: str) -> None:
+    compare, peers = bench("compare"), bench("peers")
+    ours = np.arange(8).reshape(2, 4)
+    case = peers.Case(decode, np.ones((2, 5), int), 4)
+    reason = compare.difference(case, ours, ours + 1, lambda case, tokens: SimpleNamespace(wrong=0), dtype)
+    assert reason == ("other tokens" if (decode, dtype) == ("beams", "float32") else None)
+
+
+def test_throughput_checks_the_tokens_that_it_times(run: Any) -> None:
+    options = ["--model", "2-layer", "--new-tokens", "8", "--batch", "2", "--decode", "greedy", "sampling", "beams"]
+    printed, figures = run("throughput.py", *options)
+    assert [each["decode"] for each in figures] == [line.split()[3] for line in printed[2:]]
+    for each in figures:
+        assert each["reference"] == "transformers" and each["ties"] == 0
+        assert each["mbu"] == pytest.approx(each["bytes_per_step"] / each["step_ms"] * 1e3 / each["bandwidth"])
+        assert each["compile_s"] == pytest.approx(each["cold_s"] - each["warm_s"])
+
+
+@pytest.mark.parametrize("of", ["transformers", "jaxgen"])
+def test_tokens_of_other_weights_end_the_run(bench: Any, of: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    common, reference, throughput = bench("common"), bench("reference"), bench("throughput")
+    if of == "jaxgen":
+        monkeypatch.setattr(reference, "_MOST_PARAMETERS", 0)
+    model = jaxgen.from_config(common.varied("2-layer"))
+    prompts = common.random_prompts(model.vocab_size, 2, 16)
+    right = common.continued(model, prompts, 8)
+    judge = reference.Reference(model)
+    assert judge.of == of
+    assert throughput.check(model, judge, "greedy", prompts, [right]) == 0
+    perturbed = jax.tree.map(lambda weight: weight + 0.05, model)
+    with pytest.raises(SystemExit, match="tokens are others than those of"):
+        throughput.check(perturbed, judge, "greedy", prompts, [common.continued(perturbed, prompts, 8)])
+    with pytest.raises(SystemExit, match="two calls with the same arguments gave other tokens"):
+        throughput.check(model, judge, "greedy", prompts, [right, right + 1])
+
+
+def test_a_step_reads_the_weights_once_and_what_is_valid_of_the_cache(bench: Any) -> None:
+    throughput, shapes = bench("throughput"), bench("jaxgen.shapes").SHAPES
+    config = shapes["2-layer"]
+    untied, tied = (jaxgen.from_config(config | {"tie_word_embeddings": tie}) for tie in (False, True))
+    column = 2 * 2 * 2 * 16 * 4  # keys and values of two layers, two heads of 16, in float32
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(tied))
+    assert throughput.step_bytes(tied, "greedy", 3, 32, 8) == weights + 3 * (32 + 4) * column
+    assert throughput.step_bytes(untied, "beams", 3, 32, 8) == weights + 3 * (32 + 16) * column
+
+
+def test_growth_prints_a_table_for_each_axis_and_the_slope_of_the_bytes(run: Any) -> None:
+    options = ["--shape", "2-layer", "--length", "96", "192", "--batch", "1", "2", "--beams", "1", "2", "--steps", "4"]
+    printed, figures = run("growth.py", *options)
+    assert [(each["axis"], each["value"]) for each in figures] == [
+        ("length", 96), ("length", 192), ("batch", 1), ("batch", 2), ("beams", 1), ("beams", 2)
+    ]  # fmt: skip
+    assert {each.get("room") for each in figures[:2]} == {256}
+    assert figures[0]["floor_slope_ms"] == pytest.approx(512 / figures[0]["bandwidth"] * 1e3)
+    assert printed[3].startswith(f"{figures[0]['slope_ms'] * 1e3:.2f} us per column")
+
+
+def test_every_record_has_its_picture(
+    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    origin = bench("common").machine()
+    records = {
+        "throughput": {"model": "1b", "dtype": "float32", "quantize": None, "mesh": None, "decode": "greedy"}
+        | {"prompt_tokens": 32, "new_tokens": 8, "batch": 1, "step_ms": 2.0, "mbu": 0.5, "bandwidth": 1e9}
+        | {"bytes_per_step": 1e6},
+        "growth": {"shape": "1b", "dtype": "float32", "axis": "length", "value": 128, "step_ms": 2.0}
+        | {"step_ms_range": [1.0, 3.0], "floor_slope_ms": 0.1},
+        "compare": {"shape": "1b", "dtype": "float32", "decode": "greedy", "batch": 1}
+        | {"peers": {"jaxgen": {"ms": 1.0, "ratio": 1.0}, "other": {"skipped": "other tokens"}}},
+    }
+    arguments = ["plot.py", "--to", str(tmp_path)]
+    for name, figures in records.items():
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(figures | origin) + "\n")
+        arguments += [f"--{name}", str(tmp_path / f"{name}.jsonl")]
+    monkeypatch.setattr(sys, "argv", arguments)
+    runpy.run_path(str(BENCH / "plot.py"), run_name="__main__")
+    pictures = [Path(line) for line in capsys.readouterr().out.splitlines()]
+    assert [picture.stem for picture in pictures] == [*records]
+    assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in pictures)
 
 
 def test_sampling_prints_what_each_way_of_choosing_costs_over_greedy(run: Any) -> None:
