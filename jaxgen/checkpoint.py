@@ -18,13 +18,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from jaxgen import lazy, quantization, safetensors_file
 from jaxgen.base import tensor_shards
 from jaxgen.folder import CheckpointError, check_name, holds, read_json
 from jaxgen.models import FAMILIES, Family
+from jaxgen.models.int8 import Int8, quantised
 from jaxgen.safetensors_file import DTYPES, Tensor
 
 MANIFEST = "jaxgen.json"
@@ -39,7 +40,12 @@ _INVERSE_FREQUENCIES = (".rotary_emb.inv_freq", "rope.freqs")
 _BUFFERS = (*_INVERSE_FREQUENCIES, ".attn.masked_bias", ".self_attn.masked_bias")
 
 
-def load(path: str | Path, dtype: jax.typing.DTypeLike | None = None, mesh: Mesh | None = None) -> Any:
+def load(
+    path: str | Path,
+    dtype: jax.typing.DTypeLike | None = None,
+    mesh: Mesh | None = None,
+    quantize: str | None = None,
+) -> Any:
     """Loads a model from a Hugging Face folder (config.json and safetensors) or a folder written by `convert`.
 
     Args:
@@ -49,14 +55,18 @@ def load(path: str | Path, dtype: jax.typing.DTypeLike | None = None, mesh: Mesh
         mesh: devices to spread the model over, with the axes "tensor" (attention heads, MLP units, the vocabulary),
             "data" (rows of a batch) or both, as `jax.make_mesh((2, 4), ("data", "tensor"))`. Each parameter goes
             straight to where it belongs.
+        quantize: "int8" to hold every matrix in one byte per weight and a float32 scale per row; `dtype` is then of
+            what they are multiplied with, and of the cache.
 
     Returns:
         The model, on the mesh or on JAX's default device, with `config` and `generation_config`.
 
     Raises:
         CheckpointError: one sentence about what is missing, broken or unknown. Nothing is loaded then.
-        ValueError: if the mesh has other axes, or one that heads or units cannot be spread over evenly.
+        ValueError: if the mesh has other axes, or one that heads or units cannot be spread over evenly, and for
+            another `dtype` or `quantize`.
     """
+    _check_quantize(quantize)
     source = open_folder(path, None if mesh is None else _automatic(mesh))
     for message in source.warnings:
         warnings.warn(message, stacklevel=2)
@@ -67,22 +77,31 @@ def load(path: str | Path, dtype: jax.typing.DTypeLike | None = None, mesh: Mesh
     with tqdm(total=total, unit="B", unit_scale=True, desc="loading weights", delay=2) as bar:
         arrays = []
         for array, sharding in zip(source.parameters(target), shardings, strict=True):
-            arrays.append(jax.device_put(array, sharding))
             bar.update(array.nbytes)
+            parameter = quantised(array) if quantize else array
+            if isinstance(parameter, Int8) and sharding is not None:
+                by_row = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:1]))
+                sharding = replace(parameter, values=sharding, scales=by_row)
+            arrays.append(jax.device_put(parameter, sharding))
     return jax.tree.unflatten(treedef, arrays)
 
 
-def from_config(config: Any, key: jax.Array | int = 0, dtype: jax.typing.DTypeLike = "float32") -> Any:
+def from_config(
+    config: Any, key: jax.Array | int = 0, dtype: jax.typing.DTypeLike = "float32", quantize: str | None = None
+) -> Any:
     """A model with random weights, normal with the config's `initializer_range`.
 
     Args:
         config: the content of a config.json, or a `transformers.LlamaConfig`.
         key: a `jax.random` key or a seed.
         dtype: what to hold the weights in: float32, bfloat16 or float16.
+        quantize: see `load`.
     """
+    _check_quantize(quantize)
     raw = config if isinstance(config, Mapping) else config.to_dict()
     family, parsed, generation_config = _parse_config(raw, None)
-    model = _random_model(family, parsed, weights_dtype(dtype), jax.random.key(key) if isinstance(key, int) else key)
+    key = jax.random.key(key) if isinstance(key, int) else key
+    model = _random_model(family, parsed, weights_dtype(dtype), quantize is not None, key)
     model.generation_config = generation_config
     return model
 
@@ -101,9 +120,15 @@ def _abstract(family: Family, config: Any, generation_config: Any, mesh: Mesh | 
     return nnx.eval_shape(lambda: family.build(config, _OneKey(), generation_config, mesh))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _random_model(family: Family, config: Any, dtype: np.dtype, key: jax.Array) -> Any:
-    return jax.tree.map(lambda leaf: leaf.astype(dtype), family.build(config, nnx.Rngs(key)))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _random_model(family: Family, config: Any, dtype: np.dtype, quantize: bool, key: jax.Array) -> Any:
+    model = jax.tree.map(lambda leaf: leaf.astype(dtype), family.build(config, nnx.Rngs(key)))
+    return jax.tree.map(quantised, model) if quantize else model
+
+
+def _check_quantize(quantize: Any) -> None:
+    if quantize not in (None, "int8"):
+        raise ValueError(f'`quantize`={quantize!r} is not supported; it may be "int8" or None.')
 
 
 def save(model: Any, path: str | Path) -> None:
@@ -113,8 +138,11 @@ def save(model: Any, path: str | Path) -> None:
         path: the folder, made if needed; files of these names in it are replaced.
 
     Raises:
-        ValueError: if the folder holds a checkpoint of another layout, whose files would win over the new ones.
+        ValueError: if the folder holds a checkpoint of another layout, whose files would win over the new ones, or the
+            model is quantised.
     """
+    if isinstance(model.embed_tokens.weight[...], Int8):
+        raise ValueError("`model` is quantised, and a Hugging Face folder has its weights. Save it before that.")
     folder = Path(path)
     if taken := [name for name in (INDEX, MANIFEST) if (folder / name).exists()]:
         raise ValueError(f"{folder} holds a checkpoint of another layout ({taken}). Choose an empty folder.")
@@ -191,7 +219,7 @@ class Source:
                     row += run.stop - run.start
             yield array
 
-    def shardings(self) -> list[jax.sharding.Sharding | None]:
+    def shardings(self) -> list[NamedSharding | None]:
         """Where on its mesh each parameter goes, in the order of the model's leaves; None without a mesh.
 
         Raises:

@@ -430,7 +430,7 @@ def _fitted(config: Resolved, read: Inputs, model_inputs: Mapping[str, Any]) -> 
         ]
     for name, off, message, what in cautions:
         if getattr(config.merged, name) not in (None, off):
-            warnings.warn(message.format(name, what), UserWarning, stacklevel=4)
+            warnings.warn(message.format(name, what), UserWarning, stacklevel=5)
     merged = copy.copy(config.merged)
     merged.encoder_repetition_penalty = merged.encoder_no_repeat_ngram_size = None
     columns = read.embeddings.shape[1] + (0 if read.past is None else read.past.get_seq_length())

@@ -124,7 +124,7 @@ class Resolved:
                 f"Using the model-agnostic default `max_length` (={max_length}) to control the generation length. We "
                 "recommend setting `max_new_tokens` to control the maximum length of the generation.",
                 UserWarning,
-                stacklevel=4,  # length_for, lower, generate, the caller
+                stacklevel=5,  # length_for, lower_for_any_device, lower, generate, the caller
             )
         if prompt_length >= max_length:
             raise ValueError(
@@ -148,7 +148,7 @@ class Resolved:
                 f"Unfeasible length constraints: `min_length` ({min_length}) is larger than the maximum possible "
                 f"length ({max_length}).{suffix}",
                 UserWarning,
-                stacklevel=4,
+                stacklevel=7,
             )
         return min_length
 

@@ -140,7 +140,7 @@ class KVCache:
         layers = (*self.layers[:layer], (all_keys, all_values), *self.layers[layer + 1 :])
         return replace(self, layers=layers), all_keys, all_values
 
-    def grow(self, slots: int) -> "KVCache":
+    def grow(self, slots: int) -> Self:
         """The same cache with `slots` slots, the new ones zero and not valid."""
         extra = slots - self.slots
 
@@ -150,7 +150,7 @@ class KVCache:
         return replace(
             self,
             layers=tuple((pad(keys), pad(values)) for keys, values in self.layers),
-            valid=jnp.pad(self.valid, ((0, 0), (0, extra))),
+            valid=jnp.pad(self.valid, (*[(0, 0)] * (self.valid.ndim - 1), (0, extra))),
             columns=None if self.columns is None else jnp.pad(self.columns, (0, extra), constant_values=-1),
         )
 

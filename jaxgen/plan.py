@@ -20,6 +20,7 @@ from jax.sharding import AbstractMesh
 from jaxgen.checkpoint import abstract, named_leaves, open_folder, weights_dtype
 from jaxgen.generation import lower_for_any_device, memory_bytes
 from jaxgen.models import FAMILIES
+from jaxgen.models.layers import columns_at_once
 from jaxgen.prompts import bucket, row_bucket
 from jaxgen.shapes import SHAPES
 
@@ -290,8 +291,8 @@ class _Call:
         cache = rows * self.slots * self.cache_item // tensor
         prefill = self._prefill_temporaries(prompt_rows, tensor, device.platform)
         decode = self._decode_temporaries(rows, tensor)
-        if device.platform == "cpu" and self.item < 4:
-            # XLA:CPU multiplies in float32, and widens all weights before the loop that reads them.
+        if device.platform == "cpu" and self.arguments["dtype"] == "float16":
+            # XLA:CPU multiplies these in float32, and widens all weights before the loop that reads them.
             widened = 4 * self._elements(tensor)
             prefill, decode = prefill + widened, decode + widened
         seconds = None
@@ -347,7 +348,8 @@ class _Call:
         config, columns = self.config, self.columns
         item = max(self.item, 4) if platform == "cpu" else self.item  # XLA:CPU computes in float32
         # Spread over several, XLA:GPU needs as much on each as the scores of all heads take.
-        scores = 4 * rows * config.num_attention_heads // (1 if platform == "gpu" else tensor) * columns**2
+        shards = 1 if platform == "gpu" else tensor
+        scores = 4 * rows * config.num_attention_heads // shards * columns_at_once(columns) * columns
         heads = config.num_attention_heads + 2 * config.num_key_value_heads
         qkv = item * rows * columns * heads * config.head_dim // tensor
         hidden = item * rows * columns * config.hidden_size

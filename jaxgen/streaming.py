@@ -39,9 +39,8 @@ class Pace:
     most: int
     watched: bool
 
-    def first(self, model: Model) -> int:
-        """Steps of a first chunk that takes no longer; of small models the whole call."""
-        weights = sum(each.nbytes for each in jax.tree.leaves(model))
+    def first(self, weights: int) -> int:
+        """Steps of a first chunk that takes no longer, with so many bytes of weights; of few the whole call."""
         bandwidth = _BANDWIDTH.get(jax.default_backend(), _BANDWIDTH_ELSEWHERE)
         return max(1, int(self.seconds * bandwidth / max(weights, 1)))
 
@@ -67,15 +66,14 @@ class Stage:
     passes: int
 
 
-def stages(model: Model, call: Any) -> Generator[Stage]:
+def stages(model: Model, call: Any, weights: int) -> Generator[Stage]:
     """The sizes that the cache of a `generation.Call` grows through, each about twice the last.
 
     What is reserved is read at every step, so it is at most as much again as what is needed, or so little beside the
-    weights that it does not count.
+    bytes of the weights that it does not count.
     """
     strategy, columns = call.strategy, call.prompt.cache_slots
     most = strategy.cache_slots(columns, call.slots - call.prompt.input_ids.shape[1])
-    weights = sum(each.nbytes for each in jax.tree.leaves(model))
     rows = len(call.prompt.input_ids) * strategy.copies
     unnoticed = weights // 64 // (rows * model.cache_bytes_per_token)
     passes, whole = 0, "attentions" in call.collect  # whose buffers are as wide as the cache
@@ -107,13 +105,14 @@ def run(model: Model, call: Any, pace: Pace) -> Chunks:
     max_time = math.inf if call.config.max_time is None else call.config.max_time
     waits = pace.watched or max_time < math.inf
     started = time.monotonic()
-    sizes = stages(model, call)
+    weights = sum(each.nbytes for each in jax.tree.leaves(model))
+    sizes = stages(model, call, weights)
     stage, done = next(sizes), 0
     state, progress = prefill(model, call.prompt, call.strategy, call.slots, call.collect, stage.cache_slots)
     compiling = time.monotonic() - started  # which is what dispatches take their time for
     try:
         unread = deque([(1, progress)])
-        steps = 1 if waits else pace.first(model)
+        steps = 1 if waits else pace.first(weights)
         ahead = 0 if waits else 1  # the first token does not wait for the compiler
         before = 0.0
         while True:

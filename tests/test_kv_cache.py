@@ -54,6 +54,14 @@ def test_growing_keeps_what_was_written_and_adds_slots_that_are_not_valid() -> N
     np.testing.assert_array_equal(grown.layers[0][1][:, :, SLOTS:], 0)
 
 
+def test_growing_branches_keeps_which_slots_each_attends() -> None:
+    cache, _, _ = empty().extend(jnp.ones((ROWS, 2), bool))
+    branched, _, _ = cache.branch(3).extend(jnp.ones((ROWS, 3), bool))
+    grown = branched.grow(9)
+    np.testing.assert_array_equal(grown.valid, np.pad(branched.valid, ((0, 0), (0, 0), (0, 9 - SLOTS))))
+    assert (grown.slots, grown.branches) == (9, 3)
+
+
 @pytest.mark.parametrize(("rows", "heads"), [(1, 3), (2, 1), (1, 1)])
 def test_dimensions_of_size_one_are_left_out_of_the_arrays(rows: int, heads: int) -> None:
     cache = KVCache.zeros(1, rows, SLOTS, heads, HEAD_DIM, jnp.float32)

@@ -122,12 +122,44 @@ def test_a_call_that_nobody_watches_is_one_chunk_if_it_is_short(model: Any, monk
 
 def test_a_call_in_chunks_is_the_call_in_one(model: Any, monkeypatch: Any) -> None:
     whole = jaxgen.generate(model, [[5, 6]], max_new_tokens=40, eos_token_id=None)
-    monkeypatch.setattr(streaming.Pace, "first", lambda self, model: 3)
+    monkeypatch.setattr(streaming.Pace, "first", lambda self, weights: 3)
     monkeypatch.setattr(streaming.Pace, "next", lambda self, *_: 3)
     chunked = jaxgen.generate(model, [[5, 6]], max_new_tokens=40, eos_token_id=None)
     np.testing.assert_array_equal(chunked, whole)
     beams = {"num_beams": 3, "max_new_tokens": 40, "eos_token_id": 20}
     np.testing.assert_array_equal(jaxgen.generate(model, [[5, 6]], **beams), jaxgen.generate(model, [[5, 6]], **beams))
+
+
+WAYS: list[dict[str, Any]] = [
+    {},
+    {"do_sample": True, "num_return_sequences": 2, "key": 1},
+    {"num_beams": 3},
+    {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 1.0},
+    {"penalty_alpha": 0.5, "top_k": 3},
+    {"guidance_scale": 1.5, "num_beams": 2},
+    {"prefill_chunk_size": 4, "output_hidden_states": True, "return_dict_in_generate": True},
+]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_a_cache_that_grows_while_the_text_does_gives_the_same_tokens(
+    way: dict[str, Any], model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids, mask = [[5, 6, 7, 8, 9], [0, 0, 11, 12, 13]], [[1] * 5, [0, 0, 1, 1, 1]]
+    arguments = {"attention_mask": mask, "max_new_tokens": 110, "eos_token_id": None, **way}
+    whole = jaxgen.generate(model, ids, **arguments)
+    monkeypatch.setattr(streaming, "_FEWEST_SLOTS", 1)
+    before = jaxgen.compile_counts()["grow"]
+    stopped = jaxgen.generate(model, ids, **arguments, max_time=0.0)
+    assert jaxgen.compile_counts()["grow"] == before
+    grown = jaxgen.generate(model, ids, **arguments)
+    assert jaxgen.compile_counts()["grow"] > before
+    if "return_dict_in_generate" in way:
+        for states, expected in zip(grown.hidden_states, whole.hidden_states, strict=True):
+            np.testing.assert_allclose(states[-1], expected[-1], atol=1e-4)
+        whole, grown, stopped = whole.sequences, grown.sequences, stopped.sequences
+    np.testing.assert_array_equal(grown, whole)
+    assert stopped.shape[1] < grown.shape[1]
 
 
 # ---- What ends it ----

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from jaxgen.models.int8 import Int8
+
 
 class Linear(nnx.Module):
     """x @ weight.T + bias, with weight [out, in]."""
@@ -57,8 +59,10 @@ class RMSNorm(nnx.Module):
         return self.weight[...] * wide.astype(x.dtype)
 
 
-def product(x: jax.Array, weight: jax.Array) -> jax.Array:
+def product(x: jax.Array, weight: Any) -> jax.Array:
     """x @ weight.T, [..., in] and [out, in] -> [..., out], in the form that the platform multiplies fastest."""
+    if isinstance(weight, Int8):
+        return weight.product(x)
 
     def in_order(x: jax.Array, weight: jax.Array) -> jax.Array:
         return jnp.einsum("...i,oi->...o", x, weight)
@@ -103,10 +107,15 @@ def unfuse(x: jax.Array, sizes: tuple[int, ...], shards: int, axis: int) -> list
     ]
 
 
+def columns_at_once(columns: int) -> int:
+    """Of a forward pass over T columns, how many have their attention scores in memory at a time."""
+    return columns if columns <= 256 or columns % 128 else 128
+
+
 def attend(
     queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array
 ) -> tuple[jax.Array, Callable[[], jax.Array]]:
-    """Grouped-query attention, with float32 scores and softmax.
+    """Grouped-query attention, with float32 scores and softmax; of a long prompt for some columns after the others.
 
     The G heads of a group and the T columns are rows of one product with the group's keys, so nothing is repeated.
 
@@ -118,6 +127,21 @@ def attend(
     Returns:
         [N, K, G, T, H], and a function that gives the weights, [N, K, G, T, S], to whoever wants to see them.
     """
+    columns, few = queries.shape[3], columns_at_once(queries.shape[3])
+    if few == columns:
+        return _attend_at_once(queries, keys, values, mask)
+
+    def some(start: jax.Array) -> jax.Array:
+        own = lax.dynamic_slice_in_dim(queries, start, few, axis=3)
+        return _attend_at_once(own, keys, values, lax.dynamic_slice_in_dim(mask, start, few, axis=1))[0]
+
+    attended = jnp.moveaxis(lax.map(some, jnp.arange(0, columns, few)), 0, 3)
+    return attended.reshape(queries.shape), lambda: _attend_at_once(queries, keys, values, mask)[1]()
+
+
+def _attend_at_once(
+    queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array
+) -> tuple[jax.Array, Callable[[], jax.Array]]:
     *batch, slots, head_dim = keys.shape
     scores = jnp.einsum(
         "...mh,...sh->...ms", queries.reshape(*batch, -1, head_dim), keys, preferred_element_type=jnp.float32

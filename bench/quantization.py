@@ -1,0 +1,96 @@
+"""What a smaller dtype costs and saves: milliseconds of a decode step, bytes, and how far the distributions move.
+
+    python bench/quantization.py
+
+Models of the same random weights in float32, in bfloat16 and in one byte each take turns; a step is what a call of some
+steps takes beyond a call of one, by their number. The divergence is Kullback and Leibler's, in nats per token, from the
+float32 model of the trained weights that jaxgen comes with, over texts that this one wrote; beside it, how often the
+likeliest token is another one.
+"""
+
+import argparse
+import statistics
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from common import continued, random_prompts, record, seconds, varied
+
+import jaxgen
+from jaxgen.shapes import SHAPES
+
+KINDS: dict[str, dict[str, Any]] = {
+    "float32": {"dtype": "float32"},
+    "bfloat16": {"dtype": "bfloat16"},
+    "int8": {"dtype": "float32", "quantize": "int8"},
+    "int8, bfloat16": {"dtype": "bfloat16", "quantize": "int8"},
+}
+PROMPT_TOKENS = 32
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="135m")
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--steps", type=int, default=32, help="of a timed call (default: 32)")
+    parser.add_argument("--repeats", type=int, default=5, help="timed calls of each (default: 5)")
+    parser.add_argument("--json", type=Path, help="append the figures to this file, one JSON object per line")
+    arguments = parser.parse_args()
+    moved = {kind: divergence(kind) for kind in KINDS}
+    models = {kind: jaxgen.from_config(varied(arguments.shape), **options) for kind, options in KINDS.items()}
+    print(
+        f"{'weights':16} {'MB':>7} {'KL, nats':>9} {'other token':>11} {'batch':>5} {'ms/step':>8} {'of float32':>10}"
+    )
+    for batch in arguments.batch:
+        steps = step_ms(models, batch, arguments.steps, arguments.repeats)
+        for kind, model in models.items():
+            figures = {
+                "shape": arguments.shape,
+                "weights": kind,
+                "bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(model)),
+                **moved[kind],
+                "batch": batch,
+                "step_ms": steps[kind],
+                "of_float32": steps[kind] / steps["float32"],
+            }
+            print(
+                f"{kind:16} {figures['bytes'] / 1e6:7.1f} {figures['kl']:9.6f} {figures['other_token']:11.2%} "
+                f"{batch:5} {figures['step_ms']:8.2f} {figures['of_float32']:10.2f}",
+                flush=True,
+            )
+            record(arguments.json, figures | {"steps": arguments.steps, "repeats": arguments.repeats})
+
+
+def divergence(kind: str) -> dict[str, float]:
+    """Of the bundled model in this kind of weights from itself in float32, over 16 texts of 128 tokens."""
+    wide = jaxgen.load(jaxgen.BUNDLED_MODEL, dtype="float32")
+    model = jaxgen.load(jaxgen.BUNDLED_MODEL, **KINDS[kind])
+    starts = np.full((16, 1), wide.generation_config.bos_token_id)
+    texts = jnp.asarray(continued(wide, starts, 127, do_sample=True, top_k=0, key=0))
+    log_p, log_q = (jax.nn.log_softmax(jax.jit(type(each).__call__)(each, texts)) for each in (wide, model))
+    return {
+        "kl": float((jnp.exp(log_p) * (log_p - log_q)).sum(axis=-1).mean()),
+        "other_token": float((log_p.argmax(axis=-1) != log_q.argmax(axis=-1)).mean()),
+    }
+
+
+def step_ms(models: dict[str, Any], batch: int, steps: int, repeats: int) -> dict[str, float]:
+    prompts = random_prompts(next(iter(models.values())).vocab_size, batch, PROMPT_TOKENS)
+    times: dict[str, list[float]] = {kind: [] for kind in models}
+    for model in models.values():
+        texts = [continued(model, prompts, 1 + steps) for _ in range(2)]
+        if not np.array_equal(*texts):
+            raise SystemExit("the same call gave other tokens: its times mean nothing.")
+        continued(model, prompts, 1)
+    for _ in range(repeats):
+        for kind, model in models.items():
+            longer = seconds(lambda model=model: continued(model, prompts, 1 + steps))
+            shorter = seconds(lambda model=model: continued(model, prompts, 1))
+            times[kind].append((longer - shorter) / steps * 1e3)
+    return {kind: statistics.median(taken) for kind, taken in times.items()}
+
+
+if __name__ == "__main__":
+    main()

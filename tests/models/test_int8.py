@@ -1,0 +1,113 @@
+"""Weights of one byte: what they stand for, what products with them are, and what a model of them is worth."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxgen
+from jaxgen import decoding, generation
+from jaxgen.models.int8 import Int8, quantised
+
+RNG = np.random.default_rng(0)
+
+
+def matrix(out: int = 40, columns: int = 64) -> np.ndarray:
+    return RNG.standard_normal((out, columns)).astype(np.float32) * RNG.uniform(0.01, 10, (out, 1)).astype(np.float32)
+
+
+def wide(weight: Int8) -> np.ndarray:
+    return np.asarray(weight.values, np.float64) * np.asarray(weight.scales, np.float64)[:, None]
+
+
+@pytest.mark.parametrize("of", [np.asarray, jnp.asarray], ids=["NumPy", "JAX"])
+def test_every_weight_is_off_by_half_a_127th_of_the_largest_of_its_row_at_most(of: Any) -> None:
+    array = matrix()
+    found = quantised(of(array))
+    assert found.values.dtype == np.int8 and found.scales.dtype == np.float32
+    unit = np.abs(array).max(axis=1, keepdims=True) / 127
+    assert (np.abs(wide(found) - array) <= 0.5001 * unit).all()
+
+
+def test_a_matrix_of_many_rows_is_quantised_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    array = matrix()
+    whole = quantised(array)
+    monkeypatch.setattr("jaxgen.models.int8._ROWS", 7)
+    in_parts = quantised(array)
+    np.testing.assert_array_equal(in_parts.values, whole.values)
+    np.testing.assert_array_equal(in_parts.scales, whole.scales)
+
+
+def test_a_row_of_zeros_stays_zero_and_a_nan_stays_in_its_row() -> None:
+    array = matrix()
+    array[3], array[5, 2] = 0, np.nan
+    products = np.asarray(quantised(jnp.asarray(array)).product(jnp.ones((1, 64))))
+    assert products[0, 3] == 0 and np.flatnonzero(np.isnan(products[0])).tolist() == [5]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 70])
+@pytest.mark.parametrize("form", ["_product", "_product_on_cpu"])
+def test_a_product_is_that_of_the_wide_weights(rows: int, form: str) -> None:
+    weight = quantised(jnp.asarray(matrix()))
+    x = RNG.standard_normal((rows, 64)).astype(np.float32) * RNG.uniform(1e-3, 1e3, (rows, 1)).astype(np.float32)
+    found = np.asarray(jax.jit(getattr(weight, form))(jnp.asarray(x)))
+    expected = x.astype(np.float64) @ wide(weight).T
+    # 15 bits of what is multiplied: an error of half a 32,258th of the largest, per entry.
+    bound = np.abs(x).max(axis=1)[:, None] / 32258 * np.abs(wide(weight)).sum(axis=1)
+    assert (np.abs(found - expected) <= bound).all()
+
+
+def test_a_product_with_nothing_but_zeros_is_zero() -> None:
+    assert not np.asarray(quantised(jnp.asarray(matrix()))._product_on_cpu(jnp.zeros((2, 64)))).any()
+
+
+def test_a_loaded_model_holds_a_byte_per_weight_and_gives_nearly_the_same_distributions() -> None:
+    model = jaxgen.load(jaxgen.BUNDLED_MODEL, dtype="float32")
+    small = jaxgen.load(jaxgen.BUNDLED_MODEL, dtype="float32", quantize="int8")
+    size = {
+        each: sum(leaf.nbytes for leaf in jax.tree.leaves(each_model))
+        for each, each_model in (("f", model), ("q", small))
+    }
+    assert size["q"] < 0.27 * size["f"]
+    assert small.dtype == model.dtype == jnp.float32
+    ids = np.asarray(jaxgen.generate(model, [[1, 5, 6]], max_new_tokens=60, eos_token_id=None))
+    log_p, log_q = (jax.nn.log_softmax(each(jnp.asarray(ids))) for each in (model, small))
+    divergence = (jnp.exp(log_p) * (log_p - log_q)).sum(axis=-1)
+    assert 0 < float(divergence.mean()) < 0.005
+
+
+def test_a_model_in_bfloat16_multiplies_and_caches_in_it() -> None:
+    small = jaxgen.load(jaxgen.BUNDLED_MODEL, dtype="bfloat16", quantize="int8")
+    assert small.dtype == jnp.bfloat16
+    assert small.make_cache(1, 4).layers[0][0].dtype == jnp.bfloat16
+    assert jaxgen.generate(small, [[5, 6]], max_new_tokens=4, num_beams=2).shape[1] <= 6
+
+
+def test_what_is_quantised_at_load_is_what_is_quantised_at_random() -> None:
+    config = {"model_type": "llama", "vocab_size": 97, "hidden_size": 32, "intermediate_size": 64}
+    config |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    small, model = jaxgen.from_config(config, quantize="int8"), jaxgen.from_config(config)
+    for found, expected in zip(jax.tree.leaves(small), jax.tree.leaves(jax.tree.map(quantised, model)), strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_no_program_holds_its_weights_wide() -> None:
+    config = {"model_type": "llama", "vocab_size": 997, "hidden_size": 256, "intermediate_size": 512}
+    config |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = jaxgen.from_config(config, quantize="int8")
+    call = generation.lower(model, np.ones((1, 20), int), None, {"max_new_tokens": 20})
+    state = jax.eval_shape(lambda: decoding._prefill(model, call.prompt, call.strategy, call.slots))
+    compiled = decoding.advance.lower(model, state, call.strategy, np.int32(1)).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 256 * 1024  # the matrices of a layer are 590,000 bytes
+
+
+def test_other_kinds_and_saving_are_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="`quantize`='int4' is not supported"):
+        jaxgen.load(jaxgen.BUNDLED_MODEL, quantize="int4")
+    with pytest.raises(ValueError, match="`quantize`='fp8'"):
+        jaxgen.from_config({}, quantize="fp8")
+    with pytest.raises(ValueError, match="`model` is quantised"):
+        jaxgen.save(jaxgen.load(jaxgen.BUNDLED_MODEL, quantize="int8"), tmp_path)
