@@ -128,6 +128,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
         "--model", metavar="FOLDER", help="a Hugging Face or converted folder; bundled story model by default"
     )
     parser.add_argument("--dtype", choices=_DTYPES, help="default: the checkpoint's own")
+    parser.add_argument("--quantize", choices=("int8",), help="hold the weights in one byte each")
     _add_cache_option(parser)
 
 

@@ -357,8 +357,10 @@ class _Call:
         # The product of gate and up, and what goes into the last one.
         mlp = 3 * units
         attention = int(_SCORE_BUFFERS[platform] * scores) + (0 if platform == "cpu" else qkv)
-        # All layers' keys and values, before the cache grows to all its slots; a CPU grows each layer by itself.
-        short_cache = 0 if platform == "cpu" else rows * columns * self.cache_item // tensor
+        # All layers' keys and values, before the cache grows to all its slots, on a GPU in two copies; a CPU grows each
+        # layer by itself.
+        copies = {"cpu": 0, "tpu": 1, "gpu": 2}[platform]
+        short_cache = copies * rows * columns * self.cache_item // tensor
         logits = 4 * rows * config.vocab_size
         return max(attention + hidden, mlp) + hidden + short_cache + logits
 

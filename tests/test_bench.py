@@ -68,6 +68,7 @@ def test_compare_prints_a_row_per_case_and_the_ratio_of_every_peer(
     assert figures["peers"]["transformers"]["ratio"] == figures["ratio"]
 
 
+@pytest.mark.sweep
 def test_a_peer_answers_from_its_own_process_and_says_what_failed_there(bench: Any, folder: Path) -> None:
     peers = bench("peers")
     prompts = np.arange(3, 11).reshape(2, 4)
@@ -154,6 +155,7 @@ def test_a_step_reads_the_weights_once_and_what_is_valid_of_the_cache(bench: Any
     assert throughput.step_bytes(untied, "beams", 3, 32, 8) == weights + 3 * (32 + 16) * column
 
 
+@pytest.mark.sweep
 def test_growth_prints_a_table_for_each_axis_and_the_slope_of_the_bytes(run: Any) -> None:
     options = ["--shape", "2-layer", "--length", "96", "192", "--batch", "1", "2", "--beams", "1", "2", "--steps", "4"]
     printed, figures = run("growth.py", *options)
@@ -190,6 +192,7 @@ def test_every_record_has_its_picture(
     assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in pictures)
 
 
+@pytest.mark.sweep
 def test_sampling_prints_what_each_way_of_choosing_costs_over_greedy(run: Any) -> None:
     printed, figures = run("sampling.py", "--vocabulary", "5000")
     assert len(figures) == 3 and all(each["way"] in "\n".join(printed) for each in figures)

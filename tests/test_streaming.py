@@ -130,13 +130,13 @@ def test_a_call_in_chunks_is_the_call_in_one(model: Any, monkeypatch: Any) -> No
     np.testing.assert_array_equal(jaxgen.generate(model, [[5, 6]], **beams), jaxgen.generate(model, [[5, 6]], **beams))
 
 
-WAYS: list[dict[str, Any]] = [
+WAYS: list[Any] = [
     {},
     {"do_sample": True, "num_return_sequences": 2, "key": 1},
-    {"num_beams": 3},
-    {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 1.0},
     {"penalty_alpha": 0.5, "top_k": 3},
     {"guidance_scale": 1.5, "num_beams": 2},
+    pytest.param({"num_beams": 3}, marks=pytest.mark.sweep),
+    pytest.param({"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 1.0}, marks=pytest.mark.sweep),
     {"prefill_chunk_size": 4, "output_hidden_states": True, "return_dict_in_generate": True},
 ]
 

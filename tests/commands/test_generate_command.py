@@ -127,3 +127,12 @@ def test_a_tokenizer_that_cannot_be_read_is_named(tmp_path: Path, capsys: pytest
 def test_healed_prompts_are_counted_and_cut_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
     told = json.loads(output(capsys, "Once upon a time ", "--json", "--token-healing"))
     assert told["texts"][0].endswith(told["completions"][0]) and told["new_tokens"] == 6
+
+
+def test_weights_of_one_byte_tell_the_story_of_a_model_loaded_so(
+    capsys: pytest.CaptureFixture[str], tokenizer: Any
+) -> None:
+    small = jaxgen.load(jaxgen.BUNDLED_MODEL, quantize="int8")
+    ids = tokenizer("Once upon a time", return_tensors="np")["input_ids"]
+    expected = tokenizer.decode(jaxgen.generate(small, ids, max_new_tokens=6)[0], skip_special_tokens=True)
+    assert output(capsys, "Once upon a time", "--quantize", "int8") == expected + "\n"
