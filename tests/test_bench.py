@@ -199,6 +199,7 @@ def test_sampling_prints_what_each_way_of_choosing_costs_over_greedy(run: Any) -
     assert figures[0]["of_greedy"] == 1
 
 
+@pytest.mark.sweep
 def test_beams_are_compared_after_their_tokens_are(run: Any) -> None:
     options = ["--shape", "2-layer", "--prompt-tokens", "40", "--batch", "2", "--new-tokens", "20"]
     printed, (figures,) = run("beams.py", *options)

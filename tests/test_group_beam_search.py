@@ -20,7 +20,9 @@ def beams(model: Any, **kwargs: Any) -> Any:
     return jaxgen.generate(model, IDS, **{**arguments, **kwargs})
 
 
-@pytest.mark.parametrize("program", range(PROGRAMS))
+@pytest.mark.parametrize(
+    "program", [0, 1, *(pytest.param(program, marks=pytest.mark.sweep) for program in range(2, PROGRAMS))]
+)
 def test_sequences_and_scores_are_those_of_transformers_4_41(program: int, model: Any) -> None:
     for case in range(program, CASES, PROGRAMS):
         call, expected = diverse(case), recorded()["diverse"][case]

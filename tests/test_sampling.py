@@ -17,7 +17,7 @@ import jaxgen
 from jaxgen import logits_process, sampling
 
 COMBINATIONS, CALLS_EACH = 11, 20
-USUAL = 6  # the others are for sweeps
+USUAL = 5  # the others are for sweeps
 
 
 # ---- Exactly, with the numbers of transformers ----
