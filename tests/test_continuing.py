@@ -307,7 +307,10 @@ def test_chunks_bound_the_memory_of_a_long_prompt(model: Any) -> None:
         program = decoding.prefill.lower(model, call.prompt, call.strategy, call.slots, call.collect)
         return program.compile().memory_analysis().temp_size_in_bytes
 
-    assert temporaries(prefill_chunk_size=128) < temporaries() / 4
+    whole = temporaries()
+    assert temporaries(prefill_chunk_size=128) < 0.8 * whole
+    # At once, only some columns' scores are in memory; those of all would be 2 rows of 4 heads or more.
+    assert whole < 4 * 2 * 4 * 1536**2
 
 
 def test_a_continued_call_streams_and_is_a_pure_function_too(model: Any) -> None:
