@@ -25,7 +25,10 @@ DECODES: dict[str, dict[str, Any]] = {
     "sampling": {"do_sample": True, "top_k": 50, "top_p": 0.9},
     "beams": {"num_beams": 4},
 }
-_PACKAGES = ("jax", "transformers", "torch", "keras-hub", "llama-cpp-python")
+_PACKAGES = (
+    *("jax", "jaxlib", "libtpu", "jax-cuda12-plugin"),
+    *("transformers", "torch", "keras-hub", "llama-cpp-python"),
+)
 
 
 # What is read at once to measure the bandwidth: much more than any cache holds.

@@ -10,21 +10,17 @@ prefetched twice. The compiler of a GPU does not refuse what is too large; it is
 """
 
 import argparse
-import json
 import math
-import os
-import platform
 import re
 import time
 from dataclasses import dataclass
-from datetime import date
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from common import record
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -107,9 +103,7 @@ def main() -> None:
         if case.target in arguments.target and case.shape in arguments.shape:
             figures = examine(case, devices(case.target, math.prod(case.mesh)))
             print(row(case, figures), flush=True)
-            if arguments.json:
-                with arguments.json.open("a") as file:
-                    file.write(json.dumps({**vars(case), **figures, **record()}) + "\n")
+            record(arguments.json, {**vars(case), **figures})
 
 
 def devices(target: str, count: int) -> Any:
@@ -307,21 +301,6 @@ def row(case: Case, figures: dict[str, Any]) -> str:
         f"{figures['prefill_temp_bytes'] / 1e6:8.0f} {figures['decode_temp_bytes'] / 1e6:6.0f} "
         f"{figures['plan_ratio']:5.2f} {len(figures['moves']):5} {sends:>12} {figures['roofline_tokens_per_s']:9,.0f}"
     )
-
-
-def record() -> dict[str, Any]:
-    """What a figure needs to be compared with others."""
-    versions = {}
-    for name in ("jaxgen", "jax", "jaxlib", "libtpu", "jax-cuda12-plugin"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:  # one compiler is there, or the other
-            continue
-    return {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "versions": versions,
-        "date": date.today().isoformat(),
-    }
 
 
 if __name__ == "__main__":

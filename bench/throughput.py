@@ -104,14 +104,13 @@ def _mesh(text: str) -> Mesh:
 
 def make(name: str, dtype: str, quantize: str | None, mesh: Mesh | None) -> Any:
     """The model of a folder, or one of random weights; there is never a second copy of the weights."""
-    quantized = {} if quantize is None else {"quantize": quantize}
     if name not in SHAPES:
-        return jaxgen.load(name, dtype=dtype, mesh=mesh, **quantized)
+        return jaxgen.load(name, dtype=dtype, mesh=mesh, quantize=quantize)
     if mesh is None:
-        return jaxgen.from_config(varied(name), dtype=dtype, **quantized)
+        return jaxgen.from_config(varied(name), dtype=dtype, quantize=quantize)
     with tempfile.TemporaryDirectory() as folder:
         jaxgen.save(jaxgen.from_config(varied(name), dtype=dtype), folder)
-        return jaxgen.load(folder, dtype=dtype, mesh=mesh, **quantized)
+        return jaxgen.load(folder, dtype=dtype, mesh=mesh, quantize=quantize)
 
 
 def measure(

@@ -66,7 +66,7 @@ def load(
         ValueError: if the mesh has other axes, or one that heads or units cannot be spread over evenly, and for
             another `dtype` or `quantize`.
     """
-    _check_quantize(quantize)
+    check_quantize(quantize)
     source = open_folder(path, None if mesh is None else _automatic(mesh))
     for message in source.warnings:
         warnings.warn(message, stacklevel=2)
@@ -97,7 +97,7 @@ def from_config(
         dtype: what to hold the weights in: float32, bfloat16 or float16.
         quantize: see `load`.
     """
-    _check_quantize(quantize)
+    check_quantize(quantize)
     raw = config if isinstance(config, Mapping) else config.to_dict()
     family, parsed, generation_config = _parse_config(raw, None)
     key = jax.random.key(key) if isinstance(key, int) else key
@@ -126,7 +126,8 @@ def _random_model(family: Family, config: Any, dtype: np.dtype, quantize: bool, 
     return jax.tree.map(quantised, model) if quantize else model
 
 
-def _check_quantize(quantize: Any) -> None:
+def check_quantize(quantize: Any) -> None:
+    """Refuses what `load` cannot do."""
     if quantize not in (None, "int8"):
         raise ValueError(f'`quantize`={quantize!r} is not supported; it may be "int8" or None.')
 

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh
 
-from jaxgen.checkpoint import abstract, named_leaves, open_folder, weights_dtype
+from jaxgen.checkpoint import abstract, check_quantize, named_leaves, open_folder, weights_dtype
 from jaxgen.generation import lower_for_any_device, memory_bytes
 from jaxgen.models import FAMILIES
 from jaxgen.models.layers import columns_at_once
@@ -177,8 +177,7 @@ def plan(
             raise ValueError(f"`{name}`={size!r} must be a positive integer.")
     if len(mesh) != 2 or any(not isinstance(size, int) or size < 1 for size in mesh):
         raise ValueError(f"`mesh`={mesh!r} must be two positive integers: devices for rows, and for heads and units.")
-    if quantize not in (None, "int8"):
-        raise ValueError(f'`quantize`={quantize!r} is not supported; it may be "int8" or None.')
+    check_quantize(quantize)
     if device is not None and device not in _DEVICES:
         raise ValueError(f"`device`={device!r} is not known; it may be one of {[*_DEVICES]}.")
     target = _local_device() if device is None else _usable(_DEVICES[device])

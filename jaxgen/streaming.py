@@ -49,6 +49,9 @@ class Pace:
         return max(1, min(int(min(self.seconds, left) / max(per_step, 1e-6)), 2 * steps, self.most))
 
 
+WATCHED = Pace(seconds=0.1, most=16, watched=True)
+UNWATCHED = Pace(seconds=0.25, most=2**20, watched=False)
+
 # A cache smaller than this is not worth a program of its own.
 _FEWEST_SLOTS = 256
 
@@ -87,10 +90,6 @@ def stages(model: Model, call: Any, weights: int) -> Generator[Stage]:
             bisect.bisect(range(call.forward_passes), size, key=lambda new: strategy.cache_slots(columns, new + 1)) - 1
         )
         yield Stage(size, passes)
-
-
-WATCHED = Pace(seconds=0.1, most=16, watched=True)
-UNWATCHED = Pace(seconds=0.25, most=2**20, watched=False)
 
 
 Chunks = Generator[Progress, bool | None, DecodeState]
