@@ -43,7 +43,8 @@ def instructions(request: pytest.FixtureRequest) -> tuple[int, list[tuple[str, s
 
 def test_the_loop_runs_one_forward_pass_per_step(instructions: tuple[int, list[tuple[str, str]]]) -> None:
     operations = Counter(operation for operation, _ in instructions[1])
-    products_per_layer = 6  # qkv, scores, weighted values, output, gate and up, down
+    group = CONFIG["num_attention_heads"] // KV_HEADS
+    products_per_layer = 4 + 2 * group  # qkv, output, gate and up, down; scores and weighted values of a group's heads
     assert operations["dot"] + operations["custom-call"] == LAYERS * products_per_layer + 1
 
 

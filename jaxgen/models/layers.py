@@ -143,9 +143,7 @@ def _attend_at_once(
     queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array
 ) -> tuple[jax.Array, Callable[[], jax.Array]]:
     *batch, slots, head_dim = keys.shape
-    scores = jnp.einsum(
-        "...mh,...sh->...ms", queries.reshape(*batch, -1, head_dim), keys, preferred_element_type=jnp.float32
-    )
+    scores = _grouped("...mh,...sh->...ms", queries.reshape(*batch, -1, head_dim), keys)
     allowed = mask[:, None, None]
     scores = jnp.where(allowed, scores.reshape(*queries.shape[:-1], slots) * head_dim**-0.5, -jnp.inf)
     highest = jnp.maximum(scores.max(axis=-1, keepdims=True), jnp.finfo(jnp.float32).min)
@@ -153,10 +151,28 @@ def _attend_at_once(
     # The sum divides the few products rather than the many weights; it is 0 only where there is nothing to divide.
     total = jnp.maximum(weights.sum(axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
     rounded = weights.astype(values.dtype).reshape(*batch, -1, slots)
-    attended = jnp.einsum("...ms,...sh->...mh", rounded, values, preferred_element_type=jnp.float32)
+    attended = _grouped("...ms,...sh->...mh", rounded, values)
     return (attended.reshape(queries.shape) / total).astype(values.dtype), lambda: (weights / total).astype(
         values.dtype
     )
+
+
+def _grouped(spec: str, rows: jax.Array, shared: jax.Array) -> jax.Array:
+    """The einsum of a group's M rows with its keys or values, [N, K, M, in] and [N, K, S, H] -> float32 [N, K, M, out].
+
+    In float32 XLA:CPU is faster with up to four rows one by one (a step behind 900 columns at batch 8: 273 -> 165 ms).
+    """
+
+    def together(rows: jax.Array, shared: jax.Array) -> jax.Array:
+        return jnp.einsum(spec, rows, shared, preferred_element_type=jnp.float32)
+
+    def one_by_one(rows: jax.Array, shared: jax.Array) -> jax.Array:
+        one = spec.replace("m", "")
+        return jnp.stack([jnp.einsum(one, rows[..., m, :], shared) for m in range(rows.shape[-2])], axis=-2)
+
+    if rows.dtype != jnp.float32 or rows.shape[-2] > 4:
+        return together(rows, shared)
+    return lax.platform_dependent(rows, shared, cpu=one_by_one, default=together)
 
 
 class HostOnly:

@@ -33,13 +33,18 @@ def told(folder: Path) -> dict[str, float]:
     return json.loads(subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout)
 
 
-def test_a_second_process_has_its_first_token_in_a_fraction_of_the_time(tmp_path: Path) -> None:
+def test_a_second_process_compiles_nothing(tmp_path: Path) -> None:
     folder = tmp_path / "programs"
+
+    def written() -> dict[Path, int]:
+        return {file: file.stat().st_mtime_ns for file in folder.glob("*-cache")}
+
     cold = told(folder)
-    assert folder.stat().st_mode & 0o777 == 0o700 and list(folder.iterdir())
+    assert folder.stat().st_mode & 0o777 == 0o700
+    first = written()
+    assert first
     warm = told(folder)
-    assert warm["completions"] == cold["completions"]
-    assert warm["first_token_seconds"] < 0.5 * cold["first_token_seconds"]  # about 0.2 on a quiet machine
+    assert warm["completions"] == cold["completions"] and written() == first
     for file in folder.glob("*-cache"):
         file.write_bytes(file.read_bytes()[:50])
     repaired = told(folder)
