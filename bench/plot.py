@@ -121,6 +121,7 @@ def compare(records: Records) -> Any:
         for decode, axes in zip(decodes, row, strict=True):
             own = [record for record in records if (record["shape"], record["dtype"]) == (shape, dtype)]
             own = sorted((r for r in own if r["decode"] == decode), key=lambda record: record["batch"])
+            axes.set_visible(bool(own))
             for place, name in enumerate(peers):
                 shown = [(at, r["peers"][name]) for at, r in enumerate(own) if "ms" in r["peers"].get(name, {})]
                 width = 0.8 / len(peers)
