@@ -131,6 +131,7 @@ def test_a_call_in_chunks_is_the_call_in_one(model: Any, monkeypatch: Any) -> No
 
 
 WAYS: list[Any] = [
+    {},
     {"penalty_alpha": 0.5, "top_k": 3},
     pytest.param({"do_sample": True, "num_return_sequences": 2, "key": 1}, marks=pytest.mark.sweep),
     {"guidance_scale": 1.5, "num_beams": 2},
