@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import continued, record, seconds
+from common import continued, positive, record, seconds, varied
 from transformers import LlamaForCausalLM
 
 import jaxgen
@@ -31,10 +31,10 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", nargs="+", type=int, default=[32, 512])
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 4])
     parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=5, help="timed calls of each (default: 5)")
+    parser.add_argument("--repeats", type=positive, default=5, help="timed calls of each (default: 5)")
     parser.add_argument("--json", type=Path, help="append the figures to this file, one JSON object per line")
     arguments = parser.parse_args()
-    model = jaxgen.from_config(SHAPES[arguments.shape])
+    model = jaxgen.from_config(varied(arguments.shape))
     with tempfile.TemporaryDirectory() as folder:
         jaxgen.save(model, folder)
         twin = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

@@ -1,5 +1,6 @@
 """What the benchmarks share: the clock, the machine, the records, and the work they measure."""
 
+import argparse
 import json
 import os
 import platform
@@ -33,6 +34,13 @@ _PACKAGES = (
 
 # What is read at once to measure the bandwidth: much more than any cache holds.
 READ_BYTES = {"cpu": 1 << 29, "gpu": 1 << 31, "tpu": 1 << 31}
+
+
+def positive(text: str) -> int:
+    """An argument of the command line that counts something there has to be."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number} is less than 1")
+    return number
 
 
 def seconds(call: Callable[[], Any]) -> float:

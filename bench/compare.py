@@ -6,7 +6,8 @@ All start from the same random weights and the same prompts and produce as many 
 calls alternate, so that a machine that slows down slows all; figures are medians. A ratio is printed for equal work
 only: greedy and beam tokens must be those of jaxgen, where greedy ones may be others of two that tie within the
 rounding of the dtype, and beams of equal shape have to do in bfloat16, whose rounding decides between texts. Samples
-are drawn by other generators, so that their shape has to do too.
+are drawn by other generators, so that their shape has to do too. Where greedy tokens differ, both sides are held
+against a forward pass without a cache, and the run ends if those of jaxgen are the wrong ones.
 
 The first call of a case compiles what there is to compile, and a call with a prompt length that was never seen before
 shows whether it will again. Peers besides transformers are taken if they are installed:
@@ -29,8 +30,8 @@ from typing import Any
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import numpy as np
-from common import DECODES, random_prompts, record, varied
-from peers import PEERS, Case, Peer, Worker, installed
+from common import DECODES, positive, random_prompts, record, varied
+from peers import PEERS, Case, Missing, Peer, Worker, installed
 from reference import Reference, Verdict
 
 import jaxgen
@@ -48,7 +49,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of all of them")
     parser.add_argument("--prompt-tokens", type=int, default=32)
     parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=5, help="timed calls of each (default: 5)")
+    parser.add_argument("--repeats", type=positive, default=5, help="timed calls of each (default: 5)")
     parser.add_argument("--json", type=Path, help="append the figures to this file, one JSON object per line")
     arguments = parser.parse_args()
     if missing := [name for name in arguments.peers or () if not installed(name)]:
@@ -60,7 +61,7 @@ def main() -> None:
     for shape in arguments.shape:
         with tempfile.TemporaryDirectory() as folder:
             jaxgen.save(jaxgen.from_config(varied(shape), dtype=arguments.dtype), folder)
-            peers = {name: Worker(name, folder, arguments.dtype) for name in names}
+            peers = {name: started(name, folder, arguments.dtype) for name in names}
 
             @functools.cache
             def reference(folder: str = folder) -> Reference:
@@ -79,6 +80,16 @@ def main() -> None:
             for peer in peers.values():
                 peer.close()
     print("\n".join(sorted(notes)))
+
+
+def started(name: str, folder: str, dtype: str) -> Peer:
+    """The peer in its process, or one that tells of every case why there is none."""
+    try:
+        return Worker(name, folder, dtype)
+    except RuntimeError as error:
+        if name == "jaxgen":
+            raise
+        return Missing(str(error))
 
 
 def compare(peers: Mapping[str, Peer], judge: Judge, case: Case, dtype: str, repeats: int) -> dict[str, dict[str, Any]]:
@@ -102,12 +113,17 @@ def compare(peers: Mapping[str, Peer], judge: Judge, case: Case, dtype: str, rep
             figures[name] = {"skipped": reason}
         else:
             times[name], new_lengths[name] = [], []
-    for repeat in range(repeats):
-        for name, taken in times.items():
-            taken.append(peers[name].timed(case))
+    for repeat, name in itertools.product(range(repeats), [*times]):
+        try:
+            times[name].append(peers[name].timed(case))
             if case.decode == "greedy" and repeat < 3:
                 shorter = replace(case, prompts=case.prompts[:, repeat + 1 :])
                 new_lengths[name].append(peers[name].first(shorter)[0])
+        except RuntimeError as error:
+            if name == "jaxgen":
+                raise
+            figures[name] = {"skipped": str(error)}
+    times = {name: taken for name, taken in times.items() if "skipped" not in figures[name]}
     for name, taken in times.items():
         per_token = [each / case.new_tokens * 1e3 for each in taken]
         median = statistics.median(per_token)
@@ -126,8 +142,11 @@ def difference(case: Case, ours: np.ndarray, theirs: np.ndarray, judge: Judge, d
         return None
     if case.decode == "beams" and dtype != "float32":
         return None
-    if case.decode == "greedy" and not judge(case, theirs).wrong:
-        return None
+    if case.decode == "greedy":
+        if judge(case, ours).wrong:
+            raise SystemExit("jaxgen's tokens are others than those of a forward pass: its times mean nothing.")
+        if not judge(case, theirs).wrong:
+            return None
     return "other tokens"
 
 

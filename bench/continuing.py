@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from common import random_prompts, record, seconds
+from common import positive, random_prompts, record, seconds, varied
 
 import jaxgen
 from jaxgen.shapes import SHAPES
@@ -41,10 +41,10 @@ print(time.perf_counter() - start)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="135m")
-    parser.add_argument("--repeats", type=int, default=3, help="timed calls of each (default: 3)")
+    parser.add_argument("--repeats", type=positive, default=3, help="timed calls of each (default: 3)")
     parser.add_argument("--json", type=Path, help="append the figures to this file, one JSON object per line")
     arguments = parser.parse_args()
-    model = jaxgen.from_config(SHAPES[arguments.shape])
+    model = jaxgen.from_config(varied(arguments.shape))
     measured = {
         "prefix": prefix(model, arguments.repeats),
         "chunks": chunks(model, arguments.repeats),

@@ -22,7 +22,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from common import record
+from common import positive, record
 from safetensors.numpy import save_file
 
 import jaxgen
@@ -47,7 +47,7 @@ print(bytes_of("VmHWM") - before)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=32, help="of 44 MB each (default: 32)")
-    parser.add_argument("--repeats", type=int, default=5, help="timed runs of each (default: 5)")
+    parser.add_argument("--repeats", type=positive, default=5, help="timed runs of each (default: 5)")
     parser.add_argument("--folder", type=Path, help="where to write (default: the folder for temporary files)")
     parser.add_argument("--json", type=Path, help="append the figures to this file, one JSON object per line")
     arguments = parser.parse_args()

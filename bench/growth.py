@@ -2,10 +2,10 @@
 
     python bench/growth.py
 
-Every length is that of a call with the same room to grow, so that only what is valid differs. The slope over the
-length, by least squares, is compared with what reading the keys and values of one more column takes at the bandwidth
-measured in the same run. A step is what a call of some steps takes beyond a call of one, whose prefill it shares, by
-their number; calls alternate, figures are medians, with the range beside them.
+Every length is that of a call with the same room to grow, whose cache has as many slots as such a text has by then. The
+slope over the length, by least squares, is compared with what reading the keys and values of one more column takes at
+the bandwidth measured in the same run. A step is what a call of some steps takes beyond a call of one, whose prefill it
+shares, by their number; calls alternate, figures are medians, with the range beside them.
 """
 
 import argparse
@@ -19,11 +19,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from common import bandwidth, continued, random_prompts, record, seconds, varied
+from common import bandwidth, continued, positive, random_prompts, record, seconds, varied
 
 import jaxgen
 from jaxgen.prompts import bucket
 from jaxgen.shapes import SHAPES
+from jaxgen.streaming import stages
 
 FRESH = 16  # columns of a prompt that its call reads, the others being in a cache
 PROMPT_TOKENS = 128  # where batch or beams grow
@@ -50,7 +51,7 @@ def main() -> None:
     parser.add_argument("--batch", nargs="*", type=int, default=[1, 2, 4, 8, 16, 32])
     parser.add_argument("--beams", nargs="*", type=int, default=[1, 2, 4, 8])
     parser.add_argument("--steps", type=int, default=32, help="of a timed call (default: 32)")
-    parser.add_argument("--repeats", type=int, default=5, help="timed calls of each (default: 5)")
+    parser.add_argument("--repeats", type=positive, default=5, help="timed calls of each (default: 5)")
     parser.add_argument("--json", type=Path, help="append the figures to this file, one JSON object per line")
     arguments = parser.parse_args()
     if wrong := [length for length in arguments.length if length < 96 or bucket(length) != length]:
@@ -88,12 +89,17 @@ def by_length(model: Any, lengths: list[int], room: int, steps: int, repeats: in
     if not lengths:
         return []
     ids = random_prompts(model.vocab_size, 1, max(lengths))
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model))
     arguments = {"prefill_chunk_size": 512, "return_dict_in_generate": True}
     whole = continued(model, ids[:, :-FRESH], 1, **arguments).past_key_values
+
+    slots = {}
 
     def call(length: int) -> Callable[[int], Any]:
         past = copy.copy(whole)
         past.crop(length - max(lengths))
+        prepared = jaxgen.prepare(model, ids[:, :length], past_key_values=past, max_new_tokens=room - length)
+        slots[length] = next(stages(model, prepared, weights)).cache_slots
 
         def run(steps: int) -> Any:
             until = Until(np.int32(length + 1 + steps))
@@ -104,7 +110,10 @@ def by_length(model: Any, lengths: list[int], room: int, steps: int, repeats: in
     calls = {length: call(length) for length in lengths}
     figures = _steps(calls, steps, repeats)
     # The mean over the steps, each of which attends its own column too.
-    return [each | {"columns": each["value"] + (steps + 3) / 2, "room": room} for each in figures]
+    return [
+        each | {"columns": each["value"] + (steps + 3) / 2, "slots": slots[each["value"]], "room": room}
+        for each in figures
+    ]
 
 
 def by_call(model: Any, values: Iterable[int], axis: str, steps: int, repeats: int) -> list[dict[str, Any]]:

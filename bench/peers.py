@@ -4,6 +4,7 @@ Processes, since Keras takes its backend from the environment once, frameworks b
 peer that fails is to take no other with it. The parent asks one at a time, so that none works while another is timed.
 """
 
+import contextlib
 import importlib.util
 import multiprocessing
 import os
@@ -38,7 +39,6 @@ class Peer:
     """A system with the weights of a Hugging Face folder."""
 
     packages: ClassVar[tuple[str, ...]] = ()
-    _last = 0.0
 
     def generate(self, case: Case) -> np.ndarray:
         """Int [B, T]: the new tokens."""
@@ -53,16 +53,15 @@ class Peer:
         """Seconds of a call as it comes, and its tokens."""
         start = time.perf_counter()
         tokens = self.generate(case)
-        self._last = time.perf_counter() - start
-        return self._last, tokens
+        return time.perf_counter() - start, tokens
 
     def timed(self, case: Case) -> float:
-        """Seconds of a call like the last one."""
+        """Seconds of a call like one before."""
         time.sleep(_PAUSE)
-        if self._last < _PAUSE:  # so short that it matters whose data the processor's caches hold
-            self.generate(case)
-        self._last = seconds(lambda: self.generate(case))
-        return self._last
+        taken = seconds(lambda: self.generate(case))
+        if taken < _PAUSE:  # so short that it matters whose data the processor's caches hold
+            taken = seconds(lambda: self.generate(case))
+        return taken
 
 
 class Jaxgen(Peer):
@@ -196,6 +195,18 @@ def installed(name: str) -> bool:
     return all(importlib.util.find_spec(package) for package in PEERS[name].packages)
 
 
+class Missing(Peer):
+    """A peer that could not be started, and why."""
+
+    def __init__(self, reason: str):
+        self._reason = reason
+
+    def refuses(self, case: Case) -> str | None:
+        return self._reason
+
+    def close(self) -> None: ...
+
+
 class Worker(Peer):
     """A peer in a process of its own.
 
@@ -212,13 +223,14 @@ class Worker(Peer):
         self._answer()
 
     def _ask(self, method: str, case: Case) -> Any:
-        self._pipe.send((method, case))
+        with contextlib.suppress(OSError):  # it has ended, which is the answer
+            self._pipe.send((method, case))
         return self._answer()
 
     def _answer(self) -> Any:
         try:
             error, value = self._pipe.recv()
-        except EOFError:
+        except (EOFError, OSError):
             self._process.join()
             raise RuntimeError(f"the process ended with {self._process.exitcode}") from None
         if error:

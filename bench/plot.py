@@ -62,7 +62,8 @@ def throughput(records: Records) -> Any:
     def name(record: dict[str, Any]) -> str:
         weights = record["quantize"] or record["dtype"]
         lengths = f"{record['prompt_tokens']} + {record['new_tokens']} tokens"
-        return f"{record['model']}, {weights}, {record['decode']}, {lengths}"
+        mesh = f" on {record['mesh']}" if record["mesh"] else ""
+        return f"{record['model']}, {weights}{mesh}, {record['decode']}, {lengths}"
 
     for label, each in curves(records, name):
         batches = [record["batch"] for record in each]
@@ -110,16 +111,17 @@ def growth(records: Records) -> Any:
 
 
 def compare(records: Records) -> Any:
-    """Milliseconds per token of each peer as bars: a row of panels for each shape, a panel for each decode."""
-    records = last(records, "shape", "dtype", "decode", "batch")
-    shapes = list(dict.fromkeys((record["shape"], record["dtype"]) for record in records))
+    """Milliseconds per token of each peer as bars: a row of panels for each shape and lengths, one for each decode."""
+    case = ("shape", "dtype", "prompt_tokens", "new_tokens")
+    records = last(records, *case, "decode", "batch")
+    shapes = list(dict.fromkeys(tuple(record[key] for key in case) for record in records))
     decodes = list(dict.fromkeys(record["decode"] for record in records))
     peers = list(dict.fromkeys(name for record in records for name in record["peers"]))
     size = (4.2 * len(decodes) + 1, 3.2 * len(shapes) + 0.8)
     figure, panels = plt.subplots(len(shapes), len(decodes), figsize=size, squeeze=False, layout="constrained")
-    for (shape, dtype), row in zip(shapes, panels, strict=True):
+    for shape, row in zip(shapes, panels, strict=True):
         for decode, axes in zip(decodes, row, strict=True):
-            own = [record for record in records if (record["shape"], record["dtype"]) == (shape, dtype)]
+            own = [record for record in records if tuple(record[key] for key in case) == shape]
             own = sorted((r for r in own if r["decode"] == decode), key=lambda record: record["batch"])
             axes.set_visible(bool(own))
             for place, name in enumerate(peers):
@@ -135,7 +137,11 @@ def compare(records: Records) -> Any:
                 labels = ["" if name == "jaxgen" else f"{figures['ratio']:.2g}x" for _, figures in shown]
                 axes.bar_label(bars, labels, fontsize=6, rotation=90, padding=2)
             axes.set_xticks(range(len(own)), [str(record["batch"]) for record in own])
-            axes.set(xlabel="rows", ylabel="ms per token, whole call", title=f"{shape}, {dtype}, {decode}")
+            axes.set(
+                xlabel="rows",
+                ylabel="ms per token, whole call",
+                title="{}, {}, {} + {} tokens, ".format(*shape) + decode,
+            )
             axes.margins(y=0.15)
     handles = [plt.Rectangle((0, 0), 1, 1, color=f"C{place}") for place in range(len(peers))]
     figure.legend(handles, peers, loc="outside upper center", ncols=len(peers), fontsize=8)

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from common import continued, random_prompts, record, seconds, varied
+from common import continued, positive, random_prompts, record, seconds, varied
 
 import jaxgen
 from jaxgen.shapes import SHAPES
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="135m")
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--steps", type=int, default=32, help="of a timed call (default: 32)")
-    parser.add_argument("--repeats", type=int, default=5, help="timed calls of each (default: 5)")
+    parser.add_argument("--repeats", type=positive, default=5, help="timed calls of each (default: 5)")
     parser.add_argument("--json", type=Path, help="append the figures to this file, one JSON object per line")
     arguments = parser.parse_args()
     moved = {kind: divergence(kind) for kind in KINDS}

@@ -1,9 +1,10 @@
-"""What drawing tokens costs over taking the highest: whole calls of jaxgen, as a table of ratios.
+"""What drawing tokens costs over taking the highest: decode steps of jaxgen, as a table of ratios.
 
     python bench/sampling.py
 
 A vocabulary of 128,256 on a small model (4 layers, hidden 512), eight rows: the share of sampling in a step is larger
-here than in any model people use. The calls alternate; figures are medians.
+here than in any model people use. A step is what a call takes beyond a call for one token, by the number of further
+tokens. The calls alternate; figures are medians.
 """
 
 import argparse
@@ -11,8 +12,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from common import random_prompts, record, seconds
+from common import continued, positive, random_prompts, record, seconds
 
 import jaxgen
 
@@ -36,27 +36,24 @@ ROWS, PROMPT_TOKENS, NEW_TOKENS = 8, 32, 33
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=9, help="timed calls of each (default: 9)")
+    parser.add_argument("--repeats", type=positive, default=9, help="timed calls of each (default: 9)")
     parser.add_argument("--json", type=Path, help="append the figures to this file, one JSON object per line")
     parser.add_argument("--vocabulary", type=int, default=MODEL["vocab_size"], help="tokens (default: 128256)")
     arguments = parser.parse_args()
     model = jaxgen.from_config({**MODEL, "vocab_size": arguments.vocabulary})
     prompt = random_prompts(arguments.vocabulary, ROWS, PROMPT_TOKENS)
-    mask = np.ones_like(prompt)
 
-    def call(way: str) -> None:
+    def call(way: str, new_tokens: int) -> None:
         key = {"key": 0} if "do_sample" in WAYS[way] else {}
-        jaxgen.generate(
-            model, prompt, attention_mask=mask, max_new_tokens=NEW_TOKENS, eos_token_id=None, **WAYS[way], **key
-        )
+        continued(model, prompt, new_tokens, **WAYS[way], **key)
 
-    for way in WAYS:
-        call(way)
     times: dict[str, list[float]] = {way: [] for way in WAYS}
-    for _ in range(arguments.repeats):
-        for way in WAYS:
-            times[way].append(seconds(lambda way=way: call(way)))
-    medians = {way: statistics.median(values) / NEW_TOKENS * 1e3 for way, values in times.items()}
+    for repeat in range(1 + arguments.repeats):
+        for way, steps in times.items():
+            longer = seconds(lambda way=way: call(way, NEW_TOKENS))
+            step = (longer - seconds(lambda way=way: call(way, 1))) / (NEW_TOKENS - 1)
+            steps += [step] if repeat else []  # the first compiles
+    medians = {way: statistics.median(steps) * 1e3 for way, steps in times.items()}
     print(f"{'':40}{'ms/step':>8}{'of greedy':>11}")
     for way, milliseconds in medians.items():
         ratio = milliseconds / medians["greedy"]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import random_prompts, record, seconds
+from common import positive, random_prompts, record, seconds, varied
 
 import jaxgen
 from jaxgen.shapes import SHAPES
@@ -31,10 +31,10 @@ class Watcher:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="135m")
-    parser.add_argument("--repeats", type=int, default=9, help="timed calls of each (default: 9)")
+    parser.add_argument("--repeats", type=positive, default=9, help="timed calls of each (default: 9)")
     parser.add_argument("--json", type=Path, help="append the figures to this file, one JSON object per line")
     arguments = parser.parse_args()
-    model = jaxgen.from_config(SHAPES[arguments.shape])
+    model = jaxgen.from_config(varied(arguments.shape))
     prompt = random_prompts(model.vocab_size, 1, PROMPT_TOKENS)
 
     def call(**kwargs: Any) -> np.ndarray:

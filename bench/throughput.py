@@ -26,7 +26,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from common import DECODES, bandwidth, continued, random_prompts, record, seconds, varied
+from common import DECODES, bandwidth, continued, positive, random_prompts, record, seconds, varied
 from jax.sharding import Mesh
 from reference import Reference
 
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--quantize", choices=["int8"], help="hold the weights in 8 bits")
     parser.add_argument("--mesh", type=_mesh, metavar="DATAxTENSOR", help="spread the model over devices, such as 1x4")
-    parser.add_argument("--repeats", type=int, default=5, help="timed calls of each (default: 5)")
+    parser.add_argument("--repeats", type=positive, default=5, help="timed calls of each (default: 5)")
     parser.add_argument("--json", type=Path, help="append the figures to this file, one JSON object per line")
     arguments = parser.parse_args()
     if min(arguments.new_tokens) < 2:

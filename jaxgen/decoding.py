@@ -12,7 +12,7 @@ every slot there is, so a cache with room for the longest text would be paid for
 import functools
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -192,11 +192,25 @@ def _counted_jit(name: str, function: Callable[..., DecodeState], **options: Any
     return jax.jit(traced, **options)
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def _grow(cache: Cache, slots: int) -> Cache:
     _compile_counts["grow"] += 1
     return cache.grow(slots)
 
 
+def grow(cache: Any, slots: int) -> Any:
+    """The same cache with `slots` slots; the old one is gone.
+
+    It grows one layer after the other, each of which makes room for the next: the memory may not hold two caches.
+    """
+    layers, grown = [], cache
+    for pair in cache.layers:
+        grown = _grow(replace(cache, layers=(pair,)), slots)
+        for array in pair:
+            array.delete()
+        layers += grown.layers
+    return replace(grown, layers=tuple(layers))
+
+
 prefill = _counted_jit("prefill", _prefill, static_argnums=(3, 4, 5))
 advance = _counted_jit("advance", _advance, static_argnums=4, donate_argnums=1)
-grow = jax.jit(_grow, static_argnums=1)

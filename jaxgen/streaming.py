@@ -18,6 +18,7 @@ import numpy as np
 
 from jaxgen.base import Model, leaf
 from jaxgen.decoding import DecodeState, Progress, advance, grow, prefill
+from jaxgen.prompts import bucket
 from jaxgen.stopping_criteria import MaxLength
 
 # For a guess at the first chunk of an unwatched call: a tenth of the bytes per second that weights are read with, since
@@ -55,6 +56,9 @@ UNWATCHED = Pace(seconds=0.25, most=2**20, watched=False)
 # A cache smaller than this is not worth a program of its own.
 _FEWEST_SLOTS = 256
 
+# From here on the steps of a text cost so much more than a compile that sizes lie closer to each other.
+_LONG = 2048
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -70,21 +74,27 @@ class Stage:
 
 
 def stages(model: Model, call: Any, weights: int) -> Generator[Stage]:
-    """The sizes that the cache of a `generation.Call` grows through, each about twice the last.
+    """The sizes that the cache of a `generation.Call` grows through: doubled, and from 2048 slots on those of `bucket`.
 
-    What is reserved is read at every step, so it is at most as much again as what is needed, or so little beside the
-    bytes of the weights that it does not count.
+    What is reserved is read at every step, so it is at most as much again as what is needed, beyond 2048 half as much.
+    Two exceptions: so little beside the bytes of the weights that it does not count, and a last size up to half as
+    large again as the one that it saves. A size costs a compile, which takes a long text to pay for itself: 3072 slots
+    instead of 4096 save 6 ms of each of a thousand steps (135M on a CPU, batch 1).
     """
     strategy, columns = call.strategy, call.prompt.cache_slots
     most = strategy.cache_slots(columns, call.slots - call.prompt.input_ids.shape[1])
+    enough = min(most, strategy.cache_slots(columns, call.forward_passes + 1))
     rows = len(call.prompt.input_ids) * strategy.copies
     unnoticed = weights // 64 // (rows * model.cache_bytes_per_token)
     passes, whole = 0, "attentions" in call.collect  # whose buffers are as wide as the cache
     while True:
         needed = max(strategy.cache_slots(columns, passes + 2), unnoticed, _FEWEST_SLOTS)
-        size = 1 << (needed - 1).bit_length()
-        if whole or most <= size * 3 // 2:
+        size = bucket(needed) if needed > _LONG else 1 << (needed - 1).bit_length()
+        if whole or most <= (size if size > _LONG else size * 3 // 2):
             yield Stage(most, call.forward_passes)
+            return
+        if enough <= size:
+            yield Stage(size, call.forward_passes)
             return
         passes = (
             bisect.bisect(range(call.forward_passes), size, key=lambda new: strategy.cache_slots(columns, new + 1)) - 1

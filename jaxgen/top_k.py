@@ -10,10 +10,12 @@ _BLOCK = 64  # columns whose maximum stands for them in a search
 def highest_few(scores: jax.Array, count: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The highest scores of each row, falling, their columns, each [N, count], and bool [N] rows that are invalid.
 
-    They lie in the `count` blocks with the highest maxima, so most of the vocabulary is only read once.
+    They lie in the `count` blocks with the highest maxima, so most of the vocabulary is only read once. The barriers
+    keep XLA from computing the scores again for each use, and the maxima of blocks again for that of a row.
     """
+    scores = lax.optimization_barrier(scores)
     blocks = in_blocks(scores)
-    maxima = blocks.max(axis=2)
+    maxima = lax.optimization_barrier(blocks.max(axis=2))
     invalid = ~jnp.isfinite(maxima.max(axis=1))
     if blocks.shape[1] <= 2 * count:
         return *_top_k(scores, count), invalid

@@ -99,13 +99,20 @@ def test_a_peer_that_gives_other_tokens_or_none_gets_no_ratio(bench: Any) -> Non
             raise RuntimeError("no memory")
 
     given = {"jaxgen": Fixed(ours), "same": Fixed(ours), "other": Fixed(ours[::-1]), "fewer": Fixed(ours[:, :3])}
-    wrong = SimpleNamespace(wrong=1)
+
+    def judge(case: Any, tokens: np.ndarray) -> Any:
+        return SimpleNamespace(wrong=int((tokens != ours).any()))
+
     case = peers.Case("greedy", np.ones((2, 5), int), 4)
-    figures = compare.compare(given | {"failing": Failing()}, lambda case, tokens: wrong, case, "float32", 1)
+    given |= {"failing": Failing(), "missing": peers.Missing("no such file")}
+    figures = compare.compare(given, judge, case, "float32", 1)
     assert figures["same"]["ratio"] == pytest.approx(figures["same"]["ms"] / figures["jaxgen"]["ms"])
     assert figures["other"] == {"skipped": "other tokens"} and figures["failing"] == {"skipped": "no memory"}
+    assert figures["missing"] == {"skipped": "no such file"}
     assert figures["fewer"] == {"skipped": "tokens of shape (2, 3) instead of (2, 4)"}
     assert "ratio" not in {**figures["other"], **figures["fewer"], **figures["failing"]}
+    with pytest.raises(SystemExit, match="jaxgen's tokens are others"):
+        compare.compare(given | {"jaxgen": given["other"]}, judge, case, "float32", 1)
 
 
 @pytest.mark.parametrize(("decode", "dtype"), [("beams", "float32"), ("beams", "bfloat16"), ("greedy", "float32")])

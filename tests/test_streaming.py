@@ -1,6 +1,7 @@
 """Decodes in chunks: what a watcher sees is what a plain call returns, and whatever ends one early ends it well."""
 
 import asyncio
+import itertools
 import os
 import random
 import signal
@@ -8,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -160,6 +162,32 @@ def test_a_cache_that_grows_while_the_text_does_gives_the_same_tokens(
         whole, grown, stopped = whole.sequences, grown.sequences, stopped.sequences
     np.testing.assert_array_equal(grown, whole)
     assert stopped.shape[1] < grown.shape[1]
+
+
+def test_a_cache_doubles_up_to_2048_slots_and_then_grows_by_less(model: Any) -> None:
+    call = jaxgen.prepare(model, [[5, 6]], max_new_tokens=10_000, eos_token_id=None)
+    sizes = [*streaming.stages(model, call, weights=0)]
+    assert [stage.cache_slots for stage in sizes] == [256, 512, 1024, 2048, 3072, 4096, 6144, 8192, 12288]
+    # Each is full but for one column, those of the prompt's bucket included.
+    assert [stage.passes for stage in sizes[:-1]] == [stage.cache_slots - 17 for stage in sizes[:-1]]
+    assert sizes[-1].passes == call.forward_passes
+
+
+@pytest.mark.parametrize("way", [{}, {"num_beams": 4}, {"penalty_alpha": 0.5, "top_k": 4}], ids=str)
+@pytest.mark.parametrize("columns", [16, 1040, 2064, 5000])
+def test_a_cache_of_any_size_grows_until_the_call_is_done(way: dict[str, Any], columns: int, model: Any) -> None:
+    for new_tokens in [1, 2, 250, 513, 764, 768, 769, 1009, 2100, 3000, 5000]:
+        call = jaxgen.prepare(model, [[5, 6]], max_new_tokens=new_tokens, eos_token_id=None, **way)
+        # As after a kept cache, which leaves the prompt's own columns few.
+        prompt = SimpleNamespace(cache_slots=columns, input_ids=call.prompt.input_ids)
+        own = SimpleNamespace(**{**vars(call), "prompt": prompt, "forward_passes": call.forward_passes})
+        sizes = [*itertools.islice(streaming.stages(model, own, weights=0), 30)]
+        slots, passes = zip(*((stage.cache_slots, stage.passes) for stage in sizes), strict=True)
+        assert [*slots] == sorted(set(slots))
+        assert [*passes] == sorted(set(passes))
+        assert passes[-1] == call.forward_passes
+        for stage in sizes:
+            assert call.strategy.cache_slots(columns, stage.passes + 1) <= stage.cache_slots
 
 
 # ---- What ends it ----
