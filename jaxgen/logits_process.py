@@ -396,17 +396,24 @@ class TopP(Warper):
     def warp(self, scores: jax.Array) -> jax.Array:
         return lax.cond(self.top_p < 1, self.keep_nucleus, lambda scores: scores, scores)
 
-    def keep_nucleus(self, scores: jax.Array, rest: jax.Array | float = -jnp.inf) -> jax.Array:
+    def keep_nucleus(
+        self, scores: jax.Array, rest: jax.Array | float = -jnp.inf, columns: jax.Array | None = None
+    ) -> jax.Array:
         """As `warp`, for scores beside which there are less likely ones, whose logsumexp is `rest` [N, 1].
+
+        At most 128 scores may be those of int32 [N, W] `columns` in any order.
 
         Rising probabilities are summed, as in transformers, and where the sum passes 1 - p the nucleus begins. Of equal
         scores at its border, those of the higher columns are in it.
         """
         total = jnp.logaddexp(jax.nn.logsumexp(scores, axis=1, keepdims=True), rest)
         p, below = jnp.exp(scores - total), jnp.exp(rest - total)
-        columns = jnp.arange(scores.shape[1])
-        mass = _rising_mass_of_few if len(columns) <= 128 else _rising_mass_at_border
-        kept = mass(scores, p, below, 1 - self.top_p) > 1 - self.top_p
+        columns = jnp.arange(scores.shape[1])[None] if columns is None else columns
+        if scores.shape[1] <= 128:
+            mass = _rising_mass_of_few(scores, columns, p, below)
+        else:
+            mass = _rising_mass_at_border(scores, p, below, 1 - self.top_p)
+        kept = mass > 1 - self.top_p
         if self.min_tokens_to_keep == 1:
             last = jnp.max(jnp.where(scores == scores.max(axis=1, keepdims=True), columns, 0), axis=1, keepdims=True)
             kept |= columns == last
@@ -415,12 +422,10 @@ class TopP(Warper):
         return jnp.where(kept, scores, -jnp.inf)
 
 
-def _rising_mass_of_few(scores: jax.Array, p: jax.Array, below: jax.Array | float, limit: jax.Array) -> jax.Array:
+def _rising_mass_of_few(scores: jax.Array, columns: jax.Array, p: jax.Array, below: jax.Array | float) -> jax.Array:
     """float [N, W]: `below` plus the probabilities of each score and the lower ones, by comparing all pairs."""
-    del limit
-    columns = jnp.arange(scores.shape[1])
     this, other = scores[:, :, None], scores[:, None, :]
-    lower = (other < this) | ((other == this) & (columns <= columns[:, None]))
+    lower = (other < this) | ((other == this) & (columns[:, None, :] <= columns[:, :, None]))
     return below + jnp.where(lower, p[:, None, :], 0).sum(axis=2)
 
 

@@ -150,23 +150,28 @@ class Sample(Strategy):
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """int32 [N] tokens, float32 [N] their log-probabilities (if wanted, or zeros), bool [N] invalid rows."""
 
-        def pick(scores: jax.Array, columns: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        def pick(scores: jax.Array, columns: jax.Array | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
             noisy = scores
             if state.keys is not None:
-                noisy = scores + gumbel(state.keys, state.cur_len - state.prompt_length, columns)
-            best = first_highest(noisy)
+                drawn = jnp.broadcast_to(jnp.arange(scores.shape[1]), scores.shape) if columns is None else columns
+                noisy = scores + gumbel(state.keys, state.cur_len - state.prompt_length, drawn)
+            if columns is None:
+                tokens = best = first_highest(noisy)
+            else:  # in any order, so that the first of equals has to be found by its column
+                equal = noisy == noisy.max(axis=1, keepdims=True)
+                best = jnp.argmin(jnp.where(equal, columns, jnp.iinfo(jnp.int32).max), axis=1)
+                tokens = jnp.take_along_axis(columns, best[:, None], axis=1)[:, 0].astype(jnp.int32)
             chosen = jnp.take_along_axis(scores, best[:, None], axis=1)[:, 0]
             log_p = jnp.zeros_like(chosen)
             if "logprobs" in self.outputs:
                 log_p = chosen - jax.nn.logsumexp(scores, axis=1)
             # torch and jax both hold NaN for the greatest, so the chosen score tells whether there is one.
-            tokens = jnp.take_along_axis(columns, best[:, None], axis=1)[:, 0].astype(jnp.int32)
             return tokens, log_p, ~jnp.isfinite(chosen)
 
         def pick_from_all(scores: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
             for warper in warpers:
                 scores = warper.warp(scores)
-            return pick(scores, jnp.broadcast_to(jnp.arange(scores.shape[1]), scores.shape))
+            return pick(scores)
 
         if not warpers:
             return pick_from_all(scores)
@@ -204,7 +209,7 @@ class Sample(Strategy):
 @pytree
 @dataclass(frozen=True)
 class _Candidates:
-    """The tokens that sampling leaves, in the order of their columns.
+    """The tokens that sampling leaves, in no particular order.
 
     Attributes:
         scores: float32 [N, W], warped.
@@ -249,9 +254,10 @@ def _candidates(scores: jax.Array, warpers: tuple[Any, ...], finished: jax.Array
     enough = limited | ((top_k.top_k >= vocab_size) & (top_p < 1) & (jnp.exp(rest - total) <= 1 - top_p))
     complete = (alone & enough)[:, 0] | finished | invalid
 
-    columns, values = lax.sort((columns, values), dimension=1, num_keys=1)
+    if others:  # they count on the order of the columns
+        columns, values = lax.sort((columns, values), dimension=1, num_keys=1)
     values = jnp.where(limited & (values < last), -jnp.inf, values)
-    values = TopP(top_p).keep_nucleus(values, rest)
+    values = TopP(top_p).keep_nucleus(values, rest, columns)
     for warper in others:
         values = warper.warp(values)
     return _Candidates(values, columns, complete.all(), invalid)
