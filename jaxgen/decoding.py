@@ -199,7 +199,7 @@ def _grow(cache: Cache, slots: int) -> Cache:
 
 
 def grow(cache: Any, slots: int) -> Any:
-    """The same cache with `slots` slots; the old one is gone.
+    """The same cache, of layers as a `KVCache`, with `slots` slots; the old one is gone.
 
     It grows one layer after the other, each of which makes room for the next: the memory may not hold two caches.
     """

@@ -13,6 +13,7 @@ from random_calls import small_model
 
 import jaxgen
 from jaxgen import decoding
+from jaxgen.kv_cache import KVCache
 
 EOS, PAD = 7, 9
 
@@ -195,3 +196,18 @@ def test_every_strategy_decodes_as_a_pure_function(arguments: dict[str, Any], tm
     best = outputs["sequences"] if "top_k" in arguments else outputs["sequences"][:, 0]
     assert outputs["length"] == 8
     np.testing.assert_array_equal(best[:2, :8], expected)
+
+
+def test_growing_a_cache_frees_each_layer_of_the_old_one() -> None:
+    cache = KVCache.zeros(3, 2, 6, 2, 4, jnp.float32)
+    cache = replace(
+        cache, layers=tuple((keys + layer, values - layer) for layer, (keys, values) in enumerate(cache.layers))
+    )
+    before = jaxgen.compile_counts()["grow"]
+    grown = decoding.grow(cache, 9)
+    assert jaxgen.compile_counts()["grow"] == before + 1  # one program for all layers
+    assert all(array.is_deleted() for pair in cache.layers for array in pair)
+    assert grown.slots == 9
+    for layer, (keys, values) in enumerate(grown.layers):
+        np.testing.assert_array_equal(keys[..., :6, :], layer)
+        np.testing.assert_array_equal(values[..., :6, :], -layer)

@@ -170,7 +170,7 @@ def test_top_p_removes_the_lower_columns_of_equal_scores_first(
 def test_the_nucleus_beside_less_likely_tokens_is_that_of_all_tokens() -> None:
     rng = np.random.default_rng(0)
     scores = (3 * rng.normal(size=(20, 64))).astype(np.float32)
-    nucleus = jax.jit(lambda rule, scores, rest: rule.keep_nucleus(scores, rest))
+    nucleus = jax.jit(lambda rule, scores, rest, columns=None: rule.keep_nucleus(scores, rest, columns))
     for top_p in (0.1, 0.5, 0.8):
         rule = TopP(np.float32(top_p))
         columns = np.sort(np.argsort(scores, axis=1)[:, -50:], axis=1)
@@ -180,6 +180,19 @@ def test_the_nucleus_beside_less_likely_tokens_is_that_of_all_tokens() -> None:
         whole = apply(rule, scores)
         assert (np.take_along_axis(whole, columns, axis=1) == few).all()
         assert np.isfinite(whole).sum() == np.isfinite(few).sum()
+        falling = np.argsort(-scores, axis=1)[:, :50]
+        any_order = nucleus(rule, np.take_along_axis(scores, falling, axis=1), rest, falling)
+        assert (np.take_along_axis(whole, falling, axis=1) == any_order).all()
+
+
+def test_the_nucleus_of_equal_scores_in_any_order_is_that_of_their_columns() -> None:
+    rng = np.random.default_rng(0)
+    scores = rng.integers(0, 4, (20, 32)).astype(np.float32)
+    columns = rng.permuted(np.tile(np.arange(32), (20, 1)), axis=1)
+    for top_p in (0.1, 0.5, 0.9):
+        rule = TopP(np.float32(top_p))
+        any_order = rule.keep_nucleus(np.take_along_axis(scores, columns, axis=1), columns=columns)
+        assert (np.take_along_axis(apply(rule, scores), columns, axis=1) == any_order).all()
 
 
 @pytest.mark.parametrize(
