@@ -1,13 +1,15 @@
 """Whole calls of jaxgen and its peers side by side on the same machine, as a table.
 
     python bench/compare.py --shape 2-layer 135m --batch 1 4 16 --decode greedy sampling beams
+    JAX_PLATFORMS=cuda python bench/compare.py --shape 8b --dtype bfloat16 --peers transformers
 
-All start from the same random weights and the same prompts and produce as many tokens, without an end, on the CPU. The
-calls alternate, so that a machine that slows down slows all; figures are medians. A ratio is printed for equal work
-only: greedy and beam tokens must be those of jaxgen, where greedy ones may be others of two that tie within the
-rounding of the dtype, and beams of equal shape have to do in bfloat16, whose rounding decides between texts. Samples
-are drawn by other generators, so that their shape has to do too. Where greedy tokens differ, both sides are held
-against a forward pass without a cache, and the run ends if those of jaxgen are the wrong ones.
+All start from the same random weights and the same prompts and produce as many tokens, without an end, on the CPU, or
+on the GPU if `JAX_PLATFORMS` says so. The calls alternate, so that a machine that slows down slows all; figures are
+medians. A ratio is printed for equal work only: greedy and beam tokens must be those of jaxgen, where greedy ones may
+be others of two that tie within the rounding of the dtype, and beams of equal shape have to do in bfloat16, whose
+rounding decides between texts. Samples are drawn by other generators, so that their shape has to do too. Where greedy
+tokens differ, both sides are held against a forward pass without a cache, and the run ends if those of jaxgen are the
+wrong ones.
 
 The first call of a case compiles what there is to compile, and a call with a prompt length that was never seen before
 shows whether it will again. Peers besides transformers are taken if they are installed:
@@ -26,8 +28,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-# As the peers are, here and in their processes.
-os.environ["JAX_PLATFORMS"] = "cpu"
+# As the peers are, here and in their processes, which share a GPU's memory.
+os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS") or "cpu"
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import numpy as np
 from common import DECODES, positive, random_prompts, record, varied
@@ -52,6 +55,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=positive, default=5, help="timed calls of each (default: 5)")
     parser.add_argument("--json", type=Path, help="append the figures to this file, one JSON object per line")
     arguments = parser.parse_args()
+    if (platform := os.environ["JAX_PLATFORMS"]) not in ("cpu", "cuda"):
+        parser.error(f"JAX_PLATFORMS={platform!r} is no device that all of them run on. Set it to cpu or cuda.")
     if missing := [name for name in arguments.peers or () if not installed(name)]:
         parser.error(f"--peers {missing} need {[PEERS[name].packages for name in missing]}, which are not installed.")
     names = ["jaxgen", *(arguments.peers or filter(installed, [*PEERS][1:]))]

@@ -20,6 +20,11 @@ from common import DECODES, continued, seconds
 _PAUSE = 0.1
 
 
+def torch_device() -> str:
+    """Where torch has to be for its peers to run on what `JAX_PLATFORMS` names."""
+    return "cuda" if os.environ.get("JAX_PLATFORMS") == "cuda" else "cpu"
+
+
 @dataclass(frozen=True)
 class Case:
     """One kind of call.
@@ -85,15 +90,16 @@ class Transformers(Peer):
         import torch
         from transformers import AutoModelForCausalLM
 
-        self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+        self._model = model.to(torch_device()).eval()
 
     def generate(self, case: Case) -> np.ndarray:
         import torch
 
-        prompts = torch.tensor(case.prompts)
+        prompts = torch.tensor(case.prompts, device=torch_device())
         arguments = {"max_new_tokens": case.new_tokens, "eos_token_id": None, **DECODES[case.decode], **self.arguments}
         output = self._model.generate(prompts, attention_mask=torch.ones_like(prompts), **arguments)
-        return output[:, prompts.shape[1] :].numpy()
+        return output[:, prompts.shape[1] :].cpu().numpy()
 
 
 class TransformersStatic(Transformers):
@@ -168,6 +174,8 @@ class LlamaCpp(Peer):
         )
 
     def refuses(self, case: Case) -> str | None:
+        if torch_device() != "cpu":
+            return "llama-cpp-python is compared on the CPU"
         if case.decode == "beams":
             return "llama-cpp-python has no beams"
         return "llama-cpp-python generates one text at a time" if len(case.prompts) > 1 else None
