@@ -49,6 +49,23 @@ def seconds(call: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
+def step_times(calls: dict[Any, Callable[[int], Any]], steps: int, repeats: int) -> dict[Any, list[float]]:
+    """Milliseconds of a decode step, once for each repeat: what calls take for so many tokens beyond those for one.
+
+    Args:
+        calls: by what is varied; each is given a number of new tokens. They alternate, after one of each that compiles.
+    """
+    times: dict[Any, list[float]] = {value: [] for value in calls}
+    for call in calls.values():
+        call(1 + steps)
+        call(1)
+    for _ in range(repeats):
+        for value, call in calls.items():
+            longer = seconds(lambda call=call: call(1 + steps))
+            times[value].append((longer - seconds(lambda call=call: call(1))) / steps * 1e3)
+    return times
+
+
 def machine() -> dict[str, Any]:
     """What a figure needs to be compared with others."""
     return {

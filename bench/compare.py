@@ -118,17 +118,18 @@ def compare(peers: Mapping[str, Peer], judge: Judge, case: Case, dtype: str, rep
             figures[name] = {"skipped": reason}
         else:
             times[name], new_lengths[name] = [], []
-    for repeat, name in itertools.product(range(repeats), [*times]):
-        try:
-            times[name].append(peers[name].timed(case))
-            if case.decode == "greedy" and repeat < 3:
-                shorter = replace(case, prompts=case.prompts[:, repeat + 1 :])
-                new_lengths[name].append(peers[name].first(shorter)[0])
-        except RuntimeError as error:
-            if name == "jaxgen":
-                raise
-            figures[name] = {"skipped": str(error)}
-    times = {name: taken for name, taken in times.items() if "skipped" not in figures[name]}
+    for repeat in range(repeats):
+        for name in [*times]:
+            try:
+                times[name].append(peers[name].timed(case))
+                if case.decode == "greedy" and repeat < 3:
+                    shorter = replace(case, prompts=case.prompts[:, repeat + 1 :])
+                    new_lengths[name].append(peers[name].first(shorter)[0])
+            except RuntimeError as error:
+                if name == "jaxgen":
+                    raise
+                figures[name] = {"skipped": str(error)}
+                del times[name]
     for name, taken in times.items():
         per_token = [each / case.new_tokens * 1e3 for each in taken]
         median = statistics.median(per_token)

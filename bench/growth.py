@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from common import bandwidth, continued, positive, random_prompts, record, seconds, varied
+from common import bandwidth, continued, positive, random_prompts, record, step_times, varied
 
 import jaxgen
 from jaxgen.prompts import bucket
@@ -129,17 +129,9 @@ def by_call(model: Any, values: Iterable[int], axis: str, steps: int, repeats: i
 
 def _steps(calls: dict[int, Callable[[int], Any]], steps: int, repeats: int) -> list[dict[str, Any]]:
     """Milliseconds of a step beyond the first, by what is varied."""
-    times: dict[int, list[float]] = {value: [] for value in calls}
-    for call in calls.values():
-        call(1 + steps)
-        call(1)
-    for _ in range(repeats):
-        for value, call in calls.items():
-            longer = seconds(lambda call=call: call(1 + steps))
-            times[value].append((longer - seconds(lambda call=call: call(1))) / steps * 1e3)
     return [
         {"value": value, "step_ms": statistics.median(taken), "step_ms_range": [min(taken), max(taken)]}
-        for value, taken in times.items()
+        for value, taken in step_times(calls, steps, repeats).items()
     ]
 
 

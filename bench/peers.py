@@ -54,6 +54,9 @@ class Peer:
         del case
         return None
 
+    def close(self) -> None:
+        """Ends what it runs in."""
+
     def first(self, case: Case) -> tuple[float, np.ndarray]:
         """Seconds of a call as it comes, and its tokens."""
         start = time.perf_counter()
@@ -211,8 +214,6 @@ class Missing(Peer):
 
     def refuses(self, case: Case) -> str | None:
         return self._reason
-
-    def close(self) -> None: ...
 
 
 class Worker(Peer):

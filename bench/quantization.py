@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from common import continued, positive, random_prompts, record, seconds, varied
+from common import continued, positive, random_prompts, record, step_times, varied
 
 import jaxgen
 from jaxgen.shapes import SHAPES
@@ -78,18 +78,13 @@ def divergence(kind: str) -> dict[str, float]:
 
 def step_ms(models: dict[str, Any], batch: int, steps: int, repeats: int) -> dict[str, float]:
     prompts = random_prompts(next(iter(models.values())).vocab_size, batch, PROMPT_TOKENS)
-    times: dict[str, list[float]] = {kind: [] for kind in models}
-    for model in models.values():
-        texts = [continued(model, prompts, 1 + steps) for _ in range(2)]
-        if not np.array_equal(*texts):
+    calls = {
+        kind: lambda new_tokens, model=model: continued(model, prompts, new_tokens) for kind, model in models.items()
+    }
+    for call in calls.values():
+        if not np.array_equal(call(1 + steps), call(1 + steps)):
             raise SystemExit("the same call gave other tokens: its times mean nothing.")
-        continued(model, prompts, 1)
-    for _ in range(repeats):
-        for kind, model in models.items():
-            longer = seconds(lambda model=model: continued(model, prompts, 1 + steps))
-            shorter = seconds(lambda model=model: continued(model, prompts, 1))
-            times[kind].append((longer - shorter) / steps * 1e3)
-    return {kind: statistics.median(taken) for kind, taken in times.items()}
+    return {kind: statistics.median(taken) for kind, taken in step_times(calls, steps, repeats).items()}
 
 
 if __name__ == "__main__":

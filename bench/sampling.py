@@ -9,10 +9,11 @@ tokens. The calls alternate; figures are medians.
 
 import argparse
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common import continued, positive, random_prompts, record, seconds
+from common import continued, positive, random_prompts, record, step_times
 
 import jaxgen
 
@@ -43,17 +44,12 @@ def main() -> None:
     model = jaxgen.from_config({**MODEL, "vocab_size": arguments.vocabulary})
     prompt = random_prompts(arguments.vocabulary, ROWS, PROMPT_TOKENS)
 
-    def call(way: str, new_tokens: int) -> None:
+    def call(way: str) -> Callable[[int], Any]:
         key = {"key": 0} if "do_sample" in WAYS[way] else {}
-        continued(model, prompt, new_tokens, **WAYS[way], **key)
+        return lambda new_tokens: continued(model, prompt, new_tokens, **WAYS[way], **key)
 
-    times: dict[str, list[float]] = {way: [] for way in WAYS}
-    for repeat in range(1 + arguments.repeats):
-        for way, steps in times.items():
-            longer = seconds(lambda way=way: call(way, NEW_TOKENS))
-            step = (longer - seconds(lambda way=way: call(way, 1))) / (NEW_TOKENS - 1)
-            steps += [step] if repeat else []  # the first compiles
-    medians = {way: statistics.median(steps) * 1e3 for way, steps in times.items()}
+    times = step_times({way: call(way) for way in WAYS}, NEW_TOKENS - 1, arguments.repeats)
+    medians = {way: statistics.median(taken) for way, taken in times.items()}
     print(f"{'':40}{'ms/step':>8}{'of greedy':>11}")
     for way, milliseconds in medians.items():
         ratio = milliseconds / medians["greedy"]

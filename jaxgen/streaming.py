@@ -90,9 +90,7 @@ def stages(model: Model, call: Any, weights: int) -> Generator[Stage]:
     while True:
         needed = max(strategy.cache_slots(columns, passes + 2), unnoticed, _FEWEST_SLOTS)
         size = bucket(needed) if needed > _LONG else 1 << (needed - 1).bit_length()
-        if whole or most <= (size if size > _LONG else size * 3 // 2):
-            yield Stage(most, call.forward_passes)
-            return
+        size = most if whole or (size <= _LONG and most <= size * 3 // 2) else min(size, most)
         if enough <= size:
             yield Stage(size, call.forward_passes)
             return

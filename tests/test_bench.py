@@ -103,12 +103,18 @@ def test_a_peer_that_gives_other_tokens_or_none_gets_no_ratio(bench: Any) -> Non
     def judge(case: Any, tokens: np.ndarray) -> Any:
         return SimpleNamespace(wrong=int((tokens != ours).any()))
 
+    class FailingLater(Fixed):
+        def timed(self, case: Any) -> float:
+            raise RuntimeError("no memory left")
+
+    given["failing later"] = FailingLater(ours)
     case = peers.Case("greedy", np.ones((2, 5), int), 4)
     given |= {"failing": Failing(), "missing": peers.Missing("no such file")}
     figures = compare.compare(given, judge, case, "float32", 1)
     assert figures["same"]["ratio"] == pytest.approx(figures["same"]["ms"] / figures["jaxgen"]["ms"])
     assert figures["other"] == {"skipped": "other tokens"} and figures["failing"] == {"skipped": "no memory"}
     assert figures["missing"] == {"skipped": "no such file"}
+    assert figures["failing later"] == {"skipped": "no memory left"}
     assert figures["fewer"] == {"skipped": "tokens of shape (2, 3) instead of (2, 4)"}
     assert "ratio" not in {**figures["other"], **figures["fewer"], **figures["failing"]}
     with pytest.raises(SystemExit, match="jaxgen's tokens are others"):

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -180,8 +181,7 @@ def test_a_cache_of_any_size_grows_until_the_call_is_done(way: dict[str, Any], c
         call = jaxgen.prepare(model, [[5, 6]], max_new_tokens=new_tokens, eos_token_id=None, **way)
         # As after a kept cache, which leaves the prompt's own columns few.
         prompt = SimpleNamespace(cache_slots=columns, input_ids=call.prompt.input_ids)
-        own = SimpleNamespace(**{**vars(call), "prompt": prompt, "forward_passes": call.forward_passes})
-        sizes = [*itertools.islice(streaming.stages(model, own, weights=0), 30)]
+        sizes = [*itertools.islice(streaming.stages(model, replace(call, prompt=prompt), weights=0), 30)]
         slots, passes = zip(*((stage.cache_slots, stage.passes) for stage in sizes), strict=True)
         assert [*slots] == sorted(set(slots))
         assert [*passes] == sorted(set(passes))
