@@ -70,7 +70,7 @@ def machine() -> dict[str, Any]:
     """What a figure needs to be compared with others."""
     return {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "device": jax.devices()[0].device_kind,
+        "device": jax.local_devices()[0].device_kind,
         "versions": {"jaxgen": jaxgen.__version__} | {name: found for name in _PACKAGES if (found := _version(name))},
         "date": date.today().isoformat(),
     }

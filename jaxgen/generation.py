@@ -596,6 +596,6 @@ def _check_memory(model: Model, call: Call) -> None:
 
 def memory_bytes() -> int:
     """What a device has here; a CPU has the machine's."""
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     stats = device.memory_stats() if device.platform != "cpu" else None
     return stats["bytes_limit"] if stats else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

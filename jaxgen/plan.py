@@ -188,7 +188,7 @@ def plan(
 
 def _local_device() -> Device:
     try:
-        device = jax.devices()[0]
+        device = jax.local_devices()[0]
     except (RuntimeError, AssertionError) as error:  # either, by what is missing
         raise ValueError(f"JAX finds no device here ({error}). Pass `device`, one of {[*_DEVICES]}.") from error
     name = next((name for kind, name in _KINDS.items() if device.device_kind.startswith(kind)), None)

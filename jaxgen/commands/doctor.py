@@ -21,7 +21,7 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"jaxgen {__version__}, Python {platform.python_version()}, {platform.platform()}")
     print("packages   " + ", ".join(f"{name} {found or 'missing'}" for name, found in versions.items()))
     try:
-        devices = jax.devices()
+        devices = jax.local_devices()
         print(f"devices    {len(devices)} x {devices[0].device_kind} ({jax.default_backend()})" + _memory(devices[0]))
         troubles = hazards(versions, jax.default_backend())
     except (RuntimeError, AssertionError) as error:  # either, by what is missing

@@ -36,7 +36,7 @@ def open_model(arguments: argparse.Namespace) -> tuple[Any, Any]:
     """The model and its tokenizer, with compiled programs kept where the arguments say."""
     compile_cache.enable(arguments.compile_cache)
     try:
-        jax.devices()
+        jax.local_devices()
     except (RuntimeError, AssertionError) as error:  # either, by what is missing
         raise ValueError(f"JAX finds no device to run on ({error}). `jaxgen doctor` says more.") from error
     folder = BUNDLED_MODEL if arguments.model is None else Path(arguments.model)
