@@ -10,9 +10,11 @@ every slot there is, so a cache with room for the longest text would be paid for
 """
 
 import functools
+import logging
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,6 +22,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxgen.base import Cache, Internals, Model, Prompt, Strategy, StrategyState, pytree
+
+logger = logging.getLogger(__name__)
 
 
 @pytree
@@ -214,3 +218,29 @@ def grow(cache: Any, slots: int) -> Any:
 
 prefill = _counted_jit("prefill", _prefill, static_argnums=(3, 4, 5))
 advance = _counted_jit("advance", _advance, static_argnums=4, donate_argnums=1)
+
+_MAPS, _MOST_MAPS = Path("/proc/self/maps"), Path("/proc/sys/vm/max_map_count")
+_built_at_last_look = 0
+
+
+def drop_programs_if_many() -> None:
+    """Keeps a process of many shapes alive on Linux: drops all programs when they take half of its memory maps.
+
+    On the CPU a program takes 300 to 800 maps, a process may have 65,530 by default, and where there are no more, XLA
+    aborts it. Programs that are needed again are compiled again.
+    """
+    global _built_at_last_look
+    built = sum(_compile_counts.values())
+    if built < _built_at_last_look + 8 or not _MAPS.exists():  # looking takes milliseconds
+        return
+    _built_at_last_look = built
+    used, most = _MAPS.read_bytes().count(b"\n"), int(_MOST_MAPS.read_text())
+    if used > most // 2:
+        logger.warning(
+            "%d of the %d memory maps that Linux allows this process are in use, so jaxgen drops its programs. "
+            "Calls of fewer different shapes and options compile less; `sysctl vm.max_map_count` raises the limit.",
+            used,
+            most,
+        )
+        for programs in (prefill, advance, _grow):
+            programs.clear_cache()

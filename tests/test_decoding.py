@@ -211,3 +211,23 @@ def test_growing_a_cache_frees_each_layer_of_the_old_one() -> None:
     for layer, (keys, values) in enumerate(grown.layers):
         np.testing.assert_array_equal(keys[..., :6, :], layer)
         np.testing.assert_array_equal(values[..., :6, :], -layer)
+
+
+def test_programs_are_dropped_before_they_take_all_memory_maps_and_tokens_stay(
+    model: Any, monkeypatch: Any, tmp_path: Path, caplog: Any
+) -> None:
+    """Of which XLA:CPU needs hundreds a program; without any left it aborts the process."""
+    plain = jaxgen.generate(model, [[5, 6]], max_new_tokens=4)
+    few, many = tmp_path / "few", tmp_path / "many"
+    few.write_text("a map\n" * 10)
+    many.write_text("a map\n" * 60)
+    (tmp_path / "most").write_text("100\n")
+    monkeypatch.setattr(decoding, "_MOST_MAPS", tmp_path / "most")
+    for maps, dropped in ((few, False), (many, True), (tmp_path / "none, as outside Linux", False)):
+        monkeypatch.setattr(decoding, "_MAPS", maps)
+        monkeypatch.setattr(decoding, "_built_at_last_look", -100)
+        caplog.clear()
+        before = jaxgen.compile_counts()
+        np.testing.assert_array_equal(jaxgen.generate(model, [[5, 6]], max_new_tokens=4), plain)
+        assert (jaxgen.compile_counts() != before) == dropped
+        assert ("60 of the 100 memory maps" in caplog.text) == dropped
