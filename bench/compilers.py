@@ -7,6 +7,10 @@ Lowers the real prefill and decode for models of 1B to 405B parameters on 1 to 2
 answers: bytes of each device, what the decode loop copies and sends, and whether it fits. No weight is ever allocated.
 `plan` is the ratio of the bytes that `jaxgen plan` predicts to the compiler's. A TPU's "bytes accessed" count what is
 prefetched twice. The compiler of a GPU does not refuse what is too large; it is compared with the memory here.
+
+`step ms` is the TPU compiler's own estimate of a decode step: the cycles it expects of the loop's instructions, over
+the clock. It is a cost model, not a measurement, but it ranks the forms of a program. `floor` is its ratio to the time
+that the memory takes to deliver the weights and the filled cache, by the data sheet.
 """
 
 import argparse
@@ -49,6 +53,8 @@ TOPOLOGIES = {
     "v6e": {4: "2x2", 8: "2x4", 16: "4x4", 64: "8x8", 256: "16x16"},
     "v5p": {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 64: "4x4x4", 256: "4x8x8"},
 }
+# Cycles per second.
+CLOCKS = {"v5e": 1.5e9, "v5p": 1.75e9, "v6e": 1.75e9}
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,7 @@ CASES = [
     Case("v5e", "8b", (1, 1), 1, 128, 128),
     Case("v5e", "8b", (1, 8), 16, 1024, 1024),
     Case("v5e", "8b", (32, 8), 512, 1024, 1024),
+    Case("v6e", "8b", (1, 1), 1, 512, 512),
     Case("v6e", "8b", (1, 1), 16, 1024, 1024),
     Case("v6e", "8b", (1, 1), 4, 1024, 256, num_beams=4),
     Case("v6e", "70b", (1, 8), 16, 512, 512),
@@ -93,13 +100,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", nargs="+", choices=(*TOPOLOGIES, "h200"), required=True)
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=[*SHAPES])
+    parser.add_argument("--batch", type=int, nargs="+", help="of the cases, those with such a batch")
     parser.add_argument("--json", type=Path, help="append the figures to this file, one JSON object per line")
     arguments = parser.parse_args()
     print(
         f"{'target':6} {'shape':5} {'mesh':>5} {'batch':>5} {'columns':>11} {'compile s':>11} {'weights':>8} "
-        f"{'cache GB':>8} {'temporaries MB':>15} {'plan':>5} {'moves':>5} {'sends':>12} {'tokens/s':>9}"
+        f"{'cache GB':>8} {'temporaries MB':>15} {'plan':>5} {'moves':>5} {'sends':>12} {'tokens/s':>9} {'step ms':>8} "
+        f"{'floor':>5}"
     )
     for case in CASES:
+        if arguments.batch is not None and case.batch not in arguments.batch:
+            continue
         if case.target in arguments.target and case.shape in arguments.shape:
             figures = examine(case, devices(case.target, math.prod(case.mesh)))
             print(row(case, figures), flush=True)
@@ -172,6 +183,9 @@ def examine(case: Case, found: Any) -> dict[str, Any]:
     }
     cost = (advance.cost_analysis() or {}).get("bytes accessed")
     figures["bytes_accessed_of_floor"] = None if cost is None else cost / (sum(weights) * 2 + sum(shares))
+    if cycles := sum(each.cycles for each in body):  # a GPU's compiler gives none
+        figures["estimated_step_ms"] = cycles / CLOCKS[case.target] * 1e3
+        figures["estimated_of_floor"] = figures["estimated_step_ms"] / planned.step_ms
     return figures
 
 
@@ -222,10 +236,12 @@ class Instruction:
     Attributes:
         operation: such as "copy-start".
         arrays: of the result, each with its shape and whether it is in the memory that is not on the chip.
+        cycles: that a TPU's compiler expects it to take; 0 where it says nothing.
     """
 
     operation: str
     arrays: tuple[tuple[str, bool], ...]
+    cycles: int = 0
 
     @property
     def sent(self) -> int:
@@ -268,7 +284,14 @@ def loop_body(text: str) -> list[Instruction]:
     for line in (line for name in reached for line in computations[name]):
         if match := re.match(r"(?:ROOT )?%?[\w.\-]+ = (.*?) ([a-z][\w\-]*)\(%?[\w.\-]*", line):
             arrays = re.findall(r"(\w+\[[\d,]*\])(\{[^}]*\})?", match[1])
-            found.append(Instruction(match[2], tuple((shape, "S(" not in layout) for shape, layout in arrays)))
+            cycles = re.search(r'"estimated_cycles":"(\d+)"', line)
+            found.append(
+                Instruction(
+                    match[2],
+                    tuple((shape, "S(" not in layout) for shape, layout in arrays),
+                    int(cycles[1]) if cycles else 0,
+                )
+            )
     return found
 
 
@@ -300,6 +323,11 @@ def row(case: Case, figures: dict[str, Any]) -> str:
         f"{figures['weights_bytes'] / 1e9:8.2f} {figures['cache_bytes'] / 1e9:8.2f} "
         f"{figures['prefill_temp_bytes'] / 1e6:8.0f} {figures['decode_temp_bytes'] / 1e6:6.0f} "
         f"{figures['plan_ratio']:5.2f} {len(figures['moves']):5} {sends:>12} {figures['roofline_tokens_per_s']:9,.0f}"
+        + (
+            f" {figures['estimated_step_ms']:8.2f} {figures['estimated_of_floor']:5.2f}"
+            if "estimated_step_ms" in figures
+            else ""
+        )
     )
 
 

@@ -242,5 +242,6 @@ def drop_programs_if_many() -> None:
             used,
             most,
         )
-        for programs in (prefill, advance, _grow):
+        jitted: Any = (prefill, advance, _grow)
+        for programs in jitted:
             programs.clear_cache()

@@ -263,7 +263,7 @@ HloModule jit__advance
   %small = f32[2]{0} copy(%other)
   %sum = (f32[4,8]{1,0}, bf16[16]{0}) all-reduce(%kept, %small), to_apply=%add
   %gathered = (f32[4]{0}, f32[8]{0}) all-gather-start(%small), dimensions={0}
-  ROOT %fusion = f32[8,4]{1,0} fusion(%kept), kind=kLoop, calls=%fused
+  ROOT %fusion = f32[8,4]{1,0} fusion(%kept), kind=kLoop, calls=%fused, backend_config={"estimated_cycles":"350"}
 }
 
 %condition (state: (s32[], f32[4,8])) -> pred[] {
@@ -289,6 +289,10 @@ def test_what_a_loop_sends_is_read_from_its_text() -> None:
     assert [each.sent for each in loop_body(LOOP) if each.sent] == [4 * 32 + 2 * 16, 4 * 8]
 
 
+def test_the_cycles_that_a_compiler_expects_are_read_from_the_text() -> None:
+    assert [(each.operation, each.cycles) for each in loop_body(LOOP) if each.cycles] == [("fusion", 350)]
+
+
 def test_a_program_without_one_loop_is_not_taken_for_a_decode() -> None:
     with pytest.raises(ValueError, match="the program has 0"):
         loop_body(LOOP.replace(" while(", " call("))
@@ -307,3 +311,13 @@ def test_a_tpu_that_is_not_there_answers(tmp_path: Path, monkeypatch: pytest.Mon
     assert figures["refused"] is None and figures["fits"] and figures["plan_fits"]
     assert figures["plan_ratio"] == pytest.approx(1, abs=0.25)
     assert figures["moves"] == [] and figures["collectives"] > 0
+
+
+@pytest.mark.sweep
+def test_the_run_for_a_gpu_can_be_rehearsed_without_one(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    options = "--shape 2-layer --steps 2 --columns 32 --slots 64".split()
+    monkeypatch.setattr(sys, "argv", ["gpu_decode_step.py", str(tmp_path), *options])
+    runpy.run_path(str(BENCH / "gpu_decode_step.py"), run_name="__main__")
+    figures = [json.loads(line) for line in (tmp_path / "figures.jsonl").read_text().splitlines()]
+    assert {each["what"] for each in figures} == {"machine", "step", "call"}
+    assert all(each["same_tokens"] == 1 for each in figures if each["what"] == "step" and each["weights"] != "int8")

@@ -1,0 +1,251 @@
+"""Where the time of a decode step goes on a GPU, and which options of its compiler pay: one run of about five minutes.
+
+    PYTHONPATH=. XLA_PYTHON_CLIENT_MEM_FRACTION=0.92 python bench/gpu_decode_step.py OUT --seconds 300
+    PYTHONPATH=. python bench/gpu_decode_step.py OUT --shape 2-layer --steps 4 --columns 128 --slots 256   # rehearsal
+
+Makes the weights on the device, and states as after a prompt of `--columns` tokens, so that no prefill is compiled;
+then it times `advance` itself, with the compiler options of each variant, the most telling variants first. It ends with
+whole calls of `generate`, among them one with a `max_time`. Each figure is appended to OUT/figures.jsonl at once: a
+variant that fails, or a run that is cut off, costs nothing else. Shares are those of the bandwidth measured in the same
+run; `dispatch_share` is how much of the time of a chunk passes before its dispatch returns; `same_tokens` compares with
+the first variant of that batch (random weights in bfloat16: a few may differ).
+"""
+
+import argparse
+import collections
+import dataclasses
+import functools
+import json
+import statistics
+import subprocess
+import tempfile
+import time
+import zlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from common import bandwidth, continued, random_prompts, record, varied
+
+import jaxgen
+from jaxgen import decoding
+from jaxgen.generation import lower_for_any_device
+from jaxgen.models.int8 import quantised
+from jaxgen.shapes import SHAPES
+
+_GRAPH = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION"
+OPTIONS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "one graph": {"xla_gpu_enable_command_buffer": f"{_GRAPH},CONDITIONAL,WHILE"},
+    "no graph": {"xla_gpu_enable_command_buffer": ""},
+    "cublas": {"xla_gpu_enable_triton_gemm": False},
+}
+# Weights, batch, options: the most telling first, and int8 last, since there is not always room for both weights.
+VARIANTS = [
+    ("bfloat16", 1, "default"),
+    ("bfloat16", 64, "default"),
+    ("bfloat16", 1, "one graph"),
+    ("bfloat16", 8, "default"),
+    ("bfloat16", 64, "one graph"),
+    ("bfloat16", 1, "cublas"),
+    ("bfloat16", 64, "cublas"),
+    ("bfloat16", 1, "no graph"),
+    ("int8", 1, "default"),
+    ("int8", 64, "default"),
+]
+PROFILED = {("bfloat16", 1, "default"), ("bfloat16", 64, "default"), ("int8", 1, "default")}
+PROFILED_STEPS = 4
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="folder for the figures")
+    parser.add_argument("--shape", choices=SHAPES, default="8b")
+    parser.add_argument("--seconds", type=float, default=300, help="after which no variant is begun (default: 300)")
+    parser.add_argument("--steps", type=int, default=64, help="of a timed chunk (default: 64)")
+    parser.add_argument("--columns", type=int, default=512, help="in the cache at first (default: 512)")
+    parser.add_argument("--slots", type=int, default=1024, help="of the cache (default: 1024)")
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    until = time.monotonic() + arguments.seconds
+    read = bandwidth()
+    say(arguments, what="machine", bandwidth=read, driver=driver())
+    weights, model = "bfloat16", jaxgen.from_config(varied(arguments.shape), dtype="bfloat16")
+    first_tokens: dict[int, np.ndarray] = {}
+    for kind, batch, options in VARIANTS:
+        if kind != weights:  # the calls need the weights that are about to go
+            whole_calls(arguments, model, until)
+            weights, model = kind, jax.tree.map(jax.jit(quantised, donate_argnums=0), model)
+        if time.monotonic() > until:
+            say(arguments, what="out of time", weights=kind, batch=batch, options=options)
+            break
+        figures = {"shape": arguments.shape, "weights": kind, "batch": batch, "options": options}
+        try:
+            step = timed_step(arguments, model, batch, OPTIONS[options], (kind, batch, options) in PROFILED)
+        except Exception as error:  # of XLA, which does not take every option in every version
+            say(arguments, what="failed", **figures, error=f"{type(error).__name__}: {str(error)[:400]}")
+            continue
+        tokens = step.pop("tokens")
+        floor_ms = (step_bytes(model) + batch * arguments.slots * model.cache_bytes_per_token) / read * 1e3
+        say(
+            arguments,
+            what="step",
+            **figures,
+            **step,
+            tokens_per_s=batch / step["step_ms"] * 1e3,
+            share_of_bandwidth=floor_ms / step["step_ms"],
+            same_tokens=float((tokens == first_tokens.setdefault(batch, tokens)).mean()),
+        )
+
+
+def say(arguments: argparse.Namespace, **figures: Any) -> None:
+    record(arguments.out / "figures.jsonl", figures)
+    print(json.dumps({name: value for name, value in figures.items() if name != "kernels"}), flush=True)
+
+
+def driver() -> str | None:
+    asked = ["nvidia-smi", "--query-gpu=name,driver_version,clocks.sm,power.limit", "--format=csv,noheader"]
+    try:
+        return subprocess.run(asked, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:
+        return None
+
+
+def step_bytes(model: Any) -> int:
+    """Of the weights that a step reads: all but a table of embeddings that is not the head too."""
+    table = 0 if model.lm_head is None else sum(leaf.nbytes for leaf in jax.tree.leaves(model.embed_tokens))
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(model)) - table
+
+
+def timed_step(
+    arguments: argparse.Namespace, model: Any, batch: int, options: dict[str, Any], profiled: bool
+) -> dict[str, Any]:
+    """The figures of one program; chunks are timed four times, after two short ones that warm it up."""
+    strategy, state = started(model, batch, arguments)
+    step = jax.jit(
+        lambda model, state, strategy, steps: decoding._advance(model, state, strategy, steps),
+        donate_argnums=1,
+        compiler_options=options if jax.default_backend() == "gpu" and options else None,
+    )
+    began = time.perf_counter()
+    compiled = step.lower(model, state, strategy, np.int32(1)).compile()
+    compile_s = time.perf_counter() - began
+
+    def run(steps: int) -> None:
+        nonlocal state
+        state = compiled(model, state, strategy, np.int32(steps))
+
+    for _ in range(2):
+        run(max(arguments.steps // 8, 1))
+        jax.block_until_ready(state)
+    times, shares = [], []
+    for _ in range(4):
+        start = time.perf_counter()
+        run(arguments.steps)
+        returned = time.perf_counter()
+        jax.block_until_ready(state)
+        taken = time.perf_counter() - start
+        times.append(taken / arguments.steps * 1e3)
+        shares.append((returned - start) / taken)
+    inner = state.inner
+    figures = {
+        "step_ms": statistics.median(times),
+        "range_ms": [min(times), max(times)],
+        "dispatch_share": statistics.median(shares),
+        "compile_s": compile_s,
+        "tokens": np.asarray(inner.sequences[:, arguments.columns : arguments.columns + 16]),
+    }
+    if profiled:
+
+        def work() -> None:
+            run(PROFILED_STEPS)
+            jax.block_until_ready(state)
+
+        figures["kernels"] = kernels(work)
+    return figures
+
+
+def started(model: Any, batch: int, arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """The strategy of a greedy call, and its state as after a prompt, whose keys and values are random numbers."""
+    prompts = random_prompts(model.vocab_size, batch, arguments.columns)
+    options = {"max_new_tokens": arguments.slots - arguments.columns, "eos_token_id": None}
+    call = lower_for_any_device(model, prompts, None, {**options, "attention_mask": np.ones_like(prompts)})
+    prefill = functools.partial(decoding._prefill, slots=call.slots, cache_slots=arguments.slots)
+    shapes = jax.eval_shape(lambda model: prefill(model, call.prompt, call.strategy), model)
+
+    @jax.jit
+    def make(key: jax.Array) -> Any:
+        def leaf(path: Any, shape: Any) -> jax.Array:
+            if not jnp.issubdtype(shape.dtype, jnp.floating):
+                return jnp.zeros(shape.shape, shape.dtype)
+            own = jax.random.fold_in(key, zlib.crc32(jax.tree_util.keystr(path).encode()))
+            return jax.random.normal(own, shape.shape, shape.dtype)
+
+        state = jax.tree_util.tree_map_with_path(leaf, shapes)
+        length = jnp.int32(arguments.columns)
+        cache = dataclasses.replace(
+            state.cache,
+            length=length,
+            position=jnp.full_like(state.cache.position, length),
+            valid=jnp.broadcast_to(jnp.arange(arguments.slots) < length, state.cache.valid.shape),
+        )
+        tokens = jnp.arange(len(state.inner.tokens), dtype=jnp.int32) + 5
+        inner = dataclasses.replace(state.inner, cur_len=length, prompt_length=length, tokens=tokens)
+        return dataclasses.replace(state, cache=cache, inner=inner)
+
+    return call.strategy, make(jax.random.key(batch, impl="rbg"))
+
+
+def kernels(work: Any) -> dict[str, list[float]]:
+    """Of a step, by kernel: launches and microseconds, the dearest first. XLA uses no graphs while it is profiled."""
+    work()
+    found: dict[str, list[float]] = collections.defaultdict(lambda: [0.0, 0.0])
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            work()
+        for file in Path(folder).rglob("*.xplane.pb"):
+            for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
+                for line in plane.lines if "GPU" in plane.name else ():
+                    for event in line.events if line.name.startswith("Stream") else ():
+                        figures = found[event.name.split("(")[0][:60]]
+                        figures[0] += 1 / PROFILED_STEPS
+                        figures[1] += event.duration_ns / 1e3 / PROFILED_STEPS
+    total = [sum(figures[column] for figures in found.values()) for column in (0, 1)]
+    return {"all": total} | dict(sorted(found.items(), key=lambda item: -item[1][1])[:25])
+
+
+def whole_calls(arguments: argparse.Namespace, model: Any, until: float) -> None:
+    """Seconds of calls as users make them, after one that compiles; and whether a `max_time` ends one."""
+    new_tokens = arguments.slots - arguments.columns
+    for batch in (1, 64):
+        if time.monotonic() > until:
+            return
+        prompts = random_prompts(model.vocab_size, batch, arguments.columns)
+        taken = []
+        for _ in range(3):
+            start = time.perf_counter()
+            continued(model, prompts, new_tokens)
+            taken.append(time.perf_counter() - start)
+        limit = min(taken) / 3
+        start = time.perf_counter()
+        ended = continued(model, prompts, new_tokens, max_time=limit)
+        say(
+            arguments,
+            what="call",
+            shape=arguments.shape,
+            batch=batch,
+            columns=arguments.columns,
+            new_tokens=new_tokens,
+            first_call_s=taken[0],
+            call_s=min(taken[1:]),
+            tokens_per_s=batch * new_tokens / min(taken[1:]),
+            max_time=limit,
+            max_time_took_s=time.perf_counter() - start,
+            max_time_new_tokens=ended.shape[1] - arguments.columns,
+        )
+
+
+if __name__ == "__main__":
+    main()
