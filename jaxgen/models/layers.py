@@ -67,7 +67,15 @@ def product(x: jax.Array, weight: Any) -> jax.Array:
     def in_order(x: jax.Array, weight: jax.Array) -> jax.Array:
         return jnp.einsum("...i,oi->...o", x, weight)
 
-    return lax.platform_dependent(x, weight, cpu=_product_on_cpu, default=in_order)
+    def on_tpu(x: jax.Array, weight: jax.Array) -> jax.Array:
+        # The compiler multiplies one row in the vector unit, at a quarter of the memory's bandwidth. Eight rows fill a
+        # tile of the matrix unit, which keeps up (8B on a v6e, estimated: 36.5 -> 10.1 ms a step).
+        if x.size != x.shape[-1]:
+            return in_order(x, weight)
+        rows = jnp.pad(x.reshape(1, -1), ((0, 7), (0, 0)))
+        return in_order(rows, weight)[:1].reshape(*x.shape[:-1], -1)
+
+    return lax.platform_dependent(x, weight, cpu=_product_on_cpu, tpu=on_tpu, default=in_order)
 
 
 def _product_on_cpu(x: jax.Array, weight: jax.Array) -> jax.Array:
