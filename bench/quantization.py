@@ -4,8 +4,9 @@
 
 Models of the same random weights in float32, in bfloat16 and in one byte each take turns; a step is what a call of some
 steps takes beyond a call of one, by their number. The divergence is Kullback and Leibler's, in nats per token, from the
-float32 model of the trained weights that jaxgen comes with, over texts that this one wrote; beside it, how often the
-likeliest token is another one.
+float32 model of `--model` (by default the small one that jaxgen comes with), over texts that this one wrote; beside it,
+how often the likeliest token is another one. A small model trained on one kind of text does not tell how a real one
+fares.
 """
 
 import argparse
@@ -33,12 +34,13 @@ PROMPT_TOKENS = 32
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="135m")
-    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--model", type=Path, default=jaxgen.BUNDLED_MODEL, help="folder whose distributions move")
+    parser.add_argument("--batch", nargs="*", type=int, default=[1, 8])
     parser.add_argument("--steps", type=int, default=32, help="of a timed call (default: 32)")
     parser.add_argument("--repeats", type=positive, default=5, help="timed calls of each (default: 5)")
     parser.add_argument("--json", type=Path, help="append the figures to this file, one JSON object per line")
     arguments = parser.parse_args()
-    moved = {kind: divergence(kind) for kind in KINDS}
+    moved = {kind: divergence(arguments.model, kind) for kind in KINDS}
     models = {kind: jaxgen.from_config(varied(arguments.shape), **options) for kind, options in KINDS.items()}
     print(
         f"{'weights':16} {'MB':>7} {'KL, nats':>9} {'other token':>11} {'batch':>5} {'ms/step':>8} {'of float32':>10}"
@@ -48,6 +50,7 @@ def main() -> None:
         for kind, model in models.items():
             figures = {
                 "shape": arguments.shape,
+                "model": arguments.model.name,
                 "weights": kind,
                 "bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(model)),
                 **moved[kind],
@@ -63,10 +66,9 @@ def main() -> None:
             record(arguments.json, figures | {"steps": arguments.steps, "repeats": arguments.repeats})
 
 
-def divergence(kind: str) -> dict[str, float]:
-    """Of the bundled model in this kind of weights from itself in float32, over 16 texts of 128 tokens."""
-    wide = jaxgen.load(jaxgen.BUNDLED_MODEL, dtype="float32")
-    model = jaxgen.load(jaxgen.BUNDLED_MODEL, **KINDS[kind])
+def divergence(folder: Path, kind: str) -> dict[str, float]:
+    """Of a model in this kind of weights from itself in float32, over 16 texts of 128 tokens."""
+    wide, model = jaxgen.load(folder, dtype="float32"), jaxgen.load(folder, **KINDS[kind])
     starts = np.full((16, 1), wide.generation_config.bos_token_id)
     texts = jnp.asarray(continued(wide, starts, 127, do_sample=True, top_k=0, key=0))
     log_p, log_q = (jax.nn.log_softmax(jax.jit(type(each).__call__)(each, texts)) for each in (wide, model))
