@@ -128,6 +128,18 @@ def test_a_head_beside_a_tied_flag_must_equal_the_embedding(tmp_path: Path) -> N
             jaxgen.load(folder)
 
 
+def test_a_head_that_differs_in_its_last_value_only_is_another_head(tmp_path: Path) -> None:
+    config = TIED | {"vocab_size": 9000, "hidden_size": 64}
+    tensors = random_tensors(config)
+    head = tensors["model.embed_tokens.weight"].copy()
+    folder = write_checkpoint(tmp_path / "equal", config, tensors | {"lm_head.weight": head})
+    assert_holds(jaxgen.load(folder), tensors, np.float32)
+    head[-1, -1] += 1
+    folder = write_checkpoint(tmp_path / "other", config, tensors | {"lm_head.weight": head})
+    with pytest.raises(CheckpointError, match="`lm_head.weight` differs"):
+        jaxgen.load(folder)
+
+
 # Dtypes
 
 
