@@ -144,22 +144,24 @@ def test_attentions_and_hidden_states_of_a_long_prompt_equal_transformers(small:
 
 # ---- Sampling ----
 
-# Peaked scores leave a nucleus of a few candidates, flat ones one of thousands.
-PEAKED, FLAT = 0.25, 1.3
+# Peaked scores leave a nucleus of a few candidates beside which the others count for nothing, or for a quarter of the
+# mass, and flat ones a nucleus of thousands.
+PEAKED, BETWEEN, FLAT = 0.25, 0.6, 1.3
 DRAWS: dict[str, list[dict[str, Any]]] = {
     "the usual rules": [
         {"top_k": 50, "top_p": 0.9},
         {"top_k": 0, "top_p": 0.9, "temperature": PEAKED},
         {"top_k": 0, "top_p": 0.9, "temperature": FLAT},
         {"top_k": 300, "temperature": FLAT},
-        {"top_k": 65, "top_p": 0.8},
+        {"top_k": 0, "top_p": 0.75, "temperature": BETWEEN},
+        {"top_k": 70, "top_p": 0.75, "temperature": BETWEEN},
         {"top_k": 5000, "top_p": 0.99, "temperature": FLAT},
         {"top_k": 0, "temperature": FLAT},
     ],
     "min_p too": [
         {"top_k": 0, "min_p": 0.05, "temperature": FLAT},
         {"top_k": 50, "top_p": 0.95, "min_p": 0.2},
-        {"top_k": 0, "top_p": 0.9, "min_p": 0.02, "temperature": PEAKED},
+        {"top_k": 0, "top_p": 0.75, "min_p": 0.02, "temperature": BETWEEN},
         {"top_k": 100, "min_p": 0.01},
     ],
     "typical_p too": [

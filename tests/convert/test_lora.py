@@ -10,10 +10,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 from checkpoints import Tensors, random_tensors, write_checkpoint, write_json, write_safetensors
+from jaxgen.convert.lora import MergedTensor
 
 import jaxgen
 from jaxgen import CheckpointError, convert
-from jaxgen.convert.lora import MergedTensor
 from jaxgen.safetensors_file import read_header
 
 RANK, ALPHA = 4, 6
