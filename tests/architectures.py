@@ -86,6 +86,11 @@ class Architecture:
         save_file(tensors, folder / "model.safetensors")
         return folder
 
+    @property
+    def new_tokens(self) -> int:
+        """How many are on record."""
+        return NEW_TOKENS
+
     def prompts(self) -> tuple[np.ndarray, np.ndarray]:
         """A ragged, left-padded batch of four prompts and its attention mask."""
         rng = np.random.default_rng(1000 + self.seed)
@@ -192,3 +197,46 @@ def family_member(model_type: str, seed: int) -> Architecture:
 
 FAMILY_MEMBERS = [family_member(model_type, seed) for model_type in FAMILY_CLASSES for seed in range(44)]
 USUAL_MEMBERS = 2  # of each family; the others are for sweeps
+
+
+# ---- Real sizes ----
+
+
+@dataclass(frozen=True)
+class RealSize(Architecture):
+    """One whose prompts and vocabulary are as long as in real use."""
+
+    columns: int
+    decoded: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.config['vocab_size']} ids, {self.columns} columns"
+
+    @property
+    def new_tokens(self) -> int:
+        return self.decoded
+
+    def prompts(self) -> tuple[np.ndarray, np.ndarray]:
+        """A ragged, left-padded batch of three prompts and its attention mask."""
+        rng = np.random.default_rng(self.seed)
+        ids = rng.integers(3, self.config["vocab_size"], (3, self.columns))
+        mask = np.arange(self.columns) >= np.array([[0], [self.columns // 3], [self.columns - 20]])
+        return np.where(mask, ids, 0), mask.astype(np.int64)
+
+
+def _real_size(seed: int, columns: int, new_tokens: int, **changes: Any) -> RealSize:
+    config = architecture(0).config | {"max_position_embeddings": 2048, "eos_token_id": None, "rms_norm_eps": 1e-5}
+    return RealSize(seed, config | {"hidden_act": "silu", **changes}, columns, new_tokens)
+
+
+# Two query heads per key-value head, and six, which is more rows than XLA:CPU multiplies one by one.
+SMALL = _real_size(
+    1, 300, 160, vocab_size=1000, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    initializer_range=0.5, tie_word_embeddings=False,
+)  # fmt: skip
+LARGE = _real_size(
+    2, 700, 64, vocab_size=50_000, hidden_size=48, num_hidden_layers=1, num_attention_heads=6, num_key_value_heads=1,
+    initializer_range=0.4, tie_word_embeddings=True,
+)  # fmt: skip
+REAL_SIZES = [SMALL, LARGE]

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from architectures import ARCHITECTURES, FAMILY_MEMBERS, NEW_TOKENS, USUAL_MEMBERS, Architecture
+from architectures import ARCHITECTURES, FAMILY_MEMBERS, REAL_SIZES, USUAL_MEMBERS, Architecture
 
 DATA = Path(__file__).parent / "data"
 RECORDS = {
     "greedy.json": ARCHITECTURES,
     "families.json": [each for each in FAMILY_MEMBERS if each.seed < USUAL_MEMBERS],
+    "real_sizes.json": REAL_SIZES,
 }
 
 
@@ -54,7 +55,7 @@ def recorded() -> dict[str, list[list[int]]]:
 def live(architecture: Architecture, folder: Path) -> np.ndarray:
     """What transformers generates for the architecture's prompts."""
     ids, mask = architecture.prompts()
-    return torch_generate(torch_model(folder), ids, attention_mask=mask, max_new_tokens=NEW_TOKENS)
+    return torch_generate(torch_model(folder), ids, attention_mask=mask, max_new_tokens=architecture.new_tokens)
 
 
 def _record(file: str, architectures: list[Architecture]) -> None:

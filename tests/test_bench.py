@@ -31,7 +31,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
         monkeypatch.setattr(sys, "argv", [script, "--repeats", "1", "--json", str(record), *options])
         runpy.run_path(str(BENCH / script), run_name="__main__")
         figures = [json.loads(line) for line in record.read_text().splitlines()]
-        assert all({"jax", "transformers", "torch"} <= each["versions"].keys() for each in figures)
+        assert figures and all({"jax", "transformers", "torch"} <= each["versions"].keys() for each in figures)
         assert all(each["machine"] and each["date"] for each in figures)
         return capsys.readouterr().out.splitlines(), figures
 

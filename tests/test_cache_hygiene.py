@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -28,12 +27,15 @@ def test_slots_that_nobody_may_attend_hold_finite_numbers_and_unwritten_ones_zer
     arguments = {"attention_mask": mask, "max_new_tokens": 40, "eos_token_id": None, **WAYS[way]}
     call = generation.lower(model, ids, None, arguments)
     state, _ = decoding.prefill(model, call.prompt, call.strategy, call.slots)
-    for _ in range(2):
+    lengths = []
+    for _ in range(3):
         written = int(state.cache.length)
+        lengths.append(written)
         for layer in range(2):
             for array in state.cache.layer(layer):
                 assert jnp.isfinite(array).all() and (array[:, :, : written - 2] != 0).any()
                 scratch = call.strategy.branches if way == "candidates" else 0
                 assert (array[:, :, written + scratch :] == 0).all()
         state, _ = decoding.advance(model, state, call.strategy, jnp.int32(5))
-    assert isinstance(state.cache.length, jax.Array)
+    steps = 5 * (call.strategy.branches if way == "beams" else 1)
+    assert lengths == [16, 16 + steps, 16 + 2 * steps]  # so that each look saw more than the one before

@@ -128,6 +128,18 @@ def test_a_head_beside_a_tied_flag_must_equal_the_embedding(tmp_path: Path) -> N
             jaxgen.load(folder)
 
 
+def test_a_head_that_differs_in_its_last_value_only_is_another_head(tmp_path: Path) -> None:
+    config = TIED | {"vocab_size": 9000, "hidden_size": 64}
+    tensors = random_tensors(config)
+    head = tensors["model.embed_tokens.weight"].copy()
+    folder = write_checkpoint(tmp_path / "equal", config, tensors | {"lm_head.weight": head})
+    assert_holds(jaxgen.load(folder), tensors, np.float32)
+    head[-1, -1] += 1
+    folder = write_checkpoint(tmp_path / "other", config, tensors | {"lm_head.weight": head})
+    with pytest.raises(CheckpointError, match=r"`lm_head\.weight` differs"):
+        jaxgen.load(folder)
+
+
 # Dtypes
 
 
@@ -230,6 +242,13 @@ def test_tensors_that_do_not_make_the_model_are_refused_by_name(
 
 def test_many_missing_tensors_are_counted(tmp_path: Path, refused: Callable[[Path, str], None]) -> None:
     refused(write_checkpoint(tmp_path, CONFIG | {"num_hidden_layers": 3}, TENSORS), "lacks `.*`, `.*` and 4 more")
+
+
+def test_more_layers_than_any_model_has_are_refused_before_they_are_listed(
+    tmp_path: Path, refused: Callable[[Path, str], None]
+) -> None:
+    many = TENSORS | {f"more.{number}": np.ones(1, np.float32) for number in range(300)}
+    refused(write_checkpoint(tmp_path, CONFIG | {"num_hidden_layers": 300}, many), "at most 256 layers are read")
 
 
 @pytest.mark.parametrize(

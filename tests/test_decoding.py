@@ -127,9 +127,7 @@ def test_chunks_of_any_size_give_the_tokens_of_one_run() -> None:
 
 def test_decode_composes_with_the_callers_jit_and_vmap() -> None:
     tables = jax.tree.map(lambda *leaves: jnp.stack(leaves), COUNT_UP, table({0: 5, 5: 0}))
-    decode = jax.jit(
-        jax.vmap(lambda model: jaxgen.decode(model, prompt([0]), greedy(4), 8)["sequences"][0, :4]), static_argnums=()
-    )
+    decode = jax.jit(jax.vmap(lambda model: jaxgen.decode(model, prompt([0]), greedy(4), 8)["sequences"][0, :4]))
     assert decode(tables).tolist() == [[0, 1, 2, 3], [0, 5, 0, 5]]
 
 

@@ -755,6 +755,52 @@ def test_eta_keeps_what_transformers_keeps(batch: Batch, epsilon: float) -> None
     assert_same(of_jaxgen(Eta(np.float32(epsilon)), batch), of_transformers("EtaLogitsWarper", batch, epsilon))
 
 
+# Beyond 128 scores a nucleus is found by bisection, and beyond some thousands the highest scores by blocks.
+AT_REAL_SIZES: dict[str, tuple[Any, str, float | int, int]] = {
+    "the highest 300": (TopK, "TopKLogitsWarper", 300, 0),
+    "a wide nucleus": (TopP, "TopPLogitsWarper", 0.9, 1),
+    "a small nucleus": (TopP, "TopPLogitsWarper", 0.1, 1),
+    "a nucleus of three at least": (TopP, "TopPLogitsWarper", 1e-6, 3),
+    "a share of the likeliest": (MinP, "MinPLogitsWarper", 0.02, 1),
+    "three at least of a share": (MinP, "MinPLogitsWarper", 1.0, 3),
+    "typical ones": (Typical, "TypicalLogitsWarper", 0.6, 1),
+    "three typical ones at least": (Typical, "TypicalLogitsWarper", 1e-6, 3),
+    "those above a probability": (Epsilon, "EpsilonLogitsWarper", 3e-4, 1),
+    "those above a falling probability": (Eta, "EtaLogitsWarper", 3e-4, 1),
+    "most of the entropy": (TopH, "TopHLogitsWarper", 0.8, 0),
+}
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("vocab_size", [129, 20_000])
+@pytest.mark.parametrize("case", AT_REAL_SIZES)
+def test_large_vocabularies_keep_what_transformers_keeps(case: str, vocab_size: int) -> None:
+    rule, name, number, keep = AT_REAL_SIZES[case]
+    rng = np.random.default_rng(vocab_size)
+    batch = Batch(np.zeros((4, 1), np.int32), 2 * rng.normal(size=(4, vocab_size)).astype(np.float32), 1, rng)
+    if rule is TopK:
+        number = min(number, vocab_size - 9)
+    ours = rule(np.int32(number)) if rule is TopK else rule(np.float32(number), *([keep] if keep else []))
+    theirs = of_transformers(name, batch, number, **({"min_tokens_to_keep": keep} if keep > 1 else {}))
+    found, expected = np.isfinite(of_jaxgen(ours, batch)), np.isfinite(theirs.numpy())
+    assert (expected.sum(axis=1) >= max(keep, 1)).all() and not expected.all()
+    # Sums of thousands of float32 differ in their last digits, so a token at the border may be on either side of it.
+    assert ((found != expected).sum(axis=1) <= (vocab_size > 1000 and expected.sum(axis=1) > 100)).all()
+
+
+@pytest.mark.parametrize("vocab_size", [129, 1000])
+@pytest.mark.parametrize("kept", [1, 2, 100, 128])
+def test_of_many_equal_scores_top_p_removes_those_of_the_lower_columns(kept: int, vocab_size: int) -> None:
+    scores = np.full((2, vocab_size), -3.0)
+    scores[1, ::2] = -INF  # half of them have no chance
+    columns = [np.arange(vocab_size), np.arange(1, vocab_size, 2)]
+    for row, possible in enumerate(columns):
+        count = min(kept, len(possible))
+        top_p = np.float32((count - 0.5) / len(possible))
+        found = np.flatnonzero(np.isfinite(apply(TopP(top_p), scores)[row]))
+        np.testing.assert_array_equal(found, possible[-count:])
+
+
 @random_cases(batch=batches())
 def test_log_probabilities_are_those_of_transformers(batch: Batch) -> None:
     # Near 0 a log-probability is the rounding of log 1.

@@ -77,8 +77,7 @@ def test_every_number_equals_transformers(repetition_penalty: float, models: tup
     for name in ("scores", "logits"):
         np.testing.assert_allclose(ours[name], np.stack([step.numpy() for step in theirs[name]]), atol=1e-4)
     assert_same_internals(ours, theirs)
-    for layer, (keys, values) in enumerate(ours.past_key_values):
-        other = theirs.past_key_values.layers[layer]
+    for (keys, values), other in zip(ours.past_key_values, theirs.past_key_values.layers, strict=True):
         np.testing.assert_allclose(keys[:, :, 2:], other.keys.detach().numpy()[:, :, 2:], atol=1e-4)
         np.testing.assert_allclose(values[:, :, 2:], other.values.detach().numpy()[:, :, 2:], atol=1e-4)
     for normalize in (False, True):
@@ -113,8 +112,7 @@ def test_every_number_of_beams_equals_transformers(models: tuple[Any, Any]) -> N
     for name in ("scores", "logits"):
         np.testing.assert_allclose(ours[name], np.stack([step.numpy() for step in theirs[name]]), atol=1e-4)
     assert_same_internals(ours, theirs)
-    for layer, pair in enumerate(ours.past_key_values):
-        other = theirs.past_key_values.layers[layer]
+    for pair, other in zip(ours.past_key_values, theirs.past_key_values.layers, strict=True):
         for mine, expected in zip(pair, (other.keys, other.values), strict=True):
             assert mine.shape == expected.shape
             np.testing.assert_allclose(mine[:, :, 2:], expected.detach().numpy()[:, :, 2:], atol=1e-4)

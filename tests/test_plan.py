@@ -156,9 +156,8 @@ def test_each_kind_of_change_is_suggested_once_and_the_smallest() -> None:
     assert all(
         sum(one != other for one, other in zip(each, (16, None, (1, 1), "v5e"), strict=True)) == 1 for each in changes
     )
-    fewer = [each for each in found.suggestions if each.batch != 16]
-    for each in fewer:
-        assert not plan("8b", each.batch + 1, 256, 256, device="v5e").fits
+    (fewer,) = [each.batch for each in found.suggestions if each.batch != 16]
+    assert not plan("8b", fewer + 1, 256, 256, device="v5e").fits
 
 
 def test_several_changes_are_suggested_only_if_none_is_enough() -> None:

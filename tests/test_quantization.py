@@ -76,6 +76,18 @@ def test_each_scheme_is_multiplied_out(scheme: str, tmp_path: Path) -> None:
     assert b"quantization_config" not in (tmp_path / "back" / "config.json").read_bytes()
 
 
+@pytest.mark.parametrize("scheme", ["a scale per channel", "a scale per block"])
+def test_weights_larger_than_a_block_have_the_scales_of_their_own_rows(scheme: str, tmp_path: Path) -> None:
+    """They are read and multiplied out a part at a time."""
+    large = WIDE | {"hidden_size": 256, "intermediate_size": 4300, "head_dim": 64, "num_hidden_layers": 1}
+    config, tensors, amount = quantised(scheme, large)
+    folder = write_checkpoint(tmp_path / "source", config, tensors)
+    plain = jaxgen.load(write_checkpoint(tmp_path / "plain", large, amount))
+    report = convert.convert_checkpoint(folder, tmp_path / "converted")
+    for model in (jaxgen.load(folder), jaxgen.load(report.folder)):
+        assert_same_bits(model, plain)
+
+
 def test_another_dtype_is_rounded_to_once(tmp_path: Path) -> None:
     config, tensors, _ = quantised("a scale per channel")
     folder = write_checkpoint(tmp_path / "source", config, tensors)

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from jaxgen import CheckpointError
-from jaxgen.safetensors_file import StoredTensor, read_header, write
+from jaxgen.safetensors_file import BLOCK, StoredTensor, read_header, write
 
 
 def every_value(dtype: type) -> np.ndarray:
@@ -81,6 +81,24 @@ def test_a_tensor_is_cast_into_its_rows_and_nowhere_else(target: type, tmp_path:
     read_header(tmp_path, "x.safetensors")["a"].read_into(out[1:3])
     np.testing.assert_array_equal(out[1:3], values.astype(target))
     np.testing.assert_array_equal(out[[0, 3, 4]], np.full((3, 3), 9, target))
+
+
+@pytest.mark.parametrize("shape", [(5, 100_000), (3, 400_000), (700_000,)], ids=str)
+def test_a_tensor_larger_than_a_block_arrives_whole_in_any_dtype_and_from_any_row(
+    shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    """Rows of less than a block, of more, and of one number."""
+    values = np.random.default_rng(0).standard_normal(shape, np.float32)
+    write_safetensors(tmp_path / "x.safetensors", {"pad": np.ones(5, np.float16), "a": values})
+    tensor = read_header(tmp_path, "x.safetensors")["a"]
+    assert tensor.nbytes > 1.5 * BLOCK
+    for dtype in (np.float32, ml_dtypes.bfloat16):
+        out = np.empty((len(values) - 1, *shape[1:]), dtype)
+        tensor.read_into(out, 1)
+        np.testing.assert_array_equal(out, values[1:].astype(dtype))
+        blocks = [block.copy() for block in tensor.blocks(1, dtype=np.dtype(dtype))]
+        assert len(blocks) > 1
+        np.testing.assert_array_equal(np.concatenate(blocks), out)
 
 
 def test_a_file_that_shrinks_after_its_header_was_read_is_refused(tmp_path: Path) -> None:

@@ -85,6 +85,29 @@ def test_a_hundred_sets_of_strings_stop_where_those_of_transformers_do(name: str
     assert found > 20
 
 
+@pytest.mark.oracle
+def test_many_long_strings_and_those_of_one_character_stop_where_those_of_transformers_do() -> None:
+    """More strings, places and tokens than the smallest tables have room for."""
+    import torch
+    from transformers import StopStringCriteria
+
+    tokenizer = byte_level()
+    text = TEXT[:90] + "-" * 30 + TEXT[90:]
+    strings = [TEXT[20:90], "-" * 25, "the owl, and they", "zebra", TEXT[100:130]]
+    encoded = [piece for each in text for piece in tokenizer(each, add_special_tokens=False)["input_ids"]]
+    ids = np.array([encoded])  # a token for each character
+    ours = StopStrings.build(strings, tokenizer, len(tokenizer), bucket)
+    assert ours.window > 64 and ours.overlaps.shape[1] > 4 and max(ours.overlaps.shape[2], ours.places.shape[2]) > 12
+    theirs, buffer = StopStringCriteria(tokenizer, strings), np.zeros((1, 400), np.int32)
+    buffer[:, : ids.shape[1]] = ids
+    found = []
+    for length in range(1, ids.shape[1] + 1):
+        stops = bool(stopped(ours, buffer, length)[0])
+        assert stops == bool(theirs(torch.tensor(ids[:, :length]), None)[0]), text[:length]
+        found += [length] * stops
+    assert len(found) > 3
+
+
 class Words:
     """A tokenizer of whole words, as the table in the documentation of transformers' criterion has them."""
 

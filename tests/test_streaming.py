@@ -20,6 +20,7 @@ from random_calls import PROCESSORS, WARPERS, call, some
 
 import jaxgen
 from jaxgen import streaming
+from jaxgen.generation import lower
 
 COMBINATIONS, CALLS_EACH = 4, 50
 
@@ -124,13 +125,16 @@ def test_a_call_that_nobody_watches_is_one_chunk_if_it_is_short(model: Any, monk
 
 
 def test_a_call_in_chunks_is_the_call_in_one(model: Any, monkeypatch: Any) -> None:
-    whole = jaxgen.generate(model, [[5, 6]], max_new_tokens=40, eos_token_id=None)
+    ways = [{"eos_token_id": None}, {"eos_token_id": 20, "num_beams": 3}]
+    whole = [jaxgen.generate(model, [[5, 6]], max_new_tokens=40, **way) for way in ways]
+    chunks = []
+    monkeypatch.setattr(streaming, "advance", lambda *args, real=streaming.advance: chunks.append(1) or real(*args))
     monkeypatch.setattr(streaming.Pace, "first", lambda self, weights: 3)
     monkeypatch.setattr(streaming.Pace, "next", lambda self, *_: 3)
-    chunked = jaxgen.generate(model, [[5, 6]], max_new_tokens=40, eos_token_id=None)
-    np.testing.assert_array_equal(chunked, whole)
-    beams = {"num_beams": 3, "max_new_tokens": 40, "eos_token_id": 20}
-    np.testing.assert_array_equal(jaxgen.generate(model, [[5, 6]], **beams), jaxgen.generate(model, [[5, 6]], **beams))
+    for way, expected in zip(ways, whole, strict=True):
+        chunks.clear()
+        np.testing.assert_array_equal(jaxgen.generate(model, [[5, 6]], max_new_tokens=40, **way), expected)
+        assert len(chunks) > 3
 
 
 WAYS: list[Any] = [
@@ -172,6 +176,20 @@ def test_a_cache_doubles_up_to_2048_slots_and_then_grows_by_less(model: Any) -> 
     # Each is full but for one column, those of the prompt's bucket included.
     assert [stage.passes for stage in sizes[:-1]] == [stage.cache_slots - 17 for stage in sizes[:-1]]
     assert sizes[-1].passes == call.forward_passes
+
+
+@pytest.mark.parametrize(("rows", "sizes"), [(1, [1024, 3072]), (2, [512, 1024, 3072]), (64, [256, 512, 1024, 3072])])
+def test_slots_that_are_little_beside_the_weights_are_reserved_at_once(rows: int, sizes: list[int], model: Any) -> None:
+    """The last size is up to half as large again as the one that it saves."""
+    call = jaxgen.prepare(model, [[5, 6]] * rows, max_new_tokens=3000, eos_token_id=None)
+    weights = 64 * 700 * model.cache_bytes_per_token  # a 64th of them, as 700 slots of one row are
+    assert [stage.cache_slots for stage in streaming.stages(model, call, weights)] == sizes
+
+
+def test_a_cache_whose_attentions_are_asked_for_has_all_its_slots_from_the_start(model: Any) -> None:
+    flags = {"output_attentions": True, "return_dict_in_generate": True}
+    call = lower(model, [[5, 6]], None, {"max_new_tokens": 3000, "eos_token_id": None, **flags})
+    assert [stage.cache_slots for stage in streaming.stages(model, call, weights=0)] == [3072]
 
 
 @pytest.mark.parametrize("way", [{}, {"num_beams": 4}, {"penalty_alpha": 0.5, "top_k": 4}], ids=str)

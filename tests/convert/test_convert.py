@@ -331,6 +331,38 @@ def test_the_way_back_refuses_a_config_that_changed(source: Path) -> None:
     assert sorted(source.parent.iterdir()) == [target, source]
 
 
+LARGE = CONFIG | {"vocab_size": 9000, "hidden_size": 64}
+
+
+def test_what_is_larger_than_a_block_is_converted_to_the_byte_and_back(tmp_path: Path) -> None:
+    """Tensors, and files that hold none, as a tokenizer of a hundred thousand entries."""
+    source = write_checkpoint(tmp_path / "source", LARGE, random_tensors(LARGE))
+    (source / "tokenizer.json").write_text(json.dumps([*range(400_000)]))
+    target = converted(source)
+    assert hashes(target)["tokenizer.json"] == hashes(source)["tokenizer.json"]
+    assert_same_bits(jaxgen.load(target), jaxgen.load(source))
+    convert.convert_to_hugging_face(target, tmp_path / "back")
+    assert hashes(tmp_path / "back") == hashes(source)
+    convert.verify(target)
+    for name in ("tokenizer.json", "model-00001-of-00001.safetensors"):
+        content = (target / name).read_bytes()
+        (target / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(CheckpointError, match="not what was written"):
+            convert.verify(target)
+        (target / name).write_bytes(content)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_the_last_value_of_a_large_tensor_is_looked_at_too(dtype: Any, tmp_path: Path) -> None:
+    tensors = random_tensors(LARGE, dtype)
+    tensors["model.embed_tokens.weight"] = np.zeros((9000, 64), dtype)
+    tensors["model.embed_tokens.weight"][-1, -1] = 1
+    tensors["lm_head.weight"][-1, -1] = np.inf
+    source = write_checkpoint(tmp_path / "source", LARGE, tensors)
+    (said,) = convert.convert_checkpoint(source, tmp_path / "converted").warnings
+    assert "NaN or infinity in `lm_head.weight`." in said
+
+
 def test_float16_that_overflows_is_said_to(tmp_path: Path) -> None:
     large = {name: array * 1e7 for name, array in random_tensors().items()}
     source = write_checkpoint(tmp_path / "source", tensors=large)

@@ -10,9 +10,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 from checkpoints import Tensors, random_tensors, write_checkpoint, write_json, write_safetensors
+from jaxgen.convert.lora import MergedTensor
 
 import jaxgen
 from jaxgen import CheckpointError, convert
+from jaxgen.safetensors_file import read_header
 
 RANK, ALPHA = 4, 6
 CONFIG: dict[str, Any] = {
@@ -70,6 +72,19 @@ def test_the_product_is_added_in_float32_and_rounded_once(dtype: Any, rslora: bo
             np.testing.assert_allclose(
                 np.asarray(one, np.float32), np.asarray(other, np.float32), rtol=float(ml_dtypes.finfo(dtype).eps) * 4
             )
+
+
+def test_a_weight_larger_than_a_block_gets_the_product_of_its_own_rows(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    shapes = {"weight": (5000, 80), "up": (5000, RANK), "down": (RANK, 80)}
+    arrays = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+    write_safetensors(tmp_path / "x.safetensors", arrays)
+    stored = read_header(tmp_path, "x.safetensors")
+    merged = MergedTensor("weight", np.dtype(np.float32), (5000, 80), **stored, scaling=1.5)
+    blocks = [block.copy() for block in merged.blocks()]
+    assert len(blocks) > 1
+    expected = arrays["weight"] + 1.5 * (arrays["up"] @ arrays["down"])
+    np.testing.assert_allclose(np.concatenate(blocks), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

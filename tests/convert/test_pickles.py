@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from checkpoints import CONFIG, Tensors, assert_same_bits, random_tensors, write_checkpoint, write_json
+from jaxgen.convert import pickles
 
 import jaxgen
 from jaxgen import CheckpointError, convert
@@ -140,6 +141,24 @@ def test_the_checkpoint_of_meta_is_turned_and_joined(
         assert np.asarray(ours).tobytes() == np.asarray(expected).tobytes()
     assert (model.config.num_key_value_heads, model.config.vocab_size) == (kv_heads, 48)
     assert model.generation_config.eos_token_id == 2
+
+
+@pytest.mark.parametrize(
+    ("rows", "layers", "expected"),
+    [
+        (32_000, 32, (4096, 2, None)),
+        (128_256, 32, (8192, [128001, 128008, 128009], None)),
+        (128_256, 80, (131_072, [128001, 128008, 128009], 8.0)),
+        (128_256, 16, (131_072, [128001, 128008, 128009], 32.0)),
+        (128_256, 28, (131_072, [128001, 128008, 128009], 32.0)),
+    ],
+)
+def test_what_meta_does_not_say_follows_from_the_sizes_of_the_model(rows: int, layers: int, expected: Any) -> None:
+    params = {"dim": 64, "n_layers": layers, "n_heads": 4, "norm_eps": 1e-5, "use_scaled_rope": expected[2] is not None}
+    shapes = {"model.embed_tokens.weight": (rows, 64), "model.layers.0.mlp.gate_proj.weight": (128, 64)}
+    config = pickles._meta_config(params, shapes)
+    factor = config.get("rope_scaling", {}).get("factor")
+    assert (config["max_position_embeddings"], config["eos_token_id"], factor) == expected
 
 
 def test_the_scaled_rotation_of_llama_3_1_is_in_its_config(tmp_path: Path) -> None:

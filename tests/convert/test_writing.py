@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import CONFIG, hashes, random_tensors, write_checkpoint
+from checkpoints import CONFIG, assert_same_bits, hashes, random_tensors, write_checkpoint
 from jaxgen.convert import writing
 
 import jaxgen
@@ -122,6 +122,20 @@ def test_resuming_copies_only_what_is_missing(
     convert.convert_checkpoint(source, target, resume=True)
     assert len(read) == len(random_tensors()) - half
     assert hashes(target) == expected
+
+
+def test_a_finished_tensor_larger_than_a_block_is_not_copied_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = CONFIG | {"vocab_size": 9000, "hidden_size": 64}
+    source, target = write_checkpoint(tmp_path / "source", config, random_tensors(config)), tmp_path / "converted"
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        break_at(patch, os, "fsync", 1, errno.ENOSPC)  # when all tensors are written
+        convert.convert_checkpoint(source, target)
+    monkeypatch.setattr(StoredTensor, "read", lambda *_: pytest.fail("a tensor is read again"))
+    convert.convert_checkpoint(source, target, resume=True)
+    monkeypatch.undo()
+    assert_same_bits(jaxgen.load(target), jaxgen.load(source))
 
 
 def test_what_an_interrupted_run_wrote_is_not_trusted_but_hashed(
