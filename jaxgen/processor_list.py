@@ -1,6 +1,6 @@
 """The processors of a call, in Hugging Face's order: the one place that writes it.
 
-Same as transformers 5.23 `GenerationMixin._get_logits_processor`: which field makes which processor, what it refuses,
+Same as transformers 5.24 `GenerationMixin._get_logits_processor`: which field makes which processor, what it refuses,
 and where the caller's own ones come in.
 """
 
@@ -61,7 +61,7 @@ def processor_list(
         **_min_lengths(config, eos, prompt_length, max_length),
         "PrefixConstrainedLogitsProcessor": prefix_allowed_tokens_fn
         and _on_host(
-            for_prefix(prefix_allowed_tokens_fn, config.num_beams // config.num_beam_groups),
+            for_prefix(prefix_allowed_tokens_fn, _rows_of_a_prompt(config)),
             "prefix_allowed_tokens_fn",
             host,
             rows,
@@ -80,6 +80,11 @@ def processor_list(
     if fields.renormalize_logits:
         processors.append(logits_process.LogitNormalization())
     return tuple(processors)
+
+
+def _rows_of_a_prompt(config: Resolved) -> int:
+    """The rows that a processor sees of each prompt."""
+    return config.num_return_sequences if config.num_beams == 1 else config.num_beams // config.num_beam_groups
 
 
 def custom_processor(custom: Any, host: HostFunctions, rows: int) -> LogitsProcessor:
@@ -124,6 +129,15 @@ def _on_host(function: Any, argument: str, host: HostFunctions, rows: int) -> Ho
     return HostProcessor(host.add(function), leaf(rows, np.int32))
 
 
+def warn_about_precedence(kind: str, custom: Any) -> None:
+    """The warning of transformers 5.24 `_merge_criteria_processor_list`."""
+    warn_once(
+        f"A custom {kind} of type {type(custom)} has been passed to `.generate()`, but it was also created in "
+        f"`.generate()`, given its parameterization. The custom {type(custom)} will take precedence. Please check the "
+        f"docstring of {type(custom)} to see related `.generate()` flags."
+    )
+
+
 def _merge(
     table: dict[str, LogitsProcessor | None], customs: Sequence[Any], host: HostFunctions, rows: int
 ) -> list[LogitsProcessor]:
@@ -135,11 +149,7 @@ def _merge(
     for name, built_in in table.items():
         if built_in is not None and name in replaced:
             custom = replaced[name]
-            warn_once(
-                f"A custom logits processor of type {type(custom)} has been passed to `.generate()`, but it was also "
-                f"created in `.generate()`, given its parameterization. The custom {type(custom)} will take "
-                f"precedence. Please check the docstring of {type(custom)} to see related `.generate()` flags."
-            )
+            warn_about_precedence("logits processor", custom)
             used.append(custom)
             merged.append(custom_processor(custom, host, rows))
         elif built_in is not None:

@@ -75,7 +75,7 @@ SHOWN_BY = {
 
 _HEAD = """# Every argument of `generate`
 
-What jaxgen does with each argument of transformers 5.23 `generate` and each field of its `GenerationConfig`. Written by
+What jaxgen does with each argument of transformers 5.24 `generate` and each field of its `GenerationConfig`. Written by
 `python tests/arguments.py`, and held to the code by a test. "Refused" means a `ValueError` with the argument's name,
 unless the value switches the feature off; no argument is ignored without a word.
 """

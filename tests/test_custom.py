@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from shared_noise import in_jaxgen, in_torch
 
 import jaxgen
-from jaxgen import generation_config
+from jaxgen import generation_config, lazy
 
 IDS = np.array([[0, 0, 5, 6, 7], [8, 9, 10, 11, 12], [3, 4, 5, 6, 7]])
 MASK = np.array([[0, 0, 1, 1, 1], [1] * 5, [1] * 5])
@@ -177,6 +178,21 @@ def test_allowed_tokens_by_prefix_equal_transformers(model: Any, twin: Any) -> N
         )
 
 
+@pytest.mark.oracle
+@pytest.mark.skipif(lazy.cache_name() != "cache", reason="transformers 5.23 numbers the rows, not the prompts")
+def test_samples_of_a_prompt_get_its_number(model: Any, twin: Any) -> None:
+    """Where no sample of a prompt can meet the constraint, it wins; where one can, the others end up with nothing."""
+
+    def allowed(batch_id: int, tokens: Any) -> list[int]:
+        return [(int(tokens[-1]) * 7 + batch_id) % 90 + 3, 50 + batch_id, 60, 20 + int(tokens[-1]) % 7]
+
+    arguments = {"prefix_allowed_tokens_fn": allowed, "do_sample": True, "num_return_sequences": 2, "top_k": 0}
+    with in_jaxgen():
+        got = ours(model, key=0, **arguments)
+    with in_torch():
+        np.testing.assert_array_equal(got, theirs(twin, **arguments))
+
+
 def test_no_allowed_token_or_one_that_does_not_exist_is_an_error(model: Any) -> None:
     with pytest.raises(ValueError, match="empty list for batch ID 1"):
         ours(model, prefix_allowed_tokens_fn=lambda row, tokens: [] if row == 1 else [5])
@@ -220,6 +236,49 @@ def test_transformers_own_length_and_eos_criteria_replace_the_built_in_ones(mode
         transformers.EosTokenCriteria([*range(20, 60)]),
     ):
         arguments = {"stopping_criteria": [criterion], "eos_token_id": 90, "pad_token_id": 0}
+        np.testing.assert_array_equal(ours(model, **arguments), theirs(twin, **arguments))
+
+
+@pytest.mark.oracle
+def test_criteria_that_replace_built_in_ones_warn_as_in_transformers(
+    model: Any, twin: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    import transformers
+
+    def said(logger: str, generate: Any) -> list[str]:
+        caplog.clear()
+        with caplog.at_level("WARNING", logger=logger):
+            generate()
+        return [each.message for each in caplog.records if "take precedence" in each.message]
+
+    transformers.logging.enable_propagation()
+    try:
+        for criteria, arguments, warned in (
+            ([transformers.MaxLengthCriteria(9)], {}, 1),
+            ([transformers.EosTokenCriteria(54)], {"eos_token_id": 90}, 1),
+            ([transformers.EosTokenCriteria(54)], {}, 0),
+            ([transformers.MaxTimeCriteria(60.0)], {"max_time": 30.0}, 1),
+            ([transformers.MaxTimeCriteria(60.0)], {}, 0),
+        ):
+            generation_config._warned.clear()
+            transformers.logging.get_logger("transformers").warning_once.cache_clear()
+            arguments |= {"pad_token_id": 0, "stopping_criteria": criteria}
+            mine = said("jaxgen", lambda arguments=arguments: ours(model, **arguments))
+            assert mine == said("transformers", lambda arguments=arguments: theirs(twin, **arguments))
+            assert len(mine) == warned
+    finally:
+        transformers.logging.disable_propagation()
+
+
+@pytest.mark.oracle
+def test_of_several_criteria_of_one_type_all_act(model: Any, twin: Any) -> None:
+    import transformers
+
+    for criteria in (
+        [transformers.MaxLengthCriteria(12), transformers.MaxLengthCriteria(9), transformers.MaxLengthCriteria(11)],
+        [transformers.EosTokenCriteria([*range(40, 60)]), transformers.EosTokenCriteria([*range(60, 80)])],
+    ):
+        arguments = {"stopping_criteria": criteria, "eos_token_id": 90, "pad_token_id": 0}
         np.testing.assert_array_equal(ours(model, **arguments), theirs(twin, **arguments))
 
 
