@@ -27,7 +27,13 @@ from jaxgen.decoding import DecodeState, finalize
 from jaxgen.generation_config import Resolved, resolve, warn_once
 from jaxgen.inputs import Inputs, checked_inputs, checked_negatives, key_words, pad_token_id_or_default, refuse_tracer
 from jaxgen.outputs import GenerateOutput, wrap
-from jaxgen.processor_list import as_pytree, processor_list, takes_cur_len, warn_about_precedence
+from jaxgen.processor_list import (
+    as_pytree,
+    processor_list,
+    takes_cur_len,
+    warn_about_new_functions,
+    warn_about_precedence,
+)
 from jaxgen.prompts import bucket, padded_prompt, row_bucket, with_negative_prompts
 from jaxgen.stop_strings import StopStrings
 from jaxgen.stopping_criteria import CustomCriterion, EosToken, MaxLength
@@ -346,6 +352,8 @@ def lower_for_any_device(
         negative = custom.negative_prompt_ids, custom.negative_prompt_attention_mask
         prompt = with_negative_prompts(model, read, *checked_negatives(model, read, *negative))
         seen = np.arange(prompt.cache_slots - columns, prompt.cache_slots)
+    warn_about_new_functions("logits_processor", custom.logits_processor)
+    warn_about_new_functions("stopping_criteria", custom.stopping_criteria)
     host = HostFunctions()
     beams, groups = config.num_beams, config.num_beam_groups
     host_rows = rows * (config.num_return_sequences if beams == 1 else beams)
@@ -537,7 +545,7 @@ def _check_custom_generate(call: Call, custom: Custom) -> None:
         "streamer": custom.streamer is not None,
         "output_logprobs": custom.output_logprobs,
         "max_time": call.config.max_time is not None,
-        "guidance_scale": call.strategy.guidance_scale is not None,
+        "guidance_scale": call.config.merged.guidance_scale not in (None, 1),
     }
     for name, given in unheeded.items():
         if given:

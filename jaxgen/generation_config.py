@@ -52,7 +52,7 @@ _ASSISTANT = "acts in assisted decoding only, and transformers ignores it elsewh
 NO_EFFECT = {
     "compile_config": "is about torch.compile; every call of jaxgen is compiled",
     "disable_compile": "is about torch.compile; every call of jaxgen is compiled",
-    "use_cache": "the cache is always used: the tokens are the same without, only later",
+    "use_cache": "every decode uses a cache; False returns none, and attentions and hidden states of the whole text",
     "num_assistant_tokens": _ASSISTANT,
     "num_assistant_tokens_schedule": _ASSISTANT,
     "assistant_confidence_threshold": _ASSISTANT,

@@ -216,8 +216,10 @@ def _array(name: str, given: Any) -> np.ndarray:
 
 def _refuse_text(name: str, given: Any) -> None:
     first = given
-    while isinstance(first, (list, tuple, np.ndarray)) and len(first) and np.ndim(first):
+    while isinstance(first, (list, tuple)) and first:
         first = first[0]
+    if isinstance(first, np.ndarray) and first.dtype.kind in "USO":
+        first = first.flat[0] if first.size else first
     if isinstance(first, (str, bytes)):
         raise ValueError(
             f"`{name}` is text ({first[:40]!r}), but `generate` takes token ids. Tokenise it: `generate(model, "

@@ -1,6 +1,6 @@
 """What `generate` returns with `return_dict_in_generate`, and what is computed from it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -223,7 +223,7 @@ def _of_the_whole_text(
     """
     layers, steps = len(own[0]), len(own)
 
-    def whole(layer: int, lineage: Sequence[Any]) -> np.ndarray:
+    def whole(layer: int, lineage: Iterable[Any]) -> np.ndarray:
         parts = [own[0][layer], *(own[step + 1][layer][rows] for step, rows in enumerate(lineage))]
         if parts[0].ndim == 3:
             return np.concatenate(parts, axis=1)

@@ -4,8 +4,10 @@ Same as transformers 5.24 `GenerationMixin._get_logits_processor`: which field m
 and where the caller's own ones come in.
 """
 
+import functools
 import inspect
 import math
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -119,6 +121,35 @@ def takes_cur_len(argument: str, function: Any) -> bool:
 def as_pytree(function: Any) -> Any:
     """A callable pytree as it is, since its numbers are traced; any other function as a constant of the program."""
     return jax.tree_util.Partial(function) if jax.tree_util.all_leaves([function]) else function
+
+
+# Of the code of functions that became constants of programs, the hashes of the functions in the call before.
+_constants: weakref.WeakKeyDictionary[Any, frozenset[int]] = weakref.WeakKeyDictionary()
+
+
+def warn_about_new_functions(argument: str, functions: Sequence[Any]) -> None:
+    """Says once that a JAX function was made anew since the last call: it is a constant, so its programs are, too."""
+    constants = [each for each in functions if jax.tree_util.all_leaves([each]) and takes_cur_len(argument, each)]
+    calls: dict[Any, set[int]] = {}
+    for function in constants:
+        calls.setdefault(_code(function), set()).add(hash(function))
+    for code, hashes in calls.items():
+        if hashes - _constants.get(code, frozenset(hashes)):
+            name = getattr(code, "co_qualname", getattr(code, "__qualname__", code))
+            warn_once(
+                f"`{argument}` holds `{name}`, which is another object than in the call before. Each new one compiles "
+                "the call again, and its programs stay in memory. Make it once, and pass numbers that change as "
+                "`jax.tree_util.Partial(function, number)`."
+            )
+        _constants[code] = frozenset(hashes)
+
+
+def _code(function: Any) -> Any:
+    """What functions have in common that one place of a program makes: their code, or their class."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    function = inspect.unwrap(getattr(function, "__func__", function))
+    return getattr(function, "__code__", type(function))
 
 
 def _on_host(function: Any, argument: str, host: HostFunctions, rows: int) -> HostProcessor:
