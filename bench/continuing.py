@@ -68,7 +68,7 @@ def prefix(model: Any, repeats: int) -> dict[str, Any]:
         return jaxgen.generate(model, prompt, **arguments, **kwargs)
 
     def reused() -> np.ndarray:
-        return call(whole, past_key_values=call(shared).past_key_values).sequences
+        return call(whole, cache=call(shared).cache).sequences
 
     if not np.array_equal(call(whole).sequences, reused()):
         raise SystemExit("The shared prefix gave other tokens: its time means nothing.")

@@ -91,19 +91,19 @@ def by_length(model: Any, lengths: list[int], room: int, steps: int, repeats: in
     ids = random_prompts(model.vocab_size, 1, max(lengths))
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model))
     arguments = {"prefill_chunk_size": 512, "return_dict_in_generate": True}
-    whole = continued(model, ids[:, :-FRESH], 1, **arguments).past_key_values
+    whole = continued(model, ids[:, :-FRESH], 1, **arguments).cache
 
     slots = {}
 
     def call(length: int) -> Callable[[int], Any]:
         past = copy.copy(whole)
         past.crop(length - max(lengths))
-        prepared = jaxgen.prepare(model, ids[:, :length], past_key_values=past, max_new_tokens=room - length)
+        prepared = jaxgen.prepare(model, ids[:, :length], cache=past, max_new_tokens=room - length)
         slots[length] = next(stages(model, prepared, weights)).cache_slots
 
         def run(steps: int) -> Any:
             until = Until(np.int32(length + 1 + steps))
-            return continued(model, ids[:, :length], room - length, past_key_values=past, stopping_criteria=[until])
+            return continued(model, ids[:, :length], room - length, cache=past, stopping_criteria=[until])
 
         return run
 

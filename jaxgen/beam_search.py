@@ -1,4 +1,4 @@
-"""Beam search and beam sampling: same as transformers 5.23 `GenerationMixin._beam_search`, state for state.
+"""Beam search and beam sampling: same as transformers 5.24 `GenerationMixin._beam_search`, state for state.
 
 Every prompt has b running beams, which grow, and b finished ones, which wait for better ones to replace them. The
 prompt's forward pass runs once for all its beams, and every other one takes b columns per prompt; see
@@ -174,7 +174,7 @@ class BeamSearch(Strategy):
         )
 
     def _candidates(self, scores: jax.Array, state: BeamState) -> tuple[Beams, jax.Array, jax.Array]:
-        """W continuations of each prompt, the best first or in the order of the draw.
+        """W continuations of each prompt, the best first.
 
         Returns:
             The continuations, int32 [B, W] the running beams they continue, and bool [B] prompts with invalid scores.
@@ -189,7 +189,9 @@ class BeamSearch(Strategy):
         else:
             noise = gumbel(state.keys, step, jnp.broadcast_to(jnp.arange(totals.shape[1]), totals.shape))
             _, places, invalid = highest_few(totals + noise, self.num_candidates)
-            values = jnp.take_along_axis(totals, places, axis=1)
+            drawn = jnp.take_along_axis(totals, places, axis=1)
+            values, order = lax.top_k(drawn, self.num_candidates)
+            places = jnp.take_along_axis(places, order, axis=1)
         sources, tokens = places // vocab_size, places % vocab_size
         rows = jnp.arange(len(sources))[:, None] * self.num_beams + sources
         return running.extend(sources, tokens, values, rows, state.cur_len, step), sources, invalid

@@ -114,14 +114,17 @@ def for_processor(function: Callable[..., Any]) -> HostFunction:
     return process
 
 
-def for_prefix(prefix_allowed_tokens_fn: Callable[[int, np.ndarray], Any], num_beams: int) -> HostFunction:
-    """Same as transformers 5.23 `PrefixConstrainedLogitsProcessor`, whose function knows prompts, not beams."""
+def for_prefix(prefix_allowed_tokens_fn: Callable[[int, np.ndarray], Any], copies: int) -> HostFunction:
+    """Same as transformers 5.24 `PrefixConstrainedLogitsProcessor`, whose function gets the number of the prompt.
+
+    A prompt has `copies` rows: its beams, or its samples.
+    """
 
     def constrain(input_ids: np.ndarray, scores: np.ndarray | None) -> np.ndarray:
         assert scores is not None
         mask = np.full_like(scores, -np.inf)
         for row, tokens in enumerate(input_ids):
-            batch_id = row // num_beams
+            batch_id = row // copies
             allowed = np.asarray(prefix_allowed_tokens_fn(batch_id, tokens), dtype=int).reshape(-1)
             if not allowed.size:
                 raise ValueError(
@@ -135,9 +138,9 @@ def for_prefix(prefix_allowed_tokens_fn: Callable[[int, np.ndarray], Any], num_b
                 )
             mask[row, allowed] = 0
         constrained = scores + mask
-        # Where the model rules out all that is allowed, in every beam of a prompt, the constraint wins.
-        unsatisfiable = np.isneginf(constrained.max(axis=1)).reshape(-1, num_beams).all(axis=1)
-        return np.where(np.repeat(unsatisfiable, num_beams)[:, None], mask, constrained)
+        # Where the model rules out all that is allowed, in every row of a prompt, the constraint wins.
+        unsatisfiable = np.isneginf(constrained.max(axis=1)).reshape(-1, copies).all(axis=1)
+        return np.where(np.repeat(unsatisfiable, copies)[:, None], mask, constrained)
 
     return constrain
 

@@ -91,12 +91,12 @@ class Conversation:
             self._past.crop(kept - self._past.get_seq_length())
         custom = Custom(key=arguments.get("key"), tokenizer=self._tokenizer)
         fields = {name: value for name, value in arguments.items() if name != "key"}
-        inputs = {"past_key_values": self._past if kept else None, "attention_mask": np.ones((1, len(ids)), int)}
+        inputs = {"cache": self._past if kept else None, "attention_mask": np.ones((1, len(ids)), int)}
         # Whatever the checkpoint's own settings say about a cache, here it is kept.
         cache = {"use_cache": True, "cache_implementation": None, "return_dict_in_generate": True}
         call = lower(self.model, np.array([ids]), None, {**fields, **inputs, **cache}, custom)
         output, shown = decode(call)
-        past = self._past = output.past_key_values
+        past = self._past = output.cache
         past.crop(min(shown - past.get_seq_length(), 0))
         self._ids = output.sequences[0, : past.get_seq_length()].tolist()
         tokens = output.sequences[0, len(ids) : shown].tolist()

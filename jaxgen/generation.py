@@ -7,6 +7,7 @@ anything is compiled.
 import atexit
 import contextlib
 import copy
+import itertools
 import logging
 import os
 import warnings
@@ -21,11 +22,18 @@ import numpy as np
 from jaxgen import lazy
 from jaxgen.base import Model, Prompt, Strategy, leaf, row_shards
 from jaxgen.callbacks import HostCriterion, HostFunctions, for_criterion
+from jaxgen.custom_generate import call_custom, call_repository, own_arguments
 from jaxgen.decoding import DecodeState, finalize
 from jaxgen.generation_config import Resolved, resolve, warn_once
 from jaxgen.inputs import Inputs, checked_inputs, checked_negatives, key_words, pad_token_id_or_default, refuse_tracer
 from jaxgen.outputs import GenerateOutput, wrap
-from jaxgen.processor_list import as_pytree, processor_list, takes_cur_len
+from jaxgen.processor_list import (
+    as_pytree,
+    processor_list,
+    takes_cur_len,
+    warn_about_new_functions,
+    warn_about_precedence,
+)
 from jaxgen.prompts import bucket, padded_prompt, row_bucket, with_negative_prompts
 from jaxgen.stop_strings import StopStrings
 from jaxgen.stopping_criteria import CustomCriterion, EosToken, MaxLength
@@ -55,7 +63,7 @@ def generate(
     tokenizer: Any = None,
     **kwargs: Any,
 ) -> np.ndarray | GenerateOutput:
-    """Continues each prompt: the arguments, and the tokens, of transformers 5.23 `generate`.
+    """Continues each prompt: the arguments, and the tokens, of transformers 5.24 `generate`.
 
     Greedily, by sampling (`do_sample`), with beams (`num_beams`), with beams that differ (`num_beam_groups`) or by
     contrastive search (`penalty_alpha`).
@@ -76,10 +84,15 @@ def generate(
         negative_prompt_attention_mask: [B, P'].
         streamer: anything with `put` and `end`, such as transformers' `TextStreamer`: gets the prompts, then a column
             of tokens at a time, as NumPy arrays, then the end. Not with beams.
+        custom_generate: a function that chooses the tokens itself and whose result is returned, called with (model,
+            input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs), see `custom_generate`;
+            or a folder or repository with a `custom_generate/generate.py`, which takes `trust_remote_code=True`.
         key: for `do_sample`: an int, a `jax.random` key, or one of either per prompt. The same key, the same tokens;
             fresh entropy by default. A prompt with its own key draws the same tokens in whatever batch.
         tokenizer: the model's, for `stop_strings`.
-        output_logprobs: with `return_dict_in_generate`, also return the chosen tokens' log-probabilities.
+        output_logprobs: with `return_dict_in_generate`, also return the chosen tokens' log-probabilities: `logprobs`
+            by the model alone, before temperature and every other rule, and `processed_logprobs` by the distribution
+            that they were drawn from.
         **kwargs: `attention_mask` ([B, P], 1 on tokens and 0 on padding, inferred from `pad_token_id` if left out) and
             any field of GenerationConfig, which wins over every config.
 
@@ -91,26 +104,38 @@ def generate(
     Raises:
         ValueError: naming the argument, its value, the range and the next step; before anything is compiled.
     """
-    later = {"synced_gpus": synced_gpus, "assistant_model": assistant_model, "custom_generate": custom_generate}
+    given = dict(locals())
+    if isinstance(custom_generate, str) and custom_generate not in _BUILT_IN:
+        return call_repository(custom_generate, **given.pop("kwargs"), **given)
+    own = own_arguments(custom_generate, {**kwargs, "key": key, "tokenizer": tokenizer})
+    others = {name: value for name, value in kwargs.items() if name not in own}
+    later = {"synced_gpus": synced_gpus, "assistant_model": assistant_model}
     custom = Custom(
         _listed("logits_processor", logits_processor),
         _listed("stopping_criteria", stopping_criteria),
         prefix_allowed_tokens_fn,
         negative_prompt_ids,
         negative_prompt_attention_mask,
-        key,
+        None if "key" in own else key,
         output_logprobs,
         streamer,
         tokenizer,
     )
-    call = lower(model, inputs, generation_config, {**kwargs, **later}, custom)
+    call = lower(model, inputs, generation_config, {**others, **later}, custom)
     with call.host.registered():
+        if callable(custom_generate):
+            _check_custom_generate(call, custom)
+            return call_custom(custom_generate, model, call, own)
         if streamer is None:
             state = finish(run(model, call, UNWATCHED))
         else:
             state = finish(run(model, call, WATCHED), feed(streamer, call))
             streamer.end()
         return call.wrap(finalize(call.strategy, state), state)
+
+
+# What transformers 5 keeps in repositories of its own, and jaxgen has: their fields of the configuration choose them.
+_BUILT_IN = ("transformers-community/contrastive-search", "transformers-community/group-beam-search")
 
 
 def stream(model: Model, inputs: Any = None, generation_config: Any = None, **kwargs: Any) -> Iterator[np.ndarray]:
@@ -232,6 +257,7 @@ class Call:
         columns: of the caller's prompt, as text.
         seen: int [M]. The slots of its columns in the cache, those of a continued cache first.
         fresh: T of these, which the prompt's forward pass reads.
+        inputs: the caller's prompt, checked.
         host: what runs on the host.
     """
 
@@ -244,6 +270,7 @@ class Call:
     columns: int
     seen: np.ndarray
     fresh: int
+    inputs: Inputs
     config: Resolved
     host: HostFunctions
 
@@ -276,10 +303,12 @@ def lower_for_any_device(
 ) -> Call:
     """As `lower`, whatever the memory here: for programs that run elsewhere."""
     custom = custom or Custom()
+    kwargs = _with_one_cache(kwargs)
     for name in _NOT_YET & kwargs.keys():
         if kwargs[name] is not None and kwargs[name] is not False:
             raise ValueError(f"`{name}` is not supported. Leave it out.")
-    supported = {name: value for name, value in kwargs.items() if name not in _NOT_YET}
+    # Permission for code of others concerns `custom_generate` alone.
+    supported = {name: value for name, value in kwargs.items() if name not in {*_NOT_YET, "trust_remote_code"}}
     config, model_inputs = resolve(model.generation_config, generation_config, supported)
     if custom.streamer is not None:
         _check_streamer(custom.streamer, config)
@@ -323,6 +352,8 @@ def lower_for_any_device(
         negative = custom.negative_prompt_ids, custom.negative_prompt_attention_mask
         prompt = with_negative_prompts(model, read, *checked_negatives(model, read, *negative))
         seen = np.arange(prompt.cache_slots - columns, prompt.cache_slots)
+    warn_about_new_functions("logits_processor", custom.logits_processor)
+    warn_about_new_functions("stopping_criteria", custom.stopping_criteria)
     host = HostFunctions()
     beams, groups = config.num_beams, config.num_beam_groups
     host_rows = rows * (config.num_return_sequences if beams == 1 else beams)
@@ -367,7 +398,28 @@ def lower_for_any_device(
     # With beams every further column costs a slot for each of them.
     slots = bucket(prompt_bucket + new_tokens) if beams == 1 else prompt_bucket + bucket(new_tokens)
     passes = strategy.forward_passes(new_tokens)
-    return Call(prompt, strategy, slots, collect, passes, rows, columns, seen, read.fresh, config, host)
+    return Call(prompt, strategy, slots, collect, passes, rows, columns, seen, read.fresh, read, config, host)
+
+
+def _with_one_cache(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The keywords with the cache under its newer name, and the warnings of transformers 5.24 `deprecate_kwarg`."""
+    others = dict(kwargs)
+    if "past_key_values" not in others:
+        return others
+    old = others.pop("past_key_values")
+    message = None
+    if "cache" in others:
+        message = (
+            "Both `past_key_values` and `cache` are set for `generate`. Using "
+            f"`cache={others['cache']}` and ignoring deprecated `past_key_values={old}`."
+        )
+    elif lazy.cache_name() == "cache":
+        message = (
+            "`past_key_values` is deprecated and will be removed in version 6.0.0 for `generate`. Use `cache` instead."
+        )
+    if message is not None:
+        warnings.warn(message, FutureWarning, stacklevel=5)
+    return {"cache": old, **others}
 
 
 def _recorded(config: Resolved, custom: Custom, collect: tuple[str, ...]) -> tuple[str, ...]:
@@ -382,19 +434,20 @@ def _recorded(config: Resolved, custom: Custom, collect: tuple[str, ...]) -> tup
         return (*outputs, "logprobs")
     if config.penalty_alpha and collect:
         return (*outputs, "chosen")
-    return (*outputs, "parents") if "attentions" in collect and config.num_beams > 1 else outputs
+    sorted_by_beam = "attentions" in collect or (collect and not config.use_cache)
+    return (*outputs, "parents") if sorted_by_beam and config.num_beams > 1 else outputs
 
 
 def _fitted(config: Resolved, read: Inputs, model_inputs: Mapping[str, Any]) -> Resolved:
-    """The configuration of a prompt that is not all text, with the lengths and rules that transformers 5.23 leaves it.
+    """The configuration of a prompt that is not all text, with the lengths and rules that transformers 5.24 leaves it.
 
     Raises:
         ValueError: if the two do not go together.
     """
     if read.past is not None and config.merged.cache_implementation is not None:
         raise ValueError(
-            "Passing both `cache_implementation` (used to initialize certain caches) and `past_key_values` (a Cache "
-            "object) is unsupported. Please use only one of the two."
+            "Passing both `cache_implementation` (used to initialize certain caches) and "
+            f"`{lazy.cache_name()}` (a Cache object) is unsupported. Please use only one of the two."
         )
     if not config.use_cache and config.prefill_chunk_size is not None:
         raise ValueError("Cannot use prefill chunking without a cache. Leave out `use_cache` or `prefill_chunk_size`.")
@@ -407,12 +460,14 @@ def _fitted(config: Resolved, read: Inputs, model_inputs: Mapping[str, Any]) -> 
             )
     if config.penalty_alpha:
         _need_plain(read, config.prefill_chunk_size, "`penalty_alpha`", "which compares the hidden states of the text")
+    if not config.use_cache and {"attentions", "hidden_states"} & {*config.outputs}:
+        for name, given in (("cache", read.past is not None), ("penalty_alpha", config.penalty_alpha)):
+            if given:
+                raise ValueError(
+                    "`use_cache`=False asks for the attentions and hidden states of the whole text at every step, "
+                    f"which does not go with `{name}`. Leave `use_cache` out: each column's are returned once."
+                )
     if read.embeddings is None:
-        if not config.use_cache and {"attentions", "hidden_states"} & {*config.outputs}:
-            raise ValueError(
-                "`use_cache`=False would return the attentions and hidden states of the whole text at every step, but "
-                "jaxgen always decodes with a cache. Leave `use_cache` out: each column's are returned once."
-            )
         return config
     needs_text = "Passing `{}` requires some form of `input_ids` to be passed to `generate`, ignoring the argument."
     new_only = (
@@ -442,7 +497,7 @@ def _fitted(config: Resolved, read: Inputs, model_inputs: Mapping[str, Any]) -> 
 
 
 def _need_plain(read: Inputs, chunk: int | None, name: str, why: str) -> None:
-    kinds = {"past_key_values": read.past, "inputs_embeds": read.embeddings, "position_ids": read.position_ids}
+    kinds = {"cache": read.past, "inputs_embeds": read.embeddings, "position_ids": read.position_ids}
     for other, value in {**kinds, "prefill_chunk_size": chunk}.items():
         if value is not None:
             raise ValueError(f"`{other}` does not go with {name}, {why}. Leave out one of them.")
@@ -459,7 +514,7 @@ def _healed(model: Model, read: Inputs, custom: Custom) -> Inputs:
         raise ValueError(f"`tokenizer`={custom.tokenizer!r} is none. Pass the model's.")
     if not read.plain:
         raise ValueError(
-            "`token_healing` changes the prompt, which then does not go with `past_key_values`, `inputs_embeds` or "
+            "`token_healing` changes the prompt, which then does not go with `cache`, `inputs_embeds` or "
             "`position_ids`. Leave out one of them."
         )
 
@@ -484,6 +539,22 @@ def _healed(model: Model, read: Inputs, custom: Custom) -> Inputs:
     return replace(read, input_ids=input_ids, text_mask=mask, attention_mask=mask, fresh=input_ids.shape[1])
 
 
+def _check_custom_generate(call: Call, custom: Custom) -> None:
+    """Refuses what only the loops of jaxgen could do."""
+    unheeded = {
+        "streamer": custom.streamer is not None,
+        "output_logprobs": custom.output_logprobs,
+        "max_time": call.config.max_time is not None,
+        "guidance_scale": call.config.merged.guidance_scale not in (None, 1),
+    }
+    for name, given in unheeded.items():
+        if given:
+            raise ValueError(
+                f"`{name}` does not go with `custom_generate`, whose function chooses the tokens by itself. Leave it "
+                "out, or do it in your function."
+            )
+
+
 def _check_streamer(streamer: Any, config: Resolved) -> None:
     if not callable(getattr(streamer, "put", None)) or not callable(getattr(streamer, "end", None)):
         raise ValueError(
@@ -504,21 +575,36 @@ def _listed(name: str, given: Any) -> list[Any]:
 def _split_criteria(
     criteria: list[Any], config: Resolved, max_length: int
 ) -> tuple[Resolved, tuple[int, ...], int, list[Any]]:
-    """What transformers' own criteria replace: of the configuration, the ids and the length; and the other criteria."""
-    eos_token_id, others = config.eos_token_id, []
-    for criterion in criteria:
-        if type(criterion) is lazy.torch_class("MaxLengthCriteria"):
-            _check_length("stopping_criteria", criterion.max_length)
-            max_length = criterion.max_length
-        elif type(criterion) is lazy.torch_class("EosTokenCriteria"):
-            eos_token_id = tuple(np.asarray(criterion.eos_token_id).reshape(-1).tolist())
-        elif type(criterion) is lazy.torch_class("MaxTimeCriteria"):
-            config = replace(config, max_time=criterion.max_time)
-        else:
-            if type(criterion) is lazy.torch_class("StopStringCriteria"):
-                config = replace(config, stop_strings=())
-            others.append(criterion)
-    return config, eos_token_id, max_length, others
+    """What transformers' own criteria replace: of the configuration, the ids and the length; and the other criteria.
+
+    Several of one type all act, as in transformers.
+    """
+    given = {
+        name: [each for each in criteria if type(each) is lazy.torch_class(name)]
+        for name in ("MaxLengthCriteria", "EosTokenCriteria", "MaxTimeCriteria", "StopStringCriteria")
+    }
+    built_in = {
+        "MaxLengthCriteria": True,
+        "EosTokenCriteria": bool(config.eos_token_id),
+        "MaxTimeCriteria": config.max_time is not None,
+        "StopStringCriteria": bool(config.stop_strings),
+    }
+    for name, customs in given.items():
+        if customs and built_in[name]:
+            warn_about_precedence("stopping criteria", customs[0])
+    eos_token_id = config.eos_token_id
+    if lengths := [each.max_length for each in given["MaxLengthCriteria"]]:
+        for length in lengths:
+            _check_length("stopping_criteria", length)
+        max_length = min(lengths)
+    if ends := [np.asarray(each.eos_token_id).reshape(-1).tolist() for each in given["EosTokenCriteria"]]:
+        eos_token_id = tuple(dict.fromkeys(itertools.chain(*ends)))
+    if times := [each.max_time for each in given["MaxTimeCriteria"]]:
+        config = replace(config, max_time=min(times))
+    if given["StopStringCriteria"]:
+        config = replace(config, stop_strings=())
+    settled = [*given["MaxLengthCriteria"], *given["EosTokenCriteria"], *given["MaxTimeCriteria"]]
+    return config, eos_token_id, max_length, [each for each in criteria if not any(each is own for own in settled)]
 
 
 def _stop_strings(config: Resolved, tokenizer: Any, vocab_size: int) -> tuple[StopStrings, ...]:
@@ -565,7 +651,7 @@ def _guidance(config: Resolved, custom: Custom) -> tuple[Any, list[Any]]:
 
 
 # Arguments of transformers' `generate` that are yet to come; their neutral values are accepted.
-_NOT_YET = frozenset("synced_gpus assistant_model custom_generate assistant_tokenizer trust_remote_code".split())
+_NOT_YET = frozenset("synced_gpus assistant_model custom_generate assistant_tokenizer".split())
 
 
 def _check_memory(model: Model, call: Call) -> None:
@@ -581,6 +667,10 @@ def _check_memory(model: Model, call: Call) -> None:
             of_prompt = prompt_rows * model.internals_bytes(name, columns, columns)
             of_step = rows * model.internals_bytes(name, call.strategy.branches, cache_slots)
             needed[f"`output_{name}`"] = of_prompt + steps * of_step
+            if not call.config.use_cache:
+                width = call.columns + steps
+                texts = steps if call.config.num_beams > 1 else 1  # beams change their past, other rows share theirs
+                needed[f"`output_{name}`"] += scored * texts * model.internals_bytes(name, width, width)
         else:
             needed[f"`output_{name}`"] = 4 * scored * steps * model.vocab_size
     available = memory_bytes() * (1 if model.mesh is None else model.mesh.size)

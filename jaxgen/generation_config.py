@@ -1,6 +1,6 @@
 """Which configuration wins: from keyword arguments, configs and defaults to one frozen, complete value.
 
-Resolution is transformers' own: its `GenerationConfig` merges, validates and warns, in the order of transformers 5.23
+Resolution is transformers' own: its `GenerationConfig` merges, validates and warns, in the order of transformers 5.24
 `GenerationMixin._prepare_generation_config`. What comes out is checked field by field, so that nothing jaxgen does not
 do is accepted without a word.
 """
@@ -52,7 +52,7 @@ _ASSISTANT = "acts in assisted decoding only, and transformers ignores it elsewh
 NO_EFFECT = {
     "compile_config": "is about torch.compile; every call of jaxgen is compiled",
     "disable_compile": "is about torch.compile; every call of jaxgen is compiled",
-    "use_cache": "the cache is always used: the tokens are the same without, only later",
+    "use_cache": "every decode uses a cache; False returns none, and attentions and hidden states of the whole text",
     "num_assistant_tokens": _ASSISTANT,
     "num_assistant_tokens_schedule": _ASSISTANT,
     "assistant_confidence_threshold": _ASSISTANT,
@@ -250,6 +250,11 @@ def _refuse_unknown(others: Mapping[str, Any], fields: set[str]) -> None:
     unknown = [name for name, value in others.items() if value is not None and name not in MODEL_INPUTS]
     if not unknown:
         return
+    if renamed := [name for name in unknown if name in _NAMES_OF_KEY]:
+        raise ValueError(
+            f"`{renamed[0]}` is not an argument of `generate`. Pass `key=`, an int or a `jax.random` key: the same key "
+            "gives the same samples."
+        )
     close = {name: difflib.get_close_matches(name, fields | MODEL_INPUTS, n=1, cutoff=0.8) for name in unknown}
     hints = "".join(f" Did you mean `{match[0]}` instead of `{name}`?" for name, match in close.items() if match)
     raise ValueError(
@@ -258,7 +263,10 @@ def _refuse_unknown(others: Mapping[str, Any], fields: set[str]) -> None:
     )
 
 
-MODEL_INPUTS = frozenset({"input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds"})
+_NAMES_OF_KEY = frozenset("prng_key rng rng_key rngs seed generator random_state".split())
+MODEL_INPUTS = frozenset(
+    "input_ids attention_mask position_ids cache past_key_values inputs_embeds logits_to_keep".split()
+)
 
 
 _FLAGS = (

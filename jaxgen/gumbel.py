@@ -9,7 +9,15 @@ import jax.numpy as jnp
 
 def row_keys(key: jax.Array, prompts: int, copies: int) -> jax.Array:
     """uint32 [prompts * copies, 2]: the key of each row; see `Sample.key`. Keys of any kind become Threefry keys."""
-    words = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
+    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        words = jax.random.key_data(key)
+    elif key.dtype == jnp.uint32 and key.ndim and key.shape[-1] in (2, 4):
+        words = key
+    elif not jnp.issubdtype(key.dtype, jnp.integer):
+        raise ValueError(f"`key` has dtype {key.dtype}. Pass an int, a jax.random key, or one of either per prompt.")
+    else:  # ints, in two words as `inputs.key_words` splits them
+        high = key >> 32 if key.dtype.itemsize > 4 else jnp.where(key < 0, -1, 0)
+        words = jnp.stack([high.astype(jnp.uint32), key.astype(jnp.uint32)], axis=-1)
     base = jax.random.wrap_key_data(words[..., :2], impl="threefry2x32")
     fold = jax.random.fold_in
     places = jnp.arange(prompts) if base.ndim == 0 else jnp.zeros(prompts, jnp.int32)

@@ -59,7 +59,9 @@ def checked_inputs(model: Model, inputs: Any, model_inputs: dict[str, Any], conf
     if inputs is not None and model_inputs.get("input_ids") is not None:
         raise ValueError("`inputs` and `input_ids` were both passed, and they mean the same. Pass one of them.")
     given = model_inputs.get("input_ids") if inputs is None else inputs
-    mask, past = model_inputs.get("attention_mask"), model_inputs.get("past_key_values")
+    mask, past = model_inputs.get("attention_mask"), model_inputs.get("cache")
+    if isinstance(past, lazy.torch_class("Cache")):
+        past = PastKeyValues.from_transformers(model, past)
     embeddings = _embeddings(model_inputs.get("inputs_embeds"), model.hidden_size)
     if embeddings is not None and (given is None or np.shape(given)[1:] == (0,)):
         input_ids = np.zeros((len(embeddings if given is None else given), 0), np.int32)
@@ -89,10 +91,11 @@ def checked_inputs(model: Model, inputs: Any, model_inputs: dict[str, Any], conf
     fresh = mask.shape[1] - seen
     if fresh < 1:
         raise ValueError(
-            f"`past_key_values` holds {seen} columns, and the prompt has {mask.shape[1]}: nothing is left to read. "
+            f"`cache` holds {seen} columns, and the prompt has {mask.shape[1]}: nothing is left to read. "
             f"Pass the whole text, or new `input_ids` with an `attention_mask` of {seen} columns more; or "
-            "`past_key_values.crop` what is to be read again."
+            "`cache.crop` what is to be read again."
         )
+    _check_logits_to_keep(model_inputs.get("logits_to_keep"))
     positions = _positions(model_inputs.get("position_ids"), rows, fresh)
     text_mask = np.ones((rows, columns), bool)
     if embeddings is None or columns == mask.shape[1]:
@@ -125,15 +128,24 @@ def _embeddings(given: Any, hidden_size: int) -> np.ndarray | None:
 def _seen_columns(past: Any, rows: int) -> int:
     if not isinstance(past, PastKeyValues):
         raise ValueError(
-            f"`past_key_values` is of type {type(past).__name__}, but must be the `past_key_values` of an earlier call "
-            "of `jaxgen.generate` with `return_dict_in_generate=True`."
+            f"`cache` is of type {type(past).__name__}, but must be the `cache` of an earlier call of "
+            "`jaxgen.generate` with `return_dict_in_generate=True`, or a transformers `DynamicCache`."
         )
     if past.batch_size not in (1, rows):
         raise ValueError(
-            f"`past_key_values` has {past.batch_size} rows, but there are {rows} prompts. Pass a cache of as many, or "
+            f"`cache` has {past.batch_size} rows, but there are {rows} prompts. Pass a cache of as many, or "
             "of one, which all prompts then share."
         )
     return past.get_seq_length()
+
+
+def _check_logits_to_keep(given: Any) -> None:
+    """The logits of the last column are always kept, and no others are read, as in transformers."""
+    if given is not None and (not isinstance(given, (int, np.integer)) or isinstance(given, bool) or given < 0):
+        raise ValueError(
+            f"`logits_to_keep`={given!r} must be a number of columns, 0 for all of them; `generate` reads those of the "
+            "last one only. Leave it out."
+        )
 
 
 def _positions(given: Any, rows: int, fresh: int) -> np.ndarray | None:
@@ -188,6 +200,7 @@ def _mask(name: str, given: Any, shape: tuple[int, int]) -> np.ndarray:
 
 def _array(name: str, given: Any) -> np.ndarray:
     refuse_tracer(given)
+    _refuse_text(name, given)
     if isinstance(given, Mapping):
         raise ValueError(f"`{name}` is a mapping of {list(given)}. Pass its parts: generate(model, **inputs).")
     try:
@@ -201,13 +214,30 @@ def _array(name: str, given: Any) -> np.ndarray:
     return array
 
 
+def _refuse_text(name: str, given: Any) -> None:
+    first = given
+    while isinstance(first, (list, tuple)) and first:
+        first = first[0]
+    if isinstance(first, np.ndarray) and first.dtype.kind in "USO":
+        first = first.flat[0] if first.size else first
+    if isinstance(first, (str, bytes)):
+        raise ValueError(
+            f"`{name}` is text ({first[:40]!r}), but `generate` takes token ids. Tokenise it: `generate(model, "
+            '**tokenizer(texts, padding=True, return_tensors="np"))`, with `texts` a list of strings and the '
+            "`tokenizer` of the model."
+        )
+
+
 def refuse_tracer(value: Any) -> None:
     if isinstance(value, Tracer):
-        raise ValueError("`generate` runs on the host, not inside jit, vmap or grad. Use `jaxgen.decode` there.")
+        raise ValueError(
+            "`generate`, `stream` and `prepare` run on the host, not inside jit, vmap or grad. Use `jaxgen.decode` "
+            "there, with what `prepare` returned outside."
+        )
 
 
 def warn_about_padding(input_ids: np.ndarray, mask: np.ndarray | None, config: Resolved, embedded: bool) -> None:
-    """The warnings of transformers 5.23 `_prepare_special_tokens` and `generate`, which concern batches only."""
+    """The warnings of transformers 5.24 `_prepare_special_tokens` and `generate`, which concern batches only."""
     eos, pad = config.eos_token_id, config.pad_token_id
     if len(input_ids) == 1 or (pad is None and not eos):
         return

@@ -83,7 +83,7 @@ class KVCache:
         """Makes room for T more columns; called once per forward pass, before the layers' `update`.
 
         Unless they are given, positions count the unmasked columns and are 0 on masked ones. The next token follows the
-        position of the last column, as in transformers 5.23: a right-padded row therefore continues at position 1.
+        position of the last column, as in transformers 5.24: a right-padded row therefore continues at position 1.
 
         Args:
             attention_mask: bool [N, T].

@@ -21,6 +21,12 @@ def transformers() -> Any:
             os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = before
 
 
+def cache_name() -> str:
+    """What the installed transformers calls the cache, as an argument of `generate` and in its output."""
+    version = tuple(map(int, transformers().__version__.split(".")[:2]))
+    return "cache" if version >= (5, 24) else "past_key_values"
+
+
 def torch_class(name: str) -> type:
     """A class of `transformers` that needs torch; without torch imported nothing is an instance of what this gives.
 
@@ -37,6 +43,18 @@ def generation_configs() -> Any:
     """The module of GenerationConfig and the watermarking configs, which the package shows only if torch is there."""
     transformers()
     return importlib.import_module("transformers.generation.configuration_utils")
+
+
+def dynamic_modules() -> Any:
+    """The module that finds and imports code of folders and repositories."""
+    transformers()
+    return importlib.import_module("transformers.dynamic_module_utils")
+
+
+def hub() -> Any:
+    """The module that finds their files."""
+    transformers()
+    return importlib.import_module("transformers.utils.hub")
 
 
 def byte_characters() -> dict[str, int]:

@@ -1,6 +1,6 @@
 """Rules that change the scores before a token is chosen: one dataclass each, in Hugging Face's order.
 
-Same results as the classes of transformers 5.23 `generation/logits_process.py`, whose names they carry without their
+Same results as the classes of transformers 5.24 `generation/logits_process.py`, whose names they carry without their
 suffixes. Numbers are leaves of pytrees, so a new penalty or threshold compiles nothing; lists of ids become masks
 [V], which a program takes whatever their length. The rules of sampling (`Warper`) look at scores alone, not at which
 token has them, so they also run on the few candidates of a draw; see `sampling`.
@@ -49,7 +49,7 @@ def reorder(processors: Sequence[LogitsProcessor], states: Sequence[Any], rows: 
 def guide(logits: jax.Array, guidance_scale: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     """Classifier-free guidance: the logits of the prompts, and the scores to process, each float32 [N, V].
 
-    Same as transformers 5.23 `UnbatchedClassifierFreeGuidanceLogitsProcessor`, but the negative prompts are the lower
+    Same as transformers 5.24 `UnbatchedClassifierFreeGuidanceLogitsProcessor`, but the negative prompts are the lower
     half of the batch, so that the weights are read once.
 
     Args:

@@ -1,32 +1,52 @@
 """What `generate` returns with `return_dict_in_generate`, and what is computed from it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
 
+from jaxgen import lazy
+from jaxgen.generation_config import warn_once
 from jaxgen.past_key_values import PastKeyValues
 
 
 class _Output:
-    """Fields that are not None by key or place, as of transformers' outputs."""
+    """Fields that are not None by key or place, as of transformers' outputs.
+
+    The cache has both of its names; among the keys it goes by the one of the installed transformers.
+    """
+
+    cache: PastKeyValues | None
+
+    @property
+    def past_key_values(self) -> PastKeyValues | None:
+        if lazy.cache_name() == "cache":
+            warn_once("`past_key_values`/`cache_params` are deprecated. Use `cache` instead.")
+        return self.cache
 
     def __getitem__(self, name: str | int) -> Any:
-        present = {key: value for key, value in vars(self).items() if value is not None}
-        return list(present.values())[name] if isinstance(name, int) else present[name]
+        if isinstance(name, int):
+            return self[self.keys()[name]]
+        if name not in self:
+            raise KeyError(name)
+        return getattr(self, name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.keys() or (name in ("cache", "past_key_values") and self.cache is not None)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.keys())
 
     def keys(self) -> list[str]:
-        return [name for name, value in vars(self).items() if value is not None]
+        present = [name for name, value in vars(self).items() if value is not None]
+        return [lazy.cache_name() if name == "cache" else name for name in present]
 
 
 @dataclass(frozen=True)
 class GenerateDecoderOnlyOutput(_Output):
-    """Same as transformers 5.23 `GenerateDecoderOnlyOutput`; fields that are not None by attribute, key or place.
+    """Same as transformers 5.24 `GenerateDecoderOnlyOutput`; fields that are not None by attribute, key or place.
 
     L are the columns of `sequences`, T the steps that ran (L less the prompt), N rows are B * R. Scores, logits and
     logprobs are arrays whose first axis stands for transformers' tuple over steps. In a step that a row spent finished,
@@ -37,9 +57,10 @@ class GenerateDecoderOnlyOutput(_Output):
         scores: float32 [T, N, V]. Processed, as tokens were chosen by them.
         logits: float32 [T, N, V]. As the model gave them.
         attentions: T tuples over layers, the first [N, Q, P, P], then [N, Q, 1, P + t]; zeros where the column itself
-            is masked.
-        hidden_states: T tuples over layers and one more, the first [N, P, D], then [N, 1, D].
-        past_key_values: the cache of the columns that the model has seen: all but the last, and those of a cache that
+            is masked. With `use_cache=False` all are of the whole text, [N, Q, P + t, P + t], and read-only.
+        hidden_states: T tuples over layers and one more, the first [N, P, D], then [N, 1, D]. With `use_cache=False`
+            all are of the whole text, [N, P + t, D], and read-only.
+        cache: the cache of the columns that the model has seen: all but the last, and those of a cache that
             was continued.
         logprobs: float32 [N, T]. The chosen tokens' log-probabilities by the model: temperature 1, whole vocabulary.
         processed_logprobs: float32 [N, T]. The same by the processed scores: of the draw that was made.
@@ -50,14 +71,14 @@ class GenerateDecoderOnlyOutput(_Output):
     logits: np.ndarray | None = None
     attentions: tuple[tuple[np.ndarray, ...], ...] | None = None
     hidden_states: tuple[tuple[np.ndarray, ...], ...] | None = None
-    past_key_values: PastKeyValues | None = None
+    cache: PastKeyValues | None = None
     logprobs: np.ndarray | None = None
     processed_logprobs: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
 class GenerateBeamDecoderOnlyOutput(_Output):
-    """Same as transformers 5.23 `GenerateBeamDecoderOnlyOutput`; fields that are not None by attribute, key or place.
+    """Same as transformers 5.24 `GenerateBeamDecoderOnlyOutput`; fields that are not None by attribute, key or place.
 
     L are the columns of `sequences`, T the steps that ran (at least L less the prompt), N returned rows are B * R, M
     running beams are B * num_beams. Scores and logits are arrays whose first axis stands for transformers' tuple over
@@ -69,9 +90,11 @@ class GenerateBeamDecoderOnlyOutput(_Output):
         scores: float32 [T, M, V]. Processed log-probabilities.
         logits: float32 [T, M, V]. As the model gave them.
         beam_indices: int32 [N, L - P]. The row of `scores` that each new token was chosen in, -1 after the end.
-        attentions: T tuples over layers, the first [M, Q, P, P], then [M, Q, 1, P + t].
-        hidden_states: T tuples over layers and one more, the first [M, P, D], then [M, 1, D].
-        past_key_values: the cache of the columns that the model has seen, P + T - 1 of each running beam.
+        attentions: T tuples over layers, the first [M, Q, P, P], then [M, Q, 1, P + t]; with `use_cache=False` of the
+            whole text of each beam, [M, Q, P + t, P + t].
+        hidden_states: T tuples over layers and one more, the first [M, P, D], then [M, 1, D]; with `use_cache=False`
+            [M, P + t, D].
+        cache: the cache of the columns that the model has seen, P + T - 1 of each running beam.
     """
 
     sequences: np.ndarray
@@ -81,7 +104,7 @@ class GenerateBeamDecoderOnlyOutput(_Output):
     beam_indices: np.ndarray | None = None
     attentions: tuple[tuple[np.ndarray, ...], ...] | None = None
     hidden_states: tuple[tuple[np.ndarray, ...], ...] | None = None
-    past_key_values: PastKeyValues | None = None
+    cache: PastKeyValues | None = None
 
 
 GenerateOutput = GenerateDecoderOnlyOutput | GenerateBeamDecoderOnlyOutput
@@ -108,7 +131,7 @@ def wrap(call: Any, fetched: dict[str, Any], state: Any) -> GenerateOutput:
     fields |= {name: fetched[name][:rows, :steps].copy() for name in fetched if name.endswith("logprobs")}
     fields |= {name: _internals(name, call, fetched, state, steps) for name in call.collect}
     if config.use_cache:
-        fields["past_key_values"] = PastKeyValues(state.cache, _slots(call, state.cache, steps))
+        fields["cache"] = PastKeyValues(state.cache, _slots(call, state.cache, steps))
     return GenerateDecoderOnlyOutput(**fields) if config.num_beams == 1 else GenerateBeamDecoderOnlyOutput(**fields)
 
 
@@ -174,9 +197,48 @@ def _internals(
         return taken.swapaxes(1, 2).reshape(-1, taken.shape[1], 1, taken.shape[3])
 
     ancestors = _ancestors(fetched["parents"], steps) if "parents" in fetched else []
-    return (
+    own = (
         tuple(prompt(layer) for layer in first),
         *(tuple(step(layer[place], place) for layer in later) for place in range(steps - 1)),
+    )
+    if call.config.use_cache:
+        return own
+    first_beams = beams * np.arange(rows)[:, None, None]
+    lineages = [(first_beams + each[:rows]).reshape(rows * beams, -1).T for each in ancestors[: steps - 1]]
+    return _of_the_whole_text(own, lineages)
+
+
+def _of_the_whole_text(
+    own: tuple[tuple[np.ndarray, ...], ...], lineages: Sequence[np.ndarray]
+) -> tuple[tuple[np.ndarray, ...], ...]:
+    """What a forward pass over the whole text, as transformers makes without a cache, gives at every step.
+
+    A column sees nothing after it, so its numbers are those of the step that first read it. Without beams the steps are
+    read-only views of the last one, since each holds all that came before.
+
+    Args:
+        own: of each step its new columns, per layer [N, T, D] or [N, Q, T, S].
+        lineages: with beams, of each step but the first, int [t, N]: the rows of all steps up to it that its rows
+            descend from.
+    """
+    layers, steps = len(own[0]), len(own)
+
+    def whole(layer: int, lineage: Iterable[Any]) -> np.ndarray:
+        parts = [own[0][layer], *(own[step + 1][layer][rows] for step, rows in enumerate(lineage))]
+        if parts[0].ndim == 3:
+            return np.concatenate(parts, axis=1)
+        width = parts[-1].shape[3]
+        return np.concatenate([np.pad(each, (*[(0, 0)] * 3, (0, width - each.shape[3]))) for each in parts], axis=2)
+
+    if lineages:
+        return own[0], *(tuple(whole(layer, lineage) for layer in range(layers)) for lineage in lineages)
+    last = [whole(layer, [slice(None)] * (steps - 1)) for layer in range(layers)]
+    for array in last:
+        array.flags.writeable = False
+    widths = [last[0].shape[-2] - steps + 1 + step for step in range(steps)]
+    return tuple(
+        tuple(array[:, :width] if array.ndim == 3 else array[:, :, :width, :width] for array in last)
+        for width in widths
     )
 
 
@@ -193,7 +255,7 @@ def _ancestors(parents: np.ndarray, steps: int) -> list[np.ndarray]:
 def compute_transition_scores(
     sequences: Any, scores: Any, beam_indices: Any = None, normalize_logits: bool = False
 ) -> np.ndarray:
-    """The scores of the chosen tokens. Same as transformers 5.23 `GenerationMixin.compute_transition_scores`.
+    """The scores of the chosen tokens. Same as transformers 5.24 `GenerationMixin.compute_transition_scores`.
 
     Args:
         sequences: int [N, L], from `generate`.

@@ -1,11 +1,14 @@
 """The cache of a finished call, as the caller sees it and as a later call continues it."""
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, Self
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from jaxgen import lazy
 from jaxgen.base import Cache, Model
 
 
@@ -13,7 +16,7 @@ class PastKeyValues(Sequence):
     """The cache of a call without its padding: `past[layer]` is a pair, each [M, K, L, H] on the device.
 
     The M rows are those of the call's `sequences`, or of its running beams; the L columns are those that the model has
-    seen. Given to another call as `past_key_values`, it is read and never changed: any number of calls may continue it.
+    seen. Given to another call as `cache`, it is read and never changed: any number of calls may continue it.
     """
 
     def __init__(self, cache: Any, slots: np.ndarray):
@@ -22,6 +25,50 @@ class PastKeyValues(Sequence):
         self._cache = cache
         self._rows = np.repeat(np.arange(rows, dtype=np.int32), branches)
         self._slots = slots.reshape(rows * branches, columns).astype(np.int32)
+
+    @classmethod
+    def from_transformers(cls, model: Model, given: Any) -> Self | None:
+        """A copy of a transformers `Cache` that torch has filled; None of an empty one.
+
+        Raises:
+            ValueError: if it is of another model, or no longer holds all columns.
+        """
+        layers = getattr(given, "layers", None)
+        if layers is None:
+            raise ValueError(
+                f"`cache` is of type {type(given).__name__}. Pass a `DynamicCache`, or that of an earlier call."
+            )
+        lengths = [int(layer.get_seq_length()) for layer in layers]
+        if not any(lengths):
+            return None
+        rows, columns = len(layers[0].keys), lengths[0]
+        empty = jax.eval_shape(lambda: model.make_cache(rows, columns))
+        expected = [
+            jax.eval_shape(lambda cache, layer=layer: cache.layer(layer), empty) for layer in range(len(empty.layers))
+        ]
+        for number, (layer, length) in enumerate(zip(layers, lengths, strict=True)):
+            held = layer.keys.shape[2]
+            if held < length:
+                raise ValueError(
+                    f"`cache` holds {held} of {length} columns in layer {number}, a {type(layer).__name__}, and jaxgen "
+                    "needs them all. Pass the whole text without a cache."
+                )
+        pairs = [(layer.keys[:, :, :columns], layer.values[:, :, :columns]) for layer in layers]
+
+        def kind(array: Any) -> tuple[tuple[int, ...], str]:
+            return tuple(array.shape), str(array.dtype).removeprefix("torch.")
+
+        if [[*map(kind, pair)] for pair in pairs] != [[*map(kind, pair)] for pair in expected]:
+            raise ValueError(_ANOTHER_MODEL)
+        arrays = tuple(
+            tuple(
+                jnp.asarray(lazy.as_numpy(array), each.dtype).reshape(each.shape)
+                for array, each in zip(*pair, strict=True)
+            )
+            for pair in zip(pairs, empty.layers, strict=True)
+        )
+        cache = replace(model.make_cache(rows, columns), layers=arrays)
+        return cls(cache, np.broadcast_to(np.arange(columns), (rows, 1, columns)))
 
     def __len__(self) -> int:
         return len(self._cache.layers)
@@ -43,7 +90,7 @@ class PastKeyValues(Sequence):
         return self._slots.shape[1]
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forgets the last -`tokens_to_remove` columns. Same as transformers 5.23 `Cache.crop`.
+        """Forgets the last -`tokens_to_remove` columns. Same as transformers 5.24 `Cache.crop`.
 
         Raises:
             ValueError: unless it is an integer from -L to 0.
@@ -78,11 +125,14 @@ class PastKeyValues(Sequence):
         )
         expected = jax.eval_shape(lambda: model.make_cache(rows, slots))
         if jax.eval_shape(_select, self._cache, *chosen) != expected:
-            raise ValueError(
-                "`past_key_values` is of another model: its layers, heads or dtype differ. Pass what a call with this "
-                "model returned, or leave it out."
-            )
+            raise ValueError(_ANOTHER_MODEL)
         return _select(self._cache, *chosen)
+
+
+_ANOTHER_MODEL = (
+    "`cache` is of another model: its layers, heads or dtype differ. Pass what a call with this model returned, or "
+    "leave it out."
+)
 
 
 @jax.jit

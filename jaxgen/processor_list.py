@@ -1,11 +1,13 @@
 """The processors of a call, in Hugging Face's order: the one place that writes it.
 
-Same as transformers 5.23 `GenerationMixin._get_logits_processor`: which field makes which processor, what it refuses,
+Same as transformers 5.24 `GenerationMixin._get_logits_processor`: which field makes which processor, what it refuses,
 and where the caller's own ones come in.
 """
 
+import functools
 import inspect
 import math
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -61,7 +63,7 @@ def processor_list(
         **_min_lengths(config, eos, prompt_length, max_length),
         "PrefixConstrainedLogitsProcessor": prefix_allowed_tokens_fn
         and _on_host(
-            for_prefix(prefix_allowed_tokens_fn, config.num_beams // config.num_beam_groups),
+            for_prefix(prefix_allowed_tokens_fn, _rows_of_a_prompt(config)),
             "prefix_allowed_tokens_fn",
             host,
             rows,
@@ -80,6 +82,11 @@ def processor_list(
     if fields.renormalize_logits:
         processors.append(logits_process.LogitNormalization())
     return tuple(processors)
+
+
+def _rows_of_a_prompt(config: Resolved) -> int:
+    """The rows that a processor sees of each prompt."""
+    return config.num_return_sequences if config.num_beams == 1 else config.num_beams // config.num_beam_groups
 
 
 def custom_processor(custom: Any, host: HostFunctions, rows: int) -> LogitsProcessor:
@@ -116,12 +123,50 @@ def as_pytree(function: Any) -> Any:
     return jax.tree_util.Partial(function) if jax.tree_util.all_leaves([function]) else function
 
 
+# Of the code of functions that became constants of programs, the hashes of the functions in the call before.
+_constants: weakref.WeakKeyDictionary[Any, frozenset[int]] = weakref.WeakKeyDictionary()
+
+
+def warn_about_new_functions(argument: str, functions: Sequence[Any]) -> None:
+    """Says once that a JAX function was made anew since the last call: it is a constant, so its programs are, too."""
+    constants = [each for each in functions if jax.tree_util.all_leaves([each]) and takes_cur_len(argument, each)]
+    calls: dict[Any, set[int]] = {}
+    for function in constants:
+        calls.setdefault(_code(function), set()).add(hash(function))
+    for code, hashes in calls.items():
+        if hashes - _constants.get(code, frozenset(hashes)):
+            name = getattr(code, "co_qualname", getattr(code, "__qualname__", code))
+            warn_once(
+                f"`{argument}` holds `{name}`, which is another object than in the call before. Each new one compiles "
+                "the call again, and its programs stay in memory. Make it once, and pass numbers that change as "
+                "`jax.tree_util.Partial(function, number)`."
+            )
+        _constants[code] = frozenset(hashes)
+
+
+def _code(function: Any) -> Any:
+    """What functions have in common that one place of a program makes: their code, or their class."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    function = inspect.unwrap(getattr(function, "__func__", function))
+    return getattr(function, "__code__", type(function))
+
+
 def _on_host(function: Any, argument: str, host: HostFunctions, rows: int) -> HostProcessor:
     warn_once(
         f"`{argument}` runs as Python on the host: every step waits for it and copies the scores there and back. A "
         "JAX function of (input_ids, scores, cur_len) is compiled into the decode instead."
     )
     return HostProcessor(host.add(function), leaf(rows, np.int32))
+
+
+def warn_about_precedence(kind: str, custom: Any) -> None:
+    """The warning of transformers 5.24 `_merge_criteria_processor_list`."""
+    warn_once(
+        f"A custom {kind} of type {type(custom)} has been passed to `.generate()`, but it was also created in "
+        f"`.generate()`, given its parameterization. The custom {type(custom)} will take precedence. Please check the "
+        f"docstring of {type(custom)} to see related `.generate()` flags."
+    )
 
 
 def _merge(
@@ -135,11 +180,7 @@ def _merge(
     for name, built_in in table.items():
         if built_in is not None and name in replaced:
             custom = replaced[name]
-            warn_once(
-                f"A custom logits processor of type {type(custom)} has been passed to `.generate()`, but it was also "
-                f"created in `.generate()`, given its parameterization. The custom {type(custom)} will take "
-                f"precedence. Please check the docstring of {type(custom)} to see related `.generate()` flags."
-            )
+            warn_about_precedence("logits processor", custom)
             used.append(custom)
             merged.append(custom_processor(custom, host, rows))
         elif built_in is not None:

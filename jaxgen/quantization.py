@@ -1,7 +1,7 @@
 """Quantised checkpoints: 8-bit floats are multiplied out as they are read, anything else is refused by its name.
 
 Three layouts are known: one scale per tensor, one per output channel, one per block of 128 by 128. A scale multiplies:
-what `weight_scale_inv` holds is the inverse of what the weights were multiplied with (transformers 5.23
+what `weight_scale_inv` holds is the inverse of what the weights were multiplied with (transformers 5.24
 `Fp8Dequantize`, compressed-tensors "float-quantized").
 """
 

@@ -1,4 +1,4 @@
-"""The one-beam strategy, greedy or sampling: same as transformers 5.23 `GenerationMixin._sample`.
+"""The one-beam strategy, greedy or sampling: same as transformers 5.24 `GenerationMixin._sample`.
 
 A token is drawn by Gumbel-max: the highest score after adding noise, which is the same law as a draw from the softmax.
 The noise of a token depends on its row's key, the step and the token alone. A row's sample is therefore the same
@@ -60,8 +60,9 @@ class Sample(Strategy):
         eos: when a row is finished.
         max_length: when all rows are.
         pad_token_id: int32 []. What finished rows receive while others go on; None to let them go on too.
-        key: None for greedy decoding, or a `jax.random` key, or one per prompt. Row r of a single key draws with
-            `fold_in(key, r)`, a prompt with its own key as row 0 does; sequence i of a prompt with that folded with i.
+        key: None for greedy decoding, or an int, or a `jax.random` key, or one of either per prompt. Row r of a single
+            key draws with `fold_in(key, r)`, a prompt with its own key as row 0 does; sequence i of a prompt with that
+            folded with i.
         processors: in the order they act; see `logits_process`.
         stopping_criteria: more ways to finish, called with (input_ids, scores, cur_len) after each token.
         guidance_scale: float32 [], or None. If given, the lower half of the prompt's rows are negative prompts.

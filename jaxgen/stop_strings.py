@@ -1,6 +1,6 @@
 """Stop strings as array maths over tokens: which tokens may end a string, and which may come before them.
 
-Same as transformers 5.23 `StopStringCriteria`, whose idea is to match backwards. The last token has to overlap the end
+Same as transformers 5.24 `StopStringCriteria`, whose idea is to match backwards. The last token has to overlap the end
 of the string, by some characters. Each token before it has to fit at the place that the tokens after it have reached,
 counted from the end of the string, until its beginning is reached or passed. All that depends on a token alone is
 looked up in a table [V]. A string may begin in the prompt, but its end has to be in the newest token.

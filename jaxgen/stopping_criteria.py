@@ -1,4 +1,4 @@
-"""When a row is finished: array maths over the tokens so far, same as transformers 5.23 `stopping_criteria.py`."""
+"""When a row is finished: array maths over the tokens so far, same as transformers 5.24 `stopping_criteria.py`."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -25,7 +25,7 @@ def any_of(criteria: Iterable[Any], input_ids: jax.Array, scores: jax.Array, cur
 @pytree
 @dataclass(frozen=True)
 class EosToken:
-    """Finishes a row on an end-of-sequence id. Same as transformers 5.23 `EosTokenCriteria`.
+    """Finishes a row on an end-of-sequence id. Same as transformers 5.24 `EosTokenCriteria`.
 
     Attributes:
         eos_token_id: int32 [E]. Unused places hold -1, which no token equals.
@@ -49,7 +49,7 @@ class EosToken:
 @pytree
 @dataclass(frozen=True)
 class MaxLength:
-    """Finishes every row at a length. Same as transformers 5.23 `MaxLengthCriteria`.
+    """Finishes every row at a length. Same as transformers 5.24 `MaxLengthCriteria`.
 
     Attributes:
         max_length: int32 []. Columns, the prompt included.

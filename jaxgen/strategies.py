@@ -72,7 +72,7 @@ def strategy_for(
                 **scoring,
                 **common,
             )
-        # Same as transformers 5.23, which takes a `pad_token_id` of 0 for a missing one.
+        # Same as transformers 5.24, which takes a `pad_token_id` of 0 for a missing one.
         fill = (config.pad_token_id or eos[0]) if eos else -1
         return BeamSearch(fill=leaf(fill, np.int32), key=key, **scoring, **common)
     padding = {"pad_token_id": leaf(pad_token_id, np.int32) if pads else None, "outputs": outputs}

@@ -1,7 +1,7 @@
 """Token healing: the last token of each prompt is chosen anew among those that extend its text.
 
 A prompt that ends within a word, as "The link is http:" does, was cut by the tokenizer where no text would have been.
-Same as transformers 5.23 `GenerationMixin.heal_tokens`.
+Same as transformers 5.24 `GenerationMixin.heal_tokens`.
 """
 
 from collections.abc import Callable

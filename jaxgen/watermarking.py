@@ -2,7 +2,7 @@
 
 Two schemes: green lists (Kirchenbauer et al. 2023, arXiv 2306.04634; transformers' `WatermarkLogitsProcessor`) and
 SynthID-Text (Dathathri et al., Nature 2024; transformers' `SynthIDTextWatermarkLogitsProcessor`). Both give the numbers
-of transformers 5.23 on CPU, so its detectors work on the text. That takes torch's random generator, the Mersenne
+of transformers 5.24 on CPU, so its detectors work on the text. That takes torch's random generator, the Mersenne
 Twister MT19937, and 64-bit integers, which JAX has only in x64 mode: here they are pairs (high, low) of uint32 arrays.
 """
 
@@ -29,7 +29,7 @@ MULTIPLIER = 6364136223846793005
 @pytree
 @dataclass(frozen=True)
 class GreenlistWatermark(LogitsProcessor):
-    """Favours a random part of the vocabulary. Same as transformers 5.23 `WatermarkLogitsProcessor`.
+    """Favours a random part of the vocabulary. Same as transformers 5.24 `WatermarkLogitsProcessor`.
 
     The green tokens are the first of a shuffled vocabulary. "lefthash" seeds the shuffle with the last token.
     "selfhash" makes one for each of the 40 best candidates, seeded with the candidate and the tokens before it, and
@@ -135,7 +135,7 @@ class SynthIDState:
 @pytree
 @dataclass(frozen=True)
 class SynthIDWatermark(LogitsProcessor):
-    """Holds a tournament among the tokens. Same as transformers 5.23 `SynthIDTextWatermarkLogitsProcessor`.
+    """Holds a tournament among the tokens. Same as transformers 5.24 `SynthIDTextWatermarkLogitsProcessor`.
 
     At each of D depths a hash of the last tokens, the candidate and the depth's key gives every candidate a bit, and
     probability moves from the zeros to the ones. A context seen recently is not watermarked again. As in transformers,

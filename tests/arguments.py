@@ -53,7 +53,11 @@ SHOWN_BY = {
     **dict.fromkeys(
         ["stop_strings", "tokenizer"], "test_stop_strings.py::test_generated_texts_stop_as_in_transformers"
     ),
-    "past_key_values": "test_continuing.py::test_other_turns_on_a_cache_equal_transformers",
+    "cache": "test_continuing.py::test_other_turns_on_a_cache_equal_transformers",
+    "past_key_values": "test_continuing.py::test_the_cache_goes_in_and_comes_out_under_both_names",
+    "logits_to_keep": "test_generation.py::test_logits_to_keep_changes_no_token_as_in_transformers",
+    "custom_generate": "test_custom_generate.py::test_what_a_function_gets_is_what_transformers_gives_it",
+    "trust_remote_code": "test_custom_generate.py::test_a_folder_without_permission_is_refused_in_transformers_words",
     "inputs_embeds": "test_continuing.py::test_embeddings_in_place_of_tokens_equal_transformers",
     "position_ids": "test_continuing.py::test_positions_of_the_callers_own_equal_transformers",
     "prefill_chunk_size": "test_continuing.py::test_a_prompt_read_in_chunks_gives_the_same_tokens",
@@ -75,7 +79,7 @@ SHOWN_BY = {
 
 _HEAD = """# Every argument of `generate`
 
-What jaxgen does with each argument of transformers 5.23 `generate` and each field of its `GenerationConfig`. Written by
+What jaxgen does with each argument of transformers 5.24 `generate` and each field of its `GenerationConfig`. Written by
 `python tests/arguments.py`, and held to the code by a test. "Refused" means a `ValueError` with the argument's name,
 unless the value switches the feature off; no argument is ignored without a word.
 """
@@ -84,7 +88,7 @@ unless the value switches the feature off; no argument is ignored without a word
 def table() -> str:
     """The whole file."""
     parameters = [name for name in inspect.signature(jaxgen.generate).parameters if name not in ("model", "kwargs")]
-    inputs = sorted((generation_config.MODEL_INPUTS | generation._NOT_YET) - {*parameters})
+    inputs = sorted((generation_config.MODEL_INPUTS | generation._NOT_YET | {"trust_remote_code"}) - {*parameters})
     arguments = [_row(name, "yes" if name in SHOWN_BY else "refused") for name in [*parameters, *inputs]]
     fields = [_row(name, "yes") for name in sorted(generation_config.SUPPORTED)]
     fields += [_row(name, "refused") for name in sorted(generation_config.REFUSED)]

@@ -50,8 +50,8 @@ def main(folder: Path, calls: list[tuple[int, int, dict[str, Any]]]) -> None:
             if again:
                 sequences = output.sequences
                 longer = np.pad(mask, ((0, 0), (0, sequences.shape[1] - mask.shape[1])), constant_values=1)
-                past = output.past_key_values
-                output = jaxgen.generate(model, sequences, attention_mask=longer, past_key_values=past, **options)
+                past = output.cache
+                output = jaxgen.generate(model, sequences, attention_mask=longer, cache=past, **options)
             outputs.append(output.sequences)
         np.testing.assert_array_equal(*outputs, err_msg=f"{data} {tensor} {arguments}")
     for (_, tensor), model in spread.items():

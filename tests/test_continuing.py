@@ -1,5 +1,6 @@
 """What goes on from a cache, from embeddings or at other positions: tokens of transformers, and of one long call."""
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from architectures import architecture
 from oracle import torch_model
 
 import jaxgen
-from jaxgen import decoding
+from jaxgen import decoding, lazy
 from jaxgen.generation import lower
 
 RNG = np.random.default_rng(0)
@@ -54,19 +55,116 @@ def test_a_call_that_goes_on_from_a_cache_gives_the_tokens_of_one_long_call(mode
     whole = first(model, max_new_tokens=2 * NEW).sequences
     start = first(model)
     ids, mask = start.sequences, longer(MASK, NEW)
-    assert start.past_key_values.get_seq_length() == COLUMNS + NEW - 1
-    rest = first(model, ids[:, -1:] if new_only else ids, mask, past_key_values=start.past_key_values)
+    assert start.cache.get_seq_length() == COLUMNS + NEW - 1
+    rest = first(model, ids[:, -1:] if new_only else ids, mask, cache=start.cache)
     np.testing.assert_array_equal(rest.sequences, whole[:, COLUMNS + NEW - 1 :] if new_only else whole)
-    again = first(model, ids, mask, past_key_values=start.past_key_values)
+    again = first(model, ids, mask, cache=start.cache)
     np.testing.assert_array_equal(again.sequences, whole)  # the cache given is not used up
 
 
 def test_a_cache_that_goes_on_can_go_on_again(model: Any) -> None:
     out = first(model, max_new_tokens=2)
     for turn in (1, 2, 3):
-        past = out.past_key_values
-        out = first(model, out.sequences, longer(MASK, 2 * turn), past_key_values=past, max_new_tokens=2)
+        past = out.cache
+        out = first(model, out.sequences, longer(MASK, 2 * turn), cache=past, max_new_tokens=2)
     np.testing.assert_array_equal(out.sequences, first(model, max_new_tokens=8).sequences)
+
+
+# ---- Caches of torch ----
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("new_only", [False, True], ids=["the whole text", "new ids and the whole mask"])
+@pytest.mark.parametrize("kind", ["greedy", "beams"])
+def test_a_cache_that_torch_filled_goes_on_as_in_torch(model: Any, twin: Any, kind: str, new_only: bool) -> None:
+    arguments = {**PLAIN, **KINDS[kind]}
+    beams = arguments.get("num_beams", 1)
+
+    def filled(copies: int) -> Any:
+        prompts = {"input_ids": IDS.repeat(copies, 0), "attention_mask": MASK.repeat(copies, 0)}
+        return twin.generate(**tensors(prompts), **PLAIN, return_dict_in_generate=True)
+
+    start = filled(1)
+    ids, mask = start.sequences.numpy(), longer(MASK, NEW)
+    seen = start.past_key_values.get_seq_length()
+    given = {"input_ids": ids[:, seen:] if new_only else ids, "attention_mask": mask}
+    before = start.past_key_values.layers[0].keys.clone()
+    got = jaxgen.generate(model, **given, cache=start.past_key_values, **arguments)
+    assert (before == start.past_key_values.layers[0].keys).all()
+    # Of beams transformers wants the rows repeated.
+    expected = twin.generate(**tensors(given), past_key_values=filled(beams).past_key_values, **arguments)
+    np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_an_empty_cache_of_torch_is_none_and_a_static_one_is_read_as_far_as_it_is_filled(
+    kind: str, model: Any, twin: Any
+) -> None:
+    import transformers
+
+    cache = transformers.DynamicCache()
+    if kind == "static":
+        cache = transformers.StaticCache(config=twin.config, max_cache_len=COLUMNS + 2 * NEW)
+    expected = first(model, max_new_tokens=2 * NEW).sequences
+    np.testing.assert_array_equal(first(model, cache=cache, max_new_tokens=2 * NEW).sequences, expected)
+    start = twin.generate(**tensors({"input_ids": IDS, "attention_mask": MASK}), past_key_values=cache, **PLAIN)
+    np.testing.assert_array_equal(first(model, start.numpy(), longer(MASK, NEW), cache=cache).sequences, expected)
+
+
+@pytest.mark.oracle
+def test_caches_of_torch_that_do_not_fit_are_refused(model: Any, twin: Any, bundled: Any) -> None:
+    import torch
+    import transformers
+
+    filled = twin.generate(torch.tensor(IDS[:1]), return_dict_in_generate=True, **PLAIN).past_key_values
+    with pytest.raises(ValueError, match="`cache` is of another model"):
+        jaxgen.generate(bundled, IDS, cache=filled, **PLAIN)
+    half = transformers.DynamicCache()
+    for layer, (keys, values) in enumerate((each.keys, each.values) for each in filled.layers):
+        half.update(keys.bfloat16(), values.bfloat16(), layer)
+    with pytest.raises(ValueError, match="`cache` is of another model"):
+        jaxgen.generate(model, IDS, cache=half, **PLAIN)
+    with pytest.raises(ValueError, match="`cache` is of type EncoderDecoderCache"):
+        both = transformers.EncoderDecoderCache(transformers.DynamicCache(), transformers.DynamicCache())
+        jaxgen.generate(model, IDS, cache=both, **PLAIN)
+
+
+# ---- The two names of the cache ----
+
+
+def test_the_cache_goes_in_and_comes_out_under_both_names(model: Any) -> None:
+    start = first(model, max_new_tokens=2)
+    assert start.cache is start.past_key_values is start["cache"] is start["past_key_values"]
+    assert "cache" in start and "past_key_values" in start and lazy.cache_name() in list(start)
+    arguments = {"ids": start.sequences, "mask": longer(MASK, 2), "max_new_tokens": 2}
+    expected = first(model, **arguments, cache=start.cache).sequences
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        got = first(model, **arguments, past_key_values=start.cache).sequences
+    np.testing.assert_array_equal(got, expected)
+
+
+def test_given_under_both_names_the_newer_wins_with_a_warning(model: Any) -> None:
+    """An old cache of another model would be refused if anything read it."""
+    start = first(model, max_new_tokens=2)
+    with pytest.warns(FutureWarning, match="Both `past_key_values` and `cache` are set for `generate`. Using `cache="):
+        first(model, start.sequences, longer(MASK, 2), cache=start.cache, past_key_values=object(), max_new_tokens=2)
+
+
+@pytest.mark.oracle
+def test_the_older_name_warns_where_transformers_does(model: Any, twin: Any) -> None:
+    import torch
+
+    def said(generate: Any) -> list[str]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            generate(past_key_values=None, max_new_tokens=1)
+        texts = [str(each.message) for each in caught if each.category is FutureWarning]
+        return [text.replace("LlamaForCausalLM.", "") for text in texts]
+
+    ours = said(lambda **kwargs: jaxgen.generate(model, IDS[:1], **kwargs))
+    assert ours == said(lambda **kwargs: twin.generate(torch.tensor(IDS[:1]), **kwargs))
 
 
 @pytest.mark.oracle
@@ -81,14 +179,14 @@ def test_other_turns_on_a_cache_equal_transformers(model: Any, twin: Any, kind: 
         mask, prompts = MASK, IDS
     start = first(model, prompts, mask)
     ids, mask = np.concatenate([start.sequences, said], axis=1), longer(mask, NEW + said.shape[1])
-    seen = start.past_key_values.get_seq_length()
+    seen = start.cache.get_seq_length()
     # A cache of as many rows as there are beams is what transformers asks for.
     expanded = {"input_ids": prompts, "attention_mask": mask[:, :COLUMNS]}
     expanded = {name: np.repeat(each, arguments.get("num_beams", 1), axis=0) for name, each in expanded.items()}
     theirs = twin.generate(**tensors(expanded), **PLAIN, return_dict_in_generate=True)
     given = {"input_ids": ids[:, seen:] if new_only else ids, "attention_mask": mask}
     expected = twin.generate(**tensors(given), past_key_values=theirs.past_key_values, **arguments)
-    got = jaxgen.generate(model, **given, past_key_values=start.past_key_values, **arguments)
+    got = jaxgen.generate(model, **given, cache=start.cache, **arguments)
     np.testing.assert_array_equal(got, expected)
 
 
@@ -108,13 +206,13 @@ def test_every_output_of_a_continued_call_equals_transformers(folder: Path, mode
         **tensors({"input_ids": ids, "attention_mask": mask}),
         past_key_values=past, return_dict_in_generate=True, **flags, **PLAIN,
     )  # fmt: skip
-    ours = first(model, ids, mask, past_key_values=start.past_key_values, **flags)
+    ours = first(model, ids, mask, cache=start.cache, **flags)
     np.testing.assert_array_equal(ours.sequences, theirs.sequences)
     for name in ("attentions", "hidden_states"):
         for mine, other in zip(ours[name], theirs[name], strict=True):
             for layer, expected in zip(mine, other, strict=True):
                 np.testing.assert_allclose(layer, expected.numpy(), atol=1e-4)
-    for (keys, values), layer in zip(ours.past_key_values, theirs.past_key_values.layers, strict=True):
+    for (keys, values), layer in zip(ours.cache, theirs.past_key_values.layers, strict=True):
         for mine, expected in ((keys, layer.keys), (values, layer.values)):
             assert mine.shape == expected.shape
             np.testing.assert_allclose(mine[:, :, 5:], expected.numpy()[:, :, 5:], atol=1e-4)
@@ -122,25 +220,25 @@ def test_every_output_of_a_continued_call_equals_transformers(folder: Path, mode
 
 def test_one_prefix_serves_every_prompt_and_its_columns_are_read_once(model: Any) -> None:
     prefix = RNG.integers(3, 97, (1, 33))
-    cache = first(model, prefix, None, max_new_tokens=1).past_key_values
+    cache = first(model, prefix, None, max_new_tokens=1).cache
     assert cache.get_seq_length() == 33 and cache.batch_size == 1
     whole = np.concatenate([np.repeat(prefix, ROWS, axis=0), IDS], axis=1)
     mask = np.pad(MASK, ((0, 0), (33, 0)), constant_values=1)
     for kind in ({}, KINDS["beams"]):
         arguments = {**PLAIN, **kind}
         expected = jaxgen.generate(model, whole, attention_mask=mask, **arguments)
-        got = jaxgen.generate(model, whole, attention_mask=mask, past_key_values=cache, **arguments)
+        got = jaxgen.generate(model, whole, attention_mask=mask, cache=cache, **arguments)
         np.testing.assert_array_equal(got, expected)
     drawn = {"do_sample": True, "key": 3, "num_return_sequences": 2, **PLAIN}
     np.testing.assert_array_equal(
-        jaxgen.generate(model, whole, attention_mask=mask, past_key_values=cache, **drawn),
+        jaxgen.generate(model, whole, attention_mask=mask, cache=cache, **drawn),
         jaxgen.generate(model, whole, attention_mask=mask, **drawn),
     )
 
 
 def test_a_prefix_of_512_columns_saves_most_of_the_prefill_of_16_prompts(model: Any) -> None:
     prefix, own = RNG.integers(3, 97, (1, 512)), RNG.integers(3, 97, (16, 32))
-    cache = first(model, prefix, None, max_new_tokens=1).past_key_values
+    cache = first(model, prefix, None, max_new_tokens=1).cache
     whole = np.concatenate([np.repeat(prefix, 16, axis=0), own], axis=1)
 
     def flops(**kwargs: Any) -> float:
@@ -150,16 +248,16 @@ def test_a_prefix_of_512_columns_saves_most_of_the_prefill_of_16_prompts(model: 
 
     one = lower(model, prefix, None, PLAIN)
     once = decoding.prefill.lower(model, one.prompt, one.strategy, one.slots, one.collect).compile()
-    assert flops() / (once.cost_analysis()["flops"] + flops(past_key_values=cache)) > 5
+    assert flops() / (once.cost_analysis()["flops"] + flops(cache=cache)) > 5
 
 
 def test_a_cache_can_be_cropped_and_go_on_elsewhere(model: Any) -> None:
     start = first(model)
-    past = start.past_key_values
+    past = start.cache
     other = np.concatenate([start.sequences[:, : COLUMNS + 2], IDS[:, -2:]], axis=1)
     mask = longer(MASK, 4)
     past.crop(COLUMNS + 2 - past.get_seq_length())
-    got = first(model, other, mask, past_key_values=past)
+    got = first(model, other, mask, cache=past)
     np.testing.assert_array_equal(got.sequences, first(model, other, mask).sequences)
     past.crop(-2)
     past.crop(0)
@@ -171,21 +269,21 @@ def test_a_cache_can_be_cropped_and_go_on_elsewhere(model: Any) -> None:
 
 def test_a_cache_of_beams_goes_on_beam_by_beam(model: Any) -> None:
     start = first(model, **KINDS["beams"])
-    past = start.past_key_values
+    past = start.cache
     assert past.batch_size == ROWS * 3
     past.crop(COLUMNS - past.get_seq_length())  # to what the beams share, so that it is known
     ids, mask = np.repeat(np.append(IDS, IDS[:, -1:], axis=1), 3, axis=0), np.repeat(longer(MASK, 1), 3, axis=0)
-    got = first(model, ids, mask, past_key_values=past)
+    got = first(model, ids, mask, cache=past)
     np.testing.assert_array_equal(got.sequences, first(model, ids, mask).sequences)
 
 
 def test_other_numbers_on_a_cache_compile_nothing(model: Any) -> None:
     start = first(model)
     mask = longer(MASK, NEW)
-    first(model, start.sequences, mask, past_key_values=start.past_key_values)
+    first(model, start.sequences, mask, cache=start.cache)
     before = jaxgen.compile_counts()
     shorter = first(model, max_new_tokens=NEW - 2)
-    first(model, shorter.sequences, mask[:, :-2], past_key_values=shorter.past_key_values)
+    first(model, shorter.sequences, mask[:, :-2], cache=shorter.cache)
     assert jaxgen.compile_counts() == before
 
 
@@ -223,7 +321,7 @@ def test_embeddings_come_as_torch_made_them_and_keep_their_outputs_without_a_cac
     whole = jaxgen.generate(model, IDS, attention_mask=MASK, **PLAIN)[:, COLUMNS:]
     np.testing.assert_array_equal(jaxgen.generate(model, inputs_embeds=embeddings, attention_mask=MASK, **PLAIN), whole)
     out = first(model, None, inputs_embeds=embeddings.bfloat16(), use_cache=False, output_hidden_states=True)
-    assert out.past_key_values is not None and out.hidden_states[0][0].shape == (ROWS, COLUMNS, 32)
+    assert out.cache is not None and out.hidden_states[0][0].shape == (ROWS, COLUMNS, 32)
 
 
 def test_embeddings_of_the_tokens_give_the_tokens_continuation_and_go_on_from_a_cache(model: Any) -> None:
@@ -231,9 +329,9 @@ def test_embeddings_of_the_tokens_give_the_tokens_continuation_and_go_on_from_a_
     embeddings = np.asarray(model.embed_tokens(IDS))
     alone = first(model, None, MASK, inputs_embeds=embeddings)
     np.testing.assert_array_equal(alone.sequences, whole.sequences[:, COLUMNS:])
-    assert alone.past_key_values.get_seq_length() == COLUMNS + NEW - 1
+    assert alone.cache.get_seq_length() == COLUMNS + NEW - 1
     longer_embeddings = np.concatenate([embeddings, model.embed_tokens(alone.sequences)], axis=1)
-    rest = first(model, None, longer(MASK, NEW), inputs_embeds=longer_embeddings, past_key_values=alone.past_key_values)
+    rest = first(model, None, longer(MASK, NEW), inputs_embeds=longer_embeddings, cache=alone.cache)
     np.testing.assert_array_equal(rest.sequences, first(model, max_new_tokens=2 * NEW).sequences[:, COLUMNS + NEW :])
 
 
@@ -295,7 +393,7 @@ def test_chunks_on_a_cache_with_every_output_equal_transformers(folder: Path, mo
                 np.testing.assert_allclose(layer, expected.numpy(), atol=1e-4)
     start = first(model)
     whole = np.concatenate([start.sequences, IDS], axis=1), np.concatenate([longer(MASK, NEW), MASK], axis=1)
-    got = first(model, *whole, past_key_values=start.past_key_values, prefill_chunk_size=4)
+    got = first(model, *whole, cache=start.cache, prefill_chunk_size=4)
     np.testing.assert_array_equal(got.sequences, first(model, *whole).sequences)
 
 
@@ -315,7 +413,7 @@ def test_chunks_bound_the_memory_of_a_long_prompt(model: Any) -> None:
 
 def test_a_continued_call_streams_and_is_a_pure_function_too(model: Any) -> None:
     start = first(model)
-    arguments = {"attention_mask": longer(MASK, NEW), "past_key_values": start.past_key_values, **PLAIN}
+    arguments = {"attention_mask": longer(MASK, NEW), "cache": start.cache, **PLAIN}
     expected = jaxgen.generate(model, start.sequences, **arguments)
     chunks = list(jaxgen.stream(model, start.sequences, **arguments))
     np.testing.assert_array_equal(np.concatenate(chunks, axis=1), expected[:, COLUMNS + NEW :])
@@ -344,8 +442,8 @@ PACKED = {"position_ids": [[0, 1, 2] * 3], "attention_mask": np.ones_like(MASK),
 EMPTY = {"input_ids": np.zeros((2, 0), int), "inputs_embeds": np.ones((3, 2, 32))}
 EMBEDDINGS = np.ones((ROWS, COLUMNS, 32), np.float32)
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "a cache of something else": ({"past_key_values": object()}, "is of type object, but must be"),
-    "a legacy cache": ({"past_key_values": ((1, 2),)}, "is of type tuple"),
+    "a cache of something else": ({"cache": object()}, "is of type object, but must be"),
+    "a legacy cache": ({"cache": ((1, 2),)}, "is of type tuple"),
     "embeddings of another size": ({"inputs_embeds": EMBEDDINGS[..., :5]}, r"must be \[prompts, columns, 32\]"),
     "embeddings that are ids": ({"inputs_embeds": EMBEDDINGS.astype(int)}, "has dtype int64, but must be floating"),
     "embeddings of other rows": ({"inputs_embeds": EMBEDDINGS[:2]}, "`inputs_embeds` has 2 rows"),
@@ -377,12 +475,12 @@ def test_is_refused_before_anything_is_compiled(model: Any, case: str) -> None:
 
 def test_a_cache_that_does_not_fit_is_refused(model: Any, bundled: Any) -> None:
     start = first(model)
-    past = start.past_key_values
-    with pytest.raises(ValueError, match="`past_key_values` has 3 rows, but there are 2 prompts"):
-        jaxgen.generate(model, start.sequences[:2], past_key_values=past, **PLAIN)
+    past = start.cache
+    with pytest.raises(ValueError, match="`cache` has 3 rows, but there are 2 prompts"):
+        jaxgen.generate(model, start.sequences[:2], cache=past, **PLAIN)
     with pytest.raises(ValueError, match="holds 14 columns, and the prompt has 1: nothing is left to read"):
-        jaxgen.generate(model, start.sequences[:, -1:], past_key_values=past, **PLAIN)
-    with pytest.raises(ValueError, match="`past_key_values` is of another model"):
-        jaxgen.generate(bundled, start.sequences, past_key_values=past, **PLAIN)
+        jaxgen.generate(model, start.sequences[:, -1:], cache=past, **PLAIN)
+    with pytest.raises(ValueError, match="`cache` is of another model"):
+        jaxgen.generate(bundled, start.sequences, cache=past, **PLAIN)
     with pytest.raises(ValueError, match="Passing both `cache_implementation`"):
-        jaxgen.generate(model, start.sequences, past_key_values=past, cache_implementation="static", **PLAIN)
+        jaxgen.generate(model, start.sequences, cache=past, cache_implementation="static", **PLAIN)

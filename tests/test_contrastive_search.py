@@ -77,7 +77,7 @@ def test_outputs_have_the_shapes_of_greedy_decoding_and_belong_to_the_chosen_tok
     for name in ("attentions", "hidden_states"):
         mine, other = ([[layer.shape for layer in step] for step in each[name]] for each in (out, greedy))
         assert mine == other
-    assert [each.shape for each in out.past_key_values[0]] == [each.shape for each in greedy.past_key_values[0]]
+    assert [each.shape for each in out.cache[0]] == [each.shape for each in greedy.cache[0]]
     # The same text seen at once gives the same states, weights, keys and values.
     text = jnp.asarray(out.sequences[:, :-1])
     cache = model.make_cache(*text.shape)
@@ -88,7 +88,7 @@ def test_outputs_have_the_shapes_of_greedy_decoding_and_belong_to_the_chosen_tok
             np.testing.assert_allclose(layer[:, 0], expected[:, place], atol=1e-4)
         for layer, expected in zip(out.attentions[step], whole["attentions"], strict=True):
             np.testing.assert_allclose(layer[:, :, 0], expected[:, :, place, : place + 1], atol=1e-4)
-    for found, expected in zip(out.past_key_values[0], cache.layer(0), strict=True):
+    for found, expected in zip(out.cache[0], cache.layer(0), strict=True):
         np.testing.assert_allclose(found, expected, atol=1e-4)
 
 

@@ -1,14 +1,18 @@
 """The caller's own processors and criteria: compiled JAX functions, NumPy ones, transformers' own, and their errors."""
 
+import functools
+import gc
+import weakref
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from shared_noise import in_jaxgen, in_torch
 
 import jaxgen
-from jaxgen import generation_config
+from jaxgen import generation_config, lazy, processor_list
 
 IDS = np.array([[0, 0, 5, 6, 7], [8, 9, 10, 11, 12], [3, 4, 5, 6, 7]])
 MASK = np.array([[0, 0, 1, 1, 1], [1] * 5, [1] * 5])
@@ -133,6 +137,75 @@ def test_python_on_the_host_is_announced_once_with_its_price(model: Any, caplog:
     assert caplog.text == ""
 
 
+class Bias:
+    """A class that jax knows nothing of: two of it with the same number are two constants."""
+
+    def __init__(self, amount: float):
+        self.amount = amount
+
+    def __call__(self, input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array) -> jax.Array:
+        return scores + self.amount
+
+
+def amount_first(amount: float, input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array) -> jax.Array:
+    return scores + amount
+
+
+def amount_last(amount: float) -> Any:
+    def finished(input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array) -> jax.Array:
+        return cur_len > amount
+
+    return finished
+
+
+MADE_ANEW: dict[str, tuple[str, Any, str]] = {
+    "a lambda": ("logits_processor", lambda: lambda ids, scores, cur_len: scores, "lambda"),
+    "a jitted lambda": ("logits_processor", lambda: jax.jit(lambda ids, scores, cur_len: scores), "lambda"),
+    "a closure": ("stopping_criteria", lambda: amount_last(7), "amount_last.<locals>.finished"),
+    "a partial": ("logits_processor", lambda: functools.partial(amount_first, 1.0), "amount_first"),
+    "an object": ("logits_processor", lambda: Bias(1.0), "Bias"),
+}
+
+
+@pytest.mark.parametrize("kind", MADE_ANEW)
+def test_a_jax_function_made_anew_for_each_call_is_announced_once(
+    kind: str, model: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    argument, make, name = MADE_ANEW[kind]
+    generation_config._warned.clear()
+    processor_list._constants.clear()
+    made = []
+    with caplog.at_level("WARNING", logger="jaxgen"):
+        for _ in range(2):
+            made.append(make())
+            jaxgen.prepare(model, IDS, **ARGUMENTS, **{argument: [made[0], made[0]]})
+        assert caplog.text == ""
+        for _ in range(3):
+            made.append(make())
+            jaxgen.prepare(model, IDS, **ARGUMENTS, **{argument: [made[-1]]})
+    assert caplog.text.count("which is another object than in the call before") == 1
+    assert f"`{argument}` holds `" in caplog.text and name in caplog.text
+    watched = weakref.ref(made[-1])
+    made.clear()
+    gc.collect()
+    assert watched() is None  # nothing of the caller's is held on to
+
+
+def test_functions_that_compile_nothing_anew_are_not_announced(model: Any, caplog: pytest.LogCaptureFixture) -> None:
+    generation_config._warned.clear()
+    processor_list._constants.clear()
+    ours(model, logits_processor=[lambda ids, scores: scores])  # which says that it runs on the host
+    caplog.clear()
+    pair = [amount_last(7), amount_last(9)]
+    with caplog.at_level("WARNING", logger="jaxgen"):
+        for amount in (1.0, 2.0):
+            partial = jax.tree_util.Partial(amount_first, jnp.float32(amount))
+            kwargs = {"logits_processor": [partial, negate_late], "stopping_criteria": pair}
+            jaxgen.prepare(model, IDS, **ARGUMENTS, **kwargs)
+            ours(model, logits_processor=[lambda ids, scores: scores], max_new_tokens=1)
+    assert caplog.text == ""
+
+
 def test_an_error_on_the_host_arrives_as_it_was_raised_and_the_next_call_works(model: Any) -> None:
     def fail(input_ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
         if input_ids.shape[1] == 8:
@@ -175,6 +248,21 @@ def test_allowed_tokens_by_prefix_equal_transformers(model: Any, twin: Any) -> N
             ours(model, prefix_allowed_tokens_fn=allowed, **arguments),
             theirs(twin, prefix_allowed_tokens_fn=allowed, **arguments),
         )
+
+
+@pytest.mark.oracle
+@pytest.mark.skipif(lazy.cache_name() != "cache", reason="transformers 5.23 numbers the rows, not the prompts")
+def test_samples_of_a_prompt_get_its_number(model: Any, twin: Any) -> None:
+    """Where no sample of a prompt can meet the constraint, it wins; where one can, the others end up with nothing."""
+
+    def allowed(batch_id: int, tokens: Any) -> list[int]:
+        return [(int(tokens[-1]) * 7 + batch_id) % 90 + 3, 50 + batch_id, 60, 20 + int(tokens[-1]) % 7]
+
+    arguments = {"prefix_allowed_tokens_fn": allowed, "do_sample": True, "num_return_sequences": 2, "top_k": 0}
+    with in_jaxgen():
+        got = ours(model, key=0, **arguments)
+    with in_torch():
+        np.testing.assert_array_equal(got, theirs(twin, **arguments))
 
 
 def test_no_allowed_token_or_one_that_does_not_exist_is_an_error(model: Any) -> None:
@@ -220,6 +308,49 @@ def test_transformers_own_length_and_eos_criteria_replace_the_built_in_ones(mode
         transformers.EosTokenCriteria([*range(20, 60)]),
     ):
         arguments = {"stopping_criteria": [criterion], "eos_token_id": 90, "pad_token_id": 0}
+        np.testing.assert_array_equal(ours(model, **arguments), theirs(twin, **arguments))
+
+
+@pytest.mark.oracle
+def test_criteria_that_replace_built_in_ones_warn_as_in_transformers(
+    model: Any, twin: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    import transformers
+
+    def said(logger: str, generate: Any) -> set[str]:
+        caplog.clear()
+        with caplog.at_level("WARNING", logger=logger):
+            generate()
+        return {each.message for each in caplog.records if "take precedence" in each.message}
+
+    transformers.logging.enable_propagation()
+    try:
+        for criteria, arguments, warned in (
+            ([transformers.MaxLengthCriteria(9)], {}, 1),
+            ([transformers.EosTokenCriteria(54)], {"eos_token_id": 90}, 1),
+            ([transformers.EosTokenCriteria(54)], {}, 0),
+            ([transformers.MaxTimeCriteria(60.0)], {"max_time": 30.0}, 1),
+            ([transformers.MaxTimeCriteria(60.0)], {}, 0),
+        ):
+            generation_config._warned.clear()
+            transformers.logging.get_logger("transformers").warning_once.cache_clear()
+            arguments |= {"pad_token_id": 0, "stopping_criteria": criteria}
+            mine = said("jaxgen", lambda arguments=arguments: ours(model, **arguments))
+            assert mine == said("transformers", lambda arguments=arguments: theirs(twin, **arguments))
+            assert len(mine) == warned
+    finally:
+        transformers.logging.disable_propagation()
+
+
+@pytest.mark.oracle
+def test_of_several_criteria_of_one_type_all_act(model: Any, twin: Any) -> None:
+    import transformers
+
+    for criteria in (
+        [transformers.MaxLengthCriteria(12), transformers.MaxLengthCriteria(9), transformers.MaxLengthCriteria(11)],
+        [transformers.EosTokenCriteria([*range(40, 60)]), transformers.EosTokenCriteria([*range(60, 80)])],
+    ):
+        arguments = {"stopping_criteria": criteria, "eos_token_id": 90, "pad_token_id": 0}
         np.testing.assert_array_equal(ours(model, **arguments), theirs(twin, **arguments))
 
 

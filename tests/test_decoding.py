@@ -166,6 +166,11 @@ def test_a_prepared_call_is_a_pure_function_of_its_key(tmp_path: Path) -> None:
         expected = jaxgen.generate(model, [[5, 6], [7, 8]], eos_token_id=None, key=key, **arguments)
         np.testing.assert_array_equal(sequences, expected)
         np.testing.assert_array_equal(jax.jit(run)(key), expected)
+    for key in (7, -7, [3, 4]):
+        expected = jaxgen.generate(model, [[5, 6], [7, 8]], eos_token_id=None, key=key, **arguments)
+        np.testing.assert_array_equal(run(np.asarray(key)), expected)
+    with pytest.raises(ValueError, match="`key` has dtype float32"):
+        run(jnp.float32(7))
 
 
 def test_what_runs_on_the_host_cannot_be_prepared() -> None:

@@ -15,6 +15,7 @@ from oracle import torch_generate, torch_model
 from transformers import GenerationConfig
 
 import jaxgen
+from jaxgen import lazy
 from jaxgen.prompts import bucket
 
 PROMPT = [[5, 6, 7]]
@@ -201,8 +202,24 @@ def test_the_output_is_the_callers_own(model: Any) -> None:
 def test_inside_a_transformation_the_error_points_to_decode(model: Any) -> None:
     with pytest.raises(ValueError, match=r"Use `jaxgen\.decode`"):
         jax.jit(lambda ids: jaxgen.generate(model, ids, max_new_tokens=3))(jnp.array(PROMPT))
+    with pytest.raises(ValueError, match=r"`prepare` run on the host.*with what `prepare` returned outside"):
+        jax.jit(lambda ids: jaxgen.prepare(model, ids, max_new_tokens=3))(jnp.array(PROMPT))
     with pytest.raises(ValueError, match=r"Use `jaxgen\.decode`"):
         jax.jit(lambda model: jaxgen.generate(model, PROMPT, max_new_tokens=3))(model)
+
+
+def test_a_model_says_where_generate_is(model: Any) -> None:
+    with pytest.raises(AttributeError, match=r"Call `jaxgen\.generate\(model, input_ids, \.\.\.\)`"):
+        model.generate(PROMPT)
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("arguments", [{}, {"num_beams": 2, "eos_token_id": None}], ids=["greedy", "beams"])
+@pytest.mark.parametrize("kept", [0, 1, 3, 100])
+def test_logits_to_keep_changes_no_token_as_in_transformers(kept: int, arguments: Any, model: Any, twin: Any) -> None:
+    arguments = {"max_new_tokens": 4, "logits_to_keep": kept, "pad_token_id": 0, **arguments}
+    expected = torch_generate(twin, PROMPT, **arguments)
+    np.testing.assert_array_equal(jaxgen.generate(model, PROMPT, **arguments), expected)
 
 
 def test_the_models_generation_config_can_be_replaced(folder: Path) -> None:
@@ -221,7 +238,7 @@ def test_return_dict_gives_the_same_sequences_by_attribute_and_by_key(model: Any
     output = jaxgen.generate(model, PROMPT, max_new_tokens=4, return_dict_in_generate=True)
     np.testing.assert_array_equal(output.sequences, jaxgen.generate(model, PROMPT, max_new_tokens=4))
     assert output["sequences"] is output[0] is output.sequences
-    assert list(output) == output.keys() == ["sequences", "past_key_values"]
+    assert list(output) == output.keys() == ["sequences", lazy.cache_name()]
 
 
 # ---- Errors, from the host, naming argument, value and remedy ----
@@ -235,6 +252,18 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "one dimension": ([5, 6], {}, r"shape \(2,\).*\[prompts, tokens\]"),
     "three dimensions": ([[[5]]], {}, r"\[prompts, tokens\]"),
     "ragged lists": ([[5, 6], [7]], {}, r"rectangular.*Pad the rows"),
+    "a text": ("Once upon", {}, r"`input_ids` is text \('Once upon'\).*tokenizer\(texts, padding=True"),
+    "texts": (["Once", "upon a time"], {}, r"`input_ids` is text \('Once'\)"),
+    "negative texts": (
+        PROMPT,
+        {"negative_prompt_ids": [["a"]], "guidance_scale": 2.0},
+        "`negative_prompt_ids` is text",
+    ),
+    "transformers' Flax name of the key": (PROMPT, {"prng_key": 0}, "`prng_key` is not an argument.*Pass `key=`"),
+    "a seed": (PROMPT, {"seed": 0}, "`seed` is not an argument.*Pass `key=`"),
+    "a torch generator": (PROMPT, {"generator": object()}, "`generator` is not an argument.*Pass `key=`"),
+    "a negative logits_to_keep": (PROMPT, {"logits_to_keep": -1}, "`logits_to_keep`=-1 must be a number of columns"),
+    "columns to keep by number": (PROMPT, {"logits_to_keep": np.array([2])}, "`logits_to_keep`=array"),
     "floats": ([[0.5]], {}, r"dtype float64.*Tokenise"),
     "both names of the prompt": (PROMPT, {"input_ids": PROMPT}, "`inputs` and `input_ids`"),
     "no prompt and no bos": (None, {"bos_token_id": None}, "`bos_token_id` has to be defined when no `input_ids`"),

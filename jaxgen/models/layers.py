@@ -46,7 +46,7 @@ class Embed(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """Same as transformers 5.23 `LlamaRMSNorm`: normalised in float32, cast, then weighted."""
+    """Same as transformers 5.24 `LlamaRMSNorm`: normalised in float32, cast, then weighted."""
 
     def __init__(self, features: int, *, eps: float):
         self.weight = nnx.Param(jnp.ones(features))

@@ -1,4 +1,4 @@
-"""Llama, from its `config.json` to its logits. Same computation as transformers 5.23 `LlamaForCausalLM`.
+"""Llama, from its `config.json` to its logits. Same computation as transformers 5.24 `LlamaForCausalLM`.
 
 Several families are a Llama with a few flags: biases elsewhere, norms on queries and keys, layers that look back a
 limited number of columns. They are this one implementation; what is their own is a `Dialect`, in a file of its own.
@@ -7,7 +7,7 @@ limited number of columns. They are this one implementation; what is their own i
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +63,7 @@ class Dialect:
     Attributes:
         model_type: the family's name.
         architecture: the class in transformers.
-        defaults: the keys that may be left out, and what they then are in transformers 5.23.
+        defaults: the keys that may be left out, and what they then are in transformers 5.24.
         fixed: the flags of `LlamaConfig` for which the family has no key, since they are always the same.
         spellings: other names of the architecture.
     """
@@ -251,7 +251,7 @@ def _check_geometry(settings: Mapping[str, Any]) -> None:
 
 
 class Attention(nnx.Module):
-    """Same as transformers 5.23 `LlamaAttention` or `Qwen3Attention`, its three input products fused into one."""
+    """Same as transformers 5.24 `LlamaAttention` or `Qwen3Attention`, its three input products fused into one."""
 
     def __init__(self, config: LlamaConfig, rngs: nnx.Rngs, shards: int = 1):
         self.config = config
@@ -288,7 +288,7 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """Same as transformers 5.23 `LlamaMLP`, its two input products fused into one."""
+    """Same as transformers 5.24 `LlamaMLP`, its two input products fused into one."""
 
     def __init__(self, config: LlamaConfig, rngs: nnx.Rngs, shards: int = 1):
         self.hidden_act = config.hidden_act
@@ -307,7 +307,7 @@ class MLP(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """Same as transformers 5.23 `LlamaDecoderLayer`."""
+    """Same as transformers 5.24 `LlamaDecoderLayer`."""
 
     def __init__(self, config: LlamaConfig, rngs: nnx.Rngs, shards: int = 1):
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -386,6 +386,11 @@ class Llama(nnx.Module):
     @property
     def generation_config(self) -> Any:
         return self.host.value
+
+    @property
+    def generate(self) -> NoReturn:
+        """There is no such method, but transformers' users look for it."""
+        raise AttributeError("a model has no method `generate`. Call `jaxgen.generate(model, input_ids, ...)`.")
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Not by a property's setter: Flax would note the name, and the model would no longer fit its programs.

@@ -1,4 +1,4 @@
-"""Qwen2 and 2.5: a Llama with biases on queries, keys and values. Same as transformers 5.23 `Qwen2Config`."""
+"""Qwen2 and 2.5: a Llama with biases on queries, keys and values. Same as transformers 5.24 `Qwen2Config`."""
 
 from jaxgen.models.llama import COMMON_DEFAULTS, Dialect
 

@@ -1,6 +1,6 @@
 """Rotary position embeddings: every `rope_type` that Llama checkpoints use.
 
-Same formulas as transformers 5.23 `modeling_rope_utils`, in NumPy float32, so that the frequencies enter the program as
+Same formulas as transformers 5.24 `modeling_rope_utils`, in NumPy float32, so that the frequencies enter the program as
 constants of full precision whatever the model's dtype. The types `dynamic` and `longrope` depend on the longest row of
 the batch; for them the frequencies are traced.
 

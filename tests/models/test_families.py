@@ -130,11 +130,26 @@ def test_a_call_that_goes_on_from_a_cache_looks_back_across_the_buckets(
     ids = np.concatenate([start.sequences, said], axis=1)
     mask = np.pad(MASK, ((0, 0), (0, NEW + 6)), constant_values=1)
     mask[1, -6:-2] = 0
-    got = jaxgen.generate(
-        windowed, ids, attention_mask=mask, past_key_values=start.past_key_values, **{**PLAIN, **kwargs}
-    )
+    got = jaxgen.generate(windowed, ids, attention_mask=mask, cache=start.cache, **{**PLAIN, **kwargs})
     expected = windowed_twin.generate(**tensors(input_ids=ids, attention_mask=mask), **{**PLAIN, **kwargs})
     np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.oracle
+def test_a_window_of_torch_goes_on_until_columns_have_left_it(windowed: Any, windowed_twin: Any) -> None:
+    window = windowed.config.sliding_window
+    ids = np.random.default_rng(2).integers(3, 97, (2, window + 4))
+
+    def filled(columns: int) -> Any:
+        given = tensors(input_ids=ids[:, :columns], attention_mask=np.ones((2, columns), int))
+        flags = {"max_new_tokens": 1, "eos_token_id": None, "return_dict_in_generate": True}
+        return windowed_twin.generate(**given, **flags).past_key_values
+
+    expected = windowed_twin.generate(**tensors(input_ids=ids, attention_mask=np.ones_like(ids)), **PLAIN)
+    got = jaxgen.generate(windowed, ids, attention_mask=np.ones_like(ids), cache=filled(window - 1), **PLAIN)
+    np.testing.assert_array_equal(got, expected)
+    with pytest.raises(ValueError, match=rf"`cache` holds {window - 1} of {window + 2} columns in layer \d, a Dynamic"):
+        jaxgen.generate(windowed, ids, attention_mask=np.ones_like(ids), cache=filled(window + 2), **PLAIN)
 
 
 @pytest.mark.sweep
@@ -143,8 +158,8 @@ def test_a_cache_of_beams_goes_on_within_the_window(windowed: Any) -> None:
     flags = {"num_beams": 3, "num_return_sequences": 3, "return_dict_in_generate": True}
     start = jaxgen.generate(windowed, IDS, attention_mask=MASK, **flags, **PLAIN)
     mask = np.repeat(np.pad(MASK, ((0, 0), (0, NEW)), constant_values=1), 3, axis=0)
-    past = start.past_key_values
-    got = jaxgen.generate(windowed, start.sequences, attention_mask=mask, past_key_values=past, **PLAIN)
+    past = start.cache
+    got = jaxgen.generate(windowed, start.sequences, attention_mask=mask, cache=past, **PLAIN)
     np.testing.assert_array_equal(got, jaxgen.generate(windowed, start.sequences, attention_mask=mask, **PLAIN))
 
 

@@ -28,7 +28,7 @@ LONGROPE = {
 }
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
 
-# Parameters, length of the batch, and what transformers 5.23 computes for head_dim 8 and 128 positions.
+# Parameters, length of the batch, and what transformers 5.24 computes for head_dim 8 and 128 positions.
 GOLDENS = [
     ({"rope_type": "default", "rope_theta": 1e4}, 1, [1, 0.1, 0.01, 0.001], 1),
     ({"rope_type": "linear", "rope_theta": 2e4, "factor": 4.0}, 1, [0.25, 0.02102241, 0.001767767, 0.0001486509], 1),
