@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from jaxgen.past_key_values import PastKeyValues
     from jaxgen.sampling import Sample
     from jaxgen.stopping_criteria import EosToken, MaxLength
+    from jaxgen.text_stream import stream_text
 
 # Where the public names live. They are imported when they are first asked for, so that `jaxgen --help` answers at once.
 _HOMES = {
@@ -44,6 +45,7 @@ _HOMES = {
     "prepare": "generation",
     "save": "checkpoint",
     "stream": "generation",
+    "stream_text": "text_stream",
 }
 
 __all__ = [
@@ -71,6 +73,7 @@ __all__ = [
     "prepare",
     "save",
     "stream",
+    "stream_text",
 ]
 
 

@@ -86,7 +86,8 @@ class Prompt:
         length: int32 []. Columns of the caller's prompt.
         rows: int32 []. Rows of the caller's prompt; the rows below them belong to the bucket.
         position_ids: int32 [N, T], or None to count the unmasked columns of each row.
-        past: a cache of the columns before the T that the forward pass reads; None if there are none.
+        past: a cache of the columns before the T that the forward pass reads, with slots for these too; None if there
+            are none.
         inputs: int32 [N, T] tokens or float [N, T, D] embeddings that it reads; None for `input_ids`.
         unseen: bool [N, T]. Which of `inputs` are no padding; None for `attention_mask`.
         full_chunks: int32 []. With a `chunk`, how many full ones come before the last, which is padded on the left.
@@ -109,9 +110,10 @@ class Prompt:
 
     @property
     def cache_slots(self) -> int:
-        """The slots that the prompt's forward pass takes at most: those of `past`, and T."""
-        before = 0 if self.past is None else self.past.slots
-        return before + (self.attention_mask if self.unseen is None else self.unseen).shape[1]
+        """The slots of the cache that the prompt's forward pass fills: those of `past`, else T."""
+        if self.past is not None:
+            return self.past.slots
+        return (self.attention_mask if self.unseen is None else self.unseen).shape[1]
 
     def repeated(self, copies: int, halved: bool = False) -> "Prompt":
         """Each row `copies` times; `halved`, without the lower half: the negative prompts of guidance."""
@@ -159,8 +161,11 @@ class Cache(Protocol):
         """The cache of int32 [M] rows of this one, in their order."""
         ...
 
-    def select(self, rows: jax.Array, slots: jax.Array, valid: jax.Array) -> "Cache":
-        """A full cache of int32 [M, S] slots of int32 [M] rows of this one, bool [M, S] of which may be attended."""
+    def select(self, rows: jax.Array, slots: jax.Array, valid: jax.Array, length: jax.Array) -> "Cache":
+        """A cache of int32 [M, S] slots of int32 [M] rows of this one, bool [M, S] of which may be attended.
+
+        The first int32 [] `length` of them hold columns; the others are room for more.
+        """
         ...
 
     def branch(self, branches: int) -> "BranchedCache":

@@ -73,6 +73,11 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("prompt", metavar="TEXT", nargs="?", help="what to continue; standard input by default")
     generate.add_argument("--file", metavar="FILE", help="a file with the text instead; - for standard input")
     generate.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
+    generate.add_argument(
+        "--chat",
+        action="store_true",
+        help="ask TEXT as a question, by the checkpoint's chat template; print the answer",
+    )
     generate.add_argument("--negative-prompt", metavar="TEXT", help="what to guide away from, with --guidance-scale")
 
     chat = commands.add_parser(

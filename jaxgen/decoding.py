@@ -122,20 +122,24 @@ def _read(model: Model, prompt: Prompt, collect: tuple[str, ...]) -> tuple[jax.A
     """The forward pass over the columns of the prompt that are not in its `past`; internals are of the last chunk."""
     inputs = prompt.input_ids if prompt.inputs is None else prompt.inputs
     mask = (prompt.attention_mask if prompt.unseen is None else prompt.unseen).astype(bool)
-    cache = model.make_cache(*mask.shape) if prompt.past is None else prompt.past.grow(prompt.cache_slots)
+    cache = model.make_cache(*mask.shape) if prompt.past is None else prompt.past
+    padding: Any = 0 if prompt.padding is None else prompt.padding
     if (size := prompt.chunk) is None:
-        cache = cache if prompt.padding is None else cache.skip(prompt.padding)
-        return model.extend(cache, inputs, mask, prompt.position_ids, collect)
+        return model.extend(cache.skip(padding), inputs, mask, prompt.position_ids, collect)
 
-    def chunk(cache: Cache, number: Any, collect: tuple[str, ...]) -> tuple[jax.Array, Cache, Internals]:
+    def chunk(number: Any, cache: Cache) -> tuple[jax.Array, Cache, Internals]:
         def part(columns: Any) -> jax.Array:
             return lax.dynamic_slice_in_dim(columns, number * size, size, axis=1)
 
+        cache = cache.skip(jnp.where(number < full, 0, padding))
         return model.extend(cache, part(inputs), part(mask), part(prompt.position_ids), collect)
 
+    # All of them in one loop, which therefore has to start with what the last one leaves: the layers compile once.
     full: Any = prompt.full_chunks
-    cache = lax.fori_loop(0, full, lambda number, cache: chunk(cache, number, ())[1], cache)
-    return chunk(cache if prompt.padding is None else cache.skip(prompt.padding), full, collect)
+    logits, _, internals = jax.eval_shape(chunk, jnp.int32(0), cache)
+    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (logits, internals))
+    start = (nothing[0], cache, nothing[1])
+    return lax.fori_loop(0, full + 1, lambda number, last: chunk(number, last[1]), start)
 
 
 def _advance(
@@ -183,12 +187,18 @@ def compile_counts() -> dict[str, int]:
     return {name: _compile_counts[name] for name in ("prefill", "advance", "grow")}
 
 
+def _count(name: str) -> None:
+    """Counts a program; called while it is traced, so once per program and not per call."""
+    _compile_counts[name] += 1
+    jax.monitoring.record_event("/jaxgen/compile")
+
+
 def _counted_jit(name: str, function: Callable[..., DecodeState], **options: Any) -> Callable[..., Any]:
     """`function` with the `Progress` after it."""
 
     @functools.wraps(function)
     def traced(model: Model, given: Any, strategy: Strategy, *args: Any) -> tuple[DecodeState, Progress]:
-        _compile_counts[name] += 1  # runs once per trace, not per call
+        _count(name)
         state = function(model, given, strategy, *args)
         inner = state.inner
         return state, Progress(inner.cur_len, strategy.unfinished(inner), strategy.text(inner))
@@ -198,7 +208,7 @@ def _counted_jit(name: str, function: Callable[..., DecodeState], **options: Any
 
 @functools.partial(jax.jit, static_argnums=1)
 def _grow(cache: Cache, slots: int) -> Cache:
-    _compile_counts["grow"] += 1
+    _count("grow")
     return cache.grow(slots)
 
 

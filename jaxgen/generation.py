@@ -154,13 +154,23 @@ def stream(model: Model, inputs: Any = None, generation_config: Any = None, **kw
     Raises:
         ValueError: as `generate`, at the call and not at the first chunk.
     """
+    others, custom = checked_for_stream(kwargs)
+    return follow(model, lower(model, inputs, generation_config, others, custom))
+
+
+def checked_for_stream(kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], "Custom"]:
+    """The keywords of `stream` in their two parts, if it can serve them."""
     others, custom = _split_customs(kwargs)
     if custom.streamer is not None or custom.output_logprobs:
         raise ValueError(
             "`stream` yields the tokens and nothing else: it takes no `streamer` and no `output_logprobs`. Use "
             "`generate` for these."
         )
-    call = lower(model, inputs, generation_config, others, custom)
+    return others, custom
+
+
+def follow(model: Model, call: "Call") -> Generator[np.ndarray, None, None]:
+    """The chunks of `stream`."""
     if call.config.return_dict_in_generate:
         raise ValueError(
             "`stream` yields tokens, but `return_dict_in_generate`=True asks for more. Pass False, or use `generate` "
@@ -250,7 +260,7 @@ class Call:
     """A checked call, ready to run: what the two programs take, and what the host needs to trim their output.
 
     Attributes:
-        slots: S, the bucket of the cache and of the token buffer.
+        slots: S, the bucket of the token buffer.
         collect: the internals to collect.
         forward_passes: after the prompt's, at the most.
         rows: of the caller's prompt, B.
@@ -259,6 +269,7 @@ class Call:
         fresh: T of these, which the prompt's forward pass reads.
         inputs: the caller's prompt, checked.
         host: what runs on the host.
+        reserved: slots that the cache has from the start; 0 to let it grow with the text.
     """
 
     prompt: Prompt
@@ -273,6 +284,15 @@ class Call:
     inputs: Inputs
     config: Resolved
     host: HostFunctions
+    reserved: int = 0
+
+    @property
+    def cache_slots(self) -> int:
+        """The slots of a row that the cache may grow to."""
+        if self.reserved:
+            return max(self.reserved, 1 << int(self.seen[-1] + 1 + self.forward_passes).bit_length())
+        slots = self.strategy.cache_slots(self.prompt.cache_slots, self.slots - self.prompt.input_ids.shape[1])
+        return slots if self.strategy.branches > 1 else bucket(slots)
 
     def wrap(self, outputs: Mapping[str, jax.Array], state: DecodeState) -> np.ndarray | GenerateOutput:
         """What `generate` returns, waiting for the device."""
@@ -290,16 +310,29 @@ class Call:
 
 
 def lower(
-    model: Model, inputs: Any, generation_config: Any, kwargs: dict[str, Any], custom: Custom | None = None
+    model: Model,
+    inputs: Any,
+    generation_config: Any,
+    kwargs: dict[str, Any],
+    custom: Custom | None = None,
+    reserve: int = 0,
 ) -> Call:
-    """From the arguments of `generate` to the arguments of `prefill` and `advance`; every check is in here."""
-    call = lower_for_any_device(model, inputs, generation_config, kwargs, custom)
+    """From the arguments of `generate` to the arguments of `prefill` and `advance`; every check is in here.
+
+    For `reserve` see `padded_prompt`; it is for one row and one beam.
+    """
+    call = lower_for_any_device(model, inputs, generation_config, kwargs, custom, reserve)
     _check_memory(model, call)
     return call
 
 
 def lower_for_any_device(
-    model: Model, inputs: Any, generation_config: Any, kwargs: dict[str, Any], custom: Custom | None = None
+    model: Model,
+    inputs: Any,
+    generation_config: Any,
+    kwargs: dict[str, Any],
+    custom: Custom | None = None,
+    reserve: int = 0,
 ) -> Call:
     """As `lower`, whatever the memory here: for programs that run elsewhere."""
     custom = custom or Custom()
@@ -344,9 +377,9 @@ def lower_for_any_device(
             model.vocab_size - 1,
         )
     guidance_scale, customs = _guidance(config, custom)
-    chunk = config.prefill_chunk_size
+    chunk, new_tokens = config.prefill_chunk_size, max(stop_length - columns, 1)
     if guidance_scale is None:
-        prompt, seen = padded_prompt(model, read, chunk)
+        prompt, seen = padded_prompt(model, read, chunk, reserve, new_tokens)
     else:
         _need_plain(read, chunk, "`guidance_scale`", "which reads negative prompts beside the others")
         negative = custom.negative_prompt_ids, custom.negative_prompt_attention_mask
@@ -394,11 +427,10 @@ def lower_for_any_device(
         _recorded(config, custom, collect),
     )
     prompt_bucket = prompt.input_ids.shape[1]
-    new_tokens = max(stop_length - columns, 1)
     # With beams every further column costs a slot for each of them.
     slots = bucket(prompt_bucket + new_tokens) if beams == 1 else prompt_bucket + bucket(new_tokens)
-    passes = strategy.forward_passes(new_tokens)
-    return Call(prompt, strategy, slots, collect, passes, rows, columns, seen, read.fresh, read, config, host)
+    passes, reserved = strategy.forward_passes(new_tokens), prompt.cache_slots if reserve else 0
+    return Call(prompt, strategy, slots, collect, passes, rows, columns, seen, read.fresh, read, config, host, reserved)
 
 
 def _with_one_cache(kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -658,8 +690,7 @@ def _check_memory(model: Model, call: Call) -> None:
     """Refuses what no allocator could give, before anything is compiled for it."""
     prompt_rows, columns = call.prompt.input_ids.shape
     rows, steps = prompt_rows * call.strategy.copies, call.slots - columns
-    columns = call.prompt.cache_slots
-    cache_slots = call.strategy.cache_slots(columns, steps)
+    columns, cache_slots = call.prompt.cache_slots, call.cache_slots
     needed = {"the cache": rows * cache_slots * model.cache_bytes_per_token}
     scored = rows * call.config.num_beams
     for name in call.config.outputs:

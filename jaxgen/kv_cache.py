@@ -168,13 +168,14 @@ class KVCache:
             position=self.position[rows],
         )
 
-    def select(self, rows: jax.Array, slots: jax.Array, valid: jax.Array) -> "KVCache":
-        """A full cache of chosen columns, one after the other; positions have to be given to what follows.
+    def select(self, rows: jax.Array, slots: jax.Array, valid: jax.Array, length: jax.Array) -> "KVCache":
+        """A cache of chosen columns, one after the other; positions have to be given to what follows.
 
         Args:
             rows: int32 [M].
             slots: int32 [M, S]. Of each of these rows, the slots to take, in their new order.
-            valid: bool [M, S]. Which of them later columns may attend.
+            valid: bool [M, S]. Which of them later columns may attend: none from `length` on.
+            length: int32 []. How many of them are columns. The slots after these are room for more, whatever they hold.
         """
 
         def select(array: jax.Array) -> jax.Array:
@@ -183,12 +184,13 @@ class KVCache:
             taken = whole[rows[:, None, None], heads, slots[:, None]]
             return taken.reshape(*_without_ones(*taken.shape[:2]), *taken.shape[2:])
 
+        numbers = jnp.arange(slots.shape[1], dtype=jnp.int32)
         return KVCache(
             layers=tuple((select(keys), select(values)) for keys, values in self.layers),
             valid=valid,
-            length=jnp.int32(slots.shape[1]),
+            length=jnp.asarray(length, jnp.int32),
             position=jnp.zeros(len(rows), jnp.int32),
-            columns=None if self.columns is None else jnp.arange(slots.shape[1], dtype=jnp.int32),
+            columns=None if self.columns is None else jnp.where(numbers < length, numbers, -1),
         )
 
     def branch(self, branches: int) -> "BranchedCache":

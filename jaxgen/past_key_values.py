@@ -89,6 +89,11 @@ class PastKeyValues(Sequence):
         """L: columns of the prompt and the new tokens that the model has seen."""
         return self._slots.shape[1]
 
+    @property
+    def slots(self) -> int:
+        """The columns that there is room for."""
+        return self._cache.slots
+
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the last -`tokens_to_remove` columns. Same as transformers 5.24 `Cache.crop`.
 
@@ -109,7 +114,7 @@ class PastKeyValues(Sequence):
         Args:
             model: that goes on.
             rows: N, at least the B rows of the call.
-            slots: to have, at least L. The columns are in the last of them.
+            slots: to have, at least L. The columns are in the first of them; the others are room for more.
             mask: bool [B, L]. Which columns may be attended. A cache of one row is that of every row.
 
         Raises:
@@ -117,11 +122,12 @@ class PastKeyValues(Sequence):
         """
         batch, columns = mask.shape
         own = np.broadcast_to(np.arange(batch) if self.batch_size > 1 else 0, batch)
-        below, before = (0, rows - batch), (slots - columns, 0)
+        below, after = (0, rows - batch), (0, slots - columns)
         chosen = (
             np.pad(self._rows[own], below),
-            np.pad(self._slots[own], (below, before)),
-            np.pad(mask, (below, before)),
+            np.pad(self._slots[own], (below, after)),
+            np.pad(mask, (below, after)),
+            np.int32(columns),
         )
         expected = jax.eval_shape(lambda: model.make_cache(rows, slots))
         if jax.eval_shape(_select, self._cache, *chosen) != expected:
@@ -136,5 +142,5 @@ _ANOTHER_MODEL = (
 
 
 @jax.jit
-def _select(cache: Cache, rows: jax.Array, slots: jax.Array, valid: jax.Array) -> Cache:
-    return cache.select(rows, slots, valid)
+def _select(cache: Cache, rows: jax.Array, slots: jax.Array, valid: jax.Array, length: jax.Array) -> Cache:
+    return cache.select(rows, slots, valid, length)

@@ -263,7 +263,7 @@ class _Call:
         def lowered(model: Any) -> None:
             call = lower_for_any_device(model, np.ones((1, prompt_tokens), np.int32), None, options)
             strategy, (rows, columns) = call.strategy, call.prompt.input_ids.shape
-            slots = strategy.cache_slots(call.prompt.cache_slots, call.slots - columns)
+            slots = call.cache_slots
             tokens = strategy.cache_slots(prompt_tokens, new_tokens)
             facts.update(cache_item=model.cache_bytes_per_token, prompt_rows=rows, columns=columns, slots=slots)
             facts.update(copies=strategy.copies, branches=strategy.branches, tokens=tokens)

@@ -82,8 +82,14 @@ def stages(model: Model, call: Any, weights: int) -> Generator[Stage]:
     large again as the one that it saves. A size costs a compile, which takes a long text to pay for itself: 3072 slots
     instead of 4096 save 6 ms of each of a thousand steps (135M on a CPU, batch 1).
     """
-    strategy, columns = call.strategy, call.prompt.cache_slots
-    most = strategy.cache_slots(columns, call.slots - call.prompt.input_ids.shape[1])
+    if call.reserved:  # and doubled, so that a conversation meets few sizes
+        size, used = call.reserved, int(call.seen[-1]) + 1
+        while size <= used + call.forward_passes:
+            yield Stage(size, size - used - 1)
+            size *= 2
+        yield Stage(size, call.forward_passes)
+        return
+    strategy, columns, most = call.strategy, call.prompt.cache_slots, call.cache_slots
     enough = min(most, strategy.cache_slots(columns, call.forward_passes + 1))
     rows = len(call.prompt.input_ids) * strategy.copies
     unnoticed = weights // 64 // (rows * model.cache_bytes_per_token)

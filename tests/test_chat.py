@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import jaxgen
+from jaxgen import chat, prompts
 from jaxgen.chat import Conversation
 from jaxgen.decoding import finalize
 from jaxgen.generation import Call
@@ -58,10 +59,40 @@ def test_three_turns_read_only_what_is_new_and_answer_as_from_scratch(
         scratch = jaxgen.generate(bundled, ids, **ARGUMENTS)
         assert turn.tokens == scratch[0, ids.shape[1] :].tolist()
         cached = scratch.shape[1] - 1
-    # The passes over prompts had room for no more than the bucket of what is new.
-    widths = [call.prompt.cache_slots - (call.prompt.past.slots if call.prompt.past else 0) for call in decode.calls]
-    assert widths[1] < 32 and widths[2] < 32
     assert [message["role"] for message in conversation.messages] == ["user", "assistant"] * 3
+
+
+def test_a_conversation_compiles_once_however_long_its_turns_are(bundled: Any, chat_tokenizer: Any) -> None:
+    conversation, before = Conversation(bundled, chat_tokenizer), jaxgen.compile_counts()
+    for text in [*SAID, "a fox " * 40, "go on"]:
+        turn = conversation.ask(text, {**ARGUMENTS, "max_new_tokens": 13}, Decode(bundled))
+        assert len(turn.tokens) == 13
+    conversation.reset()
+    conversation.ask("once more", {**ARGUMENTS, "max_new_tokens": 14}, Decode(bundled))
+    Conversation(bundled, chat_tokenizer, "be a fox").ask("hello", ARGUMENTS, Decode(bundled))
+    new = {name: count - before[name] for name, count in jaxgen.compile_counts().items()}
+    assert new["prefill"] <= 1 and new["advance"] <= 1 and new["grow"] == 0
+
+
+def test_a_full_cache_doubles_between_turns_and_within_an_answer(
+    bundled: Any, chat_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chat, "_SLOTS", 64)
+    monkeypatch.setattr(prompts, "_RESERVED_ANSWER", 4)
+    conversation, decode, sizes = Conversation(bundled, chat_tokenizer), Decode(bundled), []
+    for text in [*SAID, "a fox " * 40, "go on"]:
+        ids = rendered(chat_tokenizer, [*conversation.messages, {"role": "user", "content": text}])
+        turn = conversation.ask(text, {**ARGUMENTS, "max_new_tokens": 40}, decode)
+        assert (
+            turn.tokens
+            == jaxgen.generate(bundled, ids, **{**ARGUMENTS, "max_new_tokens": 40})[0, ids.shape[1] :].tolist()
+        )
+        sizes += [decode.calls[-1].reserved, conversation._slots]
+    # What a turn starts with holds what it reads, and what it ends with is what the next one starts with.
+    assert sizes == [64, 128, 128, 128, 256, 256, 256, 512, 512, 512]
+    conversation.reset()
+    conversation.ask("once more", ARGUMENTS, decode)
+    assert decode.calls[-1].reserved == 512
 
 
 def test_an_answer_that_was_stopped_stays_and_the_next_turn_goes_on_from_it(

@@ -1,5 +1,7 @@
 """What goes on from a cache, from embeddings or at other positions: tokens of transformers, and of one long call."""
 
+import copy
+import itertools
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +16,8 @@ from oracle import torch_model
 import jaxgen
 from jaxgen import decoding, lazy
 from jaxgen.generation import lower
+from jaxgen.prompts import bucket
+from jaxgen.streaming import stages
 
 RNG = np.random.default_rng(0)
 ROWS, COLUMNS, NEW = 3, 9, 6
@@ -285,6 +289,19 @@ def test_other_numbers_on_a_cache_compile_nothing(model: Any) -> None:
     shorter = first(model, max_new_tokens=NEW - 2)
     first(model, shorter.sequences, mask[:, :-2], cache=shorter.cache)
     assert jaxgen.compile_counts() == before
+
+
+def test_the_sizes_of_a_cache_that_goes_on_are_rounded_as_a_whole(model: Any) -> None:
+    """So that calls of other lengths share their programs: a sum of buckets would be a size of its own."""
+    whole = first(model, RNG.integers(3, 97, (1, 700)), None, max_new_tokens=1)
+    for seen, fresh, new_tokens in itertools.product((270, 300, 650), (1, 20, 50), (5, 40, 300)):
+        past = copy.copy(whole.past_key_values)
+        past.crop(seen - past.get_seq_length())
+        arguments = {**PLAIN, "max_new_tokens": new_tokens, "past_key_values": past}
+        call = lower(model, whole.sequences[:, : seen + fresh], None, arguments)
+        sizes = [call.prompt.cache_slots, call.slots, *(each.cache_slots for each in stages(model, call, weights=0))]
+        assert sizes == [bucket(size) for size in sizes]
+        assert call.prompt.cache_slots >= seen + fresh and sizes[-1] >= seen + fresh + new_tokens - 1
 
 
 @pytest.mark.oracle

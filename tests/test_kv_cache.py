@@ -104,7 +104,7 @@ def test_columns_that_are_skipped_are_not_counted() -> None:
 def test_columns_that_are_taken_from_elsewhere_lie_side_by_side() -> None:
     cache, _, _ = windowed().extend(jnp.ones((ROWS, SLOTS), bool))
     chosen = jnp.array([[0, 2, 4], [1, 3, 5]])
-    cache = cache.select(jnp.arange(ROWS), chosen, jnp.ones((ROWS, 3), bool)).grow(SLOTS)
+    cache = cache.select(jnp.arange(ROWS), chosen, jnp.ones((ROWS, 3), bool), jnp.int32(3)).grow(SLOTS)
     cache, _, mask = cache.take(jnp.array([1, 0])).extend(jnp.ones((ROWS, 1), bool))
     assert seen(cache, mask, 3) == [[1, 2, 3]]
 

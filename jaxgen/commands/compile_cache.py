@@ -3,9 +3,11 @@
 Programs are loaded and run as they are, so whoever may write to the folder may run code as the user.
 """
 
+import contextlib
 import os
 import stat
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ _MOST_BYTES = 2 << 30
 
 
 def default_folder() -> Path:
+    """Raises RuntimeError if there is no home folder."""
     caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(caches) / "jaxgen" / "compiled"
 
@@ -27,7 +30,7 @@ def current() -> Path | None:
 
 
 def enable(where: str | None = None) -> Path | None:
-    """Keeps programs in a folder, made with mode 0700 if needed.
+    """Keeps programs in a folder, made with mode 0700 if needed. If that is impossible it warns: all works without.
 
     Args:
         where: the folder, "off" for none; by default `$JAXGEN_COMPILE_CACHE`, else what JAX was told already, else
@@ -37,7 +40,7 @@ def enable(where: str | None = None) -> Path | None:
         The folder, or None.
 
     Raises:
-        ValueError: if others may write to the folder.
+        ValueError: if others may write to the folder that was asked for.
     """
     if where is None:
         where = os.environ.get("JAXGEN_COMPILE_CACHE")
@@ -48,9 +51,18 @@ def enable(where: str | None = None) -> Path | None:
     if where is not None and where.lower() == "off":
         jax.config.update("jax_compilation_cache_dir", None)
         return None
-    folder = Path(where) if where else default_folder()
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    check(folder)
+    try:
+        folder = Path(where) if where else default_folder()
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        check(folder)
+        with tempfile.TemporaryFile(dir=folder):
+            pass  # it can be written to
+    except (OSError, RuntimeError, ValueError) as error:
+        if where and isinstance(error, ValueError):
+            raise
+        _warn(f"{error}" if isinstance(error, ValueError) else f"the compile cache cannot be used ({error}).")
+        jax.config.update("jax_compilation_cache_dir", None)
+        return None
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_compilation_cache_max_size", _MOST_BYTES)
     # Also what takes less than a second, of which there is a lot before the first token.
@@ -72,15 +84,27 @@ def check(folder: Path) -> None:
 
 
 def _repair_when_warned(folder: Path) -> None:
-    """Empties the folder when JAX warns of a damaged entry, which it would neither use nor replace."""
-    show = warnings.showwarning
+    """Empties the folder when JAX warns of a damaged entry, which it would neither use nor replace.
+
+    What the folder itself is to blame for, such as a full disk, is said once.
+    """
+    show, failed = warnings.showwarning, []
 
     def showwarning(message: Warning | str, *args: Any, **kwargs: Any) -> None:
-        if "reading persistent compilation cache" not in str(message):
+        text = str(message)
+        if "persistent compilation cache entry" not in text:
             show(message, *args, **kwargs)
-            return
-        for file in folder.glob("*-cache"):
-            file.unlink(missing_ok=True)
-        print(f"jaxgen: a kept program was damaged; {folder} is emptied and filled anew", file=sys.stderr)
+        elif "reading" in text and "[Errno" not in text and ": Timeout:" not in text:
+            with contextlib.suppress(OSError):
+                for file in folder.glob("*-cache"):
+                    file.unlink(missing_ok=True)
+            print(f"jaxgen: a kept program was damaged; {folder} is emptied and filled anew", file=sys.stderr)
+        elif not failed:
+            failed.append(text)
+            _warn(f"the compile cache {folder} fails ({text.rpartition(': ')[2]}).")
 
     warnings.showwarning = showwarning
+
+
+def _warn(trouble: str) -> None:
+    print(f"jaxgen: {trouble} Programs are not kept, and compile again in the next process", file=sys.stderr)

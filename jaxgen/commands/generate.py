@@ -5,12 +5,15 @@ import json
 import sys
 from pathlib import Path
 
-from jaxgen import lazy
+import numpy as np
+
+from jaxgen.chat import check_template, render
 from jaxgen.commands import compile_cache
 from jaxgen.commands.options import decoding_arguments
 from jaxgen.commands.terminal import Times, checked_text, decode, open_model, say
 from jaxgen.decoding import compile_counts
 from jaxgen.generation import Custom, lower
+from jaxgen.text_stream import TextPieces
 
 _NEW_TOKENS = 200
 
@@ -25,16 +28,28 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.negative_prompt is not None:
         negative = tokenizer(arguments.negative_prompt, return_tensors="np")["input_ids"]
     custom = Custom(key=given.pop("key", None), tokenizer=tokenizer, negative_prompt_ids=negative)
-    prompt = tokenizer(text, return_tensors="np")["input_ids"]
+    if arguments.chat:
+        check_template(tokenizer)
+        prompt = np.array([render(tokenizer, [{"role": "user", "content": text}])])
+    else:
+        prompt = tokenizer(text, return_tensors="np")["input_ids"]
+        if tokenizer.chat_template and not any(token in text for token in tokenizer.all_special_tokens):
+            say(
+                "the checkpoint has a chat template, and a model made for conversations may end a bare text at once. "
+                "--chat asks it your text as a question, and `jaxgen chat` talks with it"
+            )
     call = lower(model, prompt, None, {**given, "return_dict_in_generate": False}, custom)
     streams = not arguments.json and call.config.num_beams == 1 and call.config.num_return_sequences == 1
     say(f"a prompt of {call.columns} tokens; the first use of such lengths compiles")
-    streamer = lazy.transformers().TextStreamer(tokenizer, skip_special_tokens=True) if streams else None
-    sequences, times = decode(model, call, streamer)
-    texts = tokenizer.batch_decode(sequences, skip_special_tokens=True)
+    pieces = TextPieces(tokenizer)
+    if streams and not arguments.chat:  # the prompt as it is read, which healing may have changed
+        print(pieces.add(np.asarray(call.prompt.input_ids)[0, -call.columns :]), end="", flush=True)
+    show = (lambda ids: print(pieces.add(ids), end="", flush=True)) if streams else None
+    sequences, times = decode(model, call, show)
+    texts = tokenizer.batch_decode(sequences[:, call.columns if arguments.chat else 0 :], skip_special_tokens=True)
     if arguments.json:
         # Not that of the prompt as it was given: healing may have changed it.
-        read = len(tokenizer.decode(sequences[0, : call.columns], skip_special_tokens=True))
+        read = 0 if arguments.chat else len(tokenizer.decode(sequences[0, : call.columns], skip_special_tokens=True))
         record = {
             "prompt": text,
             "texts": texts,
@@ -46,8 +61,8 @@ def run(arguments: argparse.Namespace) -> int:
             "seconds": round(times.total, 4),
         }
         print(json.dumps(record, ensure_ascii=False))
-    elif not streams:
-        print("\n\n".join(texts))
+    else:
+        print(pieces.end() if streams else "\n\n".join(texts))
     _report(sequences.shape[1] - call.columns, times)
     return 0
 

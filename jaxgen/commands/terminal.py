@@ -4,11 +4,12 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxgen import lazy
 from jaxgen.base import Model
@@ -16,7 +17,7 @@ from jaxgen.checkpoint import BUNDLED_MODEL, load
 from jaxgen.commands import compile_cache
 from jaxgen.decoding import Progress, finalize
 from jaxgen.generation import Call
-from jaxgen.streaming import WATCHED, feed, finish, run
+from jaxgen.streaming import WATCHED, NewTokens, finish, run
 
 
 def say(message: str) -> None:
@@ -79,6 +80,7 @@ class Times:
         kept: programs that come from the compile cache.
         shown: columns that were looked at, prompt included.
         rate: columns per second after the first ones were there, without compiling.
+        on_compile: called when a program of the decode is about to be compiled.
     """
 
     first_token: float = 0.0
@@ -87,14 +89,23 @@ class Times:
     kept: int = 0
     shown: int = 0
     rate: float = 0.0
+    on_compile: Callable[[], None] = field(default=lambda: None, repr=False)
 
 
 def decode(
-    model: Model, call: Call, streamer: Any = None, stop: Callable[[], bool] = lambda: False
+    model: Model,
+    call: Call,
+    show: Callable[[np.ndarray], None] | None = None,
+    stop: Callable[[], bool] = lambda: False,
+    on_compile: Callable[[], None] = lambda: None,
 ) -> tuple[Any, Times]:
-    """What `call.wrap` gives, and how long it took; the streamer sees tokens as they come, until `stop` says so."""
-    times, start = Times(), time.perf_counter()
-    show = None if streamer is None else feed(streamer, call)
+    """Runs a call, whose first row `show` sees as it comes, until `stop` says so.
+
+    Returns:
+        What `call.wrap` gives, and how long it took.
+    """
+    times, start = Times(on_compile=on_compile), time.perf_counter()
+    new = NewTokens(call)
     first = 0, 0.0
 
     def look(progress: Progress) -> bool:
@@ -104,7 +115,7 @@ def decode(
             first = int(progress.length), times.compiling
         times.shown = int(progress.length)
         if show is not None:
-            show(progress)
+            show(new(progress)[0])
         return stop()
 
     _running.append(times)
@@ -113,8 +124,6 @@ def decode(
         output = call.wrap(finalize(call.strategy, state), state)
     finally:
         _running.remove(times)
-    if streamer is not None:
-        streamer.end()
     times.total = time.perf_counter() - start
     columns, compiling = first
     times.rate = (times.shown - columns) / max(times.total - times.first_token - (times.compiling - compiling), 1e-9)
@@ -131,9 +140,11 @@ def _add_duration(event: str, duration_secs: float, **_: Any) -> None:
 
 
 def _add_event(event: str, **_: Any) -> None:
-    if event == "/jax/compilation_cache/cache_hits":
-        for times in _running:
+    for times in _running:
+        if event == "/jax/compilation_cache/cache_hits":
             times.kept += 1
+        elif event == "/jaxgen/compile":
+            times.on_compile()
 
 
 jax.monitoring.register_event_duration_secs_listener(_add_duration)

@@ -1,19 +1,26 @@
 """`jaxgen chat` in a terminal: a person types, reads along, stops an answer and leaves."""
 
+import io
 import json
 import os
 import pty
 import re
 import select
+import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from jaxgen.cli import main
+from jaxgen.commands import chat as chat_command
 
 
 class Terminal:
@@ -69,7 +76,8 @@ def chat(chat_folder: Path) -> Iterator[Terminal]:
 def test_a_person_talks_stops_an_answer_talks_on_and_leaves(chat: Terminal, tmp_path: Path) -> None:
     chat.wait_for("> ")
     chat.type("hello there\n")
-    chat.wait_for(r"hello there\r\n")
+    chat.wait_for(r"to avoid it\.\r\n")  # a warning about the length
+    chat.wait_for(r"compiling, the first answer takes a while \.\.\.\r +\r")
     chat.wait_for(r"\w+ \w+ \w+ ")  # the answer has begun, and would go on for thousands of tokens
     pressed = time.monotonic()
     chat.type("\x03")
@@ -82,8 +90,8 @@ def test_a_person_talks_stops_an_answer_talks_on_and_leaves(chat: Terminal, tmp_
     chat.type("\x03")
     chat.wait_for("to leave")
     chat.type("and then\n")
-    chat.wait_for(r"and then\r\n")
-    chat.wait_for(r"\w+ \w+ \w+ ")
+    chat.wait_for(r"to avoid it\.\r\n")
+    assert "compiling" not in chat.wait_for(r"\w+ \w+ \w+ ")
     chat.type("\x03")
     kept = re.search(r"(\d+) kept", chat.wait_for(r"kept.*stopped\]\r\n"))
     assert kept and int(kept[1]) > 5
@@ -97,9 +105,43 @@ def test_a_person_talks_stops_an_answer_talks_on_and_leaves(chat: Terminal, tmp_
     assert chat.process.wait(timeout=30) == 0
 
 
-def piped(monkeypatch: pytest.MonkeyPatch, lines: list[str]) -> None:
-    import io
+def test_an_interrupt_while_it_compiles_gives_the_prompt_back_at_once(
+    chat_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    events, asked_again, decodes = [], threading.Event(), []
 
+    def decode(model: Any, call: Any, show: Any, stop: Any, on_compile: Any) -> Any:
+        decodes.append(call)
+        if len(decodes) == 1:
+            on_compile()
+            os.kill(os.getpid(), signal.SIGINT)
+            assert asked_again.wait(60)  # the compiler is still at work when the person types again
+            events.append("compiled")
+            assert stop()
+            show(np.array([5, 6, 7]))
+        return chat_command.decode_for_real(model, call, show, stop, on_compile)
+
+    class Keyboard(io.StringIO):
+        def readline(self, *_: Any) -> str:
+            line = super().readline()
+            if line == "again\n":
+                events.append("prompt")
+                asked_again.set()
+            return line
+
+    monkeypatch.setattr(chat_command, "decode_for_real", chat_command.decode, raising=False)
+    monkeypatch.setattr(chat_command, "decode", decode)
+    monkeypatch.setattr(sys, "stdin", Keyboard("hello there\nagain\n"))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert main(["chat", "--model", str(chat_folder), "--max-tokens", "5", "--min-new-tokens", "5"]) == 0
+    out, err = capsys.readouterr()
+    assert events == ["prompt", "compiled"]
+    before, after = out.split("(dropped)\n")
+    assert not before.strip() and after.strip()  # nothing of the answer that was dropped
+    assert "compiling, the first answer takes a while" in err and "0 kept, 5 written" in err
+
+
+def piped(monkeypatch: pytest.MonkeyPatch, lines: list[str]) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
 
 
@@ -152,6 +194,53 @@ def test_a_seed_draws_another_answer_in_another_turn(
         assert main(["chat", "--model", str(chat_folder), "--max-tokens", "5", "--seed", "1", "--temp", "3"]) == 0
         answers.append(capsys.readouterr().out.split("(forgotten)"))
     assert answers[0] == answers[1] and answers[0][0].strip() != answers[0][1].strip()
+
+
+@pytest.mark.parametrize(
+    ("settings", "options", "said"),
+    [
+        ({}, [], "answers are sampled (temperature 1, top_k 50, top_p 1)"),
+        ({}, ["--temp", "0.7"], "answers are sampled (temperature 0.7, top_k 50, top_p 1)"),
+        ({}, ["--temp", "0"], "greedy"),
+        ({"do_sample": False}, [], "greedy"),
+        ({"do_sample": False}, ["--do-sample"], "answers are sampled"),
+        ({"do_sample": True, "temperature": 0.6, "top_p": 0.9}, [], "(temperature 0.6, top_k 50, top_p 0.9)"),
+        ({"temperature": 0.6}, ["--top-k", "5"], "(temperature 0.6, top_k 5, top_p 1)"),
+    ],
+    ids=str,
+)
+def test_answers_are_sampled_unless_the_checkpoint_or_the_person_says_otherwise(
+    settings: dict[str, Any],
+    options: list[str],
+    said: str,
+    chat_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = shutil.copytree(chat_folder, tmp_path / "model")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 2, "max_new_tokens": 5, **settings}))
+    calls = []
+
+    def decode(model: Any, call: Any, *_: Any) -> Any:
+        calls.append(call)
+        raise ValueError("seen")
+
+    monkeypatch.setattr(chat_command, "decode", decode)
+    piped(monkeypatch, ["hello there"])
+    assert main(["chat", "--model", str(folder), *options]) == 0
+    first, *_ = (line for line in capsys.readouterr().err.splitlines() if "/help" in line)
+    assert said in first
+    (call,) = calls
+    assert call.config.do_sample == ("sampled" in said or "top_k" in said) and call.config.max_new_tokens == 5
+
+
+def test_an_answer_has_256_tokens_at_most_by_default(
+    chat_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    piped(monkeypatch, ["hello there"])
+    assert main(["chat", "--model", str(chat_folder), "--eos-token-id", "1000", "--temp", "0"]) == 0
+    assert "256 written" in capsys.readouterr().err
 
 
 def test_a_wrong_argument_is_reported_and_the_chat_goes_on(

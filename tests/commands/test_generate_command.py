@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import jaxgen
@@ -136,3 +137,31 @@ def test_weights_of_one_byte_tell_the_story_of_a_model_loaded_so(
     ids = tokenizer("Once upon a time", return_tensors="np")["input_ids"]
     expected = tokenizer.decode(jaxgen.generate(small, ids, max_new_tokens=6)[0], skip_special_tokens=True)
     assert output(capsys, "Once upon a time", "--quantize", "int8") == expected + "\n"
+
+
+def test_a_question_is_asked_by_the_chat_template_and_its_answer_printed(
+    chat_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer, there = AutoTokenizer.from_pretrained(chat_folder), ["--model", str(chat_folder)]
+    messages = [{"role": "user", "content": "hello there"}]
+    ids = np.array([tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]])
+    tokens = jaxgen.generate(jaxgen.load(chat_folder), ids, max_new_tokens=6)[0, ids.shape[1] :]
+    answer = tokenizer.decode(tokens, skip_special_tokens=True)
+    assert output(capsys, "hello there", "--chat", *there) == f"{answer}\n"
+    told = json.loads(output(capsys, "hello there", "--chat", "--json", *there))
+    assert (told["prompt"], told["completions"], told["prompt_tokens"]) == ("hello there", [answer], ids.shape[1])
+    assert main(["generate", "hello there", "--chat"]) == 1
+    assert "has no chat template" in capsys.readouterr().err
+
+
+def test_a_bare_text_for_a_model_with_a_chat_template_gets_a_note(
+    chat_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    there = ["--model", str(chat_folder)]
+    by_hand = (chat_folder / "tokenizer_config.json").read_text()
+    start = json.loads(by_hand)["bos_token"]
+    for text, options, noted in (("hello", there, True), (f"{start}user:hello", there, False), ("hello", [], False)):
+        assert main(["generate", text, *SHORT, *options]) == 0
+        assert ("has a chat template" in capsys.readouterr().err) == noted
