@@ -244,6 +244,14 @@ def test_many_missing_tensors_are_counted(tmp_path: Path, refused: Callable[[Pat
     refused(write_checkpoint(tmp_path, CONFIG | {"num_hidden_layers": 3}, TENSORS), "lacks `.*`, `.*` and 4 more")
 
 
+def test_a_config_of_more_than_8_megabytes_is_refused_unread(
+    tmp_path: Path, refused: Callable[[Path, str], None]
+) -> None:
+    folder = write_checkpoint(tmp_path)
+    (folder / "config.json").write_text(json.dumps(CONFIG) + " " * (8 << 20))
+    refused(folder, "at most 8388608 are read")
+
+
 def test_more_layers_than_any_model_has_are_refused_before_they_are_listed(
     tmp_path: Path, refused: Callable[[Path, str], None]
 ) -> None:

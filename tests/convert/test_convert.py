@@ -353,10 +353,10 @@ def test_what_is_larger_than_a_block_is_converted_to_the_byte_and_back(tmp_path:
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
-def test_the_last_value_of_a_large_tensor_is_looked_at_too(dtype: Any, tmp_path: Path) -> None:
+def test_every_value_of_a_large_tensor_is_looked_at(dtype: Any, tmp_path: Path) -> None:
     tensors = random_tensors(LARGE, dtype)
     tensors["model.embed_tokens.weight"] = np.zeros((9000, 64), dtype)
-    tensors["model.embed_tokens.weight"][-1, -1] = 1
+    tensors["model.embed_tokens.weight"][4000, 5] = 1  # in the middle of a block, and the other at the end of the last
     tensors["lm_head.weight"][-1, -1] = np.inf
     source = write_checkpoint(tmp_path / "source", LARGE, tensors)
     (said,) = convert.convert_checkpoint(source, tmp_path / "converted").warnings
