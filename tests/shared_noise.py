@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgen import beam_search, decoding, sampling
+from jaxgen import beam_search, decoding, lazy, sampling
 
 
 def _hash(step: Any, row: Any, column: Any, module: Any) -> Any:
@@ -51,7 +51,10 @@ class Multinomial:
             x = _hash(np.uint32(self.step), rows[:, None], columns[None], np)
         self.step += 1
         exponential = -np.log((x.astype(np.float64) + 0.5) / 2**32)
-        return torch.topk(p.double() / torch.tensor(exponential), num_samples)[1]
+        drawn = torch.topk(p.double() / torch.tensor(exponential), num_samples)[1]
+        if num_samples > 1 and lazy.cache_name() != "cache":  # transformers 5.24 puts the likeliest first by itself
+            drawn = drawn.gather(1, p.gather(1, drawn).sort(dim=1, descending=True)[1])
+        return drawn
 
 
 @contextmanager

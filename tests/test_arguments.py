@@ -24,7 +24,7 @@ def test_the_test_that_shows_it_exists(name: str) -> None:
 
 def test_what_is_shown_is_a_field_or_an_argument() -> None:
     parameters = set(inspect.signature(jaxgen.generate).parameters) | generation_config.MODEL_INPUTS
-    assert set(arguments.SHOWN_BY) <= generation_config.SUPPORTED | parameters
+    assert set(arguments.SHOWN_BY) <= generation_config.SUPPORTED | parameters | {"trust_remote_code"}
     assert set(arguments.SHOWN_BY) >= generation_config.SUPPORTED
 
 
