@@ -100,6 +100,8 @@ def from_config(
     check_quantize(quantize)
     raw = config if isinstance(config, Mapping) else config.to_dict()
     family, parsed, generation_config = _parse_config(raw, None)
+    for message in _unread_keys(family, raw):
+        warnings.warn(message, stacklevel=2)
     key = jax.random.key(key) if isinstance(key, int) else key
     model = _random_model(family, parsed, weights_dtype(dtype), quantize is not None, key)
     model.generation_config = generation_config
@@ -309,7 +311,7 @@ def _account(
     if unreadable := sorted({str(t.dtype) for t in tensors.values()} - set(map(str, DTYPES.values()))):
         raise CheckpointError(f"{folder} holds tensors of dtype {unreadable}; jaxgen reads {list(DTYPES)}.")
     head, embedding = ("lm_head.weight", "embed_tokens.weight" if native else "model.embed_tokens.weight")
-    config, copies = _resolve_head(folder, config, tensors, head, embedding)
+    config, copies = _resolve_head(folder, raw, config, tensors, head, embedding)
     config, resized = _resolve_vocabulary(config, tensors, head, embedding)
     wanted = family.weight_map(config)
     if native:
@@ -319,7 +321,7 @@ def _account(
     model = _abstract(family, config, generation_config, mesh)
     _match_shapes(folder, {name: leaf.shape for name, leaf in named_leaves(model)}, wanted, used)
     pieces = {path: [tensors[name] for name in sources] for path, sources in wanted.items()}
-    oddities = (*resized, *_oddities(raw), *_odd_buffers(config, buffers))
+    oddities = (*resized, *_unread_keys(family, unquantised), *_oddities(raw), *_odd_buffers(config, buffers))
     return Source(
         folder, raw, family, model, pieces, buffers, copies, native, tuple(f"{folder}: {each}" for each in oddities)
     )
@@ -331,7 +333,7 @@ def _parse_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | None) 
     if str(raw.get("model_type")) not in FAMILIES:
         raise ValueError(f"`model_type`={raw.get('model_type')!r} is not supported; it may be one of {list(FAMILIES)}.")
     family = FAMILIES[raw["model_type"]]
-    config = family.config(raw, frozenset(generation_class().to_dict()))
+    config = family.config(raw, _generation_fields())
     try:
         if generation is not None:
             return family, config, generation_class.from_dict(dict(generation))
@@ -339,6 +341,18 @@ def _parse_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | None) 
     except Exception as error:  # whatever transformers makes of values that make no sense
         name = "config.json" if generation is None else "generation_config.json"
         raise ValueError(f"transformers cannot read the generation config in {name} ({error!r}).") from error
+
+
+def _generation_fields() -> frozenset[str]:
+    return frozenset(lazy.transformers().GenerationConfig().to_dict())
+
+
+def _unread_keys(family: Family, raw: Mapping[str, Any]) -> Iterator[str]:
+    if keys := family.unread_keys(raw, _generation_fields()):
+        yield (
+            f"config.json has {listed(keys, most=40)}. Neither transformers nor jaxgen reads these keys in a "
+            f"{raw['model_type']}: the model is the same without them."
+        )
 
 
 def _check_numbers(config: Any) -> None:
@@ -350,10 +364,17 @@ def _check_numbers(config: Any) -> None:
 
 
 def _resolve_head(
-    folder: Path, config: Any, tensors: Mapping[str, Tensor], head: str, embedding: str
+    folder: Path, raw: Mapping[str, Any], config: Any, tensors: Mapping[str, Tensor], head: str, embedding: str
 ) -> tuple[Any, dict[str, str]]:
     """A missing head is the embedding's, whatever the config says; a head beside a tied flag must equal it."""
     if head not in tensors:
+        if not config.tie_word_embeddings and any(
+            str(name).endswith("Model") for name in raw.get("architectures") or []
+        ):
+            raise CheckpointError(
+                f"{folder} holds a model without a head (`architectures`={raw['architectures']!r}, no `{head}`). Save "
+                "the model with its language modelling head."
+            )
         return replace(config, tie_word_embeddings=True), {}
     if not config.tie_word_embeddings or embedding not in tensors:
         return config, {}
@@ -527,6 +548,6 @@ def weights_dtype(dtype: jax.typing.DTypeLike) -> np.dtype:
         raise ValueError(f"`dtype`={dtype!r} is not supported; it may be one of {names}.") from error
 
 
-def listed(names: list[str]) -> str:
-    shown = ", ".join(f"`{name}`" for name in names[:5])
-    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
+def listed(names: list[str], most: int = 5) -> str:
+    shown = ", ".join(f"`{name:.100}`" for name in names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
