@@ -378,7 +378,7 @@ def _resolve_head(
         return replace(config, tie_word_embeddings=True), {}
     if not config.tie_word_embeddings or embedding not in tensors:
         return config, {}
-    if not _equal(tensors[head], tensors[embedding]):
+    if not same_bytes(tensors[head], tensors[embedding]):
         raise CheckpointError(
             f"{folder}: config.json has `tie_word_embeddings`=true, but `{head}` differs from `{embedding}`. Set the "
             "flag to false if the checkpoint has a head of its own."
@@ -386,7 +386,8 @@ def _resolve_head(
     return config, {head: embedding}
 
 
-def _equal(first: Tensor, second: Tensor) -> bool:
+def same_bytes(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors have the same dtype, shape and values."""
     if (first.dtype, first.shape) != (second.dtype, second.shape):
         return False
     return all(

@@ -36,8 +36,13 @@ class Family:
 
 
 def _like_llama(dialect: Dialect) -> Family:
-    config, unread = (partial(read, dialect=dialect) for read in (LlamaConfig.from_json, unread_keys))
-    return Family(config, unread, Llama, weight_map, partition)
+    return Family(
+        partial(LlamaConfig.from_json, dialect=dialect),
+        partial(unread_keys, dialect=dialect),
+        Llama,
+        weight_map,
+        partition,
+    )
 
 
 FAMILIES = {
