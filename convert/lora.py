@@ -47,7 +47,7 @@ class MergedTensor(ComputedTensor):
 
     def read(self, out: np.ndarray, start: int) -> None:
         """See `Tensor.read`."""
-        weight = np.empty(out.shape, np.float32)
+        weight = np.empty(out.shape, np.float64 if self.weight.dtype == np.float64 else np.float32)
         self.weight.read_into(weight, start)
         out[...] = weight + self.scaling * self._product(start, len(out))
 

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -26,12 +26,13 @@ from jaxgen.base import tensor_shards
 from jaxgen.folder import CheckpointError, check_name, holds, read_json
 from jaxgen.models import FAMILIES, Family
 from jaxgen.models.int8 import Int8, quantised
-from jaxgen.safetensors_file import DTYPES, Tensor
+from jaxgen.safetensors_file import DTYPES, STORED, Tensor
 
 MANIFEST = "jaxgen.json"
 NATIVE_FORMAT = 2
 INDEX = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+BASE_PREFIX = "model."  # of the tensors of a model that has a head
 _MOST_LAYERS = 256  # Llama 405B has 126, and what is read before a refusal is to stay short
 BUNDLED_MODEL = Path(__file__).parent / "stories"
 
@@ -199,12 +200,19 @@ class Source:
 
     @property
     def dtype(self) -> np.dtype:
-        """What `load` holds the weights in by default."""
+        """What `load` holds the weights in by default; float32 for float64, which JAX has in a mode of its own only."""
+        if self.is_float64:
+            return np.dtype(np.float32)
         named = self.raw.get("dtype") or self.raw.get("torch_dtype")
         try:
             return weights_dtype(named) if named else self.own_dtype("embed_tokens.weight")
         except ValueError as error:
             raise CheckpointError(f"{self.folder / 'config.json'}: {error} Or pass another to `load`.") from error
+
+    @property
+    def is_float64(self) -> bool:
+        named = self.raw.get("dtype") or self.raw.get("torch_dtype")
+        return str(named or self.own_dtype("embed_tokens.weight")) == "float64"
 
     def own_dtype(self, path: str) -> np.dtype:
         """The dtype that holds all tensors of a parameter without loss."""
@@ -308,9 +316,11 @@ def _account(
         _check_numbers(config)
     except ValueError as error:
         raise CheckpointError(f"{folder}: {error}") from error
-    if unreadable := sorted({str(t.dtype) for t in tensors.values()} - set(map(str, DTYPES.values()))):
-        raise CheckpointError(f"{folder} holds tensors of dtype {unreadable}; jaxgen reads {list(DTYPES)}.")
+    if unreadable := sorted({str(t.dtype) for t in tensors.values()} - set(map(str, STORED.values()))):
+        raise CheckpointError(f"{folder} holds tensors of dtype {unreadable}; jaxgen reads {list(STORED)}.")
     head, embedding = ("lm_head.weight", "embed_tokens.weight" if native else "model.embed_tokens.weight")
+    if not native:
+        tensors = _with_names_of(replace(config, tie_word_embeddings=False), family, tensors)
     config, copies = _resolve_head(folder, raw, config, tensors, head, embedding)
     config, resized = _resolve_vocabulary(config, tensors, head, embedding)
     wanted = family.weight_map(config)
@@ -322,9 +332,10 @@ def _account(
     _match_shapes(folder, {name: leaf.shape for name, leaf in named_leaves(model)}, wanted, used)
     pieces = {path: [tensors[name] for name in sources] for path, sources in wanted.items()}
     oddities = (*resized, *_unread_keys(family, unquantised), *_oddities(raw), *_odd_buffers(config, buffers))
-    return Source(
-        folder, raw, family, model, pieces, buffers, copies, native, tuple(f"{folder}: {each}" for each in oddities)
-    )
+    source = Source(folder, raw, family, model, pieces, buffers, copies, native, ())
+    if source.is_float64:
+        oddities = *oddities, "its weights are float64. They are held as float32, unless `dtype` says otherwise."
+    return replace(source, warnings=tuple(f"{folder}: {each}" for each in oddities))
 
 
 def _parse_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | None) -> tuple[Family, Any, Any]:
@@ -361,6 +372,22 @@ def _check_numbers(config: Any) -> None:
         value = getattr(config, each.name)
         if (type(value) is int and value >= 1 << 31) or (type(value) is float and not math.isfinite(value)):
             raise ValueError(f"`{each.name}`={value!r} in config.json is too large.")
+
+
+def _with_names_of(config: Any, family: Family, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors under the names that the model with a head has for them.
+
+    A model without its head names them without the prefix. As transformers 5.23 `rename_source_key`, name by name.
+    """
+    known = {name for sources in family.weight_map(config).values() for name in sources}
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        others = (name.removeprefix(BASE_PREFIX), BASE_PREFIX + name)
+        new = name if name in known else next((other for other in others if other in known), name)
+        if new != name and new not in tensors and new not in found:  # of two for one place, one has no use
+            name, tensor = new, replace(cast(Any, tensor), name=new)
+        found[name] = tensor
+    return found
 
 
 def _resolve_head(
