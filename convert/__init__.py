@@ -102,7 +102,7 @@ def convert_checkpoint(
         copied = _copied(partial, others, config)
         partial.write(INDEX, index(files).encode())
         hashes = {name: digest.sha256 for name, digest in sorted(digests.items())}
-        exact = wanted is None and readable is folder
+        exact = wanted is None and readable is folder and merge_lora is None
         partial.write(MANIFEST, manifest(source, hashes, copied, exact=exact).encode())
         if identity(folder) != before:
             raise CheckpointError(f"{folder} changed while it was converted. Begin again.")

@@ -10,7 +10,17 @@ from typing import Any, cast
 import numpy as np
 
 from jaxgen import __version__
-from jaxgen.checkpoint import INDEX, MANIFEST, NATIVE_FORMAT, SINGLE_FILE, Source, listed, named_leaves, weight_files
+from jaxgen.checkpoint import (
+    BASE_PREFIX,
+    INDEX,
+    MANIFEST,
+    NATIVE_FORMAT,
+    SINGLE_FILE,
+    Source,
+    listed,
+    named_leaves,
+    weight_files,
+)
 from jaxgen.folder import CheckpointError, check_name, file_in, holds, parse_json, read_text
 from jaxgen.safetensors_file import NAMES, StoredTensor, Tensor, header, header_text
 
@@ -193,6 +203,11 @@ def _original_files(folder: Path, tensors: Mapping[str, Tensor], origin: Mapping
     return files
 
 
+def _name_in(tensors: Mapping[str, Tensor], name: str) -> str:
+    """The name that loading gives to a tensor, as `checkpoint` has it."""
+    return next((each for each in (name, name.removeprefix(BASE_PREFIX), BASE_PREFIX + name) if each in tensors), name)
+
+
 def _original_file(name: str, text: str, tensors: dict[str, Tensor]) -> File:
     """One of them, whose tensors are taken from the table."""
     entries = parse_json(text)
@@ -201,7 +216,7 @@ def _original_file(name: str, text: str, tensors: dict[str, Tensor]) -> File:
     start = len(encoded).to_bytes(8, "little") + encoded
     pieces, end = [], 0
     for key, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
-        tensor = tensors.pop(key)
+        tensor = tensors.pop(_name_in(tensors, key))
         expected = {"dtype": NAMES[tensor.dtype], "shape": [*tensor.shape], "data_offsets": [end, end + tensor.nbytes]}
         if entry != expected:
             raise ValueError(f"`{key}` is {expected}, not {entry}")

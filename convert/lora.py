@@ -2,25 +2,30 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jaxgen.checkpoint import listed
+from jaxgen.checkpoint import listed, same_bytes
 from jaxgen.folder import CheckpointError, holds, read_json
-from jaxgen.safetensors_file import DTYPES, ComputedTensor, Tensor, read_header
+from jaxgen.safetensors_file import DTYPES, ComputedTensor, StoredTensor, Tensor, read_header
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 # What peft can do besides, where one of these is set.
 _UNSUPPORTED = (
-    "use_dora rank_pattern alpha_pattern modules_to_save layer_replication fan_in_fan_out alora_invocation_tokens "
-    "use_qalora use_bdlora trainable_token_indices target_parameters lora_bias arrow_config"
+    "use_dora rank_pattern alpha_pattern layer_replication fan_in_fan_out alora_invocation_tokens use_qalora "
+    "use_bdlora trainable_token_indices target_parameters lora_bias arrow_config ensure_weight_tying"
 ).split()
 # Beginnings that took something away from the base model's weights.
 _CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq")
+# How peft names the two factors, of a weight [out, in] and of an embedding, and what it saves of the layer below.
+_LINEAR, _EMBEDDING = (".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B")
+_BASE = ".base_layer.weight"
+_HEAD, _EMBEDDINGS = "lm_head.weight", ("lm_head.weight", "model.embed_tokens.weight")
+_MERGE_WITH_PEFT = "Merge the adapter with peft (`merge_and_unload`), and convert what it saves."
 
 
 @dataclass(frozen=True)
@@ -36,23 +41,48 @@ class MergedTensor(ComputedTensor):
     dtype: np.dtype
     shape: tuple[int, ...]
     weight: Tensor
-    down: Tensor
-    up: Tensor
+    down: StoredTensor
+    up: StoredTensor
     scaling: float
 
     def read(self, out: np.ndarray, start: int) -> None:
         """See `Tensor.read`."""
-        up = np.empty((len(out), *self.up.shape[1:]), np.float32)
-        down = np.empty(self.down.shape, np.float32)
-        self.up.read_into(up, start)
-        self.down.read_into(down)
-        weight = np.empty(out.shape, np.float32)
+        weight = np.empty(out.shape, np.float64 if self.weight.dtype == np.float64 else np.float32)
         self.weight.read_into(weight, start)
-        out[...] = weight + self.scaling * (up @ down)
+        out[...] = weight + self.scaling * self._product(start, len(out))
+
+    def _product(self, start: int, count: int) -> np.ndarray:
+        return _read(self.up, start, count) @ _read(self.down)
+
+
+@dataclass(frozen=True)
+class MergedEmbedding(MergedTensor):
+    """An embedding [vocabulary, hidden], whose factors peft has transposed.
+
+    Attributes:
+        down: [rank, vocabulary].
+        up: [hidden, rank].
+    """
+
+    def _product(self, start: int, count: int) -> np.ndarray:
+        rank, vocabulary = self.down.shape
+        flat = replace(self.down, shape=(rank * vocabulary,))
+        rows = np.stack([_read(flat, row * vocabulary + start, count) for row in range(rank)], axis=1)
+        return rows @ _read(self.up).T
+
+
+def _read(tensor: Tensor, start: int = 0, count: int | None = None) -> np.ndarray:
+    """Rows as float32; all of them by default."""
+    out = np.empty((tensor.rows if count is None else count, *tensor.shape[1:]), np.float32)
+    tensor.read_into(out, start)
+    return out
 
 
 def merged(pieces: Mapping[str, list[Tensor]], folder: Path) -> dict[str, list[Tensor]]:
-    """The tensors of a model with an adapter added to them.
+    """The tensors of a model with an adapter added to them, as peft merges it.
+
+    Weights that the adapter brings whole, as `modules_to_save` or since the vocabulary grew, take the place of the
+    model's own.
 
     Args:
         pieces: parameter path -> its tensors.
@@ -67,48 +97,92 @@ def merged(pieces: Mapping[str, list[Tensor]], folder: Path) -> dict[str, list[T
         raise CheckpointError(f"{folder} holds no {_WEIGHTS}. Save the adapter as safetensors; its pickle is not read.")
     config = read_json(folder, _CONFIG)
     scaling = _scaling(folder, config)
-    tensors = read_header(folder, _WEIGHTS)
+    tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in read_header(folder, _WEIGHTS).items()}
     weights = {tensor.name: tensor for parts in pieces.values() for tensor in parts}
+    for module in config.get("modules_to_save") or []:
+        if not any(f".{module}." in f".{name}" for name in tensors):
+            raise CheckpointError(f"{folder} names {module!r} in `modules_to_save`, but holds no tensor of it.")
+    if _HEAD not in weights:
+        tensors = _without_shared_copy(folder, tensors)
     changed: dict[str, Tensor] = {}
-    for name in [name for name in tensors if name.endswith(".lora_A.weight")]:
-        module = name.removesuffix(".lora_A.weight")
-        target = weights.get(module.removeprefix(_PREFIX) + ".weight")
-        down, up = tensors.pop(name), tensors.pop(f"{module}.lora_B.weight", None)
-        if target is None or up is None or len(target.shape) != 2:
-            raise CheckpointError(f"{folder}: `{name}` has no weight in this model to go to, or no `lora_B` beside it.")
-        _check_shapes(folder, target, down, up, config["r"])
-        changed[target.name] = MergedTensor(target.name, target.dtype, target.shape, target, down, up, scaling)
+    for name in [name for name in tensors if name.removesuffix(_BASE) + ".weight" in weights or name in weights]:
+        target = weights[name if name in weights else name.removesuffix(_BASE) + ".weight"]
+        changed[target.name] = _replacement(folder, target, tensors.pop(name))
+    for kind, (first, second) in ((MergedTensor, _LINEAR), (MergedEmbedding, _EMBEDDING)):
+        for name in [name for name in tensors if name.endswith(first)]:
+            module = name.removesuffix(first)
+            target = changed.get(f"{module}.weight", weights.get(f"{module}.weight"))
+            down, up = tensors.pop(name), tensors.pop(module + second, None)
+            if target is None or up is None or len(target.shape) != 2:
+                raise CheckpointError(
+                    f"{folder}: `{name}` has no weight in this model to go to, or no `{second[1:]}` beside it."
+                )
+            _check_shapes(folder, target.shape if kind is MergedTensor else target.shape[::-1], down, up, config["r"])
+            changed[target.name] = kind(target.name, target.dtype, target.shape, target, down, up, scaling)
     if tensors or not changed:
-        raise CheckpointError(
-            f"{folder} holds {listed(sorted(tensors))}, which only weights [out, in] have a place for."
-        )
+        raise CheckpointError(f"{folder} holds {listed(sorted(tensors))}, which jaxgen cannot add. {_MERGE_WITH_PEFT}")
+    _check_vocabulary(folder, weights | changed)
     return {path: [changed.get(part.name, part) for part in parts] for path, parts in pieces.items()}
+
+
+def _without_shared_copy(folder: Path, tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Of an adapter for a model whose head is its embedding, which must stay so."""
+    touched = sorted({name for name in tensors for each in _EMBEDDINGS if name.startswith(each.removesuffix("weight"))})
+    if not touched:
+        return dict(tensors)
+    head, embedding = (tensors.get(name) for name in _EMBEDDINGS)
+    if len(touched) > 2 or head is None or embedding is None or not same_bytes(head, embedding):
+        raise CheckpointError(
+            f"{folder} changes {listed(touched)}, but the model has one weight for its embedding and its head "
+            "(`tie_word_embeddings`), and the two would no longer be the same. Give the base model a head of its own "
+            "with transformers (`model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())`, "
+            "`model.config.tie_word_embeddings = False`, `save_pretrained`), and merge into that."
+        )
+    return {name: tensor for name, tensor in tensors.items() if name != _HEAD}
+
+
+def _replacement(folder: Path, target: Tensor, tensor: StoredTensor) -> Tensor:
+    """A weight that the adapter brings, in the place of the model's own."""
+    resizable = target.name in _EMBEDDINGS and len(tensor.shape) == 2
+    rows = tensor.shape[0] if resizable else target.rows
+    if tensor.shape != (rows, *target.shape[1:]) or tensor.dtype not in DTYPES.values():
+        raise CheckpointError(
+            f"{folder}: `{tensor.name}` of {tensor.dtype} {tensor.shape} does not fit `{target.name}` {target.shape}. "
+            + _MERGE_WITH_PEFT
+        )
+    return replace(tensor, name=target.name)
+
+
+def _check_vocabulary(folder: Path, weights: Mapping[str, Tensor]) -> None:
+    rows = {name: weights[name].rows for name in _EMBEDDINGS if name in weights}
+    if len({*rows.values()}) > 1:
+        raise CheckpointError(f"{folder} resizes one of {rows} (rows) and leaves the other alone. {_MERGE_WITH_PEFT}")
 
 
 def _scaling(folder: Path, config: Mapping[str, Any]) -> float:
     """What the product of the two matrices is multiplied with."""
     if config.get("peft_type") != "LORA":
-        raise CheckpointError(f"{folder}: `peft_type`={config.get('peft_type')!r} is not 'LORA'. Merge it with peft.")
+        raise CheckpointError(f"{folder}: `peft_type`={config.get('peft_type')!r} is not 'LORA'. {_MERGE_WITH_PEFT}")
     for key in _UNSUPPORTED:
         if config.get(key):
-            raise CheckpointError(f"{folder}: `{key}`={config[key]!r} is not supported. Merge the adapter with peft.")
+            raise CheckpointError(f"{folder}: `{key}`={config[key]!r} is not supported. {_MERGE_WITH_PEFT}")
     if str(config.get("init_lora_weights")).lower().startswith(_CHANGES_THE_BASE):
         raise CheckpointError(
             f"{folder}: with `init_lora_weights`={config['init_lora_weights']!r} the adapter belongs to a changed base "
-            "model. Merge it with peft."
+            "model. " + _MERGE_WITH_PEFT
         )
     if config.get("bias", "none") != "none":
-        raise CheckpointError(f"{folder}: `bias`={config['bias']!r} is not supported. Merge the adapter with peft.")
+        raise CheckpointError(f"{folder}: `bias`={config['bias']!r} is not supported. {_MERGE_WITH_PEFT}")
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float) or not abs(alpha) < 1e30:
         raise CheckpointError(f"{folder}: `r`={rank!r} and `lora_alpha`={alpha!r} must be numbers, `r` at least 1.")
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def _check_shapes(folder: Path, target: Tensor, down: Tensor, up: Tensor, rank: int) -> None:
-    (rows, columns), wanted = target.shape, set(DTYPES.values())
+def _check_shapes(folder: Path, shape: tuple[int, ...], down: Tensor, up: Tensor, rank: int) -> None:
+    (rows, columns), wanted = shape, set(DTYPES.values())
     if (up.shape, down.shape) != ((rows, rank), (rank, columns)) or not {up.dtype, down.dtype} <= wanted:
         raise CheckpointError(
-            f"{folder}: `{up.name}` {up.shape} and `{down.name}` {down.shape} do not fit `{target.name}` "
-            f"{target.shape} with `r`={rank}."
+            f"{folder}: `{up.name}` {up.shape} and `{down.name}` {down.shape} do not fit a weight {shape} with "
+            f"`r`={rank}."
         )

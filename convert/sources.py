@@ -60,10 +60,15 @@ def converted_config(source: Source, dtype: np.dtype | None) -> bytes:
     """config.json as it is, or with what the conversion changed."""
     content = dict(source.raw)
     quantised = [content.pop(key) for key in KEYS if key in content]
-    if dtype is None and not any(quantised):
+    rows = source.pieces["embed_tokens.weight"][0].rows
+    resized = rows != source.abstract.config.vocab_size  # by an adapter
+    if dtype is not None or any(quantised):
+        name = str(dtype or source.own_dtype("layers.0.self_attn.qkv_proj.weight"))
+        content |= {key: name for key in ("dtype", "torch_dtype") if key in content} or {"dtype": name}
+    elif not resized:
         return file_in(source.folder, "config.json").read_bytes()
-    name = str(dtype or source.own_dtype("layers.0.self_attn.qkv_proj.weight"))
-    content |= {key: name for key in ("dtype", "torch_dtype") if key in content} or {"dtype": name}
+    if resized:
+        content["vocab_size"] = rows
     return json.dumps(content, indent=2).encode() + b"\n"
 
 

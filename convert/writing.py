@@ -310,7 +310,7 @@ def _finished(journal: TextIO, folder: Path, fingerprint: str) -> dict[tuple[str
 def _largest_magnitude(values: np.ndarray) -> tuple[int, int]:
     """The largest of the values' magnitudes as an integer, and the one that infinity has."""
     bits = 8 * values.dtype.itemsize
-    exponent = {"bfloat16": 8, "float16": 5, "float32": 8}.get(str(values.dtype))
+    exponent = {"bfloat16": 8, "float16": 5, "float32": 8, "float64": 11}.get(str(values.dtype))
     if exponent is None or not values.size:  # a buffer of another dtype
         return int(bool(np.any(values))), 2
     integers = values.reshape(-1).view(f"u{bits // 8}")

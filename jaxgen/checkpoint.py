@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -26,12 +26,13 @@ from jaxgen.base import tensor_shards
 from jaxgen.folder import CheckpointError, check_name, holds, read_json
 from jaxgen.models import FAMILIES, Family
 from jaxgen.models.int8 import Int8, quantised
-from jaxgen.safetensors_file import DTYPES, Tensor
+from jaxgen.safetensors_file import DTYPES, STORED, Tensor
 
 MANIFEST = "jaxgen.json"
 NATIVE_FORMAT = 2
 INDEX = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+BASE_PREFIX = "model."  # of the tensors of a model that has a head
 _MOST_LAYERS = 256  # Llama 405B has 126, and what is read before a refusal is to stay short
 BUNDLED_MODEL = Path(__file__).parent / "stories"
 
@@ -100,6 +101,8 @@ def from_config(
     check_quantize(quantize)
     raw = config if isinstance(config, Mapping) else config.to_dict()
     family, parsed, generation_config = _parse_config(raw, None)
+    for message in _unread_keys(family, raw):
+        warnings.warn(message, stacklevel=2)
     key = jax.random.key(key) if isinstance(key, int) else key
     model = _random_model(family, parsed, weights_dtype(dtype), quantize is not None, key)
     model.generation_config = generation_config
@@ -197,12 +200,19 @@ class Source:
 
     @property
     def dtype(self) -> np.dtype:
-        """What `load` holds the weights in by default."""
+        """What `load` holds the weights in by default; float32 for float64, which JAX has in a mode of its own only."""
+        if self.is_float64:
+            return np.dtype(np.float32)
         named = self.raw.get("dtype") or self.raw.get("torch_dtype")
         try:
             return weights_dtype(named) if named else self.own_dtype("embed_tokens.weight")
         except ValueError as error:
             raise CheckpointError(f"{self.folder / 'config.json'}: {error} Or pass another to `load`.") from error
+
+    @property
+    def is_float64(self) -> bool:
+        named = self.raw.get("dtype") or self.raw.get("torch_dtype")
+        return str(named or self.own_dtype("embed_tokens.weight")) == "float64"
 
     def own_dtype(self, path: str) -> np.dtype:
         """The dtype that holds all tensors of a parameter without loss."""
@@ -306,10 +316,12 @@ def _account(
         _check_numbers(config)
     except ValueError as error:
         raise CheckpointError(f"{folder}: {error}") from error
-    if unreadable := sorted({str(t.dtype) for t in tensors.values()} - set(map(str, DTYPES.values()))):
-        raise CheckpointError(f"{folder} holds tensors of dtype {unreadable}; jaxgen reads {list(DTYPES)}.")
+    if unreadable := sorted({str(t.dtype) for t in tensors.values()} - set(map(str, STORED.values()))):
+        raise CheckpointError(f"{folder} holds tensors of dtype {unreadable}; jaxgen reads {list(STORED)}.")
     head, embedding = ("lm_head.weight", "embed_tokens.weight" if native else "model.embed_tokens.weight")
-    config, copies = _resolve_head(folder, config, tensors, head, embedding)
+    if not native:
+        tensors = _with_names_of(replace(config, tie_word_embeddings=False), family, tensors)
+    config, copies = _resolve_head(folder, raw, config, tensors, head, embedding)
     config, resized = _resolve_vocabulary(config, tensors, head, embedding)
     wanted = family.weight_map(config)
     if native:
@@ -319,10 +331,11 @@ def _account(
     model = _abstract(family, config, generation_config, mesh)
     _match_shapes(folder, {name: leaf.shape for name, leaf in named_leaves(model)}, wanted, used)
     pieces = {path: [tensors[name] for name in sources] for path, sources in wanted.items()}
-    oddities = (*resized, *_oddities(raw), *_odd_buffers(config, buffers))
-    return Source(
-        folder, raw, family, model, pieces, buffers, copies, native, tuple(f"{folder}: {each}" for each in oddities)
-    )
+    oddities = (*resized, *_unread_keys(family, unquantised), *_oddities(raw), *_odd_buffers(config, buffers))
+    source = Source(folder, raw, family, model, pieces, buffers, copies, native, ())
+    if source.is_float64:
+        oddities = *oddities, "its weights are float64. They are held as float32, unless `dtype` says otherwise."
+    return replace(source, warnings=tuple(f"{folder}: {each}" for each in oddities))
 
 
 def _parse_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | None) -> tuple[Family, Any, Any]:
@@ -331,7 +344,7 @@ def _parse_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | None) 
     if str(raw.get("model_type")) not in FAMILIES:
         raise ValueError(f"`model_type`={raw.get('model_type')!r} is not supported; it may be one of {list(FAMILIES)}.")
     family = FAMILIES[raw["model_type"]]
-    config = family.config(raw, frozenset(generation_class().to_dict()))
+    config = family.config(raw, _generation_fields())
     try:
         if generation is not None:
             return family, config, generation_class.from_dict(dict(generation))
@@ -339,6 +352,18 @@ def _parse_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | None) 
     except Exception as error:  # whatever transformers makes of values that make no sense
         name = "config.json" if generation is None else "generation_config.json"
         raise ValueError(f"transformers cannot read the generation config in {name} ({error!r}).") from error
+
+
+def _generation_fields() -> frozenset[str]:
+    return frozenset(lazy.transformers().GenerationConfig().to_dict())
+
+
+def _unread_keys(family: Family, raw: Mapping[str, Any]) -> Iterator[str]:
+    if keys := family.unread_keys(raw, _generation_fields()):
+        yield (
+            f"config.json has {listed(keys, most=40)}. Neither transformers nor jaxgen reads these keys in a "
+            f"{raw['model_type']}: the model is the same without them."
+        )
 
 
 def _check_numbers(config: Any) -> None:
@@ -349,15 +374,38 @@ def _check_numbers(config: Any) -> None:
             raise ValueError(f"`{each.name}`={value!r} in config.json is too large.")
 
 
+def _with_names_of(config: Any, family: Family, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors under the names that the model with a head has for them.
+
+    A model without its head names them without the prefix. As transformers 5.23 `rename_source_key`, name by name.
+    """
+    known = {name for sources in family.weight_map(config).values() for name in sources}
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        others = (name.removeprefix(BASE_PREFIX), BASE_PREFIX + name)
+        new = name if name in known else next((other for other in others if other in known), name)
+        if new != name and new not in tensors and new not in found:  # of two for one place, one has no use
+            name, tensor = new, replace(cast(Any, tensor), name=new)
+        found[name] = tensor
+    return found
+
+
 def _resolve_head(
-    folder: Path, config: Any, tensors: Mapping[str, Tensor], head: str, embedding: str
+    folder: Path, raw: Mapping[str, Any], config: Any, tensors: Mapping[str, Tensor], head: str, embedding: str
 ) -> tuple[Any, dict[str, str]]:
     """A missing head is the embedding's, whatever the config says; a head beside a tied flag must equal it."""
     if head not in tensors:
+        if not config.tie_word_embeddings and any(
+            str(name).endswith("Model") for name in raw.get("architectures") or []
+        ):
+            raise CheckpointError(
+                f"{folder} holds a model without a head (`architectures`={raw['architectures']!r}, no `{head}`). Save "
+                "the model with its language modelling head."
+            )
         return replace(config, tie_word_embeddings=True), {}
     if not config.tie_word_embeddings or embedding not in tensors:
         return config, {}
-    if not _equal(tensors[head], tensors[embedding]):
+    if not same_bytes(tensors[head], tensors[embedding]):
         raise CheckpointError(
             f"{folder}: config.json has `tie_word_embeddings`=true, but `{head}` differs from `{embedding}`. Set the "
             "flag to false if the checkpoint has a head of its own."
@@ -365,7 +413,8 @@ def _resolve_head(
     return config, {head: embedding}
 
 
-def _equal(first: Tensor, second: Tensor) -> bool:
+def same_bytes(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors have the same dtype, shape and values."""
     if (first.dtype, first.shape) != (second.dtype, second.shape):
         return False
     return all(
@@ -527,6 +576,6 @@ def weights_dtype(dtype: jax.typing.DTypeLike) -> np.dtype:
         raise ValueError(f"`dtype`={dtype!r} is not supported; it may be one of {names}.") from error
 
 
-def listed(names: list[str]) -> str:
-    shown = ", ".join(f"`{name}`" for name in names[:5])
-    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
+def listed(names: list[str], most: int = 5) -> str:
+    shown = ", ".join(f"`{name:.100}`" for name in names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

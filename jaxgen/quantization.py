@@ -149,7 +149,7 @@ def _wide_dtype(tensors: Mapping[str, Tensor], raw: Mapping[str, Any]) -> np.dty
     """The dtype of the config, else that of the embedding, else bfloat16."""
     known = {str(dtype): dtype for dtype in DTYPES.values()}
     named = str(raw.get("dtype") or raw.get("torch_dtype")).removeprefix("torch.")
-    embedding = tensors.get("model.embed_tokens.weight")
+    embedding = next((tensor for name, tensor in tensors.items() if name.endswith("embed_tokens.weight")), None)
     if named not in known and embedding is not None and embedding.dtype in known.values():
         return embedding.dtype
     return known.get(named, known["bfloat16"])

@@ -18,15 +18,16 @@ from safetensors import SafetensorError, safe_open
 
 from jaxgen.folder import LARGEST_JSON, CheckpointError, file_in, parse_json
 
-# What weights may be held in.
+# What weights may be held in, and what they may be stored in.
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+STORED = DTYPES | {"F64": np.dtype(np.float64)}
 FLOAT8 = {"F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn)}
 # What a file may hold, such as old buffers or the parts of quantised weights.
 _ALL = (
-    DTYPES
+    STORED
     | FLOAT8
     | {"F8_E5M2": np.dtype(ml_dtypes.float8_e5m2), "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu)}
-    | {"F64": np.dtype(np.float64), "BOOL": np.dtype(np.bool), "C64": np.dtype(np.complex64)}
+    | {"BOOL": np.dtype(np.bool), "C64": np.dtype(np.complex64)}
     | {f"{kind.upper()}{bits}": np.dtype(f"{kind}{bits // 8}") for kind in "iu" for bits in (8, 16, 32, 64)}
 )
 NAMES = {dtype: name for name, dtype in _ALL.items()}
@@ -143,7 +144,7 @@ def read_header(folder: Path, name: str) -> dict[str, StoredTensor]:
         raise CheckpointError(f"{path} cannot be read as safetensors ({error}). Download it again.") from error
     header.pop("__metadata__", None)
     if unreadable := sorted({entry["dtype"] for entry in header.values()} - set(_ALL)):
-        raise CheckpointError(f"{path} holds tensors of dtype {unreadable}; jaxgen reads {list(DTYPES)}.")
+        raise CheckpointError(f"{path} holds tensors of dtype {unreadable}; jaxgen reads {list(STORED)}.")
     start = 8 + len(text.encode())
     return {
         name: StoredTensor(path, name, _ALL[entry["dtype"]], tuple(entry["shape"]), start + entry["data_offsets"][0])

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from jaxgen.safetensors_file import StoredTensor
 INDEX = "model.safetensors.index.json"
 TENSORS = random_tensors()
 TIED = CONFIG | {"tie_word_embeddings": True}
+NORM = "model.norm.weight"
 
 each_dtype = pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 
@@ -174,8 +176,72 @@ def test_other_dtypes_are_refused_by_name(dtype: str, tmp_path: Path) -> None:
         jaxgen.load(write_checkpoint(tmp_path), dtype)
     with pytest.raises(ValueError, match=f"`dtype`='{dtype}'.*bfloat16"):
         jaxgen.from_config(CONFIG, dtype=dtype)
-    with pytest.raises(CheckpointError, match=f"`dtype`='{dtype}'.*bfloat16"):
-        jaxgen.load(write_checkpoint(tmp_path, CONFIG | {"dtype": dtype}))
+    if dtype != "float64":
+        with pytest.raises(CheckpointError, match=f"`dtype`='{dtype}'.*bfloat16"):
+            jaxgen.load(write_checkpoint(tmp_path, CONFIG | {"dtype": dtype}))
+
+
+@pytest.mark.parametrize("named", [{}, {"torch_dtype": "float64"}], ids=str)
+def test_float64_is_held_as_float32_with_a_warning_or_as_what_is_asked_for(named: Any, tmp_path: Path) -> None:
+    wide = random_tensors(dtype=np.float64)
+    folder = write_checkpoint(tmp_path, CONFIG | named, wide)
+    with pytest.warns(UserWarning, match="its weights are float64. They are held as float32"):
+        assert_holds(jaxgen.load(folder), wide, np.float32)
+    with pytest.warns(UserWarning, match="float64"):
+        assert_holds(jaxgen.load(folder, "bfloat16"), wide, "bfloat16")
+
+
+def test_float64_that_the_config_wants_in_another_dtype_is_cast_without_a_word(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, CONFIG | {"dtype": "float16"}, random_tensors(dtype=np.float64))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_holds(jaxgen.load(folder), random_tensors(dtype=np.float64), np.float16)
+
+
+# Names
+
+
+BASE_NAMES = {name.removeprefix("model."): tensor for name, tensor in TENSORS.items()}
+RENAMED: dict[str, tuple[dict[str, Any], Tensors]] = {
+    "the base model's": ({}, BASE_NAMES),
+    "the base model's, and its class": ({"architectures": ["LlamaModel"]}, BASE_NAMES),
+    "the base model's, tied": (
+        {"architectures": ["LlamaModel"], "tie_word_embeddings": True},
+        {name: tensor for name, tensor in BASE_NAMES.items() if name != "lm_head.weight"},
+    ),
+    "some of the base model's": (
+        {},
+        {name if ".1." in name else name.removeprefix("model."): tensor for name, tensor in TENSORS.items()},
+    ),
+    "all below a model": ({}, {f"model.{name}": tensor for name, tensor in TENSORS.items()}),
+}
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("names", RENAMED)
+def test_names_that_transformers_finds_a_place_for_are_found_here(names: str, tmp_path: Path) -> None:
+    changes, tensors = RENAMED[names]
+    model = jaxgen.load(write_checkpoint(tmp_path, CONFIG | changes, tensors))
+    assert_holds(model, random_tensors(TIED) if "tie_word_embeddings" in changes else TENSORS, np.float32)
+    ids = np.array([[5, 6, 7]])
+    np.testing.assert_allclose(model(jnp.asarray(ids)), torch_logits(torch_model(tmp_path), ids), atol=1e-4)
+
+
+def test_two_tensors_for_one_place_are_refused(tmp_path: Path, refused: Callable[[Path, str], None]) -> None:
+    for number, name in enumerate((NORM.removeprefix("model."), f"model.{NORM}")):
+        refused(
+            write_checkpoint(tmp_path / str(number), tensors=TENSORS | {name: np.ones(32, np.float32)}), f"`{name}`"
+        )
+    twice = {f"model.{NORM}": TENSORS[NORM], NORM.removeprefix("model."): TENSORS[NORM]}
+    others = {name: tensor for name, tensor in TENSORS.items() if name != NORM}
+    refused(write_checkpoint(tmp_path / "twice", tensors=others | twice), "`norm.weight`")
+
+
+def test_a_base_model_that_is_not_tied_has_no_head_to_be_guessed(
+    tmp_path: Path, refused: Callable[[Path, str], None]
+) -> None:
+    headless = {name: tensor for name, tensor in BASE_NAMES.items() if name != "lm_head.weight"}
+    refused(write_checkpoint(tmp_path, CONFIG | {"architectures": ["LlamaModel"]}, headless), "without a head.*LlamaMo")
 
 
 # Generation config
@@ -213,9 +279,6 @@ def refused(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, str], None]:
     return check
 
 
-NORM = "model.norm.weight"
-
-
 @pytest.mark.parametrize(
     ("name", "tensor", "named"),
     [
@@ -230,7 +293,6 @@ NORM = "model.norm.weight"
         ("lm_head.weight", np.ones((49, 32), np.float32), r"`lm_head.weight` has shape \(49, 32\).*\(48, 32\)"),
         (NORM, np.ones(32, ml_dtypes.float8_e4m3fn), "8-bit floats.*`quantization_config`"),
         (NORM, np.ones(32, np.int32), "int32.*BF16"),
-        (NORM, np.ones(32, np.float64), "float64.*BF16"),
     ],
 )
 def test_tensors_that_do_not_make_the_model_are_refused_by_name(

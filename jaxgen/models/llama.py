@@ -17,7 +17,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jaxgen.base import Internals, rows_axis, tensor_shards
 from jaxgen.kv_cache import KVCache
-from jaxgen.models import rope
+from jaxgen.models import config_keys, rope
 from jaxgen.models.layers import Embed, HostOnly, Linear, RMSNorm, attend, unfuse
 from jaxgen.models.rope import Rope
 
@@ -47,13 +47,6 @@ _TYPES = dict.fromkeys((*_POSITIVE, "max_window_layers"), int) | {
 # Where null is a value, and not the absence of one: as many heads as there are, and no window.
 _NULLABLE = frozenset({"num_key_value_heads", "sliding_window"})
 _ROPE = ("rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings")
-# Read elsewhere, or without effect on a forward pass.
-_NO_EFFECT = frozenset(
-    "model_type architectures dtype torch_dtype transformers_version _name_or_path use_cache attention_dropout "
-    "bos_token_id eos_token_id pad_token_id return_dict id2label label2id chunk_size_feed_forward tokenizer_class "
-    "_attn_implementation_autoset _attn_implementation is_llama_config transformers.js_config unsloth_version "
-    "unsloth_fixed pretraining_tp max_sequence_length task_specific_params auto_map".split()
-)
 
 
 @dataclass(frozen=True)
@@ -65,6 +58,7 @@ class Dialect:
         architecture: the class in transformers.
         defaults: the keys that may be left out, and what they then are in transformers 5.24.
         fixed: the flags of `LlamaConfig` for which the family has no key, since they are always the same.
+            transformers does not read such a key, whatever it says.
         spellings: other names of the architecture.
     """
 
@@ -73,6 +67,11 @@ class Dialect:
     defaults: Mapping[str, Any] = field(compare=False)
     fixed: Mapping[str, bool] = field(compare=False)
     spellings: tuple[str, ...] = field(default=(), compare=False)
+
+    @property
+    def base_architecture(self) -> str:
+        """The class without a head, whose tensors have no prefix."""
+        return self.architecture.replace("ForCausalLM", "Model")
 
 
 # What every family may leave out, and what it then is in most of them.
@@ -143,7 +142,8 @@ class LlamaConfig:
 
         Args:
             raw: the parsed file.
-            generation_fields: the names that belong to the generation config, where old files kept them.
+            generation_fields: the names that belong to the generation config, where old files kept them; see
+                `unread_keys`.
             dialect: of the family.
 
         Raises:
@@ -151,7 +151,8 @@ class LlamaConfig:
         """
         given = {key: value for key, value in raw.items() if value is not None or key in _NULLABLE}
         values = {**dialect.defaults, **given}
-        _refuse_unhandled(values, generation_fields, dialect)
+        _refuse_unhandled(values, dialect)
+        unread_keys(raw, generation_fields, dialect)
         for key in (*_REQUIRED, *dialect.defaults):
             value, kind = values.get(key), _TYPES.get(key)
             # JSON tells 1 from true, and 1e-5 may be written as a whole number.
@@ -192,30 +193,46 @@ class LlamaConfig:
         return raw
 
 
-def _refuse_unhandled(values: Mapping[str, Any], generation_fields: frozenset[str], dialect: Dialect) -> None:
+def unread_keys(
+    raw: Mapping[str, Any], generation_fields: frozenset[str] = frozenset(), dialect: Dialect = LLAMA
+) -> list[str]:
+    """The keys of a `config.json` that change nothing, since nobody reads them; see `config_keys`.
+
+    Args:
+        raw, generation_fields, dialect: as in `LlamaConfig.from_json`.
+
+    Raises:
+        ValueError: naming a key that would change something and is not implemented.
+    """
+    implemented = {*dialect.defaults, *_REQUIRED, *_ROPE, "partial_rotary_factor", *generation_fields, *dialect.fixed}
+    contradicted = [key for key, value in dialect.fixed.items() if raw.get(key) not in (None, value)]
+    if "layer_types" not in dialect.defaults and raw.get("layer_types") is not None:
+        implemented.add("layer_types")
+        _check_layer_types(raw, dialect)
+    return [*contradicted, *config_keys.unread_keys(raw, implemented), *rope.unread_keys(raw)]
+
+
+def _check_layer_types(raw: Mapping[str, Any], dialect: Dialect) -> None:
+    """For a family without this key: transformers' cache reads it in a Llama, and a Mistral with it is a Ministral."""
+    kinds = raw["layer_types"]
+    count = len(kinds) if isinstance(kinds, list | tuple) and all(kind == FULL for kind in kinds) else None
+    if "sliding_window" in dialect.defaults or count != raw.get("num_hidden_layers"):
+        raise ValueError(
+            f"`layer_types`={kinds!r:.200} in config.json makes another architecture of a {dialect.model_type}, which "
+            "jaxgen does not implement. Run this model with transformers."
+        )
+
+
+def _refuse_unhandled(values: Mapping[str, Any], dialect: Dialect) -> None:
     if quantization := values.get("quantization_config"):
         method = quantization.get("quant_method", "unnamed") if isinstance(quantization, dict) else quantization
         raise ValueError(f"the checkpoint is quantised (`quant_method`={method!r}). Use the unquantised original.")
-    names = dialect.architecture, *dialect.spellings
+    names = dialect.architecture, *dialect.spellings, dialect.base_architecture
     if values.get("architectures") not in (None, *([name] for name in names)):
         raise ValueError(
             f"`architectures`={values['architectures']!r} in config.json is not ['{dialect.architecture}']. Save the "
             "model with its language modelling head."
         )
-    known = {*dialect.defaults, *_REQUIRED, *_ROPE, *_NO_EFFECT, *generation_fields}
-    for key, value in values.items():
-        if key in dialect.fixed:
-            if value != dialect.fixed[key]:
-                raise ValueError(
-                    f"config.json has `{key}`={value!r}, but it is {dialect.fixed[key]!r} in every "
-                    f"{dialect.model_type}, and transformers ignores the key. Remove it from the file."
-                )
-        # A falsy value is how configs say that a feature is off, and rotating all of each head is what Llama does.
-        elif key not in known and value and (key, value) != ("partial_rotary_factor", 1):
-            raise ValueError(
-                f"config.json has `{key}`={value!r}, which jaxgen does not know and which may change the computation. "
-                "If it does not, remove it from the file."
-            )
 
 
 def _windows(settings: Mapping[str, Any]) -> tuple[int | None, tuple[str, ...]]:

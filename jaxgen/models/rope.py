@@ -206,6 +206,9 @@ TYPES: dict[str, type[Any]] = {
     "llama3": Llama3,
 }
 _DEFAULT_THETA = 10000.0
+_SPELLINGS = ("rope_parameters", "rope_scaling")
+# The original context is what types without scaling leave alone, and a part of each head is looked at for itself.
+_READ_WITH_ANY_TYPE = ("rope_theta", "original_max_position_embeddings", "partial_rotary_factor")
 
 
 def _powers(theta: Any, head_dim: int) -> Any:
@@ -225,9 +228,9 @@ def from_config(raw: Mapping[str, Any], head_dim: int) -> Rope:
     the two spellings must say the same in both: reading only one of them is how scaling gets lost without a word.
 
     Raises:
-        ValueError: on an unknown type, a missing or unknown key, or two spellings that disagree.
+        ValueError: on an unknown type, a missing key, or two spellings that disagree.
     """
-    spellings = [name for name in ("rope_parameters", "rope_scaling") if raw.get(name)]
+    spellings = [name for name in _SPELLINGS if raw.get(name)]
     ropes = {_from_parameters(raw, name, raw[name], head_dim) for name in spellings}
     if len(ropes) > 1:
         raise ValueError(
@@ -244,7 +247,37 @@ def to_config(rope: Rope) -> dict[str, Any]:
     return {"rope_type": name} | {k: v for k, v in given.items() if k not in ("head_dim", "max_position_embeddings")}
 
 
-def _from_parameters(raw: Mapping[str, Any], name: str, parameters: Mapping[str, Any], head_dim: int) -> Rope:
+def unread_keys(raw: Mapping[str, Any]) -> list[str]:
+    """The rotary parameters of a `config.json` that its `rope_type` does not read, as "rope_scaling.attn_factor".
+
+    Raises:
+        ValueError: on an unknown type, or on parameters for each kind of layer.
+    """
+    found = []
+    for name in [name for name in _SPELLINGS if raw.get(name)] or [""]:
+        rope_type, given = _type_and_values(name, raw.get(name) or {})
+        if given.get("partial_rotary_factor", raw.get("partial_rotary_factor")) not in (None, 1):
+            key = "partial_rotary_factor"
+            if rope_type != "default":
+                raise ValueError(
+                    f"`{key}` of config.json rotates a part of each head with `rope_type`={rope_type!r}, which "
+                    "transformers cannot do in this family either. Remove it."
+                )
+            found.append(f"{name}.{key}" if key in given else key)
+        known = {*_READ_WITH_ANY_TYPE, *(field.name for field in fields(TYPES[rope_type]))}
+        for key in [key for key in given if key not in known]:
+            if isinstance(given[key], Mapping):
+                raise ValueError(
+                    f"`{name}`={raw[name]!r:.200} of config.json has parameters for each kind of layer, which jaxgen "
+                    "does not implement."
+                )
+            if given[key]:
+                found.append(f"{name}.{key}")
+    return [*dict.fromkeys(found)]
+
+
+def _type_and_values(name: str, parameters: Any) -> tuple[str, dict[str, Any]]:
+    """The `rope_type` that rotary parameters name, and the others that hold something."""
     if not isinstance(parameters, Mapping):
         raise ValueError(f"`{name}`={parameters!r} of config.json must be an object of rotary parameters.")
     given = {key: value for key, value in parameters.items() if value is not None}
@@ -253,9 +286,11 @@ def _from_parameters(raw: Mapping[str, Any], name: str, parameters: Mapping[str,
         raise ValueError(f"`{name}` of config.json has both `type` and `rope_type`, and they differ: {parameters!r}.")
     if str(rope_type) not in TYPES:
         raise ValueError(f"`rope_type`={rope_type!r} in config.json is not supported; it may be one of {list(TYPES)}.")
-    # 1 says nothing; anything else would rotate a part of each head, which Llama does not do.
-    if given.get("partial_rotary_factor") == 1:
-        given.pop("partial_rotary_factor")
+    return rope_type, given
+
+
+def _from_parameters(raw: Mapping[str, Any], name: str, parameters: Any, head_dim: int) -> Rope:
+    rope_type, given = _type_and_values(name, parameters)
     longest = raw["max_position_embeddings"]
     original = given.get("original_max_position_embeddings", raw.get("original_max_position_embeddings")) or longest
     values = given | {
@@ -270,8 +305,6 @@ def _from_parameters(raw: Mapping[str, Any], name: str, parameters: Mapping[str,
                 f"config.json has `{key}`={raw[key]!r} beside `{name}` with {values[key]!r}. Remove the wrong one."
             )
     required = {field.name: field.default is MISSING for field in fields(TYPES[rope_type])}
-    if unknown := [key for key in given if key not in {*required, "rope_theta", "original_max_position_embeddings"}]:
-        raise ValueError(f"`{name}` of config.json has keys that `rope_type`={rope_type!r} does not know: {unknown}.")
     if missing := [key for key in required if required[key] and key not in values]:
         raise ValueError(f"`{name}` of config.json lacks {missing}, which `rope_type`={rope_type!r} needs.")
     checked = {key: _number(key, values[key], head_dim) for key in required if key in values}

@@ -101,6 +101,10 @@ def _with_a_tokenizer(folder: Path) -> Path:
 
 
 _REVERSED = dict(reversed(random_tensors().items()))
+_BASE_NAMES = {name.removeprefix("model."): tensor for name, tensor in random_tensors().items()}
+_SOME_BASE_NAMES = {
+    name if ".1." in name else name.removeprefix("model."): tensor for name, tensor in random_tensors().items()
+}
 _TIED_TENSORS = random_tensors(TIED)
 _LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 _LLAMA3 |= {"original_max_position_embeddings": 32, "rope_theta": 500000.0}
@@ -137,6 +141,9 @@ LAYOUTS: dict[str, Callable[[Path], Path]] = {
     "odd header": _with_odd_header,
     "bare index": _with_bare_index,
     "a folder within": _in_a_folder_within,
+    "float64": of_tensors(random_tensors(dtype=np.float64)),
+    "names of the base model": of_tensors(_BASE_NAMES),
+    "names of the base model in some files": of_tensors(_SOME_BASE_NAMES, shards=2),
     "snapshot of the hub": _as_a_snapshot_of_the_hub,
     "other weights beside": _with_other_weights_beside,
     "tokenizer and templates": _with_a_tokenizer,

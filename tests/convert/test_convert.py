@@ -214,7 +214,7 @@ def test_the_manifest_names_every_tensor_of_the_source_once_and_every_parameter(
 @pytest.mark.parametrize(
     ("manifest", "named"),
     [
-        (None, "holds .* tensors|lacks `model.embed_tokens.weight`"),
+        (None, "lacks `model.layers.0.self_attn.q_proj.weight`"),
         ("", "jaxgen.json cannot be read"),
         ("{}", "format None"),
         ('{"format": 1}', "format 1, and this jaxgen reads 2"),

@@ -9,8 +9,11 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from checkpoints import CONFIG as MODEL_CONFIG
 from checkpoints import Tensors, random_tensors, write_checkpoint, write_json, write_safetensors
 from jaxgen.convert.lora import MergedTensor
+from oracle import torch_model
+from safetensors.numpy import load_file
 
 import jaxgen
 from jaxgen import CheckpointError, convert
@@ -93,7 +96,8 @@ def test_a_weight_larger_than_a_block_gets_the_product_of_its_own_rows(tmp_path:
         ({"use_dora": True}, "use_dora"),
         ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
         ({"alpha_pattern": {"q_proj": 8}}, "alpha_pattern"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"modules_to_save": ["lm_head"]}, "`modules_to_save`, but holds no tensor of it"),
+        ({"ensure_weight_tying": True}, "ensure_weight_tying"),
         ({"bias": "all"}, "`bias`='all'"),
         ({"peft_type": "IA3"}, "'IA3'"),
         ({"init_lora_weights": "pissa_niter_16"}, "pissa"),
@@ -118,6 +122,11 @@ def test_adapters_of_another_kind_are_refused_by_name(changes: dict[str, Any], n
         ("base_model.model.model.layers.0.self_attn.k_proj.lora_B.weight", np.ones((16, RANK), np.float32)),
         ("base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight", None),
         ("base_model.model.model.embed_tokens.lora_embedding_A", np.ones((RANK, 48), np.float32)),
+        ("base_model.model.score.weight", np.ones((2, 32), np.float32)),
+        ("base_model.model.model.norm.weight", np.ones(31, np.float32)),
+        ("base_model.model.lm_head.weight", np.ones((52, 32), np.float32)),
+        ("base_model.model.lm_head.weight", np.ones((48, 31), np.float32)),
+        ("base_model.model.model.norm.weight", np.ones(32, np.int32)),
         ("base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector", np.ones(32, np.float32)),
     ],
 )
@@ -140,3 +149,132 @@ def test_a_folder_without_an_adapter_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"holds no adapter_config\.json"):
         convert.convert_checkpoint(base, tmp_path / "converted", merge_lora=base)
     assert json.loads((base / "config.json").read_text())
+
+
+# Embeddings, heads and what an adapter brings whole. The names are those that peft 0.21 writes.
+
+PREFIX = "base_model.model."
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+SCALING = ALPHA / RANK
+
+
+def drawn(*shape: int) -> np.ndarray:
+    return np.random.default_rng(shape).standard_normal(shape, np.float32)
+
+
+def base_layer(name: str, values: np.ndarray) -> Tensors:
+    return {f"{PREFIX}{name.removesuffix('.weight')}.base_layer.weight": values}
+
+
+HEAD_FACTORS = {f"{PREFIX}lm_head.lora_A.weight": drawn(RANK, 32), f"{PREFIX}lm_head.lora_B.weight": drawn(48, RANK)}
+EMBEDDING_FACTORS = {
+    f"{PREFIX}model.embed_tokens.lora_embedding_A": drawn(RANK, 48),
+    f"{PREFIX}model.embed_tokens.lora_embedding_B": drawn(32, RANK),
+}
+HEAD_DELTA = SCALING * HEAD_FACTORS[f"{PREFIX}lm_head.lora_B.weight"] @ HEAD_FACTORS[f"{PREFIX}lm_head.lora_A.weight"]
+EMBEDDING_DELTA = SCALING * (drawn(32, RANK) @ drawn(RANK, 48)).T
+BASE = random_tensors()
+BROUGHT: dict[str, tuple[Tensors, Tensors]] = {
+    "a head": (HEAD_FACTORS | base_layer(HEAD, BASE[HEAD]), {HEAD: BASE[HEAD] + HEAD_DELTA}),
+    "a head without its base": (HEAD_FACTORS, {HEAD: BASE[HEAD] + HEAD_DELTA}),
+    "a head on another base": (HEAD_FACTORS | base_layer(HEAD, drawn(48, 32)), {HEAD: drawn(48, 32) + HEAD_DELTA}),
+    "an embedding": (
+        EMBEDDING_FACTORS | base_layer(EMBEDDING, BASE[EMBEDDING]),
+        {EMBEDDING: BASE[EMBEDDING] + EMBEDDING_DELTA},
+    ),
+    "a head and a norm that were trained whole": (
+        {PREFIX + HEAD: drawn(48, 32), f"{PREFIX}model.norm.weight": drawn(32)},
+        {HEAD: drawn(48, 32), "model.norm.weight": drawn(32)},
+    ),
+    "more tokens": (
+        {PREFIX + HEAD: drawn(52, 32), PREFIX + EMBEDDING: drawn(52, 32) + 1},
+        {HEAD: drawn(52, 32), EMBEDDING: drawn(52, 32) + 1},
+    ),
+}
+
+
+def merged_weights(base: Path, folder: Path, target: Path) -> Tensors:
+    """The tensors of the Hugging Face folder that a merge comes to."""
+    convert.convert_checkpoint(base, target / "converted", merge_lora=folder)
+    convert.convert_to_hugging_face(target / "converted", target / "back")
+    jaxgen.load(target / "converted")
+    return load_file(target / "back" / "model.safetensors")
+
+
+@pytest.mark.parametrize("what", BROUGHT)
+@pytest.mark.filterwarnings("error")
+def test_what_an_adapter_brings_besides_the_layers_is_merged(what: str, tmp_path: Path) -> None:
+    brought, expected = BROUGHT[what]
+    base = write_checkpoint(tmp_path / "base", tensors=BASE)
+    folder = write_adapter(tmp_path / "adapter", adapter() | brought)
+    found = merged_weights(base, folder, tmp_path)
+    for name, values in expected.items():
+        np.testing.assert_allclose(found[name], values, rtol=1e-6, atol=1e-6)
+    assert found["model.layers.0.self_attn.q_proj.weight"].shape == (32, 32)
+    vocabulary = json.loads((tmp_path / "converted" / "config.json").read_text())["vocab_size"]
+    assert vocabulary == len(expected.get(HEAD, BASE[HEAD]))
+
+
+def test_an_adapter_of_nothing_but_whole_weights_does_not_pass_for_the_original(tmp_path: Path) -> None:
+    base = write_checkpoint(tmp_path / "base", tensors=BASE)
+    folder = write_adapter(tmp_path / "adapter", {PREFIX + HEAD: drawn(48, 32)}, modules_to_save=["lm_head"])
+    np.testing.assert_array_equal(merged_weights(base, folder, tmp_path)[HEAD], drawn(48, 32))
+    convert.verify(tmp_path / "converted")
+
+
+TIED = {
+    "a head": (HEAD_FACTORS, r"`lm_head\.lora_A\.weight`.*tie_word_embeddings.*head of its own"),
+    "an embedding": (EMBEDDING_FACTORS, r"`model\.embed_tokens\.lora_embedding_A`"),
+    "an embedding that was trained whole": ({PREFIX + EMBEDDING: drawn(48, 32)}, r"`model\.embed_tokens\.weight`"),
+    "both, and they differ": (
+        {PREFIX + EMBEDDING: drawn(48, 32), PREFIX + HEAD: drawn(48, 32) + 1},
+        "`lm_head.weight`",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", TIED)
+def test_what_a_tied_model_cannot_hold_apart_is_refused_with_the_way_out(what: str, tmp_path: Path) -> None:
+    brought, named = TIED[what]
+    config = MODEL_CONFIG | {"tie_word_embeddings": True}
+    base, folder = write_checkpoint(tmp_path / "base", config), write_adapter(tmp_path / "adapter", adapter() | brought)
+    with pytest.raises(CheckpointError, match=named):
+        convert.convert_checkpoint(base, tmp_path / "converted", merge_lora=folder)
+
+
+def test_a_tied_model_gets_more_tokens_from_an_adapter_whose_head_is_its_embedding(tmp_path: Path) -> None:
+    base = write_checkpoint(tmp_path / "base", MODEL_CONFIG | {"tie_word_embeddings": True})
+    brought = {PREFIX + name: drawn(52, 32) for name in (HEAD, EMBEDDING)}
+    found = merged_weights(base, write_adapter(tmp_path / "adapter", adapter() | brought), tmp_path)
+    np.testing.assert_array_equal(found[EMBEDDING], drawn(52, 32))
+    assert HEAD not in found
+
+
+PEFT_CASES: list[dict[str, Any]] = [
+    {"target_modules": ["q_proj", "lm_head"]},
+    {"target_modules": ["v_proj", "embed_tokens", "lm_head"]},
+    {"target_modules": "all-linear", "modules_to_save": ["lm_head", "embed_tokens", "norm"]},
+    {"target_modules": ["down_proj"], "use_rslora": True},
+]
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("options", PEFT_CASES, ids=str)
+def test_the_merge_is_that_of_peft(options: dict[str, Any], tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    import torch
+
+    base = write_checkpoint(tmp_path / "base", tensors=BASE)
+    model = peft.get_peft_model(
+        torch_model(base), peft.LoraConfig(r=RANK, lora_alpha=ALPHA, init_lora_weights=False, **options)
+    )
+    for name, parameter in model.named_parameters():
+        if "modules_to_save" in name:
+            parameter.data += torch.randn_like(parameter)
+    model.save_pretrained(tmp_path / "adapter")
+    theirs = peft.PeftModel.from_pretrained(torch_model(base), tmp_path / "adapter").merge_and_unload()
+    found = merged_weights(base, tmp_path / "adapter", tmp_path)
+    expected = theirs.state_dict()
+    assert found.keys() == expected.keys()
+    for name, values in found.items():
+        np.testing.assert_allclose(values, expected[name].numpy(), rtol=1e-5, atol=1e-5, err_msg=name)

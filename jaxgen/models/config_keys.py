@@ -1,0 +1,63 @@
+"""Which keys of a `config.json` count: one policy for all families.
+
+A key can change the computation only if transformers reads it, in the classes of the family or in the code that all of
+its models share. So every key is of one of these kinds:
+
+- the family implements it;
+- it is in `READ_BY_TRANSFORMERS`: the shared code reads it and jaxgen does not implement it. A value that changes
+  something is refused;
+- nobody reads it. The folder loads as it does in transformers, and one warning lists such keys.
+
+A test records which keys the installed transformers reads, so that a key it begins to read does not go unnoticed.
+"""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+# Read elsewhere, or bookkeeping: nobody needs to hear of them.
+NO_EFFECT = frozenset(
+    "model_type architectures dtype torch_dtype transformers_version _name_or_path name_or_path _commit_hash use_cache "
+    "attention_dropout bos_token_id eos_token_id pad_token_id return_dict id2label label2id chunk_size_feed_forward "
+    "tokenizer_class _attn_implementation_autoset _attn_implementation attn_implementation is_llama_config "
+    "transformers.js_config unsloth_version unsloth_fixed pretraining_tp max_sequence_length task_specific_params "
+    "auto_map".split()
+)
+# Same as transformers 5.23 `PreTrainedConfig`, its masks, caches and loading; with the values that change nothing.
+READ_BY_TRANSFORMERS: dict[str, tuple[Any, ...]] = {
+    "is_causal": (True,),
+    "is_encoder_decoder": (None, False),
+    "sliding_window": (None,),
+    "attention_chunk_size": (None,),
+    "kv_sharing_modes": (None, []),
+    "per_layer_config": (None, {}),
+    "tie_last_hidden_states": (None, True),
+    "transformers_weights": (None,),
+    "fusion_config": (None, {}),
+    "text_config": (None,),
+    "decoder": (None,),
+    "generator": (None,),
+    "text_encoder": (None,),
+    "attribute_map": (None, {}),
+    "_rope_type_labels": (None, []),
+}
+
+
+def unread_keys(raw: Mapping[str, Any], implemented: Collection[str]) -> list[str]:
+    """The keys of a config.json that hold something and that neither transformers nor jaxgen reads.
+
+    Args:
+        raw: the parsed file.
+        implemented: the keys that the family implements.
+
+    Raises:
+        ValueError: naming a key that transformers reads and jaxgen does not implement.
+    """
+    others = {key: value for key, value in raw.items() if key not in implemented and key not in NO_EFFECT}
+    for key, value in others.items():
+        if key in READ_BY_TRANSFORMERS and value not in READ_BY_TRANSFORMERS[key]:
+            raise ValueError(
+                f"config.json has `{key}`={value!r:.200}, which changes the computation in transformers. jaxgen does "
+                "not implement it: run this model with transformers."
+            )
+    # A value that is false or empty is how configs say that a feature is off.
+    return [key for key, value in others.items() if value and key not in READ_BY_TRANSFORMERS]
