@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import importlib
 import itertools
+import pkgutil
 import subprocess
 import sys
 from pathlib import Path
@@ -100,7 +101,9 @@ def test_no_memory_is_left_uninitialised_on_the_device(file: Path) -> None:
 
 def test_no_two_pytrees_of_the_package_have_the_same_structure() -> None:
     """Or jit would now and then run the program of the one for the other."""
-    modules = [importlib.import_module(f"jaxgen.{file.stem}") for file in (ROOT / "jaxgen").glob("[a-z]*.py")]
+    names = [each.name for each in pkgutil.walk_packages(jaxgen.__path__, "jaxgen.") if "__main__" not in each.name]
+    modules = [importlib.import_module(name) for name in names]
+    assert {"jaxgen.kv_cache", "jaxgen.models.int8"} < {*names}
     classes = {each for module in modules for each in vars(module).values() if isinstance(each, type)}
     structures = []
     ours = (each for each in classes if each.__module__.startswith("jaxgen.") and dataclasses.is_dataclass(each))
@@ -140,10 +143,7 @@ def test_a_call_does_not_import_torch_where_it_is_installed() -> None:
     assert result.stdout == "False\n"
 
 
-def test_importing_jaxgen_imports_neither_torch_nor_transformers_and_takes_about_a_second() -> None:
-    program = (
-        "import sys, time; start = time.process_time(); import jaxgen; seconds = time.process_time() - start; "
-        "assert not {'torch', 'transformers'} & set(sys.modules); print(seconds)"
-    )
+def test_importing_jaxgen_imports_nothing_heavy() -> None:
+    program = "import sys, jaxgen; print({'torch', 'transformers', 'jax', 'flax', 'numpy'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert float(result.stdout) < 4  # about 1 on a quiet machine; processor time, with room for a busy one
+    assert result.stdout == "set()\n"

