@@ -67,6 +67,7 @@ def test_weights_and_cache_are_those_of_the_programs_to_the_byte(changes: dict[s
     [
         {"batch": 4, "prompt_tokens": 256},  # scores are what counts
         {"batch": 32, "prompt_tokens": 32},  # units of the MLP are
+        {"batch": 2, "prompt_tokens": 1024},  # units again, since the scores are those of some columns at a time
         {"batch": 4, "prompt_tokens": 128, "num_beams": 4},
         {"batch": 4, "prompt_tokens": 256, "dtype": "bfloat16"},  # whose weights XLA:CPU widens
     ],
