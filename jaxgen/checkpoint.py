@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from jaxgen import lazy, quantization, safetensors_file
-from jaxgen.base import tensor_shards
+from jaxgen.base import no_mesh, tensor_shards
 from jaxgen.folder import CheckpointError, check_name, holds, read_json
 from jaxgen.models import FAMILIES, Family
 from jaxgen.models.int8 import Int8, quantised
@@ -100,8 +100,9 @@ def from_config(
     check_quantize(quantize)
     raw = config if isinstance(config, Mapping) else config.to_dict()
     family, parsed, generation_config = _parse_config(raw, None)
-    key = jax.random.key(key) if isinstance(key, int) else key
-    model = _random_model(family, parsed, weights_dtype(dtype), quantize is not None, key)
+    with no_mesh():
+        key = jax.random.key(key) if isinstance(key, int) else key
+        model = _random_model(family, parsed, weights_dtype(dtype), quantize is not None, key)
     model.generation_config = generation_config
     return model
 

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from jaxgen import lazy
-from jaxgen.base import Model, Prompt, Strategy, leaf, row_shards
+from jaxgen.base import Model, Prompt, Strategy, leaf, no_mesh, row_shards
 from jaxgen.callbacks import HostCriterion, HostFunctions, for_criterion
 from jaxgen.decoding import DecodeState, finalize
 from jaxgen.generation_config import Resolved, resolve, warn_once
@@ -104,7 +104,7 @@ def generate(
         tokenizer,
     )
     call = lower(model, inputs, generation_config, {**kwargs, **later}, custom)
-    with call.host.registered():
+    with _undisturbed(), call.host.registered():
         if streamer is None:
             state = finish(run(model, call, UNWATCHED))
         else:
@@ -159,7 +159,11 @@ atexit.register(lambda: [chunks.close() for chunks in list(_unread)])
 def _chunks(model: Model, call: "Call") -> Generator[np.ndarray, None, None]:
     new = NewTokens(call)
     with call.host.registered(), contextlib.closing(run(model, call, WATCHED)) as chunks:
-        for progress in chunks:
+        while True:
+            with _undisturbed():  # and only here, not in the code that reads the stream
+                progress = next(chunks, None)
+            if progress is None:
+                return
             if (tokens := new(progress)).shape[1]:
                 yield tokens
 
@@ -194,6 +198,16 @@ def prepare(model: Model, inputs: Any = None, generation_config: Any = None, **k
     if call.collect:
         raise ValueError(f"`decode` does not collect {[*call.collect]}. Use `generate`, or the model itself.")
     return call
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Without what callers have set JAX to for their own code: a mesh, and a guard against transfers.
+
+    A call takes NumPy arrays and returns them, so nobody who makes one is surprised by a transfer.
+    """
+    with no_mesh(), jax.transfer_guard("allow"):
+        yield
 
 
 @dataclass(frozen=True)
@@ -266,7 +280,8 @@ def lower(
     model: Model, inputs: Any, generation_config: Any, kwargs: dict[str, Any], custom: Custom | None = None
 ) -> Call:
     """From the arguments of `generate` to the arguments of `prefill` and `advance`; every check is in here."""
-    call = lower_for_any_device(model, inputs, generation_config, kwargs, custom)
+    with _undisturbed():
+        call = lower_for_any_device(model, inputs, generation_config, kwargs, custom)
     _check_memory(model, call)
     return call
 

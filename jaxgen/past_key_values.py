@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxgen.base import Cache, Model
+from jaxgen.base import Cache, Model, no_mesh
 
 
 class PastKeyValues(Sequence):
@@ -29,9 +29,10 @@ class PastKeyValues(Sequence):
     def __getitem__(self, layer: Any) -> Any:
         if isinstance(layer, slice):
             return [self[each] for each in range(len(self))[layer]]
-        heads = np.arange(self._cache.layer(0)[0].shape[1])[:, None]
+        heads = np.arange(self._cache.layer(0)[0].shape[1])[None, :, None]
         place = self._rows[:, None, None], heads, self._slots[:, None]
-        return tuple(array[place] for array in self._cache.layer(range(len(self))[layer]))
+        with no_mesh(), jax.transfer_guard("allow"):
+            return tuple(array[place] for array in self._cache.layer(range(len(self))[layer]))
 
     @property
     def batch_size(self) -> int:
