@@ -558,11 +558,12 @@ def _criterion(criterion: Any, host: HostFunctions, rows: int) -> Any:
         return criterion
     if takes_cur_len("stopping_criteria", criterion):
         return CustomCriterion(as_pytree(criterion), type(criterion))
+    number = host.add(for_criterion(criterion), "stopping_criteria")
     warn_once(
         "`stopping_criteria` runs as Python on the host: every step waits for it. A JAX function of (input_ids, "
         "scores, cur_len) is compiled into the decode instead."
     )
-    return HostCriterion(host.add(for_criterion(criterion)), leaf(rows, np.int32))
+    return HostCriterion(number, leaf(rows, np.int32))
 
 
 def _guidance(config: Resolved, custom: Custom) -> tuple[Any, list[Any]]:
