@@ -15,7 +15,8 @@ Dimension letters, used in every docstring of the package:
     H  head dimension
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 from typing import Any, Protocol, Self, TypeVar
 
@@ -23,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 from jax.tree_util import GetAttrKey, register_pytree_with_keys
 
 AnyClass = TypeVar("AnyClass", bound=type)
@@ -58,6 +59,30 @@ def pytree(cls: AnyClass) -> AnyClass:
 def leaf(value: Any, dtype: Any) -> Any:
     """A NumPy leaf of a traced pytree: the dispatch moves it to the device, where `jnp` would take one of its own."""
     return np.asarray(value, dtype)
+
+
+@contextmanager
+def no_mesh() -> Iterator[None]:
+    """Sets the mesh of the caller's `jax.set_mesh` aside: arrays and programs then are where the model's weights are.
+
+    JAX would spread what is made here over that mesh, and refuse to combine it with what is not. A `shard_map`, and
+    axes in a `jit` that XLA spreads by itself, stay as they are.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    aside: AbstractContextManager[Any] = nullcontext()
+    if not mesh.empty:
+        try:
+            aside = jax.set_mesh(None)
+        except ValueError:  # inside a `jit`
+            if all(kind == AxisType.Explicit for kind in mesh.axis_types):
+                aside = jax.sharding.use_abstract_mesh(AbstractMesh((), ()))
+    with aside:
+        yield
+
+
+def as_last(vector: jax.Array, x: jax.Array) -> jax.Array:
+    """[D] with as many dimensions as `x` [..., D], for users whose JAX refuses to combine arrays of different ranks."""
+    return jnp.expand_dims(vector, tuple(range(x.ndim - 1)))
 
 
 def step_buffers(names: Iterable[str], steps: int, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
@@ -127,7 +152,7 @@ class Prompt:
 
     def left_aligned(self, slots: int, fill: jax.typing.ArrayLike) -> jax.Array:
         """int32 [N, S]: the caller's prompt in the first `length` columns, `fill` in the others."""
-        return jnp.where(jnp.arange(slots) < self.length, self.moved_left(self.input_ids, slots), fill)
+        return jnp.where(jnp.arange(slots)[None] < self.length, self.moved_left(self.input_ids, slots), fill)
 
     def moved_left(self, array: jax.Array, slots: int) -> jax.Array:
         """[N, S, ...] of [N, P, ...]: the prompt's columns from the left, what was before it and zeros after it."""

@@ -144,7 +144,7 @@ class BeamSearch(Strategy):
         flat = candidates.sequences.reshape(-1, candidates.sequences.shape[2])
         hits = any_of(criteria, flat, scores, state.cur_len + 1).reshape(candidates.scores.shape)
 
-        alive = candidates.scores + hits * jnp.float32(NEVER)
+        alive = candidates.scores + jnp.where(hits, NEVER, 0)
         _, best = lax.top_k(alive, self.num_beams)
         running = replace(candidates, scores=alive).take(best)
         parents = take(sources, best)
@@ -199,13 +199,13 @@ class BeamSearch(Strategy):
     def _finish(self, candidates: Beams, state: BeamState) -> Beams:
         """The best of the finished beams and of the candidates that are finished; only the first b may be."""
         new_tokens = (state.cur_len + 1 - state.prompt_length).astype(jnp.float32)
-        just_finished = candidates.finished & (jnp.arange(self.num_candidates) < self.num_beams)
+        just_finished = candidates.finished & (jnp.arange(self.num_candidates) < self.num_beams)[None]
         full = state.finished.finished.all(axis=1, keepdims=True) & self.stop_when_full
         scores = candidates.scores / new_tokens**self.length_penalty
         # One after the other, as transformers adds them: what stays unfinished is ranked by these sums.
-        scores = scores + full * NEVER
-        scores = scores + ~state.improvable[:, None] * NEVER
-        scores = scores + ~just_finished * NEVER
+        scores = scores + jnp.where(full, NEVER, 0)
+        scores = scores + jnp.where(state.improvable[:, None], 0, NEVER)
+        scores = scores + jnp.where(just_finished, 0, NEVER)
         return state.finished.beside(replace(candidates, scores=scores, finished=just_finished)).best(self.num_beams)
 
     def _improvable(self, running: Beams, finished: Beams, state: BeamState) -> jax.Array:

@@ -80,7 +80,7 @@ class Beams:
             continued,
             sequences=write(continued.sequences, tokens[:, :, None], cur_len, axis=2),
             scores=scores,
-            beam_indices=write(continued.beam_indices, rows[:, :, None], step, axis=2),
+            beam_indices=write(continued.beam_indices, rows[:, :, None].astype(jnp.int32), step, axis=2),
         )
 
 

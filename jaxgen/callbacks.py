@@ -70,8 +70,21 @@ class HostFunctions:
     def __bool__(self) -> bool:
         return bool(self._functions)
 
-    def add(self, function: HostFunction) -> Any:
-        """The number that stands for the function in a program."""
+    def add(self, function: HostFunction, argument: str) -> Any:
+        """The number that stands for the function in a program.
+
+        Raises:
+            ValueError: if JAX has no CPU to call it on, naming the argument of `generate` that it came with.
+        """
+        try:
+            jax.local_devices(backend="cpu")
+        except RuntimeError as error:
+            platforms = jax.config.jax_platforms
+            raise ValueError(
+                f"`{argument}` runs as Python on the host, for which JAX needs its CPU beside the accelerator, but "
+                f"JAX_PLATFORMS is {platforms!r}. Set JAX_PLATFORMS={platforms},cpu, or pass a JAX function of "
+                "(input_ids, scores, cur_len)."
+            ) from error
 
         def guarded(input_ids: np.ndarray, scores: np.ndarray | None) -> np.ndarray:
             try:

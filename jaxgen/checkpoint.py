@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from jaxgen import lazy, quantization, safetensors_file
-from jaxgen.base import tensor_shards
+from jaxgen.base import no_mesh, tensor_shards
 from jaxgen.folder import CheckpointError, check_name, holds, read_json
 from jaxgen.models import FAMILIES, Family
 from jaxgen.models.int8 import Int8, quantised
@@ -103,8 +103,9 @@ def from_config(
     family, parsed, generation_config = _parse_config(raw, None)
     for message in _unread_keys(family, raw):
         warnings.warn(message, stacklevel=2)
-    key = jax.random.key(key) if isinstance(key, int) else key
-    model = _random_model(family, parsed, weights_dtype(dtype), quantize is not None, key)
+    with no_mesh():
+        key = jax.random.key(key) if isinstance(key, int) else key
+        model = _random_model(family, parsed, weights_dtype(dtype), quantize is not None, key)
     model.generation_config = generation_config
     return model
 

@@ -105,8 +105,8 @@ class ContrastiveSearch(Strategy):
             cur_len=prompt.length,
             prompt_length=prompt.length,
             tokens=jnp.zeros(whole * self.top_k, jnp.int32),
-            probabilities=jnp.zeros((rows, self.top_k)),
-            scores=jnp.zeros((rows, vocab_size)) if self.stopping_criteria else None,
+            probabilities=jnp.zeros((rows, self.top_k), jnp.float32),
+            scores=jnp.zeros((rows, vocab_size), jnp.float32) if self.stopping_criteria else None,
             chosen=jnp.zeros(whole, jnp.int32),
             context=prompt.moved_left(_unit(internals["hidden_states"][-1][:rows]), slots),
             compared=prompt.moved_left(prompt.attention_mask, slots),
@@ -133,7 +133,8 @@ class ContrastiveSearch(Strategy):
             tokens = jnp.where(state.finished[:, None], self.pad_token_id, tokens)
         write = lax.dynamic_update_slice_in_dim
         sequences = write(state.sequences, tokens, state.cur_len, axis=1)
-        scores = jnp.zeros((rows, 0)) if state.scores is None else state.scores  # only callers' criteria look at them
+        empty = jnp.zeros((rows, 0), jnp.float32)
+        scores = empty if state.scores is None else state.scores  # only callers' criteria look at them
         criteria = self.eos, self.max_length, *self.stopping_criteria
         finished = state.finished | any_of(criteria, sequences, scores, state.cur_len + 1)
         own = jnp.take_along_axis(hidden, chosen[:, None, None], axis=1)

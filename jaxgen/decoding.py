@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxgen.base import Cache, Internals, Model, Prompt, Strategy, StrategyState, pytree
+from jaxgen.base import Cache, Internals, Model, Prompt, Strategy, StrategyState, no_mesh, pytree
 
 logger = logging.getLogger(__name__)
 
@@ -79,9 +79,11 @@ def decode(model: Model, prompt: Prompt, strategy: Strategy, slots: int) -> Mapp
     columns = prompt.input_ids.shape[1]
     if slots <= columns:
         raise ValueError(f"`slots`={slots} leaves no room after a prompt of {columns} columns. Pass a larger number.")
-    prompt, strategy = jax.tree.map(jnp.asarray, (prompt, strategy))  # a tracer cannot index NumPy arrays
-    state = _prefill(model, prompt, strategy, slots)
-    return finalize(strategy, _advance(model, state, strategy, jnp.int32(strategy.forward_passes(slots - columns))))
+    with no_mesh():
+        prompt, strategy = jax.tree.map(jnp.asarray, (prompt, strategy))  # a tracer cannot index NumPy arrays
+        state = _prefill(model, prompt, strategy, slots)
+        n_steps = jnp.int32(strategy.forward_passes(slots - columns))
+        return finalize(strategy, _advance(model, state, strategy, n_steps))
 
 
 def finalize(strategy: Strategy, state: DecodeState) -> Mapping[str, Any]:

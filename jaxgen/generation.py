@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from jaxgen import lazy
-from jaxgen.base import Model, Prompt, Strategy, leaf, row_shards
+from jaxgen.base import Model, Prompt, Strategy, leaf, no_mesh, row_shards
 from jaxgen.callbacks import HostCriterion, HostFunctions, for_criterion
 from jaxgen.custom_generate import call_custom, call_repository, own_arguments
 from jaxgen.decoding import DecodeState, finalize
@@ -122,10 +122,11 @@ def generate(
         tokenizer,
     )
     call = lower(model, inputs, generation_config, {**others, **later}, custom)
-    with call.host.registered():
-        if callable(custom_generate):
-            _check_custom_generate(call, custom)
+    if callable(custom_generate):
+        _check_custom_generate(call, custom)
+        with call.host.registered():
             return call_custom(custom_generate, model, call, own)
+    with _undisturbed(), call.host.registered():
         if streamer is None:
             state = finish(run(model, call, UNWATCHED))
         else:
@@ -194,7 +195,11 @@ atexit.register(lambda: [chunks.close() for chunks in list(_unread)])
 def _chunks(model: Model, call: "Call") -> Generator[np.ndarray, None, None]:
     new = NewTokens(call)
     with call.host.registered(), contextlib.closing(run(model, call, WATCHED)) as chunks:
-        for progress in chunks:
+        while True:
+            with _undisturbed():  # and only here, not in the code that reads the stream
+                progress = next(chunks, None)
+            if progress is None:
+                return
             if (tokens := new(progress)).shape[1]:
                 yield tokens
 
@@ -229,6 +234,16 @@ def prepare(model: Model, inputs: Any = None, generation_config: Any = None, **k
     if call.collect:
         raise ValueError(f"`decode` does not collect {[*call.collect]}. Use `generate`, or the model itself.")
     return call
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Without what callers have set JAX to for their own code: a mesh, and a guard against transfers.
+
+    A call takes NumPy arrays and returns them, so nobody who makes one is surprised by a transfer.
+    """
+    with no_mesh(), jax.transfer_guard("allow"):
+        yield
 
 
 @dataclass(frozen=True)
@@ -321,7 +336,8 @@ def lower(
 
     For `reserve` see `padded_prompt`; it is for one row and one beam.
     """
-    call = lower_for_any_device(model, inputs, generation_config, kwargs, custom, reserve)
+    with _undisturbed():
+        call = lower_for_any_device(model, inputs, generation_config, kwargs, custom, reserve)
     _check_memory(model, call)
     return call
 
@@ -661,11 +677,12 @@ def _criterion(criterion: Any, host: HostFunctions, rows: int) -> Any:
         return criterion
     if takes_cur_len("stopping_criteria", criterion):
         return CustomCriterion(as_pytree(criterion), type(criterion))
+    number = host.add(for_criterion(criterion), "stopping_criteria")
     warn_once(
         "`stopping_criteria` runs as Python on the host: every step waits for it. A JAX function of (input_ids, "
         "scores, cur_len) is compiled into the decode instead."
     )
-    return HostCriterion(host.add(for_criterion(criterion)), leaf(rows, np.int32))
+    return HostCriterion(number, leaf(rows, np.int32))
 
 
 def _guidance(config: Resolved, custom: Custom) -> tuple[Any, list[Any]]:

@@ -150,7 +150,9 @@ class GroupBeamSearch(Strategy):
         if self.guidance_scale is None:
             scores = jax.nn.log_softmax(scores)
         by_group = scores.reshape(-1, self.num_beam_groups, self.group_size, scores.shape[1])
-        chosen = jnp.zeros((len(by_group), scores.shape[1]))  # how often each token was, by the groups before
+        chosen = jnp.zeros(
+            (len(by_group), scores.shape[1]), jnp.float32
+        )  # how often each token was, by the groups before
         found = []
         for place in range(self.num_beam_groups):
             penalised = by_group[:, place] - self.diversity_penalty * chosen[:, None]
@@ -193,7 +195,7 @@ class GroupBeamSearch(Strategy):
         totals = (scores + running.scores[:, :, None]).reshape(len(scores), -1)
         values, places, invalid = highest_few(totals, self.num_candidates)
         sources, tokens = places // vocab_size, places % vocab_size
-        ends = (tokens[:, :, None] == self.eos.eos_token_id).any(axis=2)
+        ends = (tokens[:, :, None] == self.eos.eos_token_id[None, None]).any(axis=2)
         tokens = jnp.where(ends, self.last_token, tokens)
         rows = jnp.arange(len(scores))[:, None] * self.num_beams + first + sources
         step = state.cur_len - state.prompt_length
@@ -210,7 +212,7 @@ class GroupBeamSearch(Strategy):
             local, next_tokens, jnp.where(done, 0, take(values, going_on)), rows, state.cur_len, step
         )
 
-        finishes = ends & (jnp.arange(self.num_candidates) < size) & ~done
+        finishes = ends & (jnp.arange(self.num_candidates) < size)[None] & ~done
         finished = group.finished.beside(self._scored(candidates, finishes, step + 1)).best(size)
         best = values[:, 0] / self._new_tokens(state).astype(jnp.float32) ** self.length_penalty
         hopeless = finished.scores[:, -1] >= best

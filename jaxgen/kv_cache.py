@@ -98,9 +98,9 @@ class KVCache:
             position_ids = jnp.where(attention_mask, counted, 0)
         valid = lax.dynamic_update_slice_in_dim(self.valid, attention_mask, self.length, axis=1)
         own_slot = self.length + jnp.arange(columns)
-        causal = jnp.arange(valid.shape[1]) <= own_slot[:, None]
+        causal = jnp.arange(valid.shape[1])[None] <= own_slot[:, None]
         cache = replace(self, valid=valid, length=self.length + columns, position=position_ids[:, -1] + 1)
-        return cache._numbered(own_slot), position_ids, valid[:, None, :] & causal
+        return cache._numbered(own_slot), position_ids, valid[:, None, :] & causal[None]
 
     def _numbered(self, own_columns: jax.Array) -> Self:
         """The cache whose last T slots hold int32 [T] columns."""
@@ -117,7 +117,7 @@ class KVCache:
         assert self.columns is not None, "made without `windowed`"
         width = mask.shape[1]
         own = lax.dynamic_slice_in_dim(self.columns, self.length - width, width)
-        return mask & (self.columns > own[:, None] - window)
+        return mask & (self.columns[None] > own[:, None] - window)[None]
 
     def skip(self, columns: jax.Array) -> Self:
         """The same cache, for a forward pass whose first int32 [] columns pad a bucket and are none of the text."""
@@ -180,7 +180,7 @@ class KVCache:
 
         def select(array: jax.Array) -> jax.Array:
             whole = array.reshape(len(self.valid), -1, *array.shape[-2:])
-            heads = jnp.arange(whole.shape[1])[:, None]
+            heads = jnp.arange(whole.shape[1])[None, :, None]
             taken = whole[rows[:, None, None], heads, slots[:, None]]
             return taken.reshape(*_without_ones(*taken.shape[:2]), *taken.shape[2:])
 
@@ -234,7 +234,7 @@ class BranchedCache(KVCache):
         """As `KVCache.extend`, for int32 [N, C] columns that go one to each branch and do not attend each other."""
         if position_ids is None:
             position_ids = self.position
-        own = jnp.eye(self.branches, dtype=bool) & attention_mask[:, None]
+        own = jnp.eye(self.branches, dtype=bool)[None] & attention_mask[:, None]
         valid = lax.dynamic_update_slice_in_dim(self.valid, own, self.length, axis=2)
         cache = replace(self, valid=valid, length=self.length + self.branches, position=position_ids + 1)
         if self.columns is not None:  # all of them continue the text by the same column
@@ -261,7 +261,7 @@ class BranchedCache(KVCache):
             kept = jnp.take_along_axis(columns, chosen[:, None, None, None], axis=2)
             return lax.dynamic_update_slice_in_dim(array, kept.reshape(*written.shape[:-2], 1, -1), start, axis=-2)
 
-        slots = jnp.arange(self.valid.shape[2])
+        slots = jnp.arange(self.valid.shape[2])[None, None]
         return replace(
             self,
             layers=tuple((keep(keys), keep(values)) for keys, values in self.layers),

@@ -101,9 +101,10 @@ class SequenceBias(LogitsProcessor):
         bias = jnp.broadcast_to(self.single, scores.shape)
         if len(self.last):
             places = cur_len - self.prefixes.shape[1] + jnp.arange(self.prefixes.shape[1])
-            recent = jnp.where(places >= 0, jnp.take(input_ids, places, axis=1, mode="clip"), -2)
-            matches = ((self.prefixes == -1) | (recent[:, None] == self.prefixes)).all(axis=-1)
-            bias = bias.at[:, self.last].add(jnp.where(matches, self.biases, 0), mode="drop")
+            recent = jnp.where(places[None] >= 0, jnp.take(input_ids, places, axis=1, mode="clip"), -2)
+            prefixes = self.prefixes[None]
+            matches = ((prefixes == -1) | (recent[:, None] == prefixes)).all(axis=-1)
+            bias = bias.at[:, self.last].add(jnp.where(matches, self.biases[None], 0), mode="drop")
         return scores + bias
 
 
@@ -158,7 +159,7 @@ class EncoderRepetitionPenalty(LogitsProcessor):
 def _seen(prompt: Prompt, first: jax.Array, vocab_size: int) -> jax.Array:
     """bool [N, V]: the tokens of each prompt from column `first` ([N, 1] or []) on."""
     rows, columns = prompt.input_ids.shape
-    ids = jnp.where(jnp.arange(columns) >= first, prompt.input_ids, vocab_size)
+    ids = jnp.where(jnp.arange(columns)[None] >= first, prompt.input_ids, vocab_size)
     return jnp.zeros((rows, vocab_size), bool).at[jnp.arange(rows)[:, None], ids].set(True, mode="drop")
 
 
@@ -226,7 +227,7 @@ class MinLength(LogitsProcessor):
     eos: jax.Array
 
     def __call__(self, input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array) -> jax.Array:
-        return jnp.where(self.eos & (cur_len < self.min_length), -jnp.inf, scores)
+        return jnp.where((self.eos & (cur_len < self.min_length))[None], -jnp.inf, scores)
 
 
 @pytree
@@ -243,7 +244,7 @@ class ForceTokensAt(LogitsProcessor):
     forced: jax.Array
 
     def __call__(self, input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array) -> jax.Array:
-        return jnp.where(cur_len == self.length, jnp.where(self.forced, 0.0, -jnp.inf), scores)
+        return jnp.where(cur_len == self.length, jnp.where(self.forced[None], 0.0, -jnp.inf), scores)
 
 
 @pytree
@@ -273,7 +274,7 @@ class ExponentialDecayLengthPenalty(LogitsProcessor):
     def __call__(self, input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array) -> jax.Array:
         late = jnp.maximum(cur_len - self.start, 0)
         raised = jnp.abs(scores) * (self.factor ** late.astype(jnp.float32) - 1)
-        return jnp.where(self.eos & (late > 0) & jnp.isfinite(scores), scores + raised, scores)
+        return jnp.where(self.eos[None] & (late > 0) & jnp.isfinite(scores), scores + raised, scores)
 
 
 @pytree
@@ -288,7 +289,7 @@ class SuppressTokens(LogitsProcessor):
     suppressed: jax.Array
 
     def __call__(self, input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array) -> jax.Array:
-        return jnp.where(self.suppressed, -jnp.inf, scores)
+        return jnp.where(self.suppressed[None], -jnp.inf, scores)
 
 
 @pytree
@@ -305,7 +306,7 @@ class SuppressTokensAtBegin(LogitsProcessor):
     suppressed: jax.Array
 
     def __call__(self, input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array) -> jax.Array:
-        return jnp.where(self.suppressed & (cur_len == self.begin), -jnp.inf, scores)
+        return jnp.where(self.suppressed[None] & (cur_len == self.begin), -jnp.inf, scores)
 
 
 @pytree
@@ -438,7 +439,7 @@ def _rising_mass_at_border(scores: jax.Array, p: jax.Array, below: jax.Array | f
 
     border = jnp.minimum(_highest_that(lambda x: mass_below(x) <= limit, len(scores)), bits.max(axis=1, keepdims=True))
     equal = bits == border
-    at_border = mass_below(border) + jnp.cumsum(equal, axis=1) * p
+    at_border = mass_below(border) + jnp.cumsum(equal, axis=1).astype(p.dtype) * p
     return jnp.where(equal, at_border, jnp.where(bits > border, jnp.inf, 0))
 
 
@@ -455,7 +456,7 @@ def _highest_that(holds: Callable[[jax.Array], jax.Array], rows: int) -> jax.Arr
     """
 
     def decide(place: jax.Array, found: jax.Array) -> jax.Array:
-        higher = found | jnp.uint32(1) << (31 - place).astype(jnp.uint32)
+        higher = found | jnp.uint32(1) << jnp.uint32(31 - place)
         return jnp.where(holds(higher), higher, found)
 
     return lax.fori_loop(0, 32, decide, jnp.zeros((rows, 1), jnp.uint32))

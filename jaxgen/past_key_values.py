@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgen import lazy
-from jaxgen.base import Cache, Model
+from jaxgen.base import Cache, Model, no_mesh
 
 
 class PastKeyValues(Sequence):
@@ -76,9 +76,10 @@ class PastKeyValues(Sequence):
     def __getitem__(self, layer: Any) -> Any:
         if isinstance(layer, slice):
             return [self[each] for each in range(len(self))[layer]]
-        heads = np.arange(self._cache.layer(0)[0].shape[1])[:, None]
+        heads = np.arange(self._cache.layer(0)[0].shape[1])[None, :, None]
         place = self._rows[:, None, None], heads, self._slots[:, None]
-        return tuple(array[place] for array in self._cache.layer(range(len(self))[layer]))
+        with no_mesh(), jax.transfer_guard("allow"):
+            return tuple(array[place] for array in self._cache.layer(range(len(self))[layer]))
 
     @property
     def batch_size(self) -> int:

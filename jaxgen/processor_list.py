@@ -153,11 +153,12 @@ def _code(function: Any) -> Any:
 
 
 def _on_host(function: Any, argument: str, host: HostFunctions, rows: int) -> HostProcessor:
+    number = host.add(function, argument)
     warn_once(
         f"`{argument}` runs as Python on the host: every step waits for it and copies the scores there and back. A "
         "JAX function of (input_ids, scores, cur_len) is compiled into the decode instead."
     )
-    return HostProcessor(host.add(function), leaf(rows, np.int32))
+    return HostProcessor(number, leaf(rows, np.int32))
 
 
 def warn_about_precedence(kind: str, custom: Any) -> None:

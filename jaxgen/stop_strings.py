@@ -94,17 +94,17 @@ class StopStrings:
         """bool [N] for int32 [N, S] tokens of which `cur_len` columns are valid."""
         columns = cur_len - 1 - jnp.arange(min(self.window, input_ids.shape[1]))  # the newest token first
         nobody = len(self.lengths) - 1
-        tokens = jnp.where(columns >= 0, jnp.take(input_ids, columns, axis=1, mode="clip"), nobody)
+        tokens = jnp.where(columns[None] >= 0, jnp.take(input_ids, columns, axis=1, mode="clip"), nobody)
         ends = self.overlaps[tokens[:, 0]].astype(jnp.int32)  # [N, M, E]
         earlier = jnp.cumsum(self.lengths[tokens[:, 1:]], axis=1)
         # How far each token reaches, for each way in which the newest may overlap the end.
         reached = jnp.concatenate(
             [ends[:, None], ends[:, None] + earlier[:, :, None, None]], axis=1
         )  # [N, window, M, E]
-        fits = (reached[:, :-1, :, None] == self.places[tokens[:, 1:]][..., None]).any(axis=3)
+        fits = (reached[:, :-1, :, None] == self.places[tokens[:, 1:]][..., None].astype(jnp.int32)).any(axis=3)
         fits = jnp.concatenate([ends[:, None] > 0, fits], axis=1)
         so_far = jnp.cumprod(fits, axis=1).astype(bool)
-        return ((reached >= self.targets[:, None]) & so_far).any(axis=(1, 2, 3))
+        return ((reached >= self.targets[None, None, :, None]) & so_far).any(axis=(1, 2, 3))
 
 
 def _table(strings: Sequence[dict[int, list[int]]], rows: int, bucket: Callable[[int], int]) -> Any:

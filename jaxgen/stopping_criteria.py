@@ -43,7 +43,7 @@ class EosToken:
     def __call__(self, input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array) -> jax.Array:
         """bool [N] for int32 [N, S] tokens of which `cur_len` columns are valid; `scores` [N, V] chose the last."""
         last = lax.dynamic_slice_in_dim(input_ids, cur_len - 1, 1, axis=1)
-        return (last == self.eos_token_id).any(axis=1)
+        return (last == self.eos_token_id[None]).any(axis=1)
 
 
 @pytree

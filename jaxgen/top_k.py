@@ -20,7 +20,7 @@ def highest_few(scores: jax.Array, count: int) -> tuple[jax.Array, jax.Array, ja
     if blocks.shape[1] <= 2 * count:
         return *_top_k(scores, count), invalid
     _, best = lax.top_k(maxima, count)
-    columns = best[:, :, None] * _BLOCK + jnp.arange(_BLOCK)
+    columns = best[:, :, None] * _BLOCK + jnp.arange(_BLOCK)[None, None]
     values = jnp.take_along_axis(blocks, best[:, :, None], axis=1).reshape(len(scores), -1)
     values, places = _top_k(values, count)
     return values, jnp.take_along_axis(columns.reshape(len(scores), -1), places, axis=1), invalid

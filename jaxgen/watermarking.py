@@ -223,7 +223,7 @@ class SynthIDWatermark(LogitsProcessor):
     def _tournament(self, scores: jax.Array, context_hash: jax.Array) -> jax.Array:
         """float32 [N, V] log-probabilities, for the low words of the context's hash."""
         multiplier = jnp.uint32(MULTIPLIER & 0xFFFFFFFF)
-        tokens = jnp.arange(scores.shape[1], dtype=jnp.uint32)
+        tokens = jnp.arange(scores.shape[1], dtype=jnp.uint32)[None]
         token_hash = (context_hash[:, None] + tokens) * multiplier + 1
 
         def play(probabilities: jax.Array, key: jax.Array) -> tuple[jax.Array, None]:
@@ -254,7 +254,7 @@ def _first_of_shuffle(words: jax.Array, vocab_size: int) -> jax.Array:
         bool [N, V].
     """
     size, rows = words.shape
-    steps = jnp.arange(size)
+    steps = jnp.arange(size)[None]
     targets = steps + (words.T % (vocab_size - steps).astype(jnp.uint32)).astype(jnp.int32)
     # A step that targets its own place settles what is there: it takes part in no chain.
     last_step = jnp.full((rows, vocab_size), -1).at[jnp.arange(rows)[:, None], targets]
@@ -298,7 +298,7 @@ def _mersenne_twister(seeds: jax.Array, count: int) -> jax.Array:
 
 def _add(a: Wide, b: jax.Array) -> Wide:
     low = a[1] + b
-    return a[0] + (low < b), low
+    return a[0] + (low < b).astype(jnp.uint32), low
 
 
 def _multiply(a: Wide, b: Wide) -> Wide:

@@ -4,15 +4,19 @@ import importlib.util
 import os
 import shutil
 
+from xla_flags import known
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Two thirds of the suite's time would be code generation, for programs that run once or twice. XLA's own passes are as
-# always; `XLA_FLAGS= pytest` has the code that users run.
-os.environ.setdefault(
-    "XLA_FLAGS",
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
-    "--xla_cpu_parallel_codegen_split_count=1 --xla_cpu_use_fusion_emitters=false",
-)
+if "XLA_FLAGS" not in os.environ:  # which the workers of xdist get from the process that starts them
+    # Two thirds of the suite's time would be code generation, for programs that run once or twice. XLA's own passes are
+    # as always; `XLA_FLAGS= pytest` has the code that users run.
+    os.environ["XLA_FLAGS"] = known(
+        "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+        "--xla_cpu_parallel_codegen_split_count=1",
+        "--xla_cpu_use_fusion_emitters=false",
+    )
 os.environ["JAXGEN_COMPILE_CACHE"] = "off"  # of commands; what a test compiles is not to come from a test before it
 
 from pathlib import Path
@@ -26,7 +30,8 @@ from random_calls import small_model
 import jaxgen
 
 jax.config.update("jax_default_matmul_precision", "highest")
-jax.config.update("jax_numpy_rank_promotion", "allow")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 HAS_TORCH = importlib.util.find_spec("torch") is not None
 

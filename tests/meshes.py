@@ -5,8 +5,10 @@
 CALLS is a JSON list of [data, tensor, arguments]; the prompts are ragged, two or as many as an argument "rows" says.
 """
 
+import contextlib
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +45,14 @@ def main(folder: Path, calls: list[tuple[int, int, dict[str, Any]]]) -> None:
             spread[data, tensor] = jaxgen.load(folder, mesh=mesh(data, tensor))
         ids, mask = prompts(arguments.pop("rows", 2))
         again = arguments.pop("again", False)
+        # The caller's own mesh, for other code: the model's wins.
+        other = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
+        aside = partial(jax.set_mesh, other) if arguments.pop("another mesh", False) else contextlib.nullcontext
         outputs = []
         for model in (plain, spread[data, tensor]):
             options = {"max_new_tokens": 12, "return_dict_in_generate": True} | arguments
-            output = jaxgen.generate(model, ids, attention_mask=mask, **options)
+            with aside():
+                output = jaxgen.generate(model, ids, attention_mask=mask, **options)
             if again:
                 sequences = output.sequences
                 longer = np.pad(mask, ((0, 0), (0, sequences.shape[1] - mask.shape[1])), constant_values=1)

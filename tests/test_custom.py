@@ -387,3 +387,27 @@ def test_a_large_vocabulary_travels_to_the_host_and_back() -> None:
     expected = jaxgen.generate(wide, ids, **arguments)
     output = jaxgen.generate(wide, ids, logits_processor=[lambda ids, scores: scores], **arguments)
     np.testing.assert_array_equal(output, expected)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("prefix_allowed_tokens_fn", lambda row, tokens: [5]),
+        ("logits_processor", [lambda input_ids, scores: scores]),
+        ("stopping_criteria", [lambda input_ids, scores: False]),
+    ],
+)
+def test_a_host_function_is_refused_by_name_where_jax_has_no_cpu_to_call_it_on(
+    argument: str, value: Any, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with JAX_PLATFORMS=cuda."""
+
+    def no_cpu(backend: str) -> Any:
+        raise RuntimeError(f"Unknown backend {backend}")
+
+    monkeypatch.setattr(jax, "local_devices", no_cpu)
+    monkeypatch.setattr(type(jax.config), "jax_platforms", "cuda")
+    before = jaxgen.compile_counts()
+    with pytest.raises(ValueError, match=rf"`{argument}` runs as Python on the host.*JAX_PLATFORMS=cuda,cpu"):
+        jaxgen.generate(model, [[5, 6]], max_new_tokens=3, **{argument: value})
+    assert jaxgen.compile_counts() == before

@@ -24,6 +24,7 @@ GREEDY: list[tuple[int, int, dict[str, Any]]] = [
     (2, 4, {"rows": 3}),
     (4, 2, {"do_sample": True, "key": 3}),
     (2, 4, {"again": True}),
+    (2, 4, {"another mesh": True}),
     (2, 4, {"quantize": "int8"}),
 ]
 MORE: list[tuple[int, int, dict[str, Any]]] = [

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxgen.base import pytree
+from jaxgen.base import as_last, pytree
 
 _ROWS = 4096  # of a matrix that are wide at a time
 
@@ -40,7 +40,7 @@ class Int8:
         """Rows, int32 [...] -> [..., in]; with `...` itself, as Flax asks for what a parameter holds."""
         if ids is Ellipsis:
             return self
-        return (self.values[ids] * self.scales[ids][..., None]).astype(self.dtype)
+        return (self.values[ids].astype(jnp.float32) * self.scales[ids][..., None]).astype(self.dtype)
 
     def product(self, x: jax.Array) -> jax.Array:
         """x @ self.T, [..., in] -> [..., out]."""
@@ -49,7 +49,7 @@ class Int8:
     def _product(self, x: jax.Array) -> jax.Array:
         # The compilers widen the weights on their way to the product, not in memory.
         y = jnp.einsum("...i,oi->...o", x, self.values.astype(x.dtype), preferred_element_type=jnp.float32)
-        return (y * self.scales).astype(x.dtype)
+        return (y * as_last(self.scales, y)).astype(x.dtype)
 
     def _product_on_cpu(self, x: jax.Array) -> jax.Array:
         """XLA:CPU widens in memory, 10 times slower, but multiplies bytes with bytes fast, two rows faster than one.
@@ -64,7 +64,7 @@ class Int8:
         both = jnp.concatenate([whole, rest]).astype(jnp.int8)
         products = jnp.einsum("mi,oi->mo", both, self.values, preferred_element_type=jnp.int32).astype(jnp.float32)
         of_whole, of_rest = jnp.split(products, 2)
-        y = (of_whole + of_rest / 254) * unit * self.scales
+        y = (of_whole + of_rest / 254) * unit * self.scales[None]
         return y.astype(x.dtype).reshape(*x.shape[:-1], -1)
 
 

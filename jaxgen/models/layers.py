@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from jaxgen.base import as_last
 from jaxgen.models.int8 import Int8
 
 
@@ -21,20 +22,20 @@ class Linear(nnx.Module):
     """x @ weight.T + bias, with weight [out, in]."""
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool, std: float, rngs: nnx.Rngs):
-        self.weight = nnx.Param(std * jax.random.normal(rngs.params(), (out_features, in_features)))
-        self.bias = nnx.Param(jnp.zeros(out_features)) if bias else None
+        self.weight = nnx.Param(std * jax.random.normal(rngs.params(), (out_features, in_features), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros(out_features, jnp.float32)) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., in] -> [..., out]."""
         y = product(x, self.weight[...])
-        return y if self.bias is None else y + self.bias[...]
+        return y if self.bias is None else y + as_last(self.bias[...], y)
 
 
 class Embed(nnx.Module):
     """A table of vectors, weight [V, D], that can also score a vector against every entry."""
 
     def __init__(self, entries: int, features: int, *, std: float, rngs: nnx.Rngs):
-        self.weight = nnx.Param(std * jax.random.normal(rngs.params(), (entries, features)))
+        self.weight = nnx.Param(std * jax.random.normal(rngs.params(), (entries, features), jnp.float32))
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         """int32 [...] -> [..., D]. The ids are checked on the host."""
@@ -49,14 +50,14 @@ class RMSNorm(nnx.Module):
     """Same as transformers 5.24 `LlamaRMSNorm`: normalised in float32, cast, then weighted."""
 
     def __init__(self, features: int, *, eps: float):
-        self.weight = nnx.Param(jnp.ones(features))
+        self.weight = nnx.Param(jnp.ones(features, jnp.float32))
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., D] -> [..., D]."""
         wide = x.astype(jnp.float32)
         wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return self.weight[...] * wide.astype(x.dtype)
+        return as_last(self.weight[...], x) * wide.astype(x.dtype)
 
 
 def product(x: jax.Array, weight: Any) -> jax.Array:
@@ -157,7 +158,9 @@ def _attend_at_once(
     highest = jnp.maximum(scores.max(axis=-1, keepdims=True), jnp.finfo(jnp.float32).min)
     weights = jnp.exp(scores - highest)
     # The sum divides the few products rather than the many weights; it is 0 only where there is nothing to divide.
-    total = jnp.maximum(weights.sum(axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
+    # A tiny number in its place would make derivatives overflow.
+    total = weights.sum(axis=-1, keepdims=True)
+    total = jnp.where(total > 0, total, 1)
     rounded = weights.astype(values.dtype).reshape(*batch, -1, slots)
     attended = _grouped("...ms,...sh->...mh", rounded, values)
     return (attended.reshape(queries.shape) / total).astype(values.dtype), lambda: (weights / total).astype(

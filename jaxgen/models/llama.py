@@ -15,7 +15,7 @@ from flax import nnx
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from jaxgen.base import Internals, rows_axis, tensor_shards
+from jaxgen.base import Internals, no_mesh, rows_axis, tensor_shards
 from jaxgen.kv_cache import KVCache
 from jaxgen.models import config_keys, rope
 from jaxgen.models.layers import Embed, HostOnly, Linear, RMSNorm, attend, unfuse
@@ -427,9 +427,10 @@ class Llama(nnx.Module):
         """
         if attention_mask is None:
             attention_mask = jnp.ones_like(input_ids, bool)
-        cache = self.make_cache(*input_ids.shape)
-        hidden, _, _ = self._hidden_states(cache, input_ids, attention_mask.astype(bool))
-        return self._logits(hidden)
+        with no_mesh():
+            cache = self.make_cache(*input_ids.shape)
+            hidden, _, _ = self._hidden_states(cache, input_ids, attention_mask.astype(bool))
+            return self._logits(hidden)
 
     def make_cache(self, rows: int, slots: int) -> KVCache:
         config, windowed = self.config, self.config.sliding_window is not None

@@ -38,7 +38,7 @@ def cos_sin(rope: Rope, positions: jax.Array, dtype: jax.typing.DTypeLike) -> tu
     Returns:
         Two arrays [N, T, H].
     """
-    angles = positions[..., None].astype(jnp.float32) * rope.inverse_frequencies(positions.max() + 1)
+    angles = positions[..., None].astype(jnp.float32) * rope.inverse_frequencies(positions.max() + 1)[None, None]
     angles = jnp.concatenate([angles, angles], axis=-1)
     scaling = rope.attention_scaling()
     return (jnp.cos(angles) * scaling).astype(dtype), (jnp.sin(angles) * scaling).astype(dtype)
@@ -46,7 +46,7 @@ def cos_sin(rope: Rope, positions: jax.Array, dtype: jax.typing.DTypeLike) -> tu
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Rotates [..., H] by angles [..., H]; the pairs are (i, i + H/2), as in Hugging Face checkpoints."""
-    wide = x.astype(jnp.float32)
+    wide, cos, sin = (each.astype(jnp.float32) for each in (x, cos, sin))
     first, second = jnp.split(wide, 2, axis=-1)
     return (wide * cos + jnp.concatenate([-second, first], axis=-1) * sin).astype(x.dtype)
 

@@ -1,4 +1,4 @@
-"""Products and attention: every form that the number of rows or columns chooses gives the numbers of the plain one."""
+"""Products and attention: derivatives go through them, and every form that the number of rows or columns chooses gives the numbers of the plain one."""
 
 from typing import Any
 
@@ -73,3 +73,28 @@ def test_attention_over_any_number_of_columns_is_that_of_the_formula(columns: in
     expected = raised / np.maximum(raised.sum(axis=-1, keepdims=True), 1e-30)
     np.testing.assert_allclose(weights, expected, atol=1e-6)
     np.testing.assert_allclose(attended, np.einsum("nkgts,nksh->nkgth", expected, values), atol=1e-5)
+
+
+IDS = np.array([[5, 6, 7, 8], [0, 0, 9, 10]])
+MASK = np.array([[1, 1, 1, 1], [0, 0, 1, 1]])
+
+
+def loss(model: Any) -> jax.Array:
+    return jax.nn.logsumexp(model(IDS, jnp.asarray(MASK))[:, -1]).sum()
+
+
+DERIVATIVES = {
+    "reverse": lambda model, direction: jax.grad(loss)(model),
+    "forward": lambda model, direction: jax.jvp(loss, (model,), (direction,))[1],
+    "forward over reverse": lambda model, direction: jax.jvp(jax.grad(loss), (model,), (direction,))[1],
+    "reverse over forward": lambda model, direction: jax.grad(lambda at: jax.jvp(loss, (at,), (direction,))[1])(model),
+}
+
+
+@pytest.mark.parametrize("kind", DERIVATIVES)
+def test_derivatives_of_a_left_padded_batch_are_finite_and_hold_no_nan_on_the_way(kind: str, model: Any) -> None:
+    """Padding attends to nothing: the sum of its weights is 0."""
+    with jax.debug_nans(True):
+        derivative = jax.jit(DERIVATIVES[kind])(model, jax.tree.map(jnp.ones_like, model))
+    assert all(np.isfinite(each).all() for each in jax.tree.leaves(derivative))
+    assert any(np.any(np.asarray(each) != 0) for each in jax.tree.leaves(derivative))
