@@ -1,4 +1,4 @@
-"""Products and attention: derivatives go through them, and every form that the number of rows or columns chooses gives the numbers of the plain one."""
+"""Products and attention: each form, by rows and columns, gives the numbers of the plain one, and has derivatives."""
 
 from typing import Any
 
