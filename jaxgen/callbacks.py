@@ -79,7 +79,7 @@ class HostFunctions:
         try:
             jax.local_devices(backend="cpu")
         except RuntimeError as error:
-            platforms = jax.config.read("jax_platforms")
+            platforms = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
             raise ValueError(
                 f"`{argument}` runs as Python on the host, for which JAX needs its CPU beside the accelerator, but "
                 f"JAX_PLATFORMS is {platforms!r}. Set JAX_PLATFORMS={platforms},cpu, or pass a JAX function of "
