@@ -6,10 +6,9 @@ import os
 import random
 import signal
 import threading
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,6 +19,7 @@ from random_calls import PROCESSORS, WARPERS, call, some
 
 import jaxgen
 from jaxgen import streaming
+from jaxgen.decoding import Progress
 from jaxgen.generation import lower
 
 COMBINATIONS, CALLS_EACH = 4, 50
@@ -81,7 +81,7 @@ def test_transformers_streamers_print_and_iterate(bundled: Any, tokenizer: Any, 
     text = tokenizer.decode(jaxgen.generate(bundled, **prompt, max_new_tokens=40)[0], skip_special_tokens=True)
     jaxgen.generate(bundled, **prompt, max_new_tokens=40, streamer=TextStreamer(tokenizer, skip_special_tokens=True))
     assert capsys.readouterr().out == text + "\n"
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60, skip_special_tokens=True)
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     thread = threading.Thread(
         target=jaxgen.generate, args=(bundled,), kwargs={**prompt, "max_new_tokens": 40, "streamer": streamer}
     )
@@ -95,7 +95,7 @@ def test_transformers_asynchronous_streamer_iterates(bundled: Any, tokenizer: An
     prompt = tokenizer("Once upon a time", return_tensors="np")
 
     async def read() -> str:
-        streamer = AsyncTextIteratorStreamer(tokenizer, timeout=60, skip_special_tokens=True)
+        streamer = AsyncTextIteratorStreamer(tokenizer, skip_special_tokens=True)
         work = asyncio.to_thread(jaxgen.generate, bundled, **prompt, max_new_tokens=20, streamer=streamer)
         task = asyncio.create_task(work)
         text = "".join([piece async for piece in streamer])
@@ -220,14 +220,39 @@ def test_no_time_means_one_token_as_in_transformers(more: Any, model: Any) -> No
     assert out.shape[1] == (4 if "num_beams" in more else 3)  # beams end at the step after the first
 
 
-def test_a_limit_of_time_is_kept_to_about_a_chunk(bundled: Any, tokenizer: Any) -> None:
-    prompt = tokenizer(["Once upon a time"] * 8, return_tensors="np")
-    arguments = {"max_new_tokens": 1500, "eos_token_id": None}
-    jaxgen.generate(bundled, **prompt, max_time=0.8, **arguments)  # compiles, which does not count
-    start = time.monotonic()
-    out = jaxgen.generate(bundled, **prompt, max_time=0.4, **arguments)
-    assert 6 < out.shape[1] < 1505
-    assert time.monotonic() - start < 0.4 + 1.0  # a busy machine
+class Clock:
+    """Stands in for the clock: compiling takes a minute, a step a hundredth of a second, and nothing else any time."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.length = 0.0, 2
+        monkeypatch.setattr(streaming, "time", SimpleNamespace(monotonic=lambda: self.now))
+        for name in ("prefill", "advance", "grow"):
+            monkeypatch.setattr(streaming, name, partial(self.dispatch, getattr(streaming, name)))
+        monkeypatch.setattr(jax, "device_get", partial(self.read, jax.device_get))
+
+    def dispatch(self, program: Any, *arguments: Any) -> Any:
+        before = jaxgen.compile_counts()
+        result = program(*arguments)
+        self.now += 60 * (jaxgen.compile_counts() != before)
+        return result
+
+    def read(self, device_get: Any, value: Any) -> Any:
+        got = device_get(value)
+        if isinstance(got, Progress):
+            self.now += 0.01 * (int(got.length) - self.length)
+            self.length = int(got.length)
+        return got
+
+
+def test_a_limit_of_time_is_kept_to_a_chunk_and_compiling_takes_none_of_it(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = jaxgen.compile_counts()
+    clock = Clock(monkeypatch)
+    arguments = {"max_new_tokens": 150, "eos_token_id": None, "top_k": 3}
+    out = jaxgen.generate(model, [[5, 6]] * 5, max_time=0.4, **arguments)
+    assert jaxgen.compile_counts() != before and clock.now >= 60
+    assert 2 + 40 <= out.shape[1] <= 2 + 40 + 2  # the last chunks are of what is left
 
 
 @pytest.mark.parametrize("enough", [1000, float("inf")])
@@ -235,12 +260,6 @@ def test_enough_time_changes_nothing(enough: float, model: Any) -> None:
     plain = jaxgen.generate(model, [[5, 6]], max_new_tokens=20, eos_token_id=None)
     limited = jaxgen.generate(model, [[5, 6]], max_new_tokens=20, eos_token_id=None, max_time=enough)
     np.testing.assert_array_equal(limited, plain)
-
-
-def test_compiling_takes_none_of_the_time(model: Any) -> None:
-    before = jaxgen.compile_counts()
-    out = jaxgen.generate(model, [[5, 6]] * 5, max_new_tokens=33, eos_token_id=None, max_time=0.5, top_k=3)
-    assert jaxgen.compile_counts() != before and out.shape[1] == 35
 
 
 @pytest.mark.oracle
@@ -280,54 +299,64 @@ def test_a_reader_who_leaves_early_leaves_nothing_behind(model: Any) -> None:
     assert len(jax.live_arrays()) <= live
 
 
-@contextmanager
-def interrupted(after: float) -> Iterator[None]:
-    """Ctrl-C after so many seconds, if the block still runs."""
-    running = threading.Event()
-    running.set()
+class Interrupt:
+    """Presses Ctrl-C from another thread after some chunks, a moment later, and counts those that still follow."""
 
-    def press() -> None:
-        if running.is_set():
-            os.kill(os.getpid(), signal.SIGINT)
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.left, self.late, self.moment = 2**30, 0, 0.0  # not armed yet
+        self.pressed, self.hand = threading.Event(), threading.Thread()
+        monkeypatch.setattr(streaming, "advance", partial(self.dispatch, streaming.advance))
 
-    timer = threading.Timer(after, press)
+    def arm(self, chunks: int, moment: float) -> None:
+        self.pressed.clear()
+        self.left, self.late, self.moment = chunks, 0, moment
+
+    def dispatch(self, advance: Any, *arguments: Any) -> Any:
+        self.late += self.pressed.is_set()
+        self.left -= 1
+        if self.left == 0:
+            self.hand = threading.Timer(self.moment, self.press)
+            self.hand.start()
+        if self.left == -50:
+            self.pressed.wait()  # however late the other thread is
+        return advance(*arguments)
+
+    def press(self) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        self.pressed.set()
+
+
+@pytest.fixture
+def default_interrupts() -> Iterator[None]:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    timer.start()
-    try:
-        yield
-    finally:
-        running.clear()
-        timer.cancel()
-        timer.join()
-        time.sleep(0.001)
-        signal.signal(signal.SIGINT, before)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.usefixtures("default_interrupts")
 @pytest.mark.parametrize("presses", [24, pytest.param(50, marks=pytest.mark.sweep)])
-def test_interrupts_come_back_in_time_and_leave_the_next_call_right(presses: int, bundled: Any, tokenizer: Any) -> None:
-    prompt = tokenizer(["Once upon a time"] * 4, return_tensors="np")
+def test_interrupts_come_back_within_a_chunk_and_leave_the_next_call_right(
+    presses: int, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     arguments = {"max_new_tokens": 600, "eos_token_id": None}
-    expected = jaxgen.generate(bundled, **prompt, **arguments)
-    start = time.monotonic()
-    jaxgen.generate(bundled, **prompt, **arguments)
-    whole = time.monotonic() - start
-    live, pressed, rng = len(jax.live_arrays()), 0, random.Random(0)
+    prompt = [[5, 6], [7, 8]]
+    expected = jaxgen.generate(model, prompt, **arguments)
+    monkeypatch.setattr(streaming.Pace, "first", lambda self, weights: 3)
+    monkeypatch.setattr(streaming.Pace, "next", lambda self, *_: 3)
+    interrupt, rng = Interrupt(monkeypatch), random.Random(0)
+    np.testing.assert_array_equal(jaxgen.generate(model, prompt, **arguments), expected)
+    live = len(jax.live_arrays())
     for number in range(presses):
-        after = rng.uniform(0, min(whole, 0.3))
-        start = time.monotonic()
-        try:
-            with interrupted(after):
-                if number % 2:
-                    jaxgen.generate(bundled, **prompt, **arguments)
-                else:
-                    for _ in jaxgen.stream(bundled, **prompt, **arguments):
-                        pass
-        except KeyboardInterrupt:
-            pressed += 1
-            # Half a second and a chunk, of a quarter of a second; twice that on a busy machine.
-            assert time.monotonic() - start - after < 1.5
-    assert pressed > presses / 2
-    np.testing.assert_array_equal(jaxgen.generate(bundled, **prompt, **arguments), expected)
+        interrupt.arm(rng.randrange(1, 100), rng.uniform(0, 0.01))
+        with pytest.raises(KeyboardInterrupt):
+            if number % 2:
+                jaxgen.generate(model, prompt, **arguments)
+            else:
+                for _ in jaxgen.stream(model, prompt, **arguments):
+                    pass
+        interrupt.hand.join()
+        assert interrupt.late <= 1
+    np.testing.assert_array_equal(jaxgen.generate(model, prompt, **arguments), expected)
     assert len(jax.live_arrays()) <= live
 
 
