@@ -22,7 +22,7 @@ import numpy as np
 
 from jaxgen import __version__
 from jaxgen.checkpoint import INDEX, MANIFEST, listed, open_folder, weights_dtype
-from jaxgen.folder import CheckpointError, file_in, read_json
+from jaxgen.folder import CheckpointError, checkpoint_folder, file_in, read_json
 
 from .layout import SHARD_BYTES, File, hugging_face_files, hugging_face_tensors, index, manifest, native_files
 from .lora import merged
@@ -60,6 +60,7 @@ def convert_checkpoint(
     resume: bool = False,
     allow_pickle: bool = False,
     merge_lora: str | Path | None = None,
+    follow_links: bool = False,
 ) -> Report:
     """Converts a Hugging Face checkpoint. Every parameter keeps its bits and its dtype, unless another is asked for.
 
@@ -74,6 +75,7 @@ def convert_checkpoint(
         allow_pickle: also read `pytorch_model.bin` and Meta's `consolidated.*.pth`, by torch's restricted loader in a
             process of its own.
         merge_lora: a folder with a LoRA adapter to add to the weights.
+        follow_links: see `jaxgen.load`; also of the adapter's.
 
     Raises:
         CheckpointError: if the source is incomplete or broken (see `jaxgen.load`), or the destination is taken.
@@ -82,18 +84,19 @@ def convert_checkpoint(
     begun = time.perf_counter()
     threads, shard_bytes, target = _workers(workers), _bytes(shard_size), _target(dst, overwrite)
     wanted = None if dtype is None else weights_dtype(dtype)
-    folder = local_folder(src, allow_pickle)
-    _check_places(target, folder, *([] if merge_lora is None else [Path(merge_lora)]))
+    folder = local_folder(src, allow_pickle, follow_links)
+    adapter = None if merge_lora is None else checkpoint_folder(merge_lora, follow_links)
+    _check_places(target, folder, *([] if adapter is None else [adapter]))
     before = identity(folder)
     with contextlib.ExitStack() as stack:
         readable = stack.enter_context(unpickled(folder, target)) if allow_pickle else folder
-        source = open_folder(readable)
+        source = open_folder(readable, follow_links=follow_links)
         if source.native:
             raise CheckpointError(f"{folder} is converted already. Pass the original Hugging Face folder.")
         plan = [__version__, before, str(wanted), shard_bytes]
-        if merge_lora is not None:
-            source = replace(source, pieces=merged(source.pieces, Path(merge_lora)))
-            plan.append(identity(Path(merge_lora)))
+        if adapter is not None:
+            source = replace(source, pieces=merged(source.pieces, adapter))
+            plan.append(identity(adapter))
         files = native_files(source, wanted, shard_bytes or SHARD_BYTES)
         config, others, left_out = converted_config(source, wanted), *other_files(folder)
         needed = sum(file.nbytes for file in files)
@@ -102,7 +105,7 @@ def convert_checkpoint(
         copied = _copied(partial, others, config)
         partial.write(INDEX, index(files).encode())
         hashes = {name: digest.sha256 for name, digest in sorted(digests.items())}
-        exact = wanted is None and readable is folder and merge_lora is None
+        exact = wanted is None and readable is folder and adapter is None
         partial.write(MANIFEST, manifest(source, hashes, copied, exact=exact).encode())
         if identity(folder) != before:
             raise CheckpointError(f"{folder} changed while it was converted. Begin again.")
@@ -121,6 +124,7 @@ def convert_to_hugging_face(
     workers: int | None = None,
     overwrite: bool = False,
     resume: bool = False,
+    follow_links: bool = False,
 ) -> Report:
     """The way back: writes the Hugging Face folder that a converted folder came from, to the byte.
 
@@ -129,15 +133,16 @@ def convert_to_hugging_face(
 
     Args:
         src: a folder made by `convert_checkpoint`.
-        dst, shard_size, workers, overwrite, resume: as there; without `shard_size` the files are those of the source.
+        dst, shard_size, workers, overwrite, resume, follow_links: as there; without `shard_size` the files are those of
+            the source.
 
     Raises:
         CheckpointError, OSError: as there.
     """
     begun = time.perf_counter()
     threads, shard_bytes, target = _workers(workers), _bytes(shard_size), _target(dst, overwrite)
-    folder = Path(src)
-    source = open_folder(folder)
+    folder = checkpoint_folder(src, follow_links)
+    source = open_folder(folder, follow_links=follow_links)
     if not source.native:
         raise CheckpointError(f"{folder} is a Hugging Face folder already.")
     _check_places(target, folder)
@@ -155,14 +160,17 @@ def convert_to_hugging_face(
     return _report(target, files, [*source.warnings, *left_out, *_odd_values(folder, digests)], begun)
 
 
-def verify(folder: str | Path) -> Report:
+def verify(folder: str | Path, *, follow_links: bool = False) -> Report:
     """Reads a whole checkpoint, of either kind, and compares what a converted one holds with its manifest.
+
+    Args:
+        follow_links: see `jaxgen.load`.
 
     Raises:
         CheckpointError: naming what is missing, broken, or not what was written.
     """
     begun = time.perf_counter()
-    source = open_folder(folder)
+    source = open_folder(folder, follow_links=follow_links)
     known = read_manifest(source.folder) if source.native else None
     if known is None:
         tensors = {tensor.name: tensor for parts in source.pieces.values() for tensor in parts} | dict(source.buffers)

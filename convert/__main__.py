@@ -49,8 +49,11 @@ def _convert(argv: list[str], prog: str) -> int:
         help="also read pytorch_model.bin and consolidated.*.pth, which are pickles",
     )
     parser.add_argument("--merge-lora", metavar="FOLDER", help="a LoRA adapter to add to the weights")
+    _add_links_option(parser)
     arguments = parser.parse_args(argv)
-    shared = {name: getattr(arguments, name) for name in ("shard_size", "workers", "overwrite", "resume")}
+    shared = {
+        name: getattr(arguments, name) for name in ("shard_size", "workers", "overwrite", "resume", "follow_links")
+    }
     if arguments.to_hf:
         for name in ("dtype", "allow_pickle", "merge_lora"):
             if getattr(arguments, name):
@@ -73,8 +76,14 @@ def _convert(argv: list[str], prog: str) -> int:
 def _verify(argv: list[str], prog: str) -> int:
     parser = argparse.ArgumentParser(prog=prog, description="Reads a whole checkpoint and says whether it is sound.")
     parser.add_argument("folder", metavar="DIR", help="a Hugging Face or converted folder")
-    _print(verify(parser.parse_args(argv).folder), "verified", prog)
+    _add_links_option(parser)
+    arguments = parser.parse_args(argv)
+    _print(verify(arguments.folder, follow_links=arguments.follow_links), "verified", prog)
     return 0
+
+
+def _add_links_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--follow-links", action="store_true", help="also read files elsewhere that links lead to")
 
 
 def _print(report: Report, verb: str, prog: str) -> None:

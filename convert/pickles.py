@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxgen.checkpoint import INDEX, SINGLE_FILE
-from jaxgen.folder import CheckpointError, file_in, holds, read_json
+from jaxgen.folder import CheckpointError, LinkedFolder, checkpoint_folder, file_in, holds, read_json
 
 _BIN, _BIN_INDEX, _META = "pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth"
 
@@ -46,6 +46,7 @@ def unpickled(folder: Path, target: Path) -> Iterator[Path]:
         staged = Path(name)
         # -P: not from the working directory, which may be the checkpoint's.
         command = [sys.executable, "-P", "-m", __name__, str(folder.resolve()), str(staged.resolve())]
+        command += ["--follow-links"] if isinstance(folder, LinkedFolder) else []
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         result = subprocess.run(command, capture_output=True, text=True, env=environment)
         if result.returncode:
@@ -205,6 +206,6 @@ def _meta_config(params: Mapping[str, Any], shapes: Mapping[str, Sequence[int]])
 
 if __name__ == "__main__":
     try:
-        _unpickle(Path(sys.argv[1]), Path(sys.argv[2]))
+        _unpickle(checkpoint_folder(sys.argv[1], "--follow-links" in sys.argv[3:]), Path(sys.argv[2]))
     except (CheckpointError, OSError, KeyError) as error:
         raise SystemExit(f"{error}" if isinstance(error, CheckpointError) else repr(error)) from None

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxgen.checkpoint import INDEX, MANIFEST, SINGLE_FILE, Source, listed, weight_files
-from jaxgen.folder import CheckpointError, contained, file_in, holds
+from jaxgen.folder import CheckpointError, checkpoint_folder, contained, file_in, holds, lies_in
 from jaxgen.quantization import KEYS
 
 TEMPLATES = "additional_chat_templates"  # the one folder that belongs to a tokenizer
@@ -28,14 +28,14 @@ _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".msgpack", 
 _OTHER_LAYOUTS = ["consolidated*.safetensors", "original/*", "onnx/*"]  # the same weights once more
 
 
-def local_folder(src: str | Path, allow_pickle: bool) -> Path:
+def local_folder(src: str | Path, allow_pickle: bool, follow_links: bool = False) -> Path:
     """The folder, after the download of what a hub id names.
 
     Raises:
         CheckpointError: if it is neither a folder nor such an id, or the hub does not give it.
     """
     if Path(src).is_dir():
-        return Path(src)
+        return checkpoint_folder(src, follow_links)
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(src)) or Path(src).exists():
         raise CheckpointError(f"{src} is not a folder, nor the id of a model on the Hugging Face hub (owner/name).")
     from huggingface_hub import snapshot_download
@@ -77,7 +77,10 @@ def other_files(folder: Path) -> tuple[dict[str, Path], list[str]]:
     found, left_out = {}, []
     used = {*weight_files(folder)} if holds(folder, INDEX) or holds(folder, SINGLE_FILE) else set()
     templates = folder / TEMPLATES
-    paths: list[Path] = [*folder.iterdir(), *(templates.iterdir() if _lies_in(templates, folder) else [])]
+    paths: list[Path] = [
+        *folder.iterdir(),
+        *(templates.iterdir() if templates.is_dir() and lies_in(templates.resolve(), folder) else []),
+    ]
     skipped = {"config.json", MANIFEST, INDEX, TEMPLATES, *used, *(name.split("/")[0] for name in used)}
     for path in sorted(paths):
         name = path.relative_to(folder).as_posix()
@@ -97,7 +100,3 @@ def tokenizer_oddities(folder: Path) -> list[str]:
     if importlib.util.find_spec("sentencepiece"):
         return []
     return [f"{folder} has a tokenizer.model and no tokenizer.json: reading it needs `pip install sentencepiece`."]
-
-
-def _lies_in(path: Path, folder: Path) -> bool:
-    return path.is_dir() and path.resolve().is_relative_to(folder.resolve())

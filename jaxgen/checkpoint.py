@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from jaxgen import lazy, quantization, safetensors_file
 from jaxgen.base import no_mesh, tensor_shards
-from jaxgen.folder import CheckpointError, check_name, holds, read_json
+from jaxgen.folder import CheckpointError, check_name, checkpoint_folder, holds, read_json
 from jaxgen.models import FAMILIES, Family
 from jaxgen.models.int8 import Int8, quantised
 from jaxgen.safetensors_file import DTYPES, STORED, Tensor
@@ -46,6 +46,7 @@ def load(
     dtype: jax.typing.DTypeLike | None = None,
     mesh: Mesh | None = None,
     quantize: str | None = None,
+    follow_links: bool = False,
 ) -> Any:
     """Loads a model from a Hugging Face folder (config.json and safetensors) or a folder written by `convert`.
 
@@ -58,6 +59,8 @@ def load(
             straight to where it belongs.
         quantize: "int8" to hold every matrix in one byte per weight and a float32 scale per row; `dtype` is then of
             what they are multiplied with, and of the cache.
+        follow_links: also read files that links in the folder lead to elsewhere. Links from a snapshot to the blobs of
+            the Hugging Face hub's cache need no permission.
 
     Returns:
         The model, on the mesh or on JAX's default device, with `config` and `generation_config`.
@@ -68,7 +71,7 @@ def load(
             another `dtype` or `quantize`.
     """
     check_quantize(quantize)
-    source = open_folder(path, None if mesh is None else _automatic(mesh))
+    source = open_folder(path, None if mesh is None else _automatic(mesh), follow_links)
     for message in source.warnings:
         warnings.warn(message, stacklevel=2)
     target = source.dtype if dtype in (None, "auto") else weights_dtype(dtype)
@@ -144,8 +147,15 @@ def save(model: Any, path: str | Path) -> None:
 
     Raises:
         ValueError: if the folder holds a checkpoint of another layout, whose files would win over the new ones, or the
-            model is quantised.
+            model is quantised or has other parameters than a checkpoint of its family.
     """
+    parameters, stacks = dict(named_leaves(model)), FAMILIES[model.config.model_type].weight_map(model.config)
+    if unknown := sorted(set(parameters) ^ set(stacks)):
+        raise ValueError(
+            f"`model` has other parameters than a {model.config.model_type} ({listed(unknown)}). Where a layer is an "
+            "`nnx.LoRA`, add the product to its weights, `lora.base_module.weight[...] += (lora.lora_a[...] @ "
+            "lora.lora_b[...]).T`, and put the base module back in its place."
+        )
     if isinstance(model.embed_tokens.weight[...], Int8):
         raise ValueError("`model` is quantised, and a Hugging Face folder has its weights. Save it before that.")
     folder = Path(path)
@@ -158,8 +168,6 @@ def save(model: Any, path: str | Path) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     # Not `save_pretrained`, which refuses what many checkpoints hold: sampling fields without `do_sample`.
     model.generation_config.to_json_file(folder / "generation_config.json")
-    parameters = dict(named_leaves(model))
-    stacks = FAMILIES[config["model_type"]].weight_map(model.config)
     header = {
         name: (np.dtype(parameters[path].dtype), (rows, *parameters[path].shape[1:]))
         for path, sources in stacks.items()
@@ -244,16 +252,16 @@ class Source:
         return [NamedSharding(mesh, spec(path)) for path in paths]
 
 
-def open_folder(path: str | Path, mesh: Mesh | None = None) -> Source:
+def open_folder(path: str | Path, mesh: Mesh | None = None, follow_links: bool = False) -> Source:
     """Reads what a folder holds, without its values, and accounts for every tensor and parameter.
 
     Args:
-        mesh: see `load`.
+        mesh, follow_links: see `load`.
 
     Raises:
         CheckpointError: see `load`.
     """
-    folder = Path(path)
+    folder = checkpoint_folder(path, follow_links)
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder. Pass the one that holds config.json; nothing is downloaded.")
     if holds(folder, "adapter_config.json"):

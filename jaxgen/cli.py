@@ -97,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
         "inspect", help="what a folder holds", description="Says what a checkpoint holds, without loading it."
     )
     inspect.add_argument("folder", metavar="FOLDER", help="a Hugging Face or converted folder")
+    _add_links_option(inspect)
     plan = commands.add_parser(
         "plan",
         help="whether a model, a batch and a context fit a device",
@@ -118,6 +119,7 @@ def _parser() -> argparse.ArgumentParser:
         "--device", metavar="KIND", help="v5e, v6e, v5p, h100, h200, a100-80g, a100-40g or l4; default: what is here"
     )
     plan.add_argument("--mesh", default="1x1", metavar="DATAxTENSOR", help="devices for rows, and for heads and units")
+    _add_links_option(plan)
     plan.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
     doctor = commands.add_parser(
         "doctor", help="what is installed", description="Says what is installed, where it runs and what is wrong."
@@ -134,7 +136,12 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dtype", choices=_DTYPES, help="default: the checkpoint's own")
     parser.add_argument("--quantize", choices=("int8",), help="hold the weights in one byte each")
+    _add_links_option(parser)
     _add_cache_option(parser)
+
+
+def _add_links_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--follow-links", action="store_true", help="also read files elsewhere that links lead to")
 
 
 def _add_cache_option(parser: argparse.ArgumentParser) -> None:

@@ -1,7 +1,7 @@
 """The files of a checkpoint folder, which comes from somebody else and may be broken or hostile.
 
-Nothing outside the folder is opened, nothing is waited for that is no file, and nothing is parsed that is too large to
-be what it should be.
+Nothing outside the folder is opened unless its owner says so, nothing is waited for that is no file, and nothing is
+parsed that is too large to be what it should be.
 """
 
 import json
@@ -11,6 +11,14 @@ from typing import Any
 
 # The index of a model of 700B parameters in 100,000 tensors would be as long; that of Llama 405B is 0.1 MB.
 LARGEST_JSON = 8 << 20
+
+
+class LinkedFolder(type(Path())):
+    """A folder whose links may lead anywhere: its owner put them there."""
+
+
+def checkpoint_folder(path: str | Path, follow_links: bool) -> Path:
+    return LinkedFolder(path) if follow_links else Path(path)
 
 
 class CheckpointError(ValueError):
@@ -30,7 +38,8 @@ def file_in(folder: Path, name: str) -> Path:
 def contained(path: Path, folder: Path) -> Path:
     """The path itself, of a regular file that lies in a folder.
 
-    Links may lead anywhere in the folder, and from a snapshot in the cache of the Hugging Face hub to its blobs.
+    Links may lead anywhere in the folder, and from a snapshot in the cache of the Hugging Face hub to its blobs. Those
+    of a `LinkedFolder` may lead anywhere.
 
     Raises:
         CheckpointError: if it is missing, no regular file, or lies outside.
@@ -42,11 +51,19 @@ def contained(path: Path, folder: Path) -> Path:
         raise CheckpointError(f"{path} is missing. The checkpoint is incomplete; download it again.") from error
     except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle, before Python 3.13
         raise CheckpointError(f"{path} cannot be opened ({error}). Download it again.") from error
-    if not any(real.is_relative_to(root) for root in _roots(folder)):
-        raise CheckpointError(f"{path} is a link out of its folder, to {real}. Put the file itself in its place.")
+    if not lies_in(real, folder):
+        raise CheckpointError(
+            f"{path} is a link out of its folder, to {real}. If you made it, follow it by `follow_links=True` "
+            "(--follow-links); else put the file itself in its place."
+        )
     if not stat.S_ISREG(mode):
         raise CheckpointError(f"{path} is no regular file. Download it again.")
     return path
+
+
+def lies_in(real: Path, folder: Path) -> bool:
+    """Whether a path without links is one that a folder may lead to."""
+    return isinstance(folder, LinkedFolder) or any(real.is_relative_to(root) for root in _roots(folder))
 
 
 def check_name(name: str, said_by: Path) -> None:

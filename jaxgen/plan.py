@@ -147,6 +147,7 @@ def plan(
     quantize: str | None = None,
     device: str | None = None,
     mesh: tuple[int, int] = (1, 1),
+    follow_links: bool = False,
 ) -> Plan:
     """Whether a call fits, and what would if it does not. Nothing is read but headers, nothing allocated or compiled.
 
@@ -161,6 +162,7 @@ def plan(
         quantize: "int8" for weights of one byte and a float32 scale per row of them.
         device: "v5e", "h100", ...; the kind that JAX has here by default.
         mesh: how many devices the axes "data" and "tensor" have.
+        follow_links: as in `load`.
 
     Returns:
         What each device needs. With `suggestions`, of every kind of change that is enough by itself the smallest:
@@ -181,7 +183,7 @@ def plan(
     if device is not None and device not in _DEVICES:
         raise ValueError(f"`device`={device!r} is not known; it may be one of {[*_DEVICES]}.")
     target = _local_device() if device is None else _usable(_DEVICES[device])
-    call = _Call.of(str(model), prompt_tokens, new_tokens, num_beams, num_return_sequences, dtype)
+    call = _Call.of(str(model), prompt_tokens, new_tokens, num_beams, num_return_sequences, dtype, follow_links)
     found = call.on(target, batch, quantize, mesh)
     return found if found.fits else replace(found, suggestions=tuple(_suggestions(call, found, target)))
 
@@ -247,11 +249,12 @@ class _Call:
         num_beams: int,
         num_return_sequences: int,
         dtype: jax.typing.DTypeLike | None,
+        follow_links: bool,
     ) -> "_Call":
         if name in SHAPES:
             model, own_dtype = abstract(SHAPES[name]), weights_dtype(SHAPES[name].get("dtype", "float32"))
         else:
-            source = open_folder(name)
+            source = open_folder(name, follow_links=follow_links)
             model, own_dtype = source.abstract, source.dtype
         target = own_dtype if dtype in (None, "auto") else weights_dtype(dtype)
         model = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, target), model)

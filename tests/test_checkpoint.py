@@ -24,10 +24,12 @@ from checkpoints import (
     write_large_checkpoint,
     write_safetensors,
 )
+from flax import nnx
 from oracle import torch_logits, torch_model
 
 import jaxgen
 from jaxgen import CheckpointError
+from jaxgen.plan import plan
 from jaxgen.safetensors_file import StoredTensor
 
 INDEX = "model.safetensors.index.json"
@@ -451,6 +453,40 @@ def test_what_is_no_folder_is_refused(tmp_path: Path, refused: Callable[[Path, s
         refused(path, "is not a folder.*nothing is downloaded")
 
 
+# Links
+
+
+def linked(folder: Path, real: Path) -> Path:
+    """A folder of links to the files of another one."""
+    folder.mkdir()
+    for file in real.iterdir():
+        (folder / file.name).symlink_to(file)
+    return folder
+
+
+def cache_with_blobs_elsewhere(path: Path) -> Path:
+    """The hub's cache, whose `blobs` are on another disk."""
+    write_checkpoint(path / "disk", shards=2)
+    snapshot = path / "models--owner--name" / "snapshots" / "0123abc"
+    snapshot.mkdir(parents=True)
+    (snapshot.parents[1] / "blobs").symlink_to(path / "disk")
+    for file in (path / "disk").iterdir():
+        (snapshot / file.name).symlink_to(Path("../../blobs") / file.name)
+    return snapshot
+
+
+@pytest.mark.parametrize("kind", ["files", "blobs"])
+def test_links_out_of_the_folder_are_followed_on_request(
+    kind: str, tmp_path: Path, refused: Callable[[Path, str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = write_checkpoint(tmp_path / "real", shards=2)
+    folder = linked(tmp_path / "linked", real) if kind == "files" else cache_with_blobs_elsewhere(tmp_path)
+    refused(folder, r"is a link out of its folder, to .*`follow_links=True` \(--follow-links\)")
+    monkeypatch.undo()
+    assert_holds(jaxgen.load(folder, follow_links=True), TENSORS, np.float32)
+    assert plan(folder, follow_links=True).parameters == sum(tensor.size for tensor in TENSORS.values())
+
+
 # Saving
 
 some_architectures = pytest.mark.parametrize(
@@ -501,6 +537,22 @@ def test_saving_beside_shards_is_refused_since_their_index_would_win(tmp_path: P
     folder = write_checkpoint(tmp_path / "saved", shards=2)
     with pytest.raises(ValueError, match=r"another layout.*model\.safetensors\.index\.json.*Choose an empty folder"):
         jaxgen.save(jaxgen.load(folder), folder)
+
+
+def test_a_model_with_an_adapter_is_not_saved_before_it_is_merged(tmp_path: Path) -> None:
+    model = jaxgen.from_config(CONFIG)
+    attention = model.layers[0].self_attn
+    lora = attention.o_proj = nnx.LoRA(32, 4, 32, base_module=attention.o_proj, rngs=nnx.Rngs(0))
+    lora.lora_b[...] = jax.random.normal(jax.random.key(0), (4, 32))
+    ids = jnp.array([[5, 6, 7]])
+    adapted = model(ids)
+    with pytest.raises(ValueError, match=r"`layers\.0\.self_attn\.o_proj\.lora_a`.*`nnx.LoRA`.*base module back"):
+        jaxgen.save(model, tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+    lora.base_module.weight[...] += (lora.lora_a[...] @ lora.lora_b[...]).T
+    attention.o_proj = lora.base_module
+    jaxgen.save(model, tmp_path / "saved")
+    np.testing.assert_allclose(jaxgen.load(tmp_path / "saved")(ids), adapted, atol=1e-5)
 
 
 # Random models

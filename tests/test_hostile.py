@@ -259,6 +259,28 @@ def test_no_name_in_an_index_opens_a_file_outside_of_the_folder(name: str, tmp_p
     assert opened() == []
 
 
+@pytest.mark.parametrize("file", ["config.json", SHARD])
+@pytest.mark.parametrize(
+    "make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero"), lambda path: path.symlink_to("x")]
+)
+def test_links_that_are_followed_still_lead_to_files_only(
+    file: str, make: Callable[[Path], Any], tmp_path: Path
+) -> None:
+    folder = write(tmp_path / "model")
+    special(file, make)(folder)
+    with pytest.raises(CheckpointError):
+        open_folder(folder, follow_links=True)
+
+
+@pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "{above}/outside.safetensors"])
+def test_names_in_an_index_stay_in_the_folder_whatever_its_links_may_do(name: str, tmp_path: Path) -> None:
+    folder = write(tmp_path / "model")
+    (tmp_path / "outside.safetensors").write_bytes((folder / SHARD).read_bytes())
+    index(lambda content: _first_file(content, name.replace("{above}", str(tmp_path))))(folder)
+    with pytest.raises(CheckpointError, match=r"names .* as a file"):
+        open_folder(folder, follow_links=True)
+
+
 def test_the_watch_notices_what_is_opened_outside(tmp_path: Path) -> None:
     opened = watched(tmp_path / "model")
     (tmp_path / "file").write_text("text")

@@ -15,7 +15,7 @@ _TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_temp
 
 
 def run(arguments: argparse.Namespace) -> int:
-    source = open_folder(arguments.folder)
+    source = open_folder(arguments.folder, follow_links=arguments.follow_links)
     for name, value in describe(source).items():
         print(f"{name:<12}{value}")
     for message in source.warnings:

@@ -25,6 +25,7 @@ def run(arguments: argparse.Namespace) -> int:
         quantize=arguments.quantize,
         device=arguments.device,
         mesh=(int(mesh[1]), int(mesh[2])),
+        follow_links=arguments.follow_links,
     )
     if arguments.json:
         print(json.dumps(_record(found) | {"suggestions": [_record(each) for each in found.suggestions]}))

@@ -43,7 +43,7 @@ def open_model(arguments: argparse.Namespace) -> tuple[Any, Any]:
     folder = BUNDLED_MODEL if arguments.model is None else Path(arguments.model)
     if arguments.model is None:
         say(f"no --model given: using the small story model that comes with jaxgen ({folder})")
-    model = load(folder, arguments.dtype, quantize=arguments.quantize)
+    model = load(folder, arguments.dtype, quantize=arguments.quantize, follow_links=arguments.follow_links)
     if not any((folder / file).exists() for file in ("tokenizer.json", "tokenizer.model")):
         raise ValueError(f"{folder} has neither tokenizer.json nor tokenizer.model. Copy the tokenizer's files there.")
     return model, open_tokenizer(folder)

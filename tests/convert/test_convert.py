@@ -195,6 +195,34 @@ def test_links_are_followed_within_the_folder_and_nowhere_else(source: Path, tmp
         converted(source, "again")
 
 
+@pytest.mark.filterwarnings("ignore:.*is read from pickles")
+@pytest.mark.parametrize("pickled", [False, True])
+def test_links_that_lead_elsewhere_are_followed_on_request(pickled: bool, source: Path, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "templates").mkdir()
+    (tmp_path / "templates" / "rag.jinja").write_text("{{ messages }}")
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for file in [*source.iterdir(), tmp_path / "tokenizer.json"]:
+        (linked / file.name).symlink_to(file)
+    (linked / "additional_chat_templates").symlink_to(tmp_path / "templates")
+    if pickled:
+        torch = pytest.importorskip("torch")
+        tensors = {name: torch.tensor(array) for name, array in random_tensors().items()}
+        torch.save(tensors, tmp_path / "weights.bin")
+        for file in linked.glob("*.safetensors*"):
+            file.unlink()
+        (linked / "pytorch_model.bin").symlink_to(tmp_path / "weights.bin")
+    target = tmp_path / "target"
+    arguments = ["convert", str(linked), str(target), *(["--allow-pickle"] if pickled else [])]
+    assert cli.main(arguments) == 1 and not target.exists()
+    assert cli.main([*arguments, "--follow-links"]) == 0
+    assert (target / "additional_chat_templates" / "rag.jinja").read_text() == "{{ messages }}"
+    assert_same_bits(jaxgen.load(target), jaxgen.load(source))
+    assert cli.main(["verify", str(target)]) == 0
+    assert cli.main(["inspect", str(linked), "--follow-links"]) == (1 if pickled else 0)
+
+
 def test_the_manifest_names_every_tensor_of_the_source_once_and_every_parameter(source: Path) -> None:
     manifest = json.loads((converted(source) / "jaxgen.json").read_text())
     parameters, sha256 = manifest["parameters"], manifest["sha256"]
