@@ -8,6 +8,7 @@ tensors straight into their rows, so the host holds one parameter beside the mod
 import functools
 import json
 import math
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
@@ -23,7 +24,7 @@ from tqdm import tqdm
 
 from jaxgen import lazy, quantization, safetensors_file
 from jaxgen.base import no_mesh, tensor_shards
-from jaxgen.folder import CheckpointError, check_name, checkpoint_folder, holds, read_json
+from jaxgen.folder import CheckpointError, check_name, checkpoint_folder, holds, read_json, read_text
 from jaxgen.models import FAMILIES, Family
 from jaxgen.models.int8 import Int8, quantised
 from jaxgen.safetensors_file import DTYPES, STORED, Tensor
@@ -33,6 +34,20 @@ NATIVE_FORMAT = 2
 INDEX = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 BASE_PREFIX = "model."  # of the tensors of a model that has a head
+MISTRAL_FILE = "consolidated.safetensors"
+_MISTRAL = (
+    f"in Mistral's own format (params.json, {MISTRAL_FILE}), where tensors have other names and another order. "
+    "Download config.json and model*.safetensors, which most repositories of Mistral models hold too."
+)
+# What libraries around a model put into the names of its tensors, and how the model itself is saved.
+_WRAPPERS = {
+    "_orig_mod": "torch.compile (`model._orig_mod.save_pretrained(...)`)",
+    "module": "DistributedDataParallel or DeepSpeed (`model.module.save_pretrained(...)`)",
+    "_fsdp_wrapped_module": "FSDP (gather the full state dict, and pass it to `save_pretrained`)",
+    "_checkpoint_wrapped_module": "activation checkpointing (save the model without it)",
+    "_forward_module": "Lightning (`model.module.save_pretrained(...)`)",
+    "base_model": "peft (`model.merge_and_unload().save_pretrained(...)`)",
+}
 _MOST_LAYERS = 256  # Llama 405B has 126, and what is read before a refusal is to stay short
 BUNDLED_MODEL = Path(__file__).parent / "stories"
 
@@ -281,12 +296,36 @@ def open_folder(path: str | Path, mesh: Mesh | None = None, follow_links: bool =
 
 def _read_configs(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """The config.json of a folder and its generation_config.json, if there is one."""
-    if not holds(folder, "config.json") and holds(folder, "params.json"):
-        raise CheckpointError(
-            f"{folder} is a checkpoint as Meta distributes it, in pickles. `jaxgen convert --allow-pickle` reads it."
-        )
+    if not holds(folder, "config.json") and (reason := _why_without_config(folder)):
+        raise CheckpointError(f"{folder} {reason}")
     generation = "generation_config.json"
     return read_json(folder, "config.json"), read_json(folder, generation) if holds(folder, generation) else None
+
+
+def _why_without_config(folder: Path) -> str | None:
+    """What a folder without a config.json is instead, and what can be done about it."""
+    names = sorted(path.name for path in folder.iterdir())
+    if any(name.endswith(".pth") for name in names) and "params.json" in names:
+        return "is a checkpoint as Meta distributes it, in pickles. `jaxgen convert --allow-pickle` reads it."
+    if MISTRAL_FILE in names:
+        return f"is {_MISTRAL}"
+    if ggufs := [name for name in names if name.endswith(".gguf")]:
+        return f"holds {_gguf(folder, ggufs[0])}"
+    inner = folder / "snapshots" if "snapshots" in names else folder
+    if models := [path for path in sorted(inner.iterdir()) if path.is_dir() and holds(path, "config.json")]:
+        if holds(folder, "refs/main"):  # of the hub's cache: the newest snapshot
+            newest = read_text(folder, "refs/main").strip()
+            models.sort(key=lambda path: path.name != newest)
+        return f"has no config.json, but {listed([str(path) for path in models])} has. Pass that folder."
+    return None
+
+
+def _gguf(folder: Path, file: str) -> str:
+    return (
+        f"{file}: GGUF is not read. Make a folder of it with transformers and the package gguf: "
+        f"`AutoModelForCausalLM.from_pretrained({str(folder)!r}, gguf_file={file!r}).save_pretrained(...)`, and the "
+        "same with AutoTokenizer."
+    )
 
 
 def _account(
@@ -351,7 +390,10 @@ def _parse_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | None) 
     """The family, its config, and the `transformers.GenerationConfig`, from the parsed JSON files."""
     generation_class = lazy.transformers().GenerationConfig
     if str(raw.get("model_type")) not in FAMILIES:
-        raise ValueError(f"`model_type`={raw.get('model_type')!r} is not supported; it may be one of {list(FAMILIES)}.")
+        code = " Code that comes with a checkpoint (`auto_map`) is never run." if raw.get("auto_map") else ""
+        raise ValueError(
+            f"`model_type`={raw.get('model_type')!r} is not supported; it may be one of {list(FAMILIES)}.{code}"
+        )
     family = FAMILIES[raw["model_type"]]
     config = family.config(raw, _generation_fields())
     try:
@@ -483,6 +525,12 @@ class _OneKey:
 def _match_names(folder: Path, wanted: Mapping[str, Mapping[str, int]], tensors: Mapping[str, Tensor]) -> None:
     """Every tensor is used, and every parameter filled, exactly once."""
     names = [name for sources in wanted.values() for name in sources]
+    for name in sorted(set(tensors) - set(names)):
+        if wrapper := next((part for part in name.split(".") if part in _WRAPPERS), None):
+            raise CheckpointError(
+                f"{folder} holds `{name:.100}`, where `{wrapper}.` is a trace of {_WRAPPERS[wrapper]}. Save the model "
+                f"itself, or take `{wrapper}.` out of the names in every file and the index."
+            )
     if missing := [name for name in names if name not in tensors]:
         raise CheckpointError(f"{folder} lacks {listed(missing)}. The checkpoint is incomplete; download it again.")
     if unknown := sorted(set(tensors) - set(names)):
@@ -540,8 +588,12 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 def _instead(folder: Path) -> str:
     """What a folder without safetensors holds, and what can be done about it."""
     names = sorted(path.name for path in folder.iterdir())
+    if shards := [name for name in names if re.fullmatch(r"model-\d+-of-\d+\.safetensors", name)]:
+        return f", but {shards[:3]}, which are parts of a model. Download {INDEX} too, which says what is in which."
+    if MISTRAL_FILE in names:
+        return f", but {MISTRAL_FILE}, the weights {_MISTRAL}"
     if ggufs := [name for name in names if name.endswith(".gguf")]:
-        return f", but {ggufs}: GGUF is not read. transformers can load it and save it as safetensors."
+        return f", but {_gguf(folder, ggufs[0])}"
     if pickles := [name for name in names if name.endswith((".bin", ".pth", ".pt"))]:
         return f", but {pickles}: pickles, which can run code, are read by `jaxgen convert --allow-pickle` only."
     others = [name for name in names if name.endswith((".safetensors", ".msgpack", ".h5"))]

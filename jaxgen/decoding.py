@@ -125,9 +125,10 @@ def _read(model: Model, prompt: Prompt, collect: tuple[str, ...]) -> tuple[jax.A
     inputs = prompt.input_ids if prompt.inputs is None else prompt.inputs
     mask = (prompt.attention_mask if prompt.unseen is None else prompt.unseen).astype(bool)
     cache = model.make_cache(*mask.shape) if prompt.past is None else prompt.past
-    padding: Any = 0 if prompt.padding is None else prompt.padding
+    padding: Any = prompt.padding
     if (size := prompt.chunk) is None:
-        return model.extend(cache.skip(padding), inputs, mask, prompt.position_ids, collect)
+        cache = cache if padding is None else cache.skip(padding)
+        return model.extend(cache, inputs, mask, prompt.position_ids, collect)
 
     def chunk(number: Any, cache: Cache) -> tuple[jax.Array, Cache, Internals]:
         def part(columns: Any) -> jax.Array:

@@ -34,24 +34,23 @@ SUPPORTED = frozenset(
 # Refused by name unless they hold one of the values that switch them off.
 REFUSED: dict[str, tuple[Any, ...]] = {
     "use_mtp": (None, False),
-    "cache_implementation": (None, "dynamic", "static"),
+    # The others of these are other names of "static".
+    "cache_implementation": (None, "dynamic", "hybrid", "hybrid_chunked", "sliding_window", "static"),
     "is_assistant": (None, False),
     "assistant_early_exit": (None,),
-    "assistant_ensemble_weight": (None,),
     "prompt_lookup_num_tokens": (None,),
-    "speculation_type": (None,),
-    "low_memory": (None, False),
     "dola_layers": (None,),
     "constraints": (None,),
     "force_words_ids": (None,),
-    "max_cache_len": (None,),
-    "cache_config": (None,),
-    "continuous_batching_config": (None,),
 }
 _ASSISTANT = "acts in assisted decoding only, and transformers ignores it elsewhere too"
 NO_EFFECT = {
     "compile_config": "is about torch.compile; every call of jaxgen is compiled",
     "disable_compile": "is about torch.compile; every call of jaxgen is compiled",
+    "max_cache_len": "sizes a static cache; the cache always has room for the call",
+    "cache_config": "is about quantised caches, which `cache_implementation` would have to ask for",
+    "continuous_batching_config": "is about `generate_batch`, and transformers' `generate` ignores it too",
+    "low_memory": "was about the memory of contrastive search in transformers 4, not about its tokens",
     "use_cache": "every decode uses a cache; False returns none, and attentions and hidden states of the whole text",
     "num_assistant_tokens": _ASSISTANT,
     "num_assistant_tokens_schedule": _ASSISTANT,
@@ -59,6 +58,8 @@ NO_EFFECT = {
     "assistant_lookbehind": _ASSISTANT,
     "target_lookbehind": _ASSISTANT,
     "max_matching_ngram_size": _ASSISTANT,
+    "assistant_ensemble_weight": _ASSISTANT,
+    "speculation_type": _ASSISTANT,
     "decoder_start_token_id": "concerns encoder-decoder models only",
     "transformers_version": "is bookkeeping",
 }
@@ -211,6 +212,11 @@ def resolve(
             "be removed in future versions. Please pass either a `generation_config` object OR all generation "
             "parameters explicitly, but not both."
         )
+    given_here = {
+        *kwargs,
+        *(name for name, value in vars(generation_config or config_class()).items() if value is not None),
+    }
+    _leave_out_what_is_not_heeded(merged, given_here)
     _refuse_unsupported(merged)
     _refuse_unknown(others, fields)
     resolved = _freeze(merged, has_default_max_length)
@@ -236,14 +242,46 @@ def _has_a_type(config_class: Any, name: str, value: Any) -> bool:
     return True
 
 
-def _refuse_unsupported(merged: Any) -> None:
-    for name, value in vars(merged).items():
-        if name.startswith("_") or name in SUPPORTED or name in NO_EFFECT:
+def _leave_out_what_is_not_heeded(merged: Any, given_here: set[str]) -> None:
+    """Switches off fields of the model's own config that transformers 5.23 does not heed beside the others."""
+    beams, groups = merged.num_beams or 1, merged.num_beam_groups or 1
+    groups = groups if beams != 1 else 1
+    contrastive = bool(merged.penalty_alpha) and merged.do_sample is not True and beams == 1
+    contrastive = contrastive and (_integer("top_k", merged.top_k) or 0) > 1
+    for name, neutral, heeded in (
+        ("num_beam_groups", 1, groups != 1),
+        ("diversity_penalty", 0.0, groups != 1),
+        ("penalty_alpha", None, contrastive),
+        ("cache_implementation", None, merged.cache_implementation != "paged"),
+    ):
+        value = getattr(merged, name)
+        if name in given_here or heeded or value in (None, neutral):
             continue
+        setattr(merged, name, neutral)
+        if value:
+            warn_once(
+                f"The model's generation config has `{name}`={value!r}, which changes nothing beside the other fields "
+                "of this call, as in transformers."
+            )
+
+
+def _refuse_unsupported(merged: Any) -> None:
+    """Refuses fields that jaxgen lacks; names that are no fields are read by nobody, and said once."""
+    unread = [name for name, value in vars(merged).items() if not _is_known(name) and value is not None]
+    if unread:
+        warn_once(
+            f"The generation config has {unread}, which are no fields of transformers' GenerationConfig. Neither "
+            "transformers nor jaxgen reads them."
+        )
+    for name, value in vars(merged).items():
         if name not in REFUSED:
-            raise ValueError(f"`{name}`={value!r} is not a generation field that jaxgen knows. Remove it.")
+            continue
         if not any(value is off or (value == off and type(value) is not bool) for off in REFUSED[name]):
             raise ValueError(f"`{name}`={value!r} is not supported. Pass `{name}={REFUSED[name][-1]!r}`.")
+
+
+def _is_known(name: str) -> bool:
+    return name.startswith("_") or name in SUPPORTED or name in NO_EFFECT or name in REFUSED
 
 
 def _refuse_unknown(others: Mapping[str, Any], fields: set[str]) -> None:
@@ -276,6 +314,9 @@ _FLAGS = (
 
 
 def _freeze(merged: Any, has_default_max_length: bool) -> Resolved:
+    for name in (*_FLAGS, "early_stopping"):
+        if type(getattr(merged, name)) is int and not getattr(merged, name):  # 0, as in some files
+            setattr(merged, name, False)
     for name in _FLAGS:
         if not isinstance(getattr(merged, name), (bool, np.bool_, type(None))):
             raise ValueError(f"`{name}`={getattr(merged, name)!r} must be True or False.")

@@ -453,6 +453,103 @@ def test_what_is_no_folder_is_refused(tmp_path: Path, refused: Callable[[Path, s
         refused(path, "is not a folder.*nothing is downloaded")
 
 
+# Folders of another kind: what is wrong, and a way that works
+
+
+def moved(**names: str) -> Callable[[Path], None]:
+    """Files of a checkpoint in other places: config, weights."""
+
+    def move(folder: Path) -> None:
+        for file, new in {"config.json": names.get("config"), "model.safetensors": names.get("weights")}.items():
+            if new is not None:
+                (folder / new).parent.mkdir(parents=True, exist_ok=True)
+                (folder / file).rename(folder / new)
+
+    return move
+
+
+ELSEWHERE: dict[str, tuple[Callable[[Path], None], str]] = {
+    "Meta": (moved(config="params.json", weights="consolidated.00.pth"), "Meta .*--allow-pickle"),
+    "Mistral": (
+        moved(config="params.json", weights="consolidated.safetensors"),
+        r"Mistral's own format \(params.json, consolidated.safetensors\).*Download config.json and model\*",
+    ),
+    "half of Mistral": (
+        moved(weights="consolidated.safetensors"),
+        "but consolidated.safetensors, .*Mistral's own format",
+    ),
+    "GGUF": (
+        moved(config="README.md", weights="model-Q4.gguf"),
+        r"holds model-Q4\.gguf: .*gguf_file='model-Q4\.gguf'\)\.save_pretrained",
+    ),
+    "GGUF with a config": (moved(weights="model-Q4.gguf"), r"but model-Q4\.gguf: GGUF is not read"),
+    "a folder within": (
+        moved(config="last/config.json", weights="last/model.safetensors"),
+        r"but `.*/last` has\. Pass",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ELSEWHERE)
+def test_a_folder_of_another_kind_is_refused_with_a_way_that_works(
+    kind: str, tmp_path: Path, refused: Callable[[Path, str], None]
+) -> None:
+    break_it, named = ELSEWHERE[kind]
+    folder = write_checkpoint(tmp_path / "model")
+    break_it(folder)
+    refused(folder, named)
+
+
+def test_shards_without_their_index_ask_for_it(
+    tmp_path: Path, refused: Callable[[Path, str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_checkpoint(tmp_path, shards=2)
+    index = (folder / INDEX).read_bytes()
+    (folder / INDEX).unlink()
+    refused(folder, rf"'model-00001-of-00002\.safetensors', .*parts of a model\. Download {INDEX} too")
+    (folder / INDEX).write_bytes(index)
+    monkeypatch.undo()
+    assert_holds(jaxgen.load(folder), TENSORS, np.float32)
+
+
+def test_the_top_of_the_hubs_cache_names_the_snapshot(tmp_path: Path, refused: Callable[[Path, str], None]) -> None:
+    top = tmp_path / "models--owner--name"
+    snapshots = [write_checkpoint(top / "snapshots" / commit) for commit in ("0abc", "1def")]
+    refused(top, rf"`{snapshots[0]}`, `{snapshots[1]}` has")
+    (top / "refs").mkdir()
+    (top / "refs" / "main").write_text("1def")
+    refused(top, rf"`{snapshots[1]}`, `{snapshots[0]}` has")
+    refused(top / "snapshots", f"`{snapshots[0]}`")
+
+
+@pytest.mark.parametrize(
+    ("prefix", "library"),
+    [
+        ("_orig_mod.", "torch.compile"),
+        ("module.", "DistributedDataParallel"),
+        ("_fsdp_wrapped_module.", "FSDP"),
+        ("base_model.", "peft"),
+        ("model._orig_mod.", "torch.compile"),
+    ],
+)
+def test_names_that_a_library_has_wrapped_are_refused_by_its_name(
+    prefix: str, library: str, tmp_path: Path, refused: Callable[[Path, str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_checkpoint(tmp_path, tensors={prefix + name: tensor for name, tensor in TENSORS.items()})
+    part = prefix.removeprefix("model.")
+    refused(folder, f"`{prefix}lm_head.weight`, where `{part}` is a trace of {library}")
+    monkeypatch.undo()
+    inner = prefix.removesuffix(part)
+    write_checkpoint(tmp_path, tensors={inner + name: tensor for name, tensor in TENSORS.items()})
+    assert_holds(jaxgen.load(folder), TENSORS, np.float32)
+
+
+def test_a_model_of_remote_code_is_told_that_none_is_run(tmp_path: Path, refused: Callable[[Path, str], None]) -> None:
+    auto_map = {"AutoModelForCausalLM": "modeling.Model"}
+    folder = write_checkpoint(tmp_path, CONFIG | {"model_type": "chatglm", "auto_map": auto_map})
+    refused(folder, r"`model_type`='chatglm'.*`auto_map`\) is never run")
+
+
 # Links
 
 
