@@ -39,6 +39,7 @@ class Device:
         name: of the kind.
         platform: as JAX calls it: "tpu", "gpu" or "cpu".
         memory: bytes that programs may use.
+        share: of its whole memory, which part that is.
         bandwidth: of its memory, bytes per second; None if not known.
     """
 
@@ -46,6 +47,11 @@ class Device:
     platform: str
     memory: int
     bandwidth: float | None
+    share: float = 1.0
+
+
+# What sets the part of a GPU's memory that JAX takes. The second name is the older one; together they are an error.
+_MEMORY_FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 
 
 # What XLA leaves to programs, or CUDA reports; the bandwidth by data sheet. In order of memory.
@@ -102,6 +108,7 @@ class Plan:
         decode_temporaries: of a step.
         total: weights, cache and the larger of the temporaries.
         available: what programs may use.
+        memory_share: of the device's memory, which part that is: JAX does not take all of a GPU's.
         step_ms: at least, milliseconds of the last step: what it reads over the bandwidth; None if that is not known.
         tokens_per_s: at most, of all rows together.
         suggestions: what would fit, if this does not.
@@ -126,6 +133,7 @@ class Plan:
     decode_temporaries: int
     total: int
     available: int
+    memory_share: float
     step_ms: float | None
     tokens_per_s: float | None
     suggestions: tuple["Plan", ...] = ()
@@ -195,19 +203,32 @@ def _local_device() -> Device:
         raise ValueError(f"JAX finds no device here ({error}). Pass `device`, one of {[*_DEVICES]}.") from error
     name = next((name for kind, name in _KINDS.items() if device.device_kind.startswith(kind)), None)
     bandwidth = None if name is None else _DEVICES[name].bandwidth
-    return Device(name or device.device_kind, device.platform, memory_bytes(), bandwidth)
+    share = _memory_fraction() if device.platform == "gpu" else 1.0
+    return Device(name or device.device_kind, device.platform, memory_bytes(), bandwidth, share)
 
 
 def _usable(device: Device) -> Device:
     """With what JAX takes of a GPU's memory; of a TPU's it takes all that XLA leaves."""
     if device.platform != "gpu":
         return device
-    variable = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+    share = _memory_fraction()
+    return replace(device, memory=int(share * device.memory), share=share)
+
+
+def fraction_variable() -> str:
+    """The environment variable that sets the part of a GPU's memory that JAX takes."""
+    return next((name for name in _MEMORY_FRACTIONS if os.environ.get(name)), _MEMORY_FRACTIONS[0])
+
+
+def _memory_fraction() -> float:
+    given = os.environ.get(fraction_variable()) or "0.75"
     try:
-        share = float(os.environ.get(variable, "0.75"))
-    except ValueError as error:
-        raise ValueError(f"${variable}={os.environ[variable]!r} must be a number, such as 0.75.") from error
-    return replace(device, memory=int(share * device.memory))
+        share = float(given)
+    except ValueError:
+        share = math.nan
+    if not 0 < share < math.inf:
+        raise ValueError(f"${fraction_variable()}={given!r} must be a number above 0, such as 0.75.")
+    return share
 
 
 @dataclass(frozen=True, eq=False)
@@ -315,6 +336,7 @@ class _Call:
             decode_temporaries=decode,
             total=weights + cache + max(prefill, decode),
             available=device.memory,
+            memory_share=device.share,
             step_ms=None if seconds is None else 1e3 * seconds,
             tokens_per_s=None if seconds is None else batch * self.copies / seconds,
         )

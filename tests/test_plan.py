@@ -117,13 +117,40 @@ def test_a_step_takes_at_least_as_long_as_its_reads() -> None:
 
 
 def test_gpus_are_planned_with_the_share_that_jax_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    names = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
     usual = plan("1b", device="h100").available
-    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
-    assert plan("1b", device="h100").available == pytest.approx(usual * 0.9 / 0.75)
-    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "most")
-    with pytest.raises(ValueError, match=r"\$XLA_PYTHON_CLIENT_MEM_FRACTION='most' must be a number"):
-        plan("1b", device="h100")
+    for name in names:
+        with monkeypatch.context() as environment:
+            environment.setenv(name, "0.9")
+            assert plan("1b", device="h100").available == pytest.approx(usual * 0.9 / 0.75)
+            for wrong in ("most", "0", "nan"):
+                environment.setenv(name, wrong)
+                with pytest.raises(ValueError, match=rf"\${name}='{wrong}' must be a number above 0"):
+                    plan("1b", device="h100")
+
+
+def test_the_command_says_which_part_of_a_gpu_jax_takes_and_how_to_change_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+        monkeypatch.delenv(name, raising=False)
+    assert main(["plan", "8b", "--device", "h200"]) == 0
+    said = capsys.readouterr().out
+    assert "of 112.6 GB: fits" in said
+    assert "JAX takes 75% of the 150.1 GB that the device has; XLA_CLIENT_MEM_FRACTION=0.9 in the env" in said
+    for device in ("v5p", "v6e"):
+        assert main(["plan", "8b", "--device", device]) == 0
+        assert "JAX takes" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("prompt", "new", "said"), [(1, 1, "1 x 1 + 1 token: 1 row, "), (1000, 2000, "1 x 1,000 + 2,000 tokens: 1 row, ")]
+)
+def test_the_command_counts_in_english(prompt: int, new: int, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "2-layer", "--prompt-tokens", str(prompt), "--new-tokens", str(new), "--device", "v5e"]) == 0
+    assert said in capsys.readouterr().out
 
 
 def again(given: Plan, **changes: Any) -> Plan:

@@ -10,7 +10,7 @@ import numpy as np
 from jaxgen.chat import check_template, render
 from jaxgen.commands import compile_cache
 from jaxgen.commands.options import decoding_arguments
-from jaxgen.commands.terminal import Times, checked_text, decode, open_model, say
+from jaxgen.commands.terminal import Times, checked_text, counted, decode, open_model, say
 from jaxgen.decoding import compile_counts
 from jaxgen.generation import Custom, lower
 from jaxgen.text_stream import TextPieces
@@ -40,7 +40,9 @@ def run(arguments: argparse.Namespace) -> int:
             )
     call = lower(model, prompt, None, {**given, "return_dict_in_generate": False}, custom)
     streams = not arguments.json and call.config.num_beams == 1 and call.config.num_return_sequences == 1
-    say(f"a prompt of {call.columns} tokens; the first use of such lengths compiles")
+    folder = compile_cache.current()
+    unless = " unless they are kept from before" if folder and any(folder.glob("*-cache")) else ""
+    say(f"a prompt of {counted(call.columns, 'token')}; the programs for such lengths are compiled first{unless}")
     pieces = TextPieces(tokenizer)
     if streams and not arguments.chat:  # the prompt as it is read, which healing may have changed
         print(pieces.add(np.asarray(call.prompt.input_ids)[0, -call.columns :]), end="", flush=True)
@@ -83,7 +85,7 @@ def _report(new_tokens: int, times: Times) -> None:
     built, folder = sum(compile_counts().values()), compile_cache.current()
     where = f"compiled, kept in {folder}" if folder else "compiled"
     say(
-        f"first token {times.first_token:.2f} s after loading; {new_tokens} tokens, {times.rate:,.0f} tokens/s once "
-        f"they came; {built} programs ready in {times.compiling:.2f} s "
+        f"first token {times.first_token:.2f} s after loading; {counted(new_tokens, 'token')}, {times.rate:,.0f} "
+        f"tokens/s once they came; {counted(built, 'program')} ready in {times.compiling:.2f} s "
         + (f"({times.kept} kept from before)" if times.kept else f"({where})")
     )

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from jaxgen.checkpoint import MANIFEST, Source, named_leaves, open_folder
-from jaxgen.commands.terminal import byte_count, open_tokenizer
+from jaxgen.commands.terminal import byte_count, counted, open_tokenizer
 
 _TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
 
@@ -35,11 +35,11 @@ def describe(source: Source) -> dict[str, str]:
     whole = per_token * config.max_position_embeddings
     return {
         "folder": f"{source.folder} ({'converted' if (source.folder / MANIFEST).exists() else 'Hugging Face'})",
-        "family": f"{source.raw['model_type']}, {config.num_hidden_layers} layers of {config.hidden_size}, "
-        f"{config.num_attention_heads} heads on {config.num_key_value_heads} of {config.head_dim}, MLP of "
+        "family": f"{source.raw['model_type']}, {counted(config.num_hidden_layers, 'layer')} of {config.hidden_size}, "
+        f"{counted(config.num_attention_heads, 'head')} on {config.num_key_value_heads} of {config.head_dim}, MLP of "
         f"{config.intermediate_size}, {type(config.rope).__name__.lower()} rope",
         "vocabulary": f"{config.vocab_size:,} ids, {'tied' if config.tie_word_embeddings else 'separate'} head",
-        "context": f"{config.max_position_embeddings:,} tokens",
+        "context": counted(config.max_position_embeddings, "token"),
         "parameters": f"{parameters:,}",
         "dtype": f"{source.dtype} (stored: {', '.join(stored)})",
         "weights": byte_count(weights),

@@ -6,8 +6,8 @@ import json
 import re
 from typing import Any
 
-from jaxgen.commands.terminal import byte_count
-from jaxgen.plan import Plan, plan
+from jaxgen.commands.terminal import byte_count, counted
+from jaxgen.plan import Plan, fraction_variable, plan
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -55,8 +55,8 @@ def _lines(found: Plan) -> dict[str, str]:
     return {
         "model": f"{found.model}, {found.parameters:,} parameters in "
         + (f"{found.quantize}, the rest in {found.dtype}" if found.quantize else found.dtype),
-        "call": f"{found.batch} x {found.prompt_tokens:,} + {found.new_tokens:,} tokens: {found.rows} rows, "
-        f"{found.slots:,} slots in the cache",
+        "call": f"{found.batch} x {found.prompt_tokens:,} + {counted(found.new_tokens, 'token')}: "
+        f"{counted(found.rows, 'row')}, {counted(found.slots, 'slot')} in the cache",
         "device": f"{data * tensor} x {found.device}, rows over {data} and heads over {tensor}"
         if each
         else found.device,
@@ -66,7 +66,19 @@ def _lines(found: Plan) -> dict[str, str]:
         f"{byte_count(found.decode_temporaries)} for a step",
         "total": f"{byte_count(found.total)} of {byte_count(found.available)}: "
         + ("fits" if found.fits else "does not fit"),
+        **_share(found),
         "step": floor,
+    }
+
+
+def _share(found: Plan) -> dict[str, str]:
+    """What JAX leaves of a GPU's memory, and how it takes more."""
+    if found.memory_share == 1:
+        return {}
+    whole = byte_count(found.available / found.memory_share)
+    return {
+        "memory": f"JAX takes {found.memory_share:.0%} of the {whole} that the device has; "
+        f"{fraction_variable()}=0.9 in the environment makes it 90%"
     }
 
 

@@ -33,6 +33,11 @@ def byte_count(size: float) -> str:
     return f"{size:,.2f} TB"
 
 
+def counted(number: int, thing: str) -> str:
+    """How many of a thing, in English."""
+    return f"{number:,} {thing}" if number == 1 else f"{number:,} {thing}s"
+
+
 def open_model(arguments: argparse.Namespace) -> tuple[Any, Any]:
     """The model and its tokenizer, with compiled programs kept where the arguments say."""
     compile_cache.enable(arguments.compile_cache)
