@@ -92,7 +92,7 @@ class Dynamic:
     factor: float
 
     def inverse_frequencies(self, length: jax.Array | int) -> jax.Array:
-        longest = jnp.maximum(length, self.max_position_embeddings)
+        longest = jnp.maximum(length, self.max_position_embeddings).astype(jnp.float32)
         growth = self.factor * longest / self.max_position_embeddings - (self.factor - 1)
         return 1 / _powers(self.rope_theta * growth ** (self.head_dim / (self.head_dim - 2)), self.head_dim)
 
