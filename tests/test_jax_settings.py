@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from transformers.generation.configuration_utils import SynthIDTextWatermarkingConfig, WatermarkingConfig
 
 import jaxgen
 
@@ -103,8 +104,6 @@ ONE_WAY: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 
 @pytest.fixture(scope="module")
 def tokens(folder: Path, model: Any, bundled: Any, tokenizer: Any) -> Callable[[str], np.ndarray]:
-    from transformers import SynthIDTextWatermarkingConfig, WatermarkingConfig
-
     small = jaxgen.load(folder, quantize="int8")
 
     def run(way: str) -> np.ndarray:
