@@ -164,6 +164,8 @@ def save(model: Any, path: str | Path) -> None:
         ValueError: if the folder holds a checkpoint of another layout, whose files would win over the new ones, or the
             model is quantised or has other parameters than a checkpoint of its family.
     """
+    if isinstance(model.embed_tokens.weight[...], Int8):
+        raise ValueError("`model` is quantised, and a Hugging Face folder has its weights. Save it before that.")
     parameters, stacks = dict(named_leaves(model)), FAMILIES[model.config.model_type].weight_map(model.config)
     if unknown := sorted(set(parameters) ^ set(stacks)):
         raise ValueError(
@@ -171,8 +173,6 @@ def save(model: Any, path: str | Path) -> None:
             "`nnx.LoRA`, add the product to its weights, `lora.base_module.weight[...] += (lora.lora_a[...] @ "
             "lora.lora_b[...]).T`, and put the base module back in its place."
         )
-    if isinstance(model.embed_tokens.weight[...], Int8):
-        raise ValueError("`model` is quantised, and a Hugging Face folder has its weights. Save it before that.")
     folder = Path(path)
     if taken := [name for name in (INDEX, MANIFEST) if (folder / name).exists()]:
         raise ValueError(f"{folder} holds a checkpoint of another layout ({taken}). Choose an empty folder.")
@@ -638,5 +638,5 @@ def weights_dtype(dtype: jax.typing.DTypeLike) -> np.dtype:
 
 
 def listed(names: list[str], most: int = 5) -> str:
-    shown = ", ".join(f"`{name:.100}`" for name in names[:most])
+    shown = ", ".join(f"`{name:.200}`" for name in names[:most])
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

@@ -33,9 +33,11 @@ class TextPieces:
         text = self._decode(self._ids[:settled])
         text = text.rstrip("\N{REPLACEMENT CHARACTER}")  # which is what a part of a character looks like
         last_word = text.rpartition(" ")[2]
-        if self._tokenizer.clean_up_tokenization_spaces and (len(last_word) < 3 or text.endswith("'")):
-            # " ." will be ".", and "do n" with "'" and "t" will be "don't": two words may still change.
-            text = text.rpartition(" ")[0].rpartition(" ")[0]
+        if self._tokenizer.clean_up_tokenization_spaces:
+            if text.endswith("'"):  # "do n '" and "t" will be "don't": two words may still change
+                text = text.rpartition(" ")[0].rpartition(" ")[0]
+            elif len(last_word) < 3:  # " ." will be ".", " n't" will be "n't"
+                text = text.rpartition(" ")[0]
         return self._piece(text)
 
     def end(self) -> str:

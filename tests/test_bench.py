@@ -191,7 +191,14 @@ def test_every_record_has_its_picture(
         | {"bytes_per_step": 1e6},
         "growth": {"shape": "1b", "dtype": "float32", "axis": "length", "value": 128, "step_ms": 2.0}
         | {"step_ms_range": [1.0, 3.0], "floor_slope_ms": 0.1},
-        "compare": {"shape": "1b", "dtype": "float32", "decode": "greedy", "batch": 1}
+        "compare": {
+            "shape": "1b",
+            "dtype": "float32",
+            "decode": "greedy",
+            "batch": 1,
+            "prompt_tokens": 32,
+            "new_tokens": 8,
+        }
         | {"peers": {"jaxgen": {"ms": 1.0, "ratio": 1.0}, "other": {"skipped": "other tokens"}}},
     }
     arguments = ["plot.py", "--to", str(tmp_path)]

@@ -224,7 +224,8 @@ class Clock:
     """Stands in for the clock: compiling takes a minute, a step a hundredth of a second, and nothing else any time."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.now, self.length = 0.0, 2
+        self.now, self.compiled, self.length = 0.0, 0.0, 2
+        monkeypatch.setattr(streaming, "compile_seconds", lambda: self.compiled)
         monkeypatch.setattr(streaming, "time", SimpleNamespace(monotonic=lambda: self.now))
         for name in ("prefill", "advance", "grow"):
             monkeypatch.setattr(streaming, name, partial(self.dispatch, getattr(streaming, name)))
@@ -233,7 +234,8 @@ class Clock:
     def dispatch(self, program: Any, *arguments: Any) -> Any:
         before = jaxgen.compile_counts()
         result = program(*arguments)
-        self.now += 60 * (jaxgen.compile_counts() != before)
+        took = 60 * (jaxgen.compile_counts() != before)
+        self.now, self.compiled = self.now + took, self.compiled + took
         return result
 
     def read(self, device_get: Any, value: Any) -> Any:

@@ -41,12 +41,7 @@ def test_null_means_the_default(key: str) -> None:
     ("key", "value"),
     [
         ("sliding_window", 4096),
-        ("rope_condense_ratio", 8),
-        ("partial_rotary_factor", 0.5),
-        ("attn_logit_softcapping", 30.0),
         ("layer_types", ["full_attention"]),
-        ("num_local_experts", 8),
-        ("no_such_key", "x"),
         ("architectures", ["MistralForCausalLM"]),
         ("architectures", ["LlamaForSequenceClassification"]),
         ("hidden_act", "mish"),
