@@ -1,7 +1,4 @@
-"""JAX's own settings, which users have for their own code: none of them stops a call or changes a token.
-
-The whole suite runs with ranks and dtypes that JAX refuses to mix, see `conftest`; the others are here.
-"""
+"""JAX's own settings, which users have for their own code: none of them stops a call or changes a token."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -12,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from architectures import ARCHITECTURES
 from transformers.generation.configuration_utils import SynthIDTextWatermarkingConfig, WatermarkingConfig
 
 import jaxgen
@@ -89,6 +87,7 @@ def explicit_mesh(*axes: str) -> AbstractContextManager[Any]:
 
 EVERY_WAY: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "x64": together(jax_enable_x64=True, jax_numpy_dtype_promotion="standard"),
+    "strict promotion": together(jax_numpy_rank_promotion="raise", jax_numpy_dtype_promotion="strict"),
     "no NaN, no infinity": together(jax_debug_nans=True, jax_debug_infs=True),
     "transfer guard": partial(jax.transfer_guard, "disallow"),
 }
@@ -166,3 +165,12 @@ def test_a_stream_leaves_the_mesh_to_its_reader(model: Any) -> None:
             assert jax.sharding.get_abstract_mesh().axis_names == ("x",)
             chunks.append(chunk)
     np.testing.assert_array_equal(np.concatenate(chunks, axis=1), plain[:, IDS.shape[1] :])
+
+
+def test_strict_promotion_changes_no_token_of_rotary_frequencies_that_grow_with_the_text(tmp_path: Path) -> None:
+    dynamic = next(each for each in ARCHITECTURES if each.name.endswith("dynamic"))
+    model = jaxgen.load(dynamic.write(tmp_path))
+    ids, mask = dynamic.prompts()
+    expected = jaxgen.generate(model, ids, attention_mask=mask, max_new_tokens=4)
+    with EVERY_WAY["strict promotion"]():
+        np.testing.assert_array_equal(jaxgen.generate(model, ids, attention_mask=mask, max_new_tokens=4), expected)
