@@ -4,8 +4,8 @@
     PYTHONPATH=. python bench/gpu_decode_step.py OUT --shape 2-layer --steps 4 --columns 128 --slots 256   # rehearsal
 
 Makes the weights on the device, and states as after a prompt of `--columns` tokens, so that no prefill is compiled;
-then it times `advance` itself, with the compiler options of each variant, the most telling variants first. It ends with
-whole calls of `generate`, among them one with a `max_time`. Each figure is appended to OUT/figures.jsonl at once: a
+then it times `advance` itself, with the compiler options of each variant, the most telling variants first, and among
+them whole calls of `generate`, one with a `max_time`. Each figure is appended to OUT/figures.jsonl at once: a
 variant that fails, or a run that is cut off, costs nothing else. Shares are those of the bandwidth measured in the same
 run; `dispatch_share` is how much of the time of a chunk passes before its dispatch returns; `same_tokens` compares with
 the first variant of that batch (random weights in bfloat16: a few may differ).
@@ -43,6 +43,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "cublas": {"xla_gpu_enable_triton_gemm": False},
 }
 # Weights, batch, options: the most telling first, and int8 last, since there is not always room for both weights.
+# `whole_calls` come after the first few, so that a short run has them too.
+VARIANTS_BEFORE_CALLS = 3
 VARIANTS = [
     ("bfloat16", 1, "default"),
     ("bfloat16", 64, "default"),
@@ -74,9 +76,10 @@ def main() -> None:
     say(arguments, what="machine", bandwidth=read, driver=driver())
     weights, model = "bfloat16", jaxgen.from_config(varied(arguments.shape), dtype="bfloat16")
     first_tokens: dict[int, np.ndarray] = {}
-    for kind, batch, options in VARIANTS:
-        if kind != weights:  # the calls need the weights that are about to go
+    for number, (kind, batch, options) in enumerate(VARIANTS):
+        if number == VARIANTS_BEFORE_CALLS:
             whole_calls(arguments, model, until)
+        if kind != weights:
             weights, model = kind, jax.tree.map(jax.jit(quantised, donate_argnums=0), model)
         if time.monotonic() > until:
             say(arguments, what="out of time", weights=kind, batch=batch, options=options)

@@ -162,13 +162,14 @@ def test_a_prepared_call_is_a_pure_function_of_its_key(tmp_path: Path) -> None:
 
     keys = jax.random.split(jax.random.key(0), 3)
     together = jax.jit(jax.vmap(run))(keys)
+    compiled = jax.jit(run)
     for key, sequences in zip(keys, together, strict=True):
         expected = jaxgen.generate(model, [[5, 6], [7, 8]], eos_token_id=None, key=key, **arguments)
         np.testing.assert_array_equal(sequences, expected)
-        np.testing.assert_array_equal(jax.jit(run)(key), expected)
-    for key in (7, -7, [3, 4]):
+        np.testing.assert_array_equal(compiled(key), expected)
+    for key, decoded in ((7, run), (-7, compiled), ([3, 4], compiled)):
         expected = jaxgen.generate(model, [[5, 6], [7, 8]], eos_token_id=None, key=key, **arguments)
-        np.testing.assert_array_equal(run(np.asarray(key)), expected)
+        np.testing.assert_array_equal(decoded(np.asarray(key)), expected)
     with pytest.raises(ValueError, match="`key` has dtype float32"):
         run(jnp.float32(7))
 

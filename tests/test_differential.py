@@ -10,7 +10,7 @@ from random_calls import PROCESSORS, call, small_model, some
 
 import jaxgen
 
-COMBINATIONS, CALLS_EACH = 28, 20
+COMBINATIONS, CALLS_EACH = 20, 13
 
 pytestmark = pytest.mark.oracle
 

@@ -85,9 +85,10 @@ def explicit_mesh(*axes: str) -> AbstractContextManager[Any]:
     return jax.set_mesh(jax.make_mesh((1,) * len(axes), axes, axis_types=(jax.sharding.AxisType.Explicit,) * len(axes)))
 
 
+STRICT = {"jax_numpy_rank_promotion": "raise", "jax_numpy_dtype_promotion": "strict"}
 EVERY_WAY: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "x64": together(jax_enable_x64=True, jax_numpy_dtype_promotion="standard"),
-    "strict promotion": together(jax_numpy_rank_promotion="raise", jax_numpy_dtype_promotion="strict"),
+    "strict promotion": together(**STRICT),
     "no NaN, no infinity": together(jax_debug_nans=True, jax_debug_infs=True),
     "transfer guard": partial(jax.transfer_guard, "disallow"),
 }
@@ -116,10 +117,10 @@ def tokens(folder: Path, model: Any, bundled: Any, tokenizer: Any) -> Callable[[
         if not arguments.pop("again", False):
             return np.asarray(jaxgen.generate(ours, IDS, **arguments))
         output = jaxgen.generate(ours, IDS, return_dict_in_generate=True, **arguments)
-        past = output.past_key_values
+        past = output.cache
         assert past[0][0].shape[2] == output.sequences.shape[1] - 1
         arguments["attention_mask"] = np.pad(MASK, ((0, 0), (0, 5)), constant_values=1)
-        return np.asarray(jaxgen.generate(ours, output.sequences, past_key_values=past, **arguments))
+        return np.asarray(jaxgen.generate(ours, output.sequences, cache=past, **arguments))
 
     return run
 
@@ -172,5 +173,5 @@ def test_strict_promotion_changes_no_token_of_rotary_frequencies_that_grow_with_
     model = jaxgen.load(dynamic.write(tmp_path))
     ids, mask = dynamic.prompts()
     expected = jaxgen.generate(model, ids, attention_mask=mask, max_new_tokens=4)
-    with EVERY_WAY["strict promotion"]():
+    with together(**STRICT)():
         np.testing.assert_array_equal(jaxgen.generate(model, ids, attention_mask=mask, max_new_tokens=4), expected)
