@@ -20,7 +20,7 @@ from common import continued, positive, record, seconds, varied
 from transformers import LlamaForCausalLM
 
 import jaxgen
-from jaxgen.shapes import SHAPES
+from jaxgen.planning.shapes import SHAPES
 
 BEAMS = 4
 

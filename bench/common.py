@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxgen
-from jaxgen.shapes import SHAPES
+from jaxgen.planning.shapes import SHAPES
 
 # The ways to decode that are compared, in the arguments of `generate`.
 DECODES: dict[str, dict[str, Any]] = {

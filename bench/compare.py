@@ -38,7 +38,7 @@ from peers import PEERS, Case, Missing, Peer, Worker, installed
 from reference import Reference, Verdict
 
 import jaxgen
-from jaxgen.shapes import SHAPES
+from jaxgen.planning.shapes import SHAPES
 
 Judge = Callable[[Case, np.ndarray], Verdict]
 

@@ -28,12 +28,12 @@ from common import record
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxgen import decoding
-from jaxgen.checkpoint import abstract, named_leaves
-from jaxgen.generation import lower_for_any_device
+from jaxgen.checkpoint.load import abstract, named_leaves
+from jaxgen.decoding import loop
+from jaxgen.generation.api import lower_for_any_device
 from jaxgen.models import FAMILIES
-from jaxgen.plan import plan
-from jaxgen.shapes import SHAPES
+from jaxgen.planning.plan import plan
+from jaxgen.planning.shapes import SHAPES
 
 # XLA's description of an H200, as there is no device to ask.
 H200 = """
@@ -147,7 +147,7 @@ def examine(case: Case, found: Any) -> dict[str, Any]:
     }
     model, prompt, strategy, slots, everywhere = programs(case, found)
     try:
-        lowered = decoding.prefill.lower(model, prompt, strategy, slots, ())
+        lowered = loop.prefill.lower(model, prompt, strategy, slots, ())
         prefill, figures["prefill_compile_s"] = timed(lowered)
         shardings = prefill.output_shardings[0]
         state = jax.tree.map(placed, lowered.out_info[0], shardings)
@@ -155,7 +155,7 @@ def examine(case: Case, found: Any) -> dict[str, Any]:
         cache = [array for layer in state.cache.layers for array in layer]
         shares = [math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize for array in cache]
         advance, figures["decode_compile_s"] = timed(
-            decoding.advance.lower(model, state, strategy, placed(np.int32(1), everywhere), ())
+            loop.advance.lower(model, state, strategy, placed(np.int32(1), everywhere), ())
         )
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):

@@ -21,7 +21,7 @@ import numpy as np
 from common import positive, random_prompts, record, seconds, varied
 
 import jaxgen
-from jaxgen.shapes import SHAPES
+from jaxgen.planning.shapes import SHAPES
 
 PREFIX, OWN, PROMPTS = 512, 32, 16
 LONG, CHUNK = 1536, 128

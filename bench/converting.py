@@ -27,7 +27,7 @@ from safetensors.numpy import save_file
 
 import jaxgen
 from jaxgen import convert
-from jaxgen.shapes import SHAPES
+from jaxgen.planning.shapes import SHAPES
 
 MEASURE = """
 import sys

@@ -30,10 +30,10 @@ import numpy as np
 from common import bandwidth, continued, random_prompts, record, varied
 
 import jaxgen
-from jaxgen import decoding
-from jaxgen.generation import lower_for_any_device
+from jaxgen.decoding import loop
+from jaxgen.generation.api import lower_for_any_device
 from jaxgen.models.int8 import quantised
-from jaxgen.shapes import SHAPES
+from jaxgen.planning.shapes import SHAPES
 
 _GRAPH = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION"
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -128,7 +128,7 @@ def timed_step(
     """The figures of one program; chunks are timed four times, after two short ones that warm it up."""
     strategy, state = started(model, batch, arguments)
     step = jax.jit(
-        lambda model, state, strategy, steps: decoding._advance(model, state, strategy, steps),
+        lambda model, state, strategy, steps: loop._advance(model, state, strategy, steps),
         donate_argnums=1,
         compiler_options=options if jax.default_backend() == "gpu" and options else None,
     )
@@ -175,7 +175,7 @@ def started(model: Any, batch: int, arguments: argparse.Namespace) -> tuple[Any,
     prompts = random_prompts(model.vocab_size, batch, arguments.columns)
     options = {"max_new_tokens": arguments.slots - arguments.columns, "eos_token_id": None}
     call = lower_for_any_device(model, prompts, None, {**options, "attention_mask": np.ones_like(prompts)})
-    prefill = functools.partial(decoding._prefill, slots=call.slots, cache_slots=arguments.slots)
+    prefill = functools.partial(loop._prefill, slots=call.slots, cache_slots=arguments.slots)
     shapes = jax.eval_shape(lambda model: prefill(model, call.prompt, call.strategy), model)
 
     @jax.jit

@@ -22,9 +22,9 @@ import numpy as np
 from common import bandwidth, continued, positive, random_prompts, record, step_times, varied
 
 import jaxgen
-from jaxgen.prompts import bucket
-from jaxgen.shapes import SHAPES
-from jaxgen.streaming import stages
+from jaxgen.generation.prompts import bucket
+from jaxgen.generation.streaming import stages
+from jaxgen.planning.shapes import SHAPES
 
 FRESH = 16  # columns of a prompt that its call reads, the others being in a cache
 PROMPT_TOKENS = 128  # where batch or beams grow

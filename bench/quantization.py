@@ -20,7 +20,7 @@ import numpy as np
 from common import continued, positive, random_prompts, record, step_times, varied
 
 import jaxgen
-from jaxgen.shapes import SHAPES
+from jaxgen.planning.shapes import SHAPES
 
 KINDS: dict[str, dict[str, Any]] = {
     "float32": {"dtype": "float32"},

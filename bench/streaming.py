@@ -15,7 +15,7 @@ import numpy as np
 from common import positive, random_prompts, record, seconds, varied
 
 import jaxgen
-from jaxgen.shapes import SHAPES
+from jaxgen.planning.shapes import SHAPES
 
 PROMPT_TOKENS, NEW_TOKENS = 32, 128
 

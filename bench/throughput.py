@@ -31,7 +31,7 @@ from jax.sharding import Mesh
 from reference import Reference
 
 import jaxgen
-from jaxgen.shapes import SHAPES
+from jaxgen.planning.shapes import SHAPES
 
 KEY = 0
 

@@ -21,8 +21,8 @@ import jax
 import numpy as np
 
 from jaxgen import __version__
-from jaxgen.checkpoint import INDEX, MANIFEST, listed, open_folder, weights_dtype
-from jaxgen.folder import CheckpointError, checkpoint_folder, file_in, read_json
+from jaxgen.checkpoint.files import CheckpointError, checkpoint_folder, file_in, read_json
+from jaxgen.checkpoint.load import INDEX, MANIFEST, listed, open_folder, weights_dtype
 
 from .layout import SHARD_BYTES, File, hugging_face_files, hugging_face_tensors, index, manifest, native_files
 from .lora import merged

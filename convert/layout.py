@@ -10,7 +10,8 @@ from typing import Any, cast
 import numpy as np
 
 from jaxgen import __version__
-from jaxgen.checkpoint import (
+from jaxgen.checkpoint.files import CheckpointError, check_name, file_in, holds, parse_json, read_text
+from jaxgen.checkpoint.load import (
     BASE_PREFIX,
     INDEX,
     MANIFEST,
@@ -21,8 +22,7 @@ from jaxgen.checkpoint import (
     named_leaves,
     weight_files,
 )
-from jaxgen.folder import CheckpointError, check_name, file_in, holds, parse_json, read_text
-from jaxgen.safetensors_file import NAMES, StoredTensor, Tensor, header, header_text
+from jaxgen.checkpoint.safetensors_file import NAMES, StoredTensor, Tensor, header, header_text
 
 SHARD_BYTES = 5 * 10**9  # as `save_pretrained` of transformers has it
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from jaxgen.checkpoint import listed, same_bytes
-from jaxgen.folder import CheckpointError, holds, read_json
-from jaxgen.safetensors_file import DTYPES, ComputedTensor, StoredTensor, Tensor, read_header
+from jaxgen.checkpoint.files import CheckpointError, holds, read_json
+from jaxgen.checkpoint.load import listed, same_bytes
+from jaxgen.checkpoint.safetensors_file import DTYPES, ComputedTensor, StoredTensor, Tensor, read_header
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."

@@ -17,8 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jaxgen.checkpoint import INDEX, SINGLE_FILE
-from jaxgen.folder import CheckpointError, LinkedFolder, checkpoint_folder, file_in, holds, read_json
+from jaxgen.checkpoint.files import CheckpointError, LinkedFolder, checkpoint_folder, file_in, holds, read_json
+from jaxgen.checkpoint.load import INDEX, SINGLE_FILE
 
 _BIN, _BIN_INDEX, _META = "pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth"
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from jaxgen.checkpoint import INDEX, MANIFEST, SINGLE_FILE, Source, listed, weight_files
-from jaxgen.folder import CheckpointError, checkpoint_folder, contained, file_in, holds, lies_in
-from jaxgen.quantization import KEYS
+from jaxgen.checkpoint.files import CheckpointError, checkpoint_folder, contained, file_in, holds, lies_in
+from jaxgen.checkpoint.float8 import KEYS
+from jaxgen.checkpoint.load import INDEX, MANIFEST, SINGLE_FILE, Source, listed, weight_files
 
 TEMPLATES = "additional_chat_templates"  # the one folder that belongs to a tokenizer
 _FILES = [

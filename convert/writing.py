@@ -23,8 +23,8 @@ from typing import Any, TextIO
 import numpy as np
 from tqdm import tqdm
 
-from jaxgen.folder import CheckpointError
-from jaxgen.safetensors_file import BLOCK, Tensor
+from jaxgen.checkpoint.files import CheckpointError
+from jaxgen.checkpoint.safetensors_file import BLOCK, Tensor
 
 from .layout import File, Piece
 from .sources import TEMPLATES

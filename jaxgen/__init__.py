@@ -7,45 +7,45 @@ from jaxgen.version import __version__
 
 if TYPE_CHECKING:
     from jaxgen.base import LogitsProcessor, Model, Prompt, Strategy
-    from jaxgen.beam_search import BeamSearch
-    from jaxgen.checkpoint import BUNDLED_MODEL, from_config, load, save
-    from jaxgen.contrastive_search import ContrastiveSearch
-    from jaxgen.decoding import compile_counts, decode
-    from jaxgen.folder import CheckpointError
-    from jaxgen.generation import Call, generate, prepare, stream
-    from jaxgen.group_beam_search import GroupBeamSearch
-    from jaxgen.outputs import compute_transition_scores
-    from jaxgen.past_key_values import PastKeyValues
-    from jaxgen.sampling import Sample
-    from jaxgen.stopping_criteria import EosToken, MaxLength
-    from jaxgen.text_stream import stream_text
+    from jaxgen.checkpoint.files import CheckpointError
+    from jaxgen.checkpoint.load import BUNDLED_MODEL, from_config, load, save
+    from jaxgen.decoding.beam_search import BeamSearch
+    from jaxgen.decoding.contrastive_search import ContrastiveSearch
+    from jaxgen.decoding.group_beam_search import GroupBeamSearch
+    from jaxgen.decoding.loop import compile_counts, decode
+    from jaxgen.decoding.sampling import Sample
+    from jaxgen.generation.api import Call, generate, prepare, stream
+    from jaxgen.generation.outputs import compute_transition_scores
+    from jaxgen.generation.past_key_values import PastKeyValues
+    from jaxgen.generation.text_stream import stream_text
+    from jaxgen.processors.stopping_criteria import EosToken, MaxLength
 
 # Where the public names live. They are imported when they are first asked for, so that `jaxgen --help` answers at once.
 _HOMES = {
-    "BUNDLED_MODEL": "checkpoint",
-    "BeamSearch": "beam_search",
-    "Call": "generation",
-    "CheckpointError": "folder",
-    "ContrastiveSearch": "contrastive_search",
-    "EosToken": "stopping_criteria",
-    "GroupBeamSearch": "group_beam_search",
+    "BUNDLED_MODEL": "checkpoint.load",
+    "BeamSearch": "decoding.beam_search",
+    "Call": "generation.api",
+    "CheckpointError": "checkpoint.files",
+    "ContrastiveSearch": "decoding.contrastive_search",
+    "EosToken": "processors.stopping_criteria",
+    "GroupBeamSearch": "decoding.group_beam_search",
     "LogitsProcessor": "base",
-    "MaxLength": "stopping_criteria",
+    "MaxLength": "processors.stopping_criteria",
     "Model": "base",
-    "PastKeyValues": "past_key_values",
+    "PastKeyValues": "generation.past_key_values",
     "Prompt": "base",
-    "Sample": "sampling",
+    "Sample": "decoding.sampling",
     "Strategy": "base",
-    "compile_counts": "decoding",
-    "compute_transition_scores": "outputs",
-    "decode": "decoding",
-    "from_config": "checkpoint",
-    "generate": "generation",
-    "load": "checkpoint",
-    "prepare": "generation",
-    "save": "checkpoint",
-    "stream": "generation",
-    "stream_text": "text_stream",
+    "compile_counts": "decoding.loop",
+    "compute_transition_scores": "generation.outputs",
+    "decode": "decoding.loop",
+    "from_config": "checkpoint.load",
+    "generate": "generation.api",
+    "load": "checkpoint.load",
+    "prepare": "generation.api",
+    "save": "checkpoint.load",
+    "stream": "generation.api",
+    "stream_text": "generation.text_stream",
 }
 
 __all__ = [

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from jaxgen.base import Model
-from jaxgen.generation import Call, Custom, lower
-from jaxgen.past_key_values import PastKeyValues
+from jaxgen.generation.api import Call, Custom, lower
+from jaxgen.generation.past_key_values import PastKeyValues
 
 # Slots of the cache that a conversation starts with. They are doubled when it is full, and every size has its own
 # programs. 1024 hold about ten short turns. Beside 512 they cost a step of the 135M shape 3 ms of 25 (CPU).

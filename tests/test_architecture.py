@@ -15,11 +15,25 @@ import pytest
 import jaxgen
 
 ROOT = Path(__file__).parent.parent
-MODEL_COLUMN = {"models", "kv_cache", "checkpoint", "safetensors_file"}
 STRATEGIES = {"sampling", "beam_search", "group_beam_search", "contrastive_search"}
-DECODE_COLUMN = {
-    *STRATEGIES,
-    *("decoding", "beams", "stopping_criteria", "logits_process", "watermarking", "callbacks", "gumbel", "top_k"),
+GROUND_FLOOR = {"base", "lazy", "version"}
+# What each part of the package imports besides the ground floor. Nobody imports who stands below.
+MAY_IMPORT: dict[str, set[str]] = {
+    "base": set(),
+    "lazy": set(),
+    "version": set(),
+    "kv_cache": set(),
+    "models": {"kv_cache"},
+    "checkpoint": {"models"},
+    "processors": set(),
+    "decoding": {"processors"},
+    "generation": {"decoding", "processors"},
+    "planning": {"checkpoint", "generation", "models"},
+    "chat": {"generation"},
+    "cli": {"chat", "checkpoint", "decoding", "generation", "planning"},
+    "__main__": {"cli"},
+    "__init__": {"checkpoint", "decoding", "generation", "processors"},  # the facade
+    "convert": {"checkpoint"},
 }
 FILES = [*(ROOT / "jaxgen").rglob("*.py"), *(ROOT / "convert").rglob("*.py")]
 
@@ -35,9 +49,9 @@ def imports(file: Path) -> set[str]:
     return found
 
 
-def columns(file: Path) -> set[str]:
+def parts_imported(file: Path) -> set[str]:
     """The parts of the package that a file imports."""
-    return {name.split(".")[1] for name in imports(file) if name.startswith("jaxgen.")}
+    return {name.split(".")[1] for name in imports(file) if name.startswith("jaxgen.")} - {"__version__"}
 
 
 def part(file: Path) -> str:
@@ -60,22 +74,32 @@ def test_transformers_is_imported_late_and_in_one_place(file: Path) -> None:
 
 
 @pytest.mark.parametrize("file", FILES, ids=relative)
-def test_only_the_model_column_knows_flax(file: Path) -> None:
+def test_only_models_and_checkpoint_know_flax(file: Path) -> None:
     knows = any(name.split(".")[0] == "flax" for name in imports(file))
     assert not knows or part(file) in {"models", "checkpoint"}
 
 
 @pytest.mark.parametrize("file", FILES, ids=relative)
-def test_the_model_column_and_the_decode_column_do_not_import_each_other(file: Path) -> None:
-    if part(file) in MODEL_COLUMN:
-        assert not columns(file) & DECODE_COLUMN
-    if part(file) in DECODE_COLUMN:
-        assert not columns(file) & MODEL_COLUMN
+def test_every_part_imports_only_what_it_may(file: Path) -> None:
+    ground = set() if part(file) in GROUND_FLOOR else GROUND_FLOOR
+    assert parts_imported(file) <= {part(file)} | MAY_IMPORT[part(file)] | ground
+
+
+def test_models_and_strategies_meet_in_generation_only() -> None:
+    """Neither reaches the other, through whatever else it imports."""
+
+    def reached(name: str) -> set[str]:
+        return {name}.union(*(reached(other) for other in MAY_IMPORT[name]))
+
+    assert not reached("checkpoint") & {"decoding", "processors", "generation"}
+    assert not reached("decoding") & {"checkpoint", "models", "kv_cache", "generation"}
+    assert {part(file) for file in FILES} - {"stories"} == {*MAY_IMPORT}
 
 
 @pytest.mark.parametrize("strategy", sorted(STRATEGIES))
 def test_strategies_know_neither_the_loop_nor_each_other(strategy: str) -> None:
-    assert not columns(ROOT / "jaxgen" / f"{strategy}.py") & (STRATEGIES | {"decoding"})
+    imported = imports(ROOT / "jaxgen" / "decoding" / f"{strategy}.py")
+    assert not imported & {f"jaxgen.decoding.{other}" for other in (STRATEGIES | {"loop"}) - {strategy}}
 
 
 @pytest.mark.parametrize("file", [file for file in FILES if part(file) != "convert"], ids=relative)

@@ -159,7 +159,7 @@ def test_tokens_of_other_weights_end_the_run(bench: Any, of: str, monkeypatch: p
 
 
 def test_a_step_reads_the_weights_once_and_what_is_valid_of_the_cache(bench: Any) -> None:
-    throughput, shapes = bench("throughput"), bench("jaxgen.shapes").SHAPES
+    throughput, shapes = bench("throughput"), bench("jaxgen.planning.shapes").SHAPES
     config = shapes["2-layer"]
     untied, tied = (jaxgen.from_config(config | {"tie_word_embeddings": tie}) for tie in (False, True))
     column = 2 * 2 * 2 * 16 * 4  # keys and values of two layers, two heads of 16, in float32

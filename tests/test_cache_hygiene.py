@@ -8,7 +8,8 @@ import pytest
 from architectures import architecture
 
 import jaxgen
-from jaxgen import decoding, generation
+from jaxgen.decoding import loop
+from jaxgen.generation import api
 
 WAYS: dict[str, dict[str, Any]] = {
     "greedy": {},
@@ -25,8 +26,8 @@ def test_slots_that_nobody_may_attend_hold_finite_numbers_and_unwritten_ones_zer
     ids = np.random.default_rng(0).integers(3, 97, (rows, 9))
     mask = np.arange(9) >= np.arange(rows)[:, None]
     arguments = {"attention_mask": mask, "max_new_tokens": 40, "eos_token_id": None, **WAYS[way]}
-    call = generation.lower(model, ids, None, arguments)
-    state, _ = decoding.prefill(model, call.prompt, call.strategy, call.slots)
+    call = api.lower(model, ids, None, arguments)
+    state, _ = loop.prefill(model, call.prompt, call.strategy, call.slots)
     lengths = []
     for _ in range(3):
         written = int(state.cache.length)
@@ -36,6 +37,6 @@ def test_slots_that_nobody_may_attend_hold_finite_numbers_and_unwritten_ones_zer
                 assert jnp.isfinite(array).all() and (array[:, :, : written - 2] != 0).any()
                 scratch = call.strategy.branches if way == "candidates" else 0
                 assert (array[:, :, written + scratch :] == 0).all()
-        state, _ = decoding.advance(model, state, call.strategy, jnp.int32(5))
+        state, _ = loop.advance(model, state, call.strategy, jnp.int32(5))
     steps = 5 * (call.strategy.branches if way == "beams" else 1)
     assert lengths == [16, 16 + steps, 16 + 2 * steps]  # so that each look saw more than the one before

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 import jaxgen
-from jaxgen import chat, prompts
+from jaxgen import chat
 from jaxgen.chat import Conversation
-from jaxgen.decoding import finalize
-from jaxgen.generation import Call
-from jaxgen.streaming import UNWATCHED, finish, run
+from jaxgen.decoding.loop import finalize
+from jaxgen.generation import prompts
+from jaxgen.generation.api import Call
+from jaxgen.generation.streaming import UNWATCHED, finish, run
 
 ARGUMENTS = {"max_new_tokens": 12, "repetition_penalty": 1.3}
 SAID = ["hello there", "and then", "who was it"]

@@ -15,10 +15,10 @@ from checkpoints import CONFIG, write_checkpoint, write_json, write_safetensors
 from mutations import attempt, dumped, watched
 
 from jaxgen import CheckpointError, convert
-from jaxgen.checkpoint import open_folder
+from jaxgen.checkpoint.load import open_folder
 
 INDEX, SHARD, NORM = "model.safetensors.index.json", "model-00002-of-00002.safetensors", "model.norm.weight"
-HERE = Path(__file__).parent
+HELPERS = Path(__file__).parent / "helpers"
 
 
 def text(file: str, content: bytes) -> Callable[[Path], None]:
@@ -303,7 +303,7 @@ def test_code_that_comes_with_a_checkpoint_is_never_run(tmp_path: Path) -> None:
         (folder / name).write_text(canary)
     (folder / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["modeling.Tokenizer", null]}}')
     program = "import jaxgen.convert, sys; jaxgen.load('.'); jaxgen.convert.convert_checkpoint('.', '../converted')"
-    environment = os.environ | {"PYTHONPATH": str(HERE.parent), "PYTHONSAFEPATH": "1"}
+    environment = os.environ | {"PYTHONPATH": str(HELPERS.parents[1]), "PYTHONSAFEPATH": "1"}
     ended = subprocess.run([sys.executable, "-c", program], cwd=folder, env=environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     assert "`auto_map`: code that comes with a checkpoint is never run" in ended.stderr
@@ -312,8 +312,8 @@ def test_code_that_comes_with_a_checkpoint_is_never_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("count", [1500, pytest.param(100_000, marks=pytest.mark.sweep)])
 def test_what_was_changed_at_random_loads_or_is_refused(count: int) -> None:
-    command = [sys.executable, str(HERE / "mutations.py"), str(count), "1"]
-    environment = os.environ | {"PYTHONPATH": str(HERE.parent), "TRANSFORMERS_VERBOSITY": "critical"}
+    command = [sys.executable, str(HELPERS / "mutations.py"), str(count), "1"]
+    environment = os.environ | {"PYTHONPATH": str(HELPERS.parents[1]), "TRANSFORMERS_VERBOSITY": "critical"}
     ended = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr[-5000:]
     assert 0 < int(ended.stdout) < count / 2

@@ -14,7 +14,7 @@ from checkpoints import CONFIG, random_tensors, write_checkpoint
 
 import jaxgen
 
-HERE = Path(__file__).parent
+HELPERS = Path(__file__).parent / "helpers"
 WIDE = {"hidden_size": 64, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 8, "vocab_size": 64}
 SPREAD = CONFIG | WIDE | {"intermediate_size": 48, "num_hidden_layers": 1, "attention_bias": True, "mlp_bias": True}
 
@@ -42,8 +42,11 @@ MORE: list[tuple[int, int, dict[str, Any]]] = [
 def run(folder: Path, config: dict[str, Any], calls: list[tuple[int, int, dict[str, Any]]]) -> None:
     write_checkpoint(folder, config, random_tensors(config))
     flags = f"--xla_force_host_platform_device_count=8 {os.environ['XLA_FLAGS']}"
-    command = [sys.executable, str(HERE / "meshes.py"), str(folder), json.dumps(calls)]
-    environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])}
+    command = [sys.executable, str(HELPERS / "meshes.py"), str(folder), json.dumps(calls)]
+    environment = os.environ | {
+        "XLA_FLAGS": flags,
+        "PYTHONPATH": os.pathsep.join([str(HELPERS.parents[1]), str(HELPERS)]),
+    }
     ended = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr[-5000:]
 

@@ -13,17 +13,17 @@ import jax
 import pytest
 
 import jaxgen
-from jaxgen.generation import memory_bytes
+from jaxgen.generation.api import memory_bytes
 
-HERE = Path(__file__).parent
+HELPERS = Path(__file__).parent / "helpers"
 
 
 def test_each_process_generates_the_tokens_of_a_single_one(folder: Path, model: Any) -> None:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])}
-    command = [sys.executable, str(HERE / "processes.py"), str(folder), str(port)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HELPERS.parents[1]), str(HELPERS)])}
+    command = [sys.executable, str(HELPERS / "processes.py"), str(folder), str(port)]
     both = [
         subprocess.Popen([*command, number, "2"], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         for number in ("0", "1")
@@ -58,7 +58,7 @@ def test_the_memory_that_counts_is_that_of_a_device_of_this_process(monkeypatch:
     monkeypatch.setattr(jax, "devices", lambda: devices)
     monkeypatch.setattr(jax, "local_devices", lambda: devices[1:])
     assert memory_bytes() == 60 << 30
-    from jaxgen.plan import plan
+    from jaxgen.planning.plan import plan
 
     planned = plan("8b", 1, 100, 100)
     assert planned.available == 60 << 30 and planned.device == "h100"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import jaxgen
-from jaxgen.cli import main
+from jaxgen.cli.main import main
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -36,7 +36,7 @@ def test_the_python_examples_run_one_after_the_other_and_print_two_stories(capsy
 
 def test_the_first_screen_has_one_command_to_run_and_one_to_test() -> None:
     run, test = blocks("bash")
-    assert run.strip().endswith('jaxgen generate "Once upon a time"')  # tests/test_cli.py runs it
+    assert run.strip().endswith('jaxgen generate "Once upon a time"')  # tests/cli/test_main.py runs it
     assert "pytest" in test
     assert README.index(test) < README.index("```python")
 

@@ -1,7 +1,7 @@
 """The tokens of transformers at the sizes of real use: prompts of hundreds of tokens, vocabularies of thousands.
 
 Many paths are taken from some size on only: attention of some columns after the others, scores in blocks, bisection in
-the place of sorting, caches that grow. `tests/mutants.py` breaks each of them and names the test that notices.
+the place of sorting, caches that grow. `tests/scripts/mutants.py` breaks each of them and names the test that notices.
 """
 
 from collections.abc import Iterator

@@ -26,7 +26,8 @@ from checkpoints import (
 from layouts import BF16, F16, F32, LAYOUTS, TIED, mixed, random_bits
 
 import jaxgen
-from jaxgen import CheckpointError, cli, convert
+from jaxgen import CheckpointError, convert
+from jaxgen.cli.main import main
 
 ROOT = Path(__file__).parents[2]
 OTHER_WEIGHTS = ("consolidated.safetensors", "pytorch_model.bin", "model-00009-of-00009.safetensors")
@@ -91,7 +92,7 @@ def test_there_are_thirty_layouts() -> None:
 @pytest.mark.parametrize(("dtype", "name"), [(F32, "float32"), (F16, "float16"), (BF16, "bfloat16")])
 def test_every_parameter_keeps_its_bits_and_its_dtype(dtype: Any, name: str, tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "source", tensors=random_bits(dtype))
-    pieces = jaxgen.checkpoint.open_folder(converted(source)).pieces
+    pieces = jaxgen.checkpoint.load.open_folder(converted(source)).pieces
     assert {str(tensor.dtype) for parts in pieces.values() for tensor in parts} == {name}
 
 
@@ -215,12 +216,12 @@ def test_links_that_lead_elsewhere_are_followed_on_request(pickled: bool, source
         (linked / "pytorch_model.bin").symlink_to(tmp_path / "weights.bin")
     target = tmp_path / "target"
     arguments = ["convert", str(linked), str(target), *(["--allow-pickle"] if pickled else [])]
-    assert cli.main(arguments) == 1 and not target.exists()
-    assert cli.main([*arguments, "--follow-links"]) == 0
+    assert main(arguments) == 1 and not target.exists()
+    assert main([*arguments, "--follow-links"]) == 0
     assert (target / "additional_chat_templates" / "rag.jinja").read_text() == "{{ messages }}"
     assert_same_bits(jaxgen.load(target), jaxgen.load(source))
-    assert cli.main(["verify", str(target)]) == 0
-    assert cli.main(["inspect", str(linked), "--follow-links"]) == (1 if pickled else 0)
+    assert main(["verify", str(target)]) == 0
+    assert main(["inspect", str(linked), "--follow-links"]) == (1 if pickled else 0)
 
 
 def test_the_manifest_names_every_tensor_of_the_source_once_and_every_parameter(source: Path) -> None:
@@ -463,19 +464,19 @@ def test_the_commands_of_the_package_convert_verify_and_turn_back(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     target, back = str(tmp_path / "converted"), str(tmp_path / "back")
-    assert cli.main(["convert", str(source), target]) == 0
+    assert main(["convert", str(source), target]) == 0
     assert f"wrote {target}" in capsys.readouterr().err
-    assert cli.main(["convert", str(source), target]) == 1
+    assert main(["convert", str(source), target]) == 1
     assert f"jaxgen convert: {target} exists already and is not empty" in capsys.readouterr().err
-    assert cli.main(["verify", target]) == 0
+    assert main(["verify", target]) == 0
     assert f"verified {target}" in capsys.readouterr().err
-    assert cli.main(["convert", "--to-hf", target, back]) == 0
+    assert main(["convert", "--to-hf", target, back]) == 0
     assert hashes(tmp_path / "back") == hashes(source)
     (tmp_path / "back" / "config.json").write_text("{")
-    assert cli.main(["verify", back]) == 1
+    assert main(["verify", back]) == 1
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"jaxgen verify: {back}/config.json cannot be read")
     with pytest.raises(SystemExit):
-        cli.main(["convert", "--to-hf", "--dtype", "float32", target, back])
+        main(["convert", "--to-hf", "--dtype", "float32", target, back])
     assert "--dtype does not go with --to-hf" in capsys.readouterr().err
 
 

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 
 import jaxgen
 from jaxgen import CheckpointError, convert
-from jaxgen.safetensors_file import read_header
+from jaxgen.checkpoint.safetensors_file import read_header
 
 RANK, ALPHA = 4, 6
 CONFIG: dict[str, Any] = {

@@ -15,9 +15,9 @@ from jaxgen.convert import writing
 
 import jaxgen
 from jaxgen import CheckpointError, convert
-from jaxgen.safetensors_file import StoredTensor
+from jaxgen.checkpoint.safetensors_file import StoredTensor
 
-HERE = Path(__file__).parent
+HELPERS = Path(__file__).parents[1] / "helpers"
 
 
 @pytest.fixture
@@ -35,8 +35,8 @@ def run_kills(tmp_path: Path, count: int, seed: int) -> int:
     """How many conversions were killed."""
     config = CONFIG | {"hidden_size": 256, "intermediate_size": 1024, "vocab_size": 2048, "num_hidden_layers": 6}
     write_checkpoint(tmp_path / "source", config, shards=3)
-    command = [sys.executable, str(HERE / "kills.py"), str(tmp_path), str(count), str(seed)]
-    environment = os.environ | {"PYTHONPATH": str(HERE.parent)}
+    command = [sys.executable, str(HELPERS / "kills.py"), str(tmp_path), str(count), str(seed)]
+    environment = os.environ | {"PYTHONPATH": str(HELPERS)}
     ended = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     return json.loads(ended.stdout)

@@ -1,0 +1,643 @@
+"""Reading and writing checkpoints: a Hugging Face folder, or the native folder that `convert` makes.
+
+Loading goes in two passes. The first reads names and shapes only and accounts for everything: each tensor is used once,
+each parameter is filled once, every shape fits - or nothing is loaded. The second reads one parameter at a time, its
+tensors straight into their rows, so the host holds one parameter beside the model.
+"""
+
+import functools
+import json
+import math
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from tqdm import tqdm
+
+from jaxgen import lazy
+from jaxgen.base import no_mesh, tensor_shards
+from jaxgen.checkpoint import float8, safetensors_file
+from jaxgen.checkpoint.files import CheckpointError, check_name, checkpoint_folder, holds, read_json, read_text
+from jaxgen.checkpoint.safetensors_file import DTYPES, STORED, Tensor
+from jaxgen.models import FAMILIES, Family
+from jaxgen.models.int8 import Int8, quantised
+
+MANIFEST = "jaxgen.json"
+NATIVE_FORMAT = 2
+INDEX = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+BASE_PREFIX = "model."  # of the tensors of a model that has a head
+MISTRAL_FILE = "consolidated.safetensors"
+_MISTRAL = (
+    f"in Mistral's own format (params.json, {MISTRAL_FILE}), where tensors have other names and another order. "
+    "Download config.json and model*.safetensors, which most repositories of Mistral models hold too."
+)
+# What libraries around a model put into the names of its tensors, and how the model itself is saved.
+_WRAPPERS = {
+    "_orig_mod": "torch.compile (`model._orig_mod.save_pretrained(...)`)",
+    "module": "DistributedDataParallel or DeepSpeed (`model.module.save_pretrained(...)`)",
+    "_fsdp_wrapped_module": "FSDP (gather the full state dict, and pass it to `save_pretrained`)",
+    "_checkpoint_wrapped_module": "activation checkpointing (save the model without it)",
+    "_forward_module": "Lightning (`model.module.save_pretrained(...)`)",
+    "base_model": "peft (`model.merge_and_unload().save_pretrained(...)`)",
+}
+_MOST_LAYERS = 256  # Llama 405B has 126, and what is read before a refusal is to stay short
+BUNDLED_MODEL = Path(__file__).parent.parent / "stories"
+
+# Buffers that old checkpoints hold and that the config determines.
+_INVERSE_FREQUENCIES = (".rotary_emb.inv_freq", "rope.freqs")
+_BUFFERS = (*_INVERSE_FREQUENCIES, ".attn.masked_bias", ".self_attn.masked_bias")
+
+
+def load(
+    path: str | Path,
+    dtype: jax.typing.DTypeLike | None = None,
+    mesh: Mesh | None = None,
+    quantize: str | None = None,
+    follow_links: bool = False,
+) -> Any:
+    """Loads a model from a Hugging Face folder (config.json and safetensors) or a folder written by `convert`.
+
+    Args:
+        path: the folder. Nothing is downloaded.
+        dtype: what to hold the weights in: float32, bfloat16 or float16. By default, and with "auto", the config's
+            dtype, else that of the embedding.
+        mesh: devices to spread the model over, with the axes "tensor" (attention heads, MLP units, the vocabulary),
+            "data" (rows of a batch) or both, as `jax.make_mesh((2, 4), ("data", "tensor"))`. Each parameter goes
+            straight to where it belongs.
+        quantize: "int8" to hold every matrix in one byte per weight and a float32 scale per row; `dtype` is then of
+            what they are multiplied with, and of the cache.
+        follow_links: also read files that links in the folder lead to elsewhere. Links from a snapshot to the blobs of
+            the Hugging Face hub's cache need no permission.
+
+    Returns:
+        The model, on the mesh or on JAX's default device, with `config` and `generation_config`.
+
+    Raises:
+        CheckpointError: one sentence about what is missing, broken or unknown. Nothing is loaded then.
+        ValueError: if the mesh has other axes, or one that heads or units cannot be spread over evenly, and for
+            another `dtype` or `quantize`.
+    """
+    check_quantize(quantize)
+    source = open_folder(path, None if mesh is None else _automatic(mesh), follow_links)
+    for message in source.warnings:
+        warnings.warn(message, stacklevel=2)
+    target = source.dtype if dtype in (None, "auto") else weights_dtype(dtype)
+    shardings = source.shardings()
+    leaves, treedef = jax.tree.flatten(source.abstract)
+    total = sum(leaf.size for leaf in leaves) * target.itemsize
+    with tqdm(total=total, unit="B", unit_scale=True, desc="loading weights", delay=2) as bar:
+        arrays = []
+        for array, sharding in zip(source.parameters(target), shardings, strict=True):
+            bar.update(array.nbytes)
+            parameter = quantised(array) if quantize else array
+            if isinstance(parameter, Int8) and sharding is not None:
+                by_row = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:1]))
+                sharding = replace(parameter, values=sharding, scales=by_row)
+            arrays.append(jax.device_put(parameter, sharding))
+    return jax.tree.unflatten(treedef, arrays)
+
+
+def from_config(
+    config: Any, key: jax.Array | int = 0, dtype: jax.typing.DTypeLike = "float32", quantize: str | None = None
+) -> Any:
+    """A model with random weights, normal with the config's `initializer_range`.
+
+    Args:
+        config: the content of a config.json, or a `transformers.LlamaConfig`.
+        key: a `jax.random` key or a seed.
+        dtype: what to hold the weights in: float32, bfloat16 or float16.
+        quantize: see `load`.
+    """
+    check_quantize(quantize)
+    raw = config if isinstance(config, Mapping) else config.to_dict()
+    family, parsed, generation_config = _parse_config(raw, None)
+    for message in _unread_keys(family, raw):
+        warnings.warn(message, stacklevel=2)
+    with no_mesh():
+        key = jax.random.key(key) if isinstance(key, int) else key
+        model = _random_model(family, parsed, weights_dtype(dtype), quantize is not None, key)
+    model.generation_config = generation_config
+    return model
+
+
+def abstract(config: Mapping[str, Any], mesh: Mesh | None = None) -> Any:
+    """The model of a config.json with shapes in place of weights: nothing is allocated.
+
+    Args:
+        config: its content.
+        mesh: see `load`.
+    """
+    return _abstract(*_parse_config(config, None), None if mesh is None else _automatic(mesh))
+
+
+def _abstract(family: Family, config: Any, generation_config: Any, mesh: Mesh | None) -> Any:
+    return nnx.eval_shape(lambda: family.build(config, _OneKey(), generation_config, mesh))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _random_model(family: Family, config: Any, dtype: np.dtype, quantize: bool, key: jax.Array) -> Any:
+    model = jax.tree.map(lambda leaf: leaf.astype(dtype), family.build(config, nnx.Rngs(key)))
+    return jax.tree.map(quantised, model) if quantize else model
+
+
+def check_quantize(quantize: Any) -> None:
+    """Refuses what `load` cannot do."""
+    if quantize not in (None, "int8"):
+        raise ValueError(f'`quantize`={quantize!r} is not supported; it may be "int8" or None.')
+
+
+def save(model: Any, path: str | Path) -> None:
+    """Writes a Hugging Face folder: config.json, generation_config.json and model.safetensors.
+
+    Args:
+        path: the folder, made if needed; files of these names in it are replaced.
+
+    Raises:
+        ValueError: if the folder holds a checkpoint of another layout, whose files would win over the new ones, or the
+            model is quantised or has other parameters than a checkpoint of its family.
+    """
+    if isinstance(model.embed_tokens.weight[...], Int8):
+        raise ValueError("`model` is quantised, and a Hugging Face folder has its weights. Save it before that.")
+    parameters, stacks = dict(named_leaves(model)), FAMILIES[model.config.model_type].weight_map(model.config)
+    if unknown := sorted(set(parameters) ^ set(stacks)):
+        raise ValueError(
+            f"`model` has other parameters than a {model.config.model_type} ({listed(unknown)}). Where a layer is an "
+            "`nnx.LoRA`, add the product to its weights, `lora.base_module.weight[...] += (lora.lora_a[...] @ "
+            "lora.lora_b[...]).T`, and put the base module back in its place."
+        )
+    folder = Path(path)
+    if taken := [name for name in (INDEX, MANIFEST) if (folder / name).exists()]:
+        raise ValueError(f"{folder} holds a checkpoint of another layout ({taken}). Choose an empty folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {**model.config.to_json(), "dtype": str(model.dtype)}
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        config[key] = getattr(model.generation_config, key)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    # Not `save_pretrained`, which refuses what many checkpoints hold: sampling fields without `do_sample`.
+    model.generation_config.to_json_file(folder / "generation_config.json")
+    header = {
+        name: (np.dtype(parameters[path].dtype), (rows, *parameters[path].shape[1:]))
+        for path, sources in stacks.items()
+        for name, rows in sources.items()
+    }
+    arrays = (
+        np.concatenate([whole[run] for run in runs])
+        for path, sources in stacks.items()
+        for whole in [jax.device_get(parameters[path])]
+        for runs in _runs(sources, model.mesh)
+    )
+    safetensors_file.write(folder / SINGLE_FILE, header, arrays)
+
+
+@dataclass(frozen=True)
+class Source:
+    """An accounted-for checkpoint folder: everything about it is known but the values.
+
+    Attributes:
+        raw: its config.json.
+        family: of the model.
+        abstract: the model with shapes in place of weights.
+        pieces: parameter path -> the tensors that make it, stacked along the first axis.
+        buffers: tensors that the config determines, by name; not read.
+        copies: tensors that another one holds too, and which.
+        native: whether it was converted.
+        warnings: what is odd about it.
+    """
+
+    folder: Path
+    raw: Mapping[str, Any]
+    family: Family
+    abstract: Any
+    pieces: Mapping[str, list[Tensor]]
+    buffers: Mapping[str, Tensor]
+    copies: Mapping[str, str]
+    native: bool
+    warnings: tuple[str, ...]
+
+    @property
+    def dtype(self) -> np.dtype:
+        """What `load` holds the weights in by default; float32 for float64, which JAX has in a mode of its own only."""
+        if self.is_float64:
+            return np.dtype(np.float32)
+        named = self.raw.get("dtype") or self.raw.get("torch_dtype")
+        try:
+            return weights_dtype(named) if named else self.own_dtype("embed_tokens.weight")
+        except ValueError as error:
+            raise CheckpointError(f"{self.folder / 'config.json'}: {error} Or pass another to `load`.") from error
+
+    @property
+    def is_float64(self) -> bool:
+        named = self.raw.get("dtype") or self.raw.get("torch_dtype")
+        return str(named or self.own_dtype("embed_tokens.weight")) == "float64"
+
+    def own_dtype(self, path: str) -> np.dtype:
+        """The dtype that holds all tensors of a parameter without loss."""
+        return functools.reduce(jnp.promote_types, [tensor.dtype for tensor in self.pieces[path]])
+
+    def parameters(self, dtype: np.dtype) -> Iterator[np.ndarray]:
+        """The values, one parameter at a time in the order of the model's leaves."""
+        for path, leaf in named_leaves(self.abstract):
+            array = np.empty(leaf.shape, dtype)
+            stack = {tensor.name: tensor.rows for tensor in self.pieces[path]}
+            for tensor, runs in zip(self.pieces[path], _runs(stack, self.abstract.mesh), strict=True):
+                row = 0
+                for run in runs:
+                    tensor.read_into(array[run], row)
+                    row += run.stop - run.start
+            yield array
+
+    def shardings(self) -> list[NamedSharding | None]:
+        """Where on its mesh each parameter goes, in the order of the model's leaves; None without a mesh.
+
+        Raises:
+            ValueError: see `load`.
+        """
+        mesh, paths = self.abstract.mesh, [path for path, _ in named_leaves(self.abstract)]
+        if mesh is None:
+            return [None] * len(paths)
+        spec = self.family.partition(self.abstract.config, mesh)
+        return [NamedSharding(mesh, spec(path)) for path in paths]
+
+
+def open_folder(path: str | Path, mesh: Mesh | None = None, follow_links: bool = False) -> Source:
+    """Reads what a folder holds, without its values, and accounts for every tensor and parameter.
+
+    Args:
+        mesh, follow_links: see `load`.
+
+    Raises:
+        CheckpointError: see `load`.
+    """
+    folder = checkpoint_folder(path, follow_links)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder. Pass the one that holds config.json; nothing is downloaded.")
+    if holds(folder, "adapter_config.json"):
+        raise CheckpointError(
+            f"{folder} holds a LoRA adapter and not a model. Merge it into its base model: `jaxgen convert BASE DST "
+            f"--merge-lora {folder}`."
+        )
+    raw, generation = _read_configs(folder)
+    native = holds(folder, MANIFEST)
+    if native and (version := read_json(folder, MANIFEST).get("format")) != NATIVE_FORMAT:
+        raise CheckpointError(
+            f"{folder} is a converted folder of format {version!r}, and this jaxgen reads {NATIVE_FORMAT}. Convert the "
+            "original again."
+        )
+    return _account(folder, raw, generation, read_tensors(folder), native, mesh)
+
+
+def _read_configs(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The config.json of a folder and its generation_config.json, if there is one."""
+    if not holds(folder, "config.json") and (reason := _why_without_config(folder)):
+        raise CheckpointError(f"{folder} {reason}")
+    generation = "generation_config.json"
+    return read_json(folder, "config.json"), read_json(folder, generation) if holds(folder, generation) else None
+
+
+def _why_without_config(folder: Path) -> str | None:
+    """What a folder without a config.json is instead, and what can be done about it."""
+    names = sorted(path.name for path in folder.iterdir())
+    if any(name.endswith(".pth") for name in names) and "params.json" in names:
+        return "is a checkpoint as Meta distributes it, in pickles. `jaxgen convert --allow-pickle` reads it."
+    if MISTRAL_FILE in names:
+        return f"is {_MISTRAL}"
+    if ggufs := [name for name in names if name.endswith(".gguf")]:
+        return f"holds {_gguf(folder, ggufs[0])}"
+    inner = folder / "snapshots" if "snapshots" in names else folder
+    if models := [path for path in sorted(inner.iterdir()) if path.is_dir() and holds(path, "config.json")]:
+        if holds(folder, "refs/main"):  # of the hub's cache: the newest snapshot
+            newest = read_text(folder, "refs/main").strip()
+            models.sort(key=lambda path: path.name != newest)
+        return f"has no config.json, but {listed([str(path) for path in models])} has. Pass that folder."
+    return None
+
+
+def _gguf(folder: Path, file: str) -> str:
+    return (
+        f"{file}: GGUF is not read. Make a folder of it with transformers and the package gguf: "
+        f"`AutoModelForCausalLM.from_pretrained({str(folder)!r}, gguf_file={file!r}).save_pretrained(...)`, and the "
+        "same with AutoTokenizer."
+    )
+
+
+def _account(
+    folder: Path,
+    raw: Mapping[str, Any],
+    generation: Mapping[str, Any] | None,
+    tensors: Mapping[str, Tensor],
+    native: bool,
+    mesh: Mesh | None,
+) -> Source:
+    """Finds a use for every tensor and tensors for every parameter.
+
+    Args:
+        folder: for messages.
+        raw: config.json.
+        generation: generation_config.json.
+        tensors: of the checkpoint, by name.
+        native: whether they have the names of parameters.
+        mesh: see `load`.
+
+    Raises:
+        CheckpointError: see `load`.
+    """
+    layers = raw.get("num_hidden_layers")
+    if isinstance(layers, int) and layers > min(len(tensors), _MOST_LAYERS):  # before a list of so many is made
+        raise CheckpointError(
+            f"{folder} holds {len(tensors)} tensors, but its config.json asks for `num_hidden_layers`={layers}. Each "
+            f"needs tensors of its own, and at most {_MOST_LAYERS} layers are read. Download it again."
+        )
+    buffers = {name: tensor for name, tensor in tensors.items() if name.endswith(_BUFFERS)}
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in buffers}
+    try:
+        tensors = float8.dequantised(tensors, raw)
+        unquantised = {key: value for key, value in raw.items() if key not in float8.KEYS}
+        family, config, generation_config = _parse_config(unquantised, generation)
+        _check_numbers(config)
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+    if unreadable := sorted({str(t.dtype) for t in tensors.values()} - set(map(str, STORED.values()))):
+        raise CheckpointError(f"{folder} holds tensors of dtype {unreadable}; jaxgen reads {list(STORED)}.")
+    head, embedding = ("lm_head.weight", "embed_tokens.weight" if native else "model.embed_tokens.weight")
+    if not native:
+        tensors = _with_names_of(replace(config, tie_word_embeddings=False), family, tensors)
+    config, copies = _resolve_head(folder, raw, config, tensors, head, embedding)
+    config, resized = _resolve_vocabulary(config, tensors, head, embedding)
+    wanted = family.weight_map(config)
+    if native:
+        wanted = {path: _native_names(path, sources, tensors) for path, sources in wanted.items()}
+    used = {name: tensor for name, tensor in tensors.items() if name not in copies}
+    _match_names(folder, wanted, used)
+    model = _abstract(family, config, generation_config, mesh)
+    _match_shapes(folder, {name: leaf.shape for name, leaf in named_leaves(model)}, wanted, used)
+    pieces = {path: [tensors[name] for name in sources] for path, sources in wanted.items()}
+    oddities = (*resized, *_unread_keys(family, unquantised), *_oddities(raw), *_odd_buffers(config, buffers))
+    source = Source(folder, raw, family, model, pieces, buffers, copies, native, ())
+    if source.is_float64:
+        oddities = *oddities, "its weights are float64. They are held as float32, unless `dtype` says otherwise."
+    return replace(source, warnings=tuple(f"{folder}: {each}" for each in oddities))
+
+
+def _parse_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | None) -> tuple[Family, Any, Any]:
+    """The family, its config, and the `transformers.GenerationConfig`, from the parsed JSON files."""
+    generation_class = lazy.transformers().GenerationConfig
+    if str(raw.get("model_type")) not in FAMILIES:
+        code = " Code that comes with a checkpoint (`auto_map`) is never run." if raw.get("auto_map") else ""
+        raise ValueError(
+            f"`model_type`={raw.get('model_type')!r} is not supported; it may be one of {list(FAMILIES)}.{code}"
+        )
+    family = FAMILIES[raw["model_type"]]
+    config = family.config(raw, _generation_fields())
+    try:
+        if generation is not None:
+            return family, config, generation_class.from_dict(dict(generation))
+        return family, config, generation_class.from_model_config(dict(raw))
+    except Exception as error:  # whatever transformers makes of values that make no sense
+        name = "config.json" if generation is None else "generation_config.json"
+        raise ValueError(f"transformers cannot read the generation config in {name} ({error!r}).") from error
+
+
+def _generation_fields() -> frozenset[str]:
+    return frozenset(lazy.transformers().GenerationConfig().to_dict())
+
+
+def _unread_keys(family: Family, raw: Mapping[str, Any]) -> Iterator[str]:
+    if keys := family.unread_keys(raw, _generation_fields()):
+        yield (
+            f"config.json has {listed(keys, most=40)}. Neither transformers nor jaxgen reads these keys in a "
+            f"{raw['model_type']}: the model is the same without them."
+        )
+
+
+def _check_numbers(config: Any) -> None:
+    """No size that overflows, nothing infinite."""
+    for each in fields(config):
+        value = getattr(config, each.name)
+        if (type(value) is int and value >= 1 << 31) or (type(value) is float and not math.isfinite(value)):
+            raise ValueError(f"`{each.name}`={value!r} in config.json is too large.")
+
+
+def _with_names_of(config: Any, family: Family, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors under the names that the model with a head has for them.
+
+    A model without its head names them without the prefix. As transformers 5.23 `rename_source_key`, name by name.
+    """
+    known = {name for sources in family.weight_map(config).values() for name in sources}
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        others = (name.removeprefix(BASE_PREFIX), BASE_PREFIX + name)
+        new = name if name in known else next((other for other in others if other in known), name)
+        if new != name and new not in tensors and new not in found:  # of two for one place, one has no use
+            name, tensor = new, replace(cast(Any, tensor), name=new)
+        found[name] = tensor
+    return found
+
+
+def _resolve_head(
+    folder: Path, raw: Mapping[str, Any], config: Any, tensors: Mapping[str, Tensor], head: str, embedding: str
+) -> tuple[Any, dict[str, str]]:
+    """A missing head is the embedding's, whatever the config says; a head beside a tied flag must equal it."""
+    if head not in tensors:
+        if not config.tie_word_embeddings and any(
+            str(name).endswith("Model") for name in raw.get("architectures") or []
+        ):
+            raise CheckpointError(
+                f"{folder} holds a model without a head (`architectures`={raw['architectures']!r}, no `{head}`). Save "
+                "the model with its language modelling head."
+            )
+        return replace(config, tie_word_embeddings=True), {}
+    if not config.tie_word_embeddings or embedding not in tensors:
+        return config, {}
+    if not same_bytes(tensors[head], tensors[embedding]):
+        raise CheckpointError(
+            f"{folder}: config.json has `tie_word_embeddings`=true, but `{head}` differs from `{embedding}`. Set the "
+            "flag to false if the checkpoint has a head of its own."
+        )
+    return config, {head: embedding}
+
+
+def same_bytes(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors have the same dtype, shape and values."""
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    return all(
+        np.array_equal(one.reshape(-1).view(np.uint8), other.reshape(-1).view(np.uint8))
+        for one, other in zip(first.blocks(), second.blocks(), strict=True)
+    )
+
+
+def _resolve_vocabulary(
+    config: Any, tensors: Mapping[str, Tensor], head: str, embedding: str
+) -> tuple[Any, tuple[str, ...]]:
+    """The tables know how many entries they have; configs miss tokens that were added and rows that pad."""
+    shapes = {tensors[name].shape for name in (head, embedding) if name in tensors}
+    if embedding not in tensors or len(shapes) != 1 or (shape := shapes.pop())[1:] != (config.hidden_size,):
+        return config, ()
+    if shape[0] in (config.vocab_size, 0):
+        return config, ()
+    said = f"the embedding has {shape[0]} rows and not `vocab_size`={config.vocab_size}, as config.json says."
+    return replace(config, vocab_size=shape[0]), (said,)
+
+
+def _oddities(raw: Mapping[str, Any]) -> Iterator[str]:
+    if raw.get("auto_map"):
+        yield "config.json has `auto_map`: code that comes with a checkpoint is never run."
+    if raw.get("pretraining_tp") not in (None, 1):
+        yield f"`pretraining_tp`={raw['pretraining_tp']!r} in config.json is ignored, as by transformers 5."
+
+
+def _odd_buffers(config: Any, buffers: Mapping[str, Tensor]) -> Iterator[str]:
+    for name, tensor in buffers.items():
+        if name.endswith(_INVERSE_FREQUENCIES):
+            expected = np.asarray(config.rope.inverse_frequencies(1))
+            stored = tensor.dtype in DTYPES.values() and tensor.shape == expected.shape
+            precision = float(jnp.finfo(tensor.dtype).eps) if stored else 0
+            found = np.concatenate([block.astype(np.float32) for block in tensor.blocks()]) if stored else expected
+            if not stored or not np.allclose(found, expected, rtol=4 * precision, atol=0):
+                yield f"`{name}` is not what config.json says, and is ignored."
+
+
+def _native_names(path: str, sources: Mapping[str, int], tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """The tensors of a converted folder that make a parameter: one, or one per dtype."""
+    if path in tensors or len(sources) == 1:
+        return {path: sum(sources.values())}
+    return {f"{path}.{number}": rows for number, rows in enumerate(sources.values())}
+
+
+class _OneKey:
+    """In place of `nnx.Rngs` where only shapes are wanted: its counters take most of the time."""
+
+    def __init__(self) -> None:
+        self.key = jax.random.key(0)
+
+    def params(self) -> jax.Array:
+        return self.key
+
+
+def _match_names(folder: Path, wanted: Mapping[str, Mapping[str, int]], tensors: Mapping[str, Tensor]) -> None:
+    """Every tensor is used, and every parameter filled, exactly once."""
+    names = [name for sources in wanted.values() for name in sources]
+    for name in sorted(set(tensors) - set(names)):
+        if wrapper := next((part for part in name.split(".") if part in _WRAPPERS), None):
+            raise CheckpointError(
+                f"{folder} holds `{name:.100}`, where `{wrapper}.` is a trace of {_WRAPPERS[wrapper]}. Save the model "
+                f"itself, or take `{wrapper}.` out of the names in every file and the index."
+            )
+    if missing := [name for name in names if name not in tensors]:
+        raise CheckpointError(f"{folder} lacks {listed(missing)}. The checkpoint is incomplete; download it again.")
+    if unknown := sorted(set(tensors) - set(names)):
+        raise CheckpointError(f"{folder} holds {listed(unknown)}, which the model of its config.json has no use for.")
+
+
+def _match_shapes(
+    folder: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    wanted: Mapping[str, Mapping[str, int]],
+    tensors: Mapping[str, Tensor],
+) -> None:
+    for path, sources in wanted.items():
+        for name, rows in sources.items():
+            expected = (rows, *shapes[path][1:])
+            if tensors[name].shape != expected:
+                raise CheckpointError(
+                    f"{folder}: `{name}` has shape {tensors[name].shape}, but its config.json asks for {expected}."
+                )
+
+
+def weight_files(folder: Path) -> Mapping[str, set[str] | None]:
+    """The files that hold a folder's tensors, with the names that the index lists for each; None without an index.
+
+    The index is authoritative: a stray file beside it is never read.
+    """
+    if not holds(folder, INDEX):
+        if not holds(folder, SINGLE_FILE):
+            raise CheckpointError(f"{folder} has neither {INDEX} nor {SINGLE_FILE}{_instead(folder)}")
+        return {SINGLE_FILE: None}
+    index = read_json(folder, INDEX).get("weight_map")
+    if not isinstance(index, dict) or not all(isinstance(file, str) for file in index.values()):
+        raise CheckpointError(f"{folder / INDEX} has no `weight_map` from tensors to files. Download it again.")
+    listing: dict[str, set[str]] = {}
+    for name, file in index.items():
+        listing.setdefault(file, set()).add(name)
+    for file in sorted(listing):
+        check_name(file, folder / INDEX)
+        if not file.endswith(".safetensors"):
+            raise CheckpointError(f"{folder / INDEX} names {file!r}, which is no safetensors file.")
+    return dict(sorted(listing.items()))
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder."""
+    tensors: dict[str, Tensor] = {}
+    for file, names in weight_files(folder).items():
+        found = safetensors_file.read_header(folder, file)
+        if names is not None and (difference := sorted(names ^ set(found))):
+            raise CheckpointError(f"{INDEX} and {folder / file} disagree about {listed(difference)}.")
+        tensors |= found
+    return tensors
+
+
+def _instead(folder: Path) -> str:
+    """What a folder without safetensors holds, and what can be done about it."""
+    names = sorted(path.name for path in folder.iterdir())
+    if shards := [name for name in names if re.fullmatch(r"model-\d+-of-\d+\.safetensors", name)]:
+        return f", but {shards[:3]}, which are parts of a model. Download {INDEX} too, which says what is in which."
+    if MISTRAL_FILE in names:
+        return f", but {MISTRAL_FILE}, the weights {_MISTRAL}"
+    if ggufs := [name for name in names if name.endswith(".gguf")]:
+        return f", but {_gguf(folder, ggufs[0])}"
+    if pickles := [name for name in names if name.endswith((".bin", ".pth", ".pt"))]:
+        return f", but {pickles}: pickles, which can run code, are read by `jaxgen convert --allow-pickle` only."
+    others = [name for name in names if name.endswith((".safetensors", ".msgpack", ".h5"))]
+    return f"; jaxgen does not read {others}. Save the model as safetensors." if others else "."
+
+
+def named_leaves(model: Any) -> Iterator[tuple[str, Any]]:
+    """Parameter paths such as "layers.0.self_attn.qkv_proj.weight", in the order of the model's leaves."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(model):
+        keys = (str(getattr(key, "name", getattr(key, "idx", getattr(key, "key", None)))) for key in path)
+        yield ".".join(keys).removesuffix(".value"), leaf
+
+
+def _runs(sources: Mapping[str, int], mesh: Mesh | None) -> Iterator[list[slice]]:
+    """For each source of so many rows, where in a parameter its rows are.
+
+    One source after the other, as a rule; where several are spread over devices together, each device has its share of
+    every one of them.
+    """
+    shards = tensor_shards(mesh) if len(sources) > 1 else 1
+    share = sum(sources.values()) // shards
+    start = 0
+    for rows in sources.values():
+        own = rows // shards
+        yield [slice(shard * share + start, shard * share + start + own) for shard in range(shards)]
+        start += own
+
+
+def _automatic(mesh: Mesh) -> Mesh:
+    """The mesh as XLA takes it, which finds out by itself where all that is between the weights goes."""
+    if not mesh.axis_names or {*mesh.axis_names} - {"data", "tensor"}:
+        raise ValueError(f"`mesh` has the axes {mesh.axis_names}; they may be 'data' and 'tensor'.")
+    return Mesh(mesh.devices, mesh.axis_names)
+
+
+def weights_dtype(dtype: jax.typing.DTypeLike) -> np.dtype:
+    try:
+        return next(known for known in DTYPES.values() if known == jnp.dtype(dtype))
+    except (TypeError, StopIteration) as error:
+        names = [str(known) for known in DTYPES.values()]
+        raise ValueError(f"`dtype`={dtype!r} is not supported; it may be one of {names}.") from error
+
+
+def listed(names: list[str], most: int = 5) -> str:
+    shown = ", ".join(f"`{name:.200}`" for name in names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

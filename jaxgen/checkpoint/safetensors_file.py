@@ -1,0 +1,193 @@
+"""Reading and writing safetensors a few rows at a time.
+
+The `safetensors` package validates a file; the bytes are read with plain `readinto`, straight into their place. Its own
+readers map the whole file into memory, which counts a second copy of the model against the process.
+"""
+
+import json
+import math
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from jaxgen.checkpoint.files import LARGEST_JSON, CheckpointError, file_in, parse_json
+
+# What weights may be held in, and what they may be stored in.
+DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+STORED = DTYPES | {"F64": np.dtype(np.float64)}
+FLOAT8 = {"F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn)}
+# What a file may hold, such as old buffers or the parts of quantised weights.
+_ALL = (
+    STORED
+    | FLOAT8
+    | {"F8_E5M2": np.dtype(ml_dtypes.float8_e5m2), "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu)}
+    | {"BOOL": np.dtype(np.bool), "C64": np.dtype(np.complex64)}
+    | {f"{kind.upper()}{bits}": np.dtype(f"{kind}{bits // 8}") for kind in "iu" for bits in (8, 16, 32, 64)}
+)
+NAMES = {dtype: name for name, dtype in _ALL.items()}
+
+BLOCK = 1 << 20  # bytes that are read and worked on at a time: enough for a disk, and little for a cache
+
+
+class Tensor:
+    """A tensor of a checkpoint, whose rows (its first axis) are read or computed when they are asked for.
+
+    Attributes:
+        name: as in its file.
+        dtype: what its values have without loss.
+    """
+
+    name: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+    def read(self, out: np.ndarray, start: int) -> None:
+        """Fills a C-contiguous array of the tensor's own dtype with the rows from `start` on."""
+        raise NotImplementedError
+
+    @property
+    def rows(self) -> int:
+        return self.shape[0] if self.shape else 1
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def read_into(self, out: np.ndarray, start: int = 0) -> None:
+        """Fills a C-contiguous array [rows, ...] with the rows from `start` on, cast to the array's dtype."""
+        if out.dtype == self.dtype:
+            self.read(out, start)
+            return
+        done = 0
+        for block in self.blocks(start, start + len(out)):
+            with np.errstate(over="ignore"):  # what becomes infinite is reported by those who look for it
+                out[done : done + len(block)] = block
+            done += len(block)
+
+    def blocks(self, start: int = 0, stop: int | None = None, dtype: np.dtype | None = None) -> Iterator[np.ndarray]:
+        """The rows in their order, as many at a time as fit a block; each array is valid until the next one.
+
+        Args:
+            dtype: to cast them to; their own by default.
+        """
+        stop = self.rows if stop is None else stop
+        step = max(1, BLOCK * self.rows // max(1, self.nbytes))
+        buffer = np.empty((min(step, stop - start), *self.shape[1:]), dtype or self.dtype)
+        for first in range(start, stop, step):
+            block = buffer[: min(step, stop - first)]
+            self.read_into(block, first)
+            yield block
+
+
+class ComputedTensor(Tensor):
+    """A tensor whose values are computed in float32 and rounded once, to whatever dtype is wanted."""
+
+    def read_into(self, out: np.ndarray, start: int = 0) -> None:
+        """See `Tensor.read_into`."""
+        with np.errstate(over="ignore"):
+            self.read(out, start)
+
+
+@dataclass(frozen=True)
+class StoredTensor(Tensor):
+    """A tensor in a file.
+
+    Attributes:
+        offset: bytes from the start of the file.
+    """
+
+    path: Path
+    name: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+    def read(self, out: np.ndarray, start: int) -> None:
+        """See `Tensor.read`."""
+        view = out.reshape(-1).view(np.uint8).data
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self._offset_of(start))
+            while view and (count := file.readinto(view)):
+                view = view[count:]
+        if view:
+            raise CheckpointError(f"{self.path} ended while `{self.name}` was read. Download it again.")
+
+    def part(self, name: str, start: int, rows: int) -> "StoredTensor":
+        """Some of its rows as a tensor of their own."""
+        return StoredTensor(self.path, name, self.dtype, (rows, *self.shape[1:]), self._offset_of(start))
+
+    def _offset_of(self, row: int) -> int:
+        return self.offset + row * (self.nbytes // max(1, self.rows))
+
+
+def read_header(folder: Path, name: str) -> dict[str, StoredTensor]:
+    """The tensors of a file of a folder, which must be whole.
+
+    Raises:
+        CheckpointError: if the file is missing, is no safetensors file, or is shorter or longer than its header says.
+    """
+    path = file_in(folder, name)
+    try:
+        text = header_text(path)
+        header = parse_json(text)
+        with safe_open(path, framework="numpy"):
+            pass  # opening validates the header, its offsets and the length of the file
+    except CheckpointError:
+        raise
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read as safetensors ({error}). Download it again.") from error
+    header.pop("__metadata__", None)
+    if unreadable := sorted({entry["dtype"] for entry in header.values()} - set(_ALL)):
+        raise CheckpointError(f"{path} holds tensors of dtype {unreadable}; jaxgen reads {list(STORED)}.")
+    start = 8 + len(text.encode())
+    return {
+        name: StoredTensor(path, name, _ALL[entry["dtype"]], tuple(entry["shape"]), start + entry["data_offsets"][0])
+        for name, entry in header.items()
+    }
+
+
+def header_text(path: Path) -> str:
+    """The JSON at the beginning of a file, with the spaces that pad it.
+
+    Raises:
+        CheckpointError: if there is none.
+    """
+    with path.open("rb") as file:
+        start = file.read(64)
+        if start.startswith(b"version https://git-lfs"):
+            raise CheckpointError(f"{path} is a Git LFS pointer, not the weights. Run `git lfs pull` in its folder.")
+        if not any(start):
+            raise CheckpointError(f"{path} begins with zeros: it was not downloaded to the end. Download it again.")
+        length = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else 0
+        if not 2 <= length <= LARGEST_JSON:
+            raise CheckpointError(f"{path} is no safetensors file: it begins with {start[:16]!r}. Download it again.")
+        file.seek(8)
+        return file.read(length).decode()
+
+
+def header(tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]], kind: str) -> tuple[bytes, dict[str, int]]:
+    """The beginning of a file of tensors of these dtypes and shapes, and where each begins in the file, in bytes."""
+    entries: dict[str, Any] = {"__metadata__": {"format": kind}}
+    end = 0
+    for name, (dtype, shape) in tensors.items():
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        entries[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    encoded = json.dumps(entries, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)  # the format aligns the data to 8 bytes
+    data = 8 + len(encoded)
+    offsets = {name: data + entries[name]["data_offsets"][0] for name in tensors}
+    return struct.pack("<Q", len(encoded)) + encoded, offsets
+
+
+def write(path: Path, tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]], arrays: Iterable[np.ndarray]) -> None:
+    """Writes one file from the dtypes and shapes of its tensors and, in the same order, their values one by one."""
+    with path.open("wb") as file:
+        file.write(header(tensors, "flax")[0])
+        for _, array in zip(tensors, arrays, strict=True):
+            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)

@@ -1,0 +1,1 @@
+"""The command line: `main` says what each command takes, and a file of its name what it does."""

@@ -1,0 +1,91 @@
+"""`jaxgen generate`: continues a text."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from jaxgen.chat import check_template, render
+from jaxgen.cli import compile_cache
+from jaxgen.cli.options import decoding_arguments
+from jaxgen.cli.terminal import Times, checked_text, counted, decode, open_model, say
+from jaxgen.decoding.loop import compile_counts
+from jaxgen.generation.api import Custom, lower
+from jaxgen.generation.text_stream import TextPieces
+
+_NEW_TOKENS = 200
+
+
+def run(arguments: argparse.Namespace) -> int:
+    text = _text(arguments)
+    model, tokenizer = open_model(arguments)
+    given = decoding_arguments(arguments)
+    if "max_length" not in given:
+        given = {"max_new_tokens": _NEW_TOKENS, **given}
+    negative = None
+    if arguments.negative_prompt is not None:
+        negative = tokenizer(arguments.negative_prompt, return_tensors="np")["input_ids"]
+    custom = Custom(key=given.pop("key", None), tokenizer=tokenizer, negative_prompt_ids=negative)
+    if arguments.chat:
+        check_template(tokenizer)
+        prompt = np.array([render(tokenizer, [{"role": "user", "content": text}])])
+    else:
+        prompt = tokenizer(text, return_tensors="np")["input_ids"]
+        if tokenizer.chat_template and not any(token in text for token in tokenizer.all_special_tokens):
+            say(
+                "the checkpoint has a chat template, and a model made for conversations may end a bare text at once. "
+                "--chat asks it your text as a question, and `jaxgen chat` talks with it"
+            )
+    call = lower(model, prompt, None, {**given, "return_dict_in_generate": False}, custom)
+    streams = not arguments.json and call.config.num_beams == 1 and call.config.num_return_sequences == 1
+    folder = compile_cache.current()
+    unless = " unless they are kept from before" if folder and any(folder.glob("*-cache")) else ""
+    say(f"a prompt of {counted(call.columns, 'token')}; the programs for such lengths are compiled first{unless}")
+    pieces = TextPieces(tokenizer)
+    if streams and not arguments.chat:  # the prompt as it is read, which healing may have changed
+        print(pieces.add(np.asarray(call.prompt.input_ids)[0, -call.columns :]), end="", flush=True)
+    show = (lambda ids: print(pieces.add(ids), end="", flush=True)) if streams else None
+    sequences, times = decode(model, call, show)
+    texts = tokenizer.batch_decode(sequences[:, call.columns if arguments.chat else 0 :], skip_special_tokens=True)
+    if arguments.json:
+        # Not that of the prompt as it was given: healing may have changed it.
+        read = 0 if arguments.chat else len(tokenizer.decode(sequences[0, : call.columns], skip_special_tokens=True))
+        record = {
+            "prompt": text,
+            "texts": texts,
+            "completions": [each[read:] for each in texts],
+            "prompt_tokens": call.columns,
+            "new_tokens": sequences.shape[1] - call.columns,
+            "first_token_seconds": round(times.first_token, 4),
+            "compile_seconds": round(times.compiling, 4),
+            "seconds": round(times.total, 4),
+        }
+        print(json.dumps(record, ensure_ascii=False))
+    else:
+        print(pieces.end() if streams else "\n\n".join(texts))
+    _report(sequences.shape[1] - call.columns, times)
+    return 0
+
+
+def _text(arguments: argparse.Namespace) -> str:
+    if arguments.prompt is not None and arguments.file is not None:
+        raise ValueError("TEXT and --file were both given. Give one of them.")
+    if arguments.prompt is not None:
+        return checked_text(arguments.prompt, "TEXT")
+    if arguments.file not in (None, "-"):
+        return checked_text(Path(arguments.file).read_text(encoding="utf-8", errors="surrogateescape"), arguments.file)
+    if sys.stdin is None or (arguments.file is None and sys.stdin.isatty()):
+        raise ValueError("there is no text to continue. Give TEXT, --file FILE, or a pipe.")
+    return checked_text(sys.stdin.read(), "standard input")
+
+
+def _report(new_tokens: int, times: Times) -> None:
+    built, folder = sum(compile_counts().values()), compile_cache.current()
+    where = f"compiled, kept in {folder}" if folder else "compiled"
+    say(
+        f"first token {times.first_token:.2f} s after loading; {counted(new_tokens, 'token')}, {times.rate:,.0f} "
+        f"tokens/s once they came; {counted(built, 'program')} ready in {times.compiling:.2f} s "
+        + (f"({times.kept} kept from before)" if times.kept else f"({where})")
+    )

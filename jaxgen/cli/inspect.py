@@ -1,0 +1,68 @@
+"""`jaxgen inspect`: what a checkpoint holds, from its config and the headers of its files."""
+
+import argparse
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxgen.checkpoint.load import MANIFEST, Source, named_leaves, open_folder
+from jaxgen.cli.terminal import byte_count, counted, open_tokenizer
+
+_TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    source = open_folder(arguments.folder, follow_links=arguments.follow_links)
+    for name, value in describe(source).items():
+        print(f"{name:<12}{value}")
+    for message in source.warnings:
+        print(f"jaxgen: {message}", file=sys.stderr)
+    return 0
+
+
+def describe(source: Source) -> dict[str, str]:
+    """Lines by what they are about."""
+    model, config = source.abstract, source.abstract.config
+    sizes = {path: math.prod(leaf.shape) for path, leaf in named_leaves(model)}
+    parameters = sum(sizes.values())
+    stored = sorted({str(source.own_dtype(path)) for path in sizes})
+    weights = parameters * source.dtype.itemsize
+    cache = jax.eval_shape(lambda model: model.make_cache(1, 1), model)
+    per_token = sum(leaf.size for leaf in jax.tree.leaves(cache.layers)) * source.dtype.itemsize
+    whole = per_token * config.max_position_embeddings
+    return {
+        "folder": f"{source.folder} ({'converted' if (source.folder / MANIFEST).exists() else 'Hugging Face'})",
+        "family": f"{source.raw['model_type']}, {counted(config.num_hidden_layers, 'layer')} of {config.hidden_size}, "
+        f"{counted(config.num_attention_heads, 'head')} on {config.num_key_value_heads} of {config.head_dim}, MLP of "
+        f"{config.intermediate_size}, {type(config.rope).__name__.lower()} rope",
+        "vocabulary": f"{config.vocab_size:,} ids, {'tied' if config.tie_word_embeddings else 'separate'} head",
+        "context": counted(config.max_position_embeddings, "token"),
+        "parameters": f"{parameters:,}",
+        "dtype": f"{source.dtype} (stored: {', '.join(stored)})",
+        "weights": byte_count(weights),
+        "cache": f"{byte_count(per_token)} for a token of a row; {byte_count(whole)} for a whole context",
+        "stops at": _stops(source, model.generation_config),
+        "chat": "has a template" if _has_template(source.folder) else "has no template",
+    }
+
+
+def _stops(source: Source, generation_config: Any) -> str:
+    ids = generation_config.eos_token_id
+    ids = [ids] if isinstance(ids, int) else list(ids or [])
+    if not ids or not (source.folder / "tokenizer.json").exists():
+        return str(ids) if ids else "no id of its own"
+    try:
+        tokenizer = open_tokenizer(source.folder)
+    except ValueError as error:
+        return f"{ids}; {error}"
+    return ", ".join(f"{number} ({tokenizer.convert_ids_to_tokens(number)})" for number in ids)
+
+
+def _has_template(folder: Path) -> bool:
+    config = folder / "tokenizer_config.json"
+    return any((folder / name).exists() for name in _TEMPLATES) or (
+        config.exists() and '"chat_template"' in config.read_text(encoding="utf-8")
+    )

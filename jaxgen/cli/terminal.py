@@ -1,0 +1,156 @@
+"""What the commands that decode share: a model with its tokenizer, and a decode that says how long what takes."""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxgen import lazy
+from jaxgen.base import Model
+from jaxgen.checkpoint.load import BUNDLED_MODEL, load
+from jaxgen.cli import compile_cache
+from jaxgen.decoding.loop import Progress, finalize
+from jaxgen.generation.api import Call
+from jaxgen.generation.streaming import WATCHED, NewTokens, finish, run
+
+
+def say(message: str) -> None:
+    print(f"jaxgen: {message}", file=sys.stderr, flush=True)
+
+
+def byte_count(size: float) -> str:
+    """Bytes as people read them."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:,.0f} {unit}" if unit == "B" else f"{size:,.1f} {unit}"
+        size /= 1000
+    return f"{size:,.2f} TB"
+
+
+def counted(number: int, thing: str) -> str:
+    """How many of a thing, in English."""
+    return f"{number:,} {thing}" if number == 1 else f"{number:,} {thing}s"
+
+
+def open_model(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """The model and its tokenizer, with compiled programs kept where the arguments say."""
+    compile_cache.enable(arguments.compile_cache)
+    try:
+        jax.local_devices()
+    except (RuntimeError, AssertionError) as error:  # either, by what is missing
+        raise ValueError(f"JAX finds no device to run on ({error}). `jaxgen doctor` says more.") from error
+    folder = BUNDLED_MODEL if arguments.model is None else Path(arguments.model)
+    if arguments.model is None:
+        say(f"no --model given: using the small story model that comes with jaxgen ({folder})")
+    model = load(folder, arguments.dtype, quantize=arguments.quantize, follow_links=arguments.follow_links)
+    if not any((folder / file).exists() for file in ("tokenizer.json", "tokenizer.model")):
+        raise ValueError(f"{folder} has neither tokenizer.json nor tokenizer.model. Copy the tokenizer's files there.")
+    return model, open_tokenizer(folder)
+
+
+def open_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a folder, which leaves it to `generate` to warn about long texts."""
+    try:
+        tokenizer = lazy.transformers().AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # whatever the parsers of foreign files raise
+        raise ValueError(f"the tokenizer in {folder} cannot be read ({error!r}). Copy its files again.") from error
+    tokenizer.model_max_length = sys.maxsize
+    return tokenizer
+
+
+def checked_text(text: str, where: str) -> str:
+    """The text, if it is one: bytes that are not UTF-8 come from a terminal or pipe as lone surrogates."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        byte = ord(text[error.start]) - 0xDC00
+        raise ValueError(f"{where} is not UTF-8 (byte {byte:#x}). Convert it first.") from error
+    return text
+
+
+@dataclass
+class Times:
+    """How long a decode takes, in seconds.
+
+    Attributes:
+        first_token: from the start until it is there.
+        total: from the start until the end.
+        compiling: of these, what JAX spends on tracing and compiling.
+        kept: programs that come from the compile cache.
+        shown: columns that were looked at, prompt included.
+        rate: columns per second after the first ones were there, without compiling.
+        on_compile: called when a program of the decode is about to be compiled.
+    """
+
+    first_token: float = 0.0
+    total: float = 0.0
+    compiling: float = 0.0
+    kept: int = 0
+    shown: int = 0
+    rate: float = 0.0
+    on_compile: Callable[[], None] = field(default=lambda: None, repr=False)
+
+
+def decode(
+    model: Model,
+    call: Call,
+    show: Callable[[np.ndarray], None] | None = None,
+    stop: Callable[[], bool] = lambda: False,
+    on_compile: Callable[[], None] = lambda: None,
+) -> tuple[Any, Times]:
+    """Runs a call, whose first row `show` sees as it comes, until `stop` says so.
+
+    Returns:
+        What `call.wrap` gives, and how long it took.
+    """
+    times, start = Times(on_compile=on_compile), time.perf_counter()
+    new = NewTokens(call)
+    first = 0, 0.0
+
+    def look(progress: Progress) -> bool:
+        nonlocal first
+        if not times.first_token:
+            times.first_token = time.perf_counter() - start
+            first = int(progress.length), times.compiling
+        times.shown = int(progress.length)
+        if show is not None:
+            show(new(progress)[0])
+        return stop()
+
+    _running.append(times)
+    try:
+        state = finish(run(model, call, WATCHED), look)
+        output = call.wrap(finalize(call.strategy, state), state)
+    finally:
+        _running.remove(times)
+    times.total = time.perf_counter() - start
+    columns, compiling = first
+    times.rate = (times.shown - columns) / max(times.total - times.first_token - (times.compiling - compiling), 1e-9)
+    return output, times
+
+
+_running: list[Times] = []
+
+
+def _add_duration(event: str, duration_secs: float, **_: Any) -> None:
+    if event.startswith("/jax/core/compile/"):
+        for times in _running:
+            times.compiling += duration_secs
+
+
+def _add_event(event: str, **_: Any) -> None:
+    for times in _running:
+        if event == "/jax/compilation_cache/cache_hits":
+            times.kept += 1
+        elif event == "/jaxgen/compile":
+            times.on_compile()
+
+
+jax.monitoring.register_event_duration_secs_listener(_add_duration)
+jax.monitoring.register_event_listener(_add_event)

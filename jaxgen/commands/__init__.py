@@ -1,1 +1,0 @@
-"""What each command of `jaxgen` does; `cli` says what it takes."""

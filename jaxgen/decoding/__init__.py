@@ -1,0 +1,1 @@
+"""The device wing: one compiled loop, and the strategies that choose tokens in it."""

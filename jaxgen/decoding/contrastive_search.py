@@ -1,0 +1,190 @@
+"""Contrastive search: the tokens of transformers 4.41 `GenerationMixin._contrastive_search`.
+
+Of the likeliest next tokens, the one is chosen that is likely and yet unlike what is there already, by the cosine of
+their last hidden states (Su et al. 2022, arXiv 2202.06417). The model therefore sees all candidates of a step, as
+branches of their row, before one is chosen and the others are forgotten; see `kv_cache.BranchedCache`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxgen.base import BranchedCache, Internals, LogitsProcessor, Prompt, Strategy, pytree, step_buffers, write_step
+from jaxgen.processors.logits_process import guide, process
+from jaxgen.processors.stopping_criteria import EosToken, MaxLength, any_of
+from jaxgen.processors.top_k import highest_few
+
+
+@pytree
+@dataclass(frozen=True)
+class ContrastiveState:
+    """The token buffer of a decode, the candidates for its next column, and what they are compared with.
+
+    Attributes:
+        sequences: int32 [N, S]. The caller's prompt from column 0, then the new tokens.
+        cur_len: int32 []. Valid columns of `sequences`.
+        prompt_length: int32 []. Columns of the caller's prompt.
+        tokens: int32 [N * C]. The candidates, which the model sees next; with guidance twice, for both halves.
+        probabilities: float32 [N, C]. Of the candidates.
+        scores: float32 [N, V]. That made them likely; None if no criterion asks for them.
+        chosen: int32 [N]. Which of the candidates before these was taken; with guidance twice.
+        context: float32 [N, S, D]. The last hidden states of the columns of `sequences`, as unit vectors.
+        compared: bool [N, S]. Which of them count: not those of padding, nor of columns to come.
+        finished: bool [N]. Rows that ask for no more tokens; the bucket's rows from the start.
+        invalid: bool [N]. Rows whose scores held a NaN, an infinity, or no finite number before they were finished.
+        processors: the states of the processors.
+        recorded: the outputs asked for, in buffers with a leading axis of steps.
+    """
+
+    sequences: jax.Array
+    cur_len: jax.Array
+    prompt_length: jax.Array
+    tokens: jax.Array
+    probabilities: jax.Array
+    scores: jax.Array | None
+    chosen: jax.Array
+    context: jax.Array
+    compared: jax.Array
+    finished: jax.Array
+    invalid: jax.Array
+    processors: tuple[Any, ...]
+    recorded: dict[str, jax.Array]
+
+
+@pytree
+@dataclass(frozen=True)
+class ContrastiveSearch(Strategy):
+    """Chooses the best candidate by (1 - penalty_alpha) * probability - penalty_alpha * highest cosine.
+
+    Attributes:
+        eos, max_length, pad_token_id, processors, stopping_criteria, guidance_scale: as of `Sample`.
+        penalty_alpha: float32 [], in [0, 1].
+        top_k: C, static: the candidates of a step.
+        outputs: what to record of every step, static: "scores", "logits", "chosen".
+    """
+
+    eos: EosToken
+    max_length: MaxLength
+    pad_token_id: jax.Array | None
+    penalty_alpha: jax.Array
+    processors: tuple[LogitsProcessor, ...] = ()
+    stopping_criteria: tuple[Any, ...] = ()
+    guidance_scale: jax.Array | None = None
+    top_k: int = field(default=4, metadata={"static": True})
+    outputs: tuple[str, ...] = field(default=(), metadata={"static": True})
+
+    @property
+    def branches(self) -> int:
+        return self.top_k
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return ("hidden_states",)
+
+    def cache_slots(self, columns: int, new_tokens: int) -> int:
+        return columns + new_tokens + self.top_k - 1  # candidates that are not taken lie beyond the last column
+
+    def forward_passes(self, new_tokens: int) -> int:
+        return new_tokens  # a token is chosen only after the model has seen it
+
+    def start(self, prompt: Prompt, slots: int, logits: jax.Array, internals: Internals) -> ContrastiveState:
+        whole = len(prompt.input_ids)
+        prompt = prompt.repeated(1, halved=self.guidance_scale is not None)
+        rows, columns = prompt.input_ids.shape
+        vocab_size = logits.shape[1]
+        of_vocabulary = jax.ShapeDtypeStruct((rows, vocab_size), jnp.float32)
+        of_rows = jax.ShapeDtypeStruct((rows,), jnp.int32)
+        shapes = {"scores": of_vocabulary, "logits": of_vocabulary, "chosen": of_rows}
+
+        state = ContrastiveState(
+            sequences=prompt.left_aligned(slots, 0),
+            cur_len=prompt.length,
+            prompt_length=prompt.length,
+            tokens=jnp.zeros(whole * self.top_k, jnp.int32),
+            probabilities=jnp.zeros((rows, self.top_k), jnp.float32),
+            scores=jnp.zeros((rows, vocab_size), jnp.float32) if self.stopping_criteria else None,
+            chosen=jnp.zeros(whole, jnp.int32),
+            context=prompt.moved_left(_unit(internals["hidden_states"][-1][:rows]), slots),
+            compared=prompt.moved_left(prompt.attention_mask, slots),
+            finished=jnp.arange(rows) >= prompt.rows,
+            invalid=jnp.zeros(rows, bool),
+            processors=tuple(processor.init(prompt, vocab_size) for processor in self.processors),
+            # One step more than there are tokens: the last one proposes candidates that nobody wants.
+            recorded=step_buffers(self.outputs, slots - columns + 1, shapes),
+        )
+        return self._propose(logits, state)
+
+    def step(self, logits: jax.Array, internals: Internals, state: ContrastiveState) -> ContrastiveState:
+        rows, halves = len(state.sequences), 1 if self.guidance_scale is None else 2
+        hidden = _unit(internals["hidden_states"][-1][:rows])
+        cosines = jnp.einsum("ncd,nsd->ncs", hidden, state.context)
+        likeness = jnp.where(state.compared[:, None], cosines, -jnp.inf).max(axis=2)
+        ranking = (1 - self.penalty_alpha) * state.probabilities - self.penalty_alpha * likeness
+        # What is forbidden stays so, also where less than C tokens are allowed; transformers lets it compete.
+        chosen = jnp.argmax(jnp.where(state.probabilities > 0, ranking, -jnp.inf), axis=1).astype(jnp.int32)
+
+        candidates = state.tokens[: rows * self.top_k].reshape(rows, self.top_k)
+        tokens = jnp.take_along_axis(candidates, chosen[:, None], axis=1)
+        if self.pad_token_id is not None:
+            tokens = jnp.where(state.finished[:, None], self.pad_token_id, tokens)
+        write = lax.dynamic_update_slice_in_dim
+        sequences = write(state.sequences, tokens, state.cur_len, axis=1)
+        empty = jnp.zeros((rows, 0), jnp.float32)
+        scores = empty if state.scores is None else state.scores  # only callers' criteria look at them
+        criteria = self.eos, self.max_length, *self.stopping_criteria
+        finished = state.finished | any_of(criteria, sequences, scores, state.cur_len + 1)
+        own = jnp.take_along_axis(hidden, chosen[:, None, None], axis=1)
+        following = replace(
+            state,
+            sequences=sequences,
+            cur_len=state.cur_len + 1,
+            chosen=jnp.tile(chosen, halves),
+            context=write(state.context, own, state.cur_len, axis=1),
+            compared=write(state.compared, jnp.ones((rows, 1), bool), state.cur_len, axis=1),
+            finished=finished,
+        )
+        by_row = logits.reshape(halves * rows, self.top_k, -1)
+        return self._propose(jnp.take_along_axis(by_row, following.chosen[:, None, None], axis=1)[:, 0], following)
+
+    def _propose(self, logits: jax.Array, state: ContrastiveState) -> ContrastiveState:
+        """The state with the candidates that the logits of the last column, float32 [N, V], make likeliest."""
+        logits, scores = guide(logits, self.guidance_scale)
+        scores, states = process(self.processors, state.sequences, scores, state.cur_len, state.processors)
+        highest, tokens, invalid = highest_few(scores, self.top_k)
+        values = {"scores": scores, "logits": logits, "chosen": state.chosen[: len(scores)]}
+        halves = 1 if self.guidance_scale is None else 2
+        return replace(
+            state,
+            tokens=jnp.tile(tokens.astype(jnp.int32).reshape(-1), halves),
+            probabilities=jnp.exp(highest - jax.nn.logsumexp(scores, axis=1, keepdims=True)),
+            scores=scores if self.stopping_criteria else None,
+            invalid=state.invalid | (invalid & ~state.finished),
+            processors=states,
+            recorded=write_step(state.recorded, values, state.cur_len - state.prompt_length),
+        )
+
+    def settle(self, cache: BranchedCache, state: ContrastiveState) -> BranchedCache:
+        return cache.keep(state.chosen)
+
+    def unfinished(self, state: ContrastiveState) -> jax.Array:
+        return ~state.finished.all()
+
+    def text(self, state: ContrastiveState) -> jax.Array:
+        return state.sequences
+
+    def finalize(self, state: ContrastiveState) -> Mapping[str, jax.Array]:
+        """See `base.Strategy.finalize`; with the recorded outputs, [steps, N, V].
+
+        `chosen` is [steps, N]: which of its candidates, that came before, a step started from.
+        """
+        return {"sequences": state.sequences, "length": state.cur_len, "invalid": state.invalid, **state.recorded}
+
+
+def _unit(vectors: jax.Array) -> jax.Array:
+    """float32 [..., D] of length 1."""
+    wide = vectors.astype(jnp.float32)
+    return wide * lax.rsqrt(jnp.maximum((wide * wide).sum(axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny))

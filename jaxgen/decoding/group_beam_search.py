@@ -1,0 +1,268 @@
+"""Diverse beam search: the sequences of transformers 4.41 `GenerationMixin._group_beam_search`.
+
+The b beams of each prompt form G groups of g, which search one after the other within a step, and tokens that the
+groups before have just chosen cost a group a penalty (Vijayakumar et al. 2016, arXiv 1610.02424). Each group has
+finished beams and an end of its own. The prompt's forward pass runs once; see `kv_cache.BranchedCache`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxgen.base import BranchedCache, Internals, LogitsProcessor, Prompt, Strategy, pytree, step_buffers, write_step
+from jaxgen.decoding.beams import NEVER, Beams, take
+from jaxgen.processors.logits_process import guide, process, reorder
+from jaxgen.processors.stopping_criteria import EosToken, MaxLength, any_of
+from jaxgen.processors.top_k import highest_few
+
+
+@pytree
+@dataclass(frozen=True)
+class Group:
+    """The beams of one group, for each prompt.
+
+    Attributes:
+        running: the g beams that grow.
+        finished: the best g finished ones so far, with placeholders that are not.
+        done: bool [B]. Prompts that want no more tokens of this group; those of the bucket from the start.
+        processors: the states of the processors.
+    """
+
+    running: Beams
+    finished: Beams
+    done: jax.Array
+    processors: tuple[Any, ...]
+
+
+@pytree
+@dataclass(frozen=True)
+class GroupState:
+    """The groups of a decode, and what is kept beside them.
+
+    Attributes:
+        groups: G of them.
+        cur_len: int32 []. Valid columns of the running beams.
+        prompt_length: int32 []. Columns of the caller's prompt.
+        rows: int32 []. Rows of the caller's prompt.
+        tokens: int32 [B * b]. The last column of the running beams; with guidance twice, for both halves of the batch.
+        parents: int32 [B, b]. The running beam that each one continued; with guidance [2B, b].
+        ended: bool []. Whether no prompt wants another token.
+        invalid: bool [B]. Prompts whose scores held a NaN, an infinity, or no finite number.
+        recorded: the outputs asked for, in buffers with a leading axis of steps.
+    """
+
+    groups: tuple[Group, ...]
+    cur_len: jax.Array
+    prompt_length: jax.Array
+    rows: jax.Array
+    tokens: jax.Array
+    parents: jax.Array
+    ended: jax.Array
+    invalid: jax.Array
+    recorded: dict[str, jax.Array]
+
+
+@pytree
+@dataclass(frozen=True)
+class GroupBeamSearch(Strategy):
+    """Keeps likely continuations of each prompt that differ from one another.
+
+    Attributes:
+        eos, max_length: when a beam is finished, and when all are.
+        pad_token_id: int32 []. What follows the end of a beam.
+        last_token: int32 []. Stands for whatever eos ended a beam: the first of them, as in transformers 4.41.
+        diversity_penalty: float32 []. Taken from a token's score for each time that the groups before chose it.
+        length_penalty: float32 []. As of `BeamSearch`, like `stop_when_full`, `assume_longest` and `longest`.
+        processors: in the order they act, on log-probabilities of one group at a time; see `logits_process`.
+        stopping_criteria: the decode ends when they finish all running beams at once.
+        guidance_scale: as `Sample.guidance_scale`.
+        num_beams: b, static.
+        num_beam_groups: G, static.
+        num_candidates: W, static: the continuations of a group among which beams finish or go on running.
+        outputs: what to record of every step, static: "scores", "logits", "parents".
+    """
+
+    eos: EosToken
+    max_length: MaxLength
+    pad_token_id: jax.Array
+    last_token: jax.Array
+    diversity_penalty: jax.Array
+    length_penalty: jax.Array
+    stop_when_full: jax.Array
+    assume_longest: jax.Array
+    longest: jax.Array
+    processors: tuple[LogitsProcessor, ...] = ()
+    stopping_criteria: tuple[Any, ...] = ()
+    guidance_scale: jax.Array | None = None
+    num_beams: int = field(default=4, metadata={"static": True})
+    num_beam_groups: int = field(default=2, metadata={"static": True})
+    num_candidates: int = field(default=4, metadata={"static": True})
+    outputs: tuple[str, ...] = field(default=(), metadata={"static": True})
+
+    @property
+    def branches(self) -> int:
+        return self.num_beams
+
+    @property
+    def group_size(self) -> int:
+        """g."""
+        return self.num_beams // self.num_beam_groups
+
+    def cache_slots(self, columns: int, new_tokens: int) -> int:
+        return columns + self.num_beams * new_tokens
+
+    def start(self, prompt: Prompt, slots: int, logits: jax.Array, internals: Internals) -> GroupState:
+        state = self._init(prompt, slots, logits.shape[1])
+        return self.step(jnp.repeat(logits, self.num_beams, axis=0), internals, state)
+
+    def _init(self, prompt: Prompt, slots: int, vocab_size: int) -> GroupState:
+        prompts = prompt.repeated(1, halved=self.guidance_scale is not None)
+        rows, columns = prompts.input_ids.shape
+        beams = Beams.of_prompts(prompts, slots, self.pad_token_id, self.group_size)
+        repeated = prompts.repeated(self.group_size)
+        group = Group(
+            # Only the first beam counts at first: the others would choose the same tokens again.
+            running=replace(beams, scores=beams.scores.at[:, 1:].set(NEVER)),
+            finished=replace(beams, scores=jnp.full_like(beams.scores, -jnp.inf)),
+            done=jnp.arange(rows) >= prompt.rows,
+            processors=tuple(processor.init(repeated, vocab_size) for processor in self.processors),
+        )
+        of_vocabulary = jax.ShapeDtypeStruct((rows * self.num_beams, vocab_size), jnp.float32)
+        of_beams = jax.ShapeDtypeStruct((rows, self.num_beams), jnp.int32)
+        shapes = {"scores": of_vocabulary, "logits": of_vocabulary, "parents": of_beams}
+        return GroupState(
+            groups=(group,) * self.num_beam_groups,
+            cur_len=prompt.length,
+            prompt_length=prompt.length,
+            rows=prompt.rows,
+            tokens=jnp.repeat(prompt.input_ids[:, -1], self.num_beams),
+            parents=jnp.zeros((len(prompt.input_ids), self.num_beams), jnp.int32),
+            ended=jnp.bool_(False),
+            invalid=jnp.zeros(rows, bool),
+            recorded=step_buffers(self.outputs, slots - columns, shapes),
+        )
+
+    def step(self, logits: jax.Array, internals: Internals, state: GroupState) -> GroupState:
+        logits, scores = guide(logits, self.guidance_scale)
+        if self.guidance_scale is None:
+            scores = jax.nn.log_softmax(scores)
+        by_group = scores.reshape(-1, self.num_beam_groups, self.group_size, scores.shape[1])
+        chosen = jnp.zeros(
+            (len(by_group), scores.shape[1]), jnp.float32
+        )  # how often each token was, by the groups before
+        found = []
+        for place in range(self.num_beam_groups):
+            penalised = by_group[:, place] - self.diversity_penalty * chosen[:, None]
+            found.append(self._search(place, penalised, state))
+            chosen = chosen.at[jnp.arange(len(chosen))[:, None], found[-1].tokens].add(1)
+
+        tokens, parents = (
+            jnp.concatenate([getattr(each, name) for each in found], 1) for name in ("tokens", "parents")
+        )
+        processed = jnp.concatenate([each.scores for each in found], axis=1).reshape(scores.shape)
+        groups = tuple(each.group for each in found)
+        sequences = jnp.concatenate([group.running.sequences for group in groups], axis=1)
+        sequences = sequences.reshape(len(scores), -1)
+        unused = jnp.repeat(jnp.arange(len(by_group)) >= state.rows, self.num_beams)
+        criteria = self.eos, self.max_length, *self.stopping_criteria
+        hits = unused | any_of(criteria, sequences, processed, state.cur_len + 1)
+        values = {"scores": processed, "logits": logits, "parents": parents}
+        halves = 1 if self.guidance_scale is None else 2
+        return GroupState(
+            groups=groups,
+            cur_len=state.cur_len + 1,
+            prompt_length=state.prompt_length,
+            rows=state.rows,
+            tokens=jnp.tile(tokens.reshape(-1), halves),
+            parents=jnp.tile(parents, (halves, 1)),
+            ended=jnp.stack([group.done for group in groups]).all() | hits.all(),
+            invalid=state.invalid | jnp.stack([each.invalid for each in found]).any(axis=0),
+            recorded=write_step(state.recorded, values, state.cur_len - state.prompt_length),
+        )
+
+    def _search(self, place: int, scores: jax.Array, state: GroupState) -> "_Found":
+        """One step of one group, from its float32 [B, g, V] penalised log-probabilities."""
+        group, size, first = state.groups[place], self.group_size, place * self.group_size
+        running, vocab_size = group.running, scores.shape[2]
+        sequences = running.sequences.reshape(-1, running.sequences.shape[2])
+        scores, states = process(
+            self.processors, sequences, scores.reshape(-1, vocab_size), state.cur_len, group.processors
+        )
+        scores = scores.reshape(-1, size, vocab_size)
+        totals = (scores + running.scores[:, :, None]).reshape(len(scores), -1)
+        values, places, invalid = highest_few(totals, self.num_candidates)
+        sources, tokens = places // vocab_size, places % vocab_size
+        ends = (tokens[:, :, None] == self.eos.eos_token_id[None, None]).any(axis=2)
+        tokens = jnp.where(ends, self.last_token, tokens)
+        rows = jnp.arange(len(scores))[:, None] * self.num_beams + first + sources
+        step = state.cur_len - state.prompt_length
+        candidates = running.extend(sources, tokens, values, rows, state.cur_len, step)
+
+        # The first g that do not end go on, in the place of all beams of a prompt that is done: padding.
+        going_on = jnp.argsort(ends, axis=1, stable=True)[:, :size]
+        done = group.done[:, None]
+        own = jnp.broadcast_to(jnp.arange(size), going_on.shape)
+        next_tokens = jnp.where(done, self.pad_token_id, take(tokens, going_on))
+        local = jnp.where(done, own, take(sources, going_on))
+        rows = jnp.arange(len(scores))[:, None] * self.num_beams + first + local
+        continued = running.extend(
+            local, next_tokens, jnp.where(done, 0, take(values, going_on)), rows, state.cur_len, step
+        )
+
+        finishes = ends & (jnp.arange(self.num_candidates) < size)[None] & ~done
+        finished = group.finished.beside(self._scored(candidates, finishes, step + 1)).best(size)
+        best = values[:, 0] / self._new_tokens(state).astype(jnp.float32) ** self.length_penalty
+        hopeless = finished.scores[:, -1] >= best
+        is_done = group.done | (finished.finished.all(axis=1) & (self.stop_when_full | hopeless))
+        prompts = jnp.arange(len(scores))[:, None] * size + local
+        states = reorder(self.processors, states, prompts.reshape(-1))
+        following = Group(running=continued, finished=finished, done=is_done, processors=states)
+        return _Found(following, next_tokens, first + local, scores, invalid & ~group.done)
+
+    def _scored(self, beams: Beams, finished: jax.Array, new_tokens: jax.Array) -> Beams:
+        """The beams with the scores of finished ones; -inf where they are not."""
+        scores = beams.scores / new_tokens.astype(jnp.float32) ** self.length_penalty
+        return replace(beams, scores=jnp.where(finished, scores, -jnp.inf), finished=finished)
+
+    def _new_tokens(self, state: GroupState) -> jax.Array:
+        """int32 []: by how many tokens a running beam's hope is judged."""
+        return jnp.where(self.assume_longest, self.longest, state.cur_len + 1) - state.prompt_length
+
+    def settle(self, cache: BranchedCache, state: GroupState) -> BranchedCache:
+        return cache.reorder(state.parents)
+
+    def unfinished(self, state: GroupState) -> jax.Array:
+        return ~state.ended
+
+    def finalize(self, state: GroupState) -> Mapping[str, jax.Array]:
+        """As `BeamSearch.finalize`: of all b beams of each prompt, the best first, whatever group they are from."""
+        final = []
+        for group in state.groups:
+            open_ones = jnp.broadcast_to(~group.done[:, None], group.running.scores.shape)
+            running = self._scored(group.running, open_ones, state.cur_len - state.prompt_length)
+            final.append(group.finished.beside(running).best(self.group_size))
+        beams = final[0]
+        for others in final[1:]:
+            beams = beams.beside(others)
+        beams = beams.best(self.num_beams)
+        return {
+            "sequences": beams.sequences,
+            "length": state.cur_len,
+            "invalid": state.invalid,
+            "sequences_scores": beams.scores,
+            "beam_indices": beams.beam_indices,
+            **state.recorded,
+        }
+
+
+class _Found(NamedTuple):
+    """A step of one group: its state, int32 [B, g] tokens and parents, float32 [B, g, V] scores, bool [B] invalid."""
+
+    group: Group
+    tokens: jax.Array
+    parents: jax.Array
+    scores: jax.Array
+    invalid: jax.Array

@@ -1,0 +1,316 @@
+"""What callers pass, checked on the host: prompts in all their forms, masks, negative prompts and keys."""
+
+import logging
+import operator
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from jaxgen import lazy
+from jaxgen.base import Model
+from jaxgen.generation.config import Resolved
+from jaxgen.generation.past_key_values import PastKeyValues
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The checked prompt of a call.
+
+    M are its columns for the model: those of `past`, then T that the model has yet to see.
+
+    Attributes:
+        input_ids: int32 [B, P]. The text; without columns if there are embeddings only.
+        text_mask: bool [B, P]. Which columns of the text are no padding.
+        attention_mask: bool [B, M].
+        fresh: T.
+        position_ids: int32 [B, T], or None to count the unmasked columns.
+        embeddings: float [B, T, D], or None.
+        past: the cache to continue, or None.
+    """
+
+    input_ids: np.ndarray
+    text_mask: np.ndarray
+    attention_mask: np.ndarray
+    fresh: int
+    position_ids: np.ndarray | None = None
+    embeddings: np.ndarray | None = None
+    past: PastKeyValues | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether the model's columns are those of the text, at the positions that it would count."""
+        return self.position_ids is None and self.embeddings is None and self.past is None
+
+
+def checked_inputs(model: Model, inputs: Any, model_inputs: dict[str, Any], config: Resolved) -> Inputs:
+    """The prompt of a call, from the arguments it may come in.
+
+    Raises:
+        ValueError: naming the argument, its value, the range and the next step.
+    """
+    if inputs is not None and model_inputs.get("input_ids") is not None:
+        raise ValueError("`inputs` and `input_ids` were both passed, and they mean the same. Pass one of them.")
+    given = model_inputs.get("input_ids") if inputs is None else inputs
+    mask, past = model_inputs.get("attention_mask"), model_inputs.get("cache")
+    if isinstance(past, lazy.torch_class("Cache")):
+        past = PastKeyValues.from_transformers(model, past)
+    embeddings = _embeddings(model_inputs.get("inputs_embeds"), model.hidden_size)
+    if embeddings is not None and (given is None or np.shape(given)[1:] == (0,)):
+        input_ids = np.zeros((len(embeddings if given is None else given), 0), np.int32)
+    else:
+        if given is None:
+            if config.bos_token_id is None:
+                raise ValueError("`bos_token_id` has to be defined when no `input_ids` are provided.")
+            given = np.full((1 if mask is None else len(mask), 1), config.bos_token_id)
+        input_ids = _token_ids("input_ids", given, model.vocab_size)
+    rows, columns = input_ids.shape
+    if embeddings is not None and len(embeddings) != rows:
+        raise ValueError(f"`inputs_embeds` has {len(embeddings)} rows, but `input_ids` has {rows}. They must be equal.")
+    shape = (rows, columns if embeddings is None else embeddings.shape[1])
+    seen = 0 if past is None else _seen_columns(past, rows)
+    if mask is not None:
+        # With a cache the mask has all columns, and the ids have them all too or the new ones only.
+        shape = (rows, seen + columns) if np.shape(mask) == (rows, seen + columns) and embeddings is None else shape
+        mask = _mask("attention_mask", mask, shape)
+    warn_about_padding(input_ids, mask, config, embeddings is not None)
+    if mask is None:
+        if columns not in (0, shape[1]):
+            raise ValueError(
+                f"`inputs_embeds` has {shape[1]} columns, but `input_ids` has {columns}. Pass the `attention_mask` of "
+                "the former."
+            )
+        mask = infer_attention_mask(input_ids, config) if columns else np.ones(shape, bool)
+    fresh = mask.shape[1] - seen
+    if fresh < 1:
+        raise ValueError(
+            f"`cache` holds {seen} columns, and the prompt has {mask.shape[1]}: nothing is left to read. "
+            f"Pass the whole text, or new `input_ids` with an `attention_mask` of {seen} columns more; or "
+            "`cache.crop` what is to be read again."
+        )
+    _check_logits_to_keep(model_inputs.get("logits_to_keep"))
+    positions = _positions(model_inputs.get("position_ids"), rows, fresh)
+    text_mask = np.ones((rows, columns), bool)
+    if embeddings is None or columns == mask.shape[1]:
+        text_mask = mask[:, -columns:]
+    embeddings = None if embeddings is None else embeddings[:, -fresh:]
+    return Inputs(input_ids, text_mask, mask, fresh, positions, embeddings, past)
+
+
+def _embeddings(given: Any, hidden_size: int) -> np.ndarray | None:
+    """float [B, T, D]."""
+    if given is None:
+        return None
+    refuse_tracer(given)
+    try:
+        embeddings = lazy.as_numpy(given)
+    except ValueError as error:
+        raise ValueError(f"`inputs_embeds` is no rectangular array ({error}).") from error
+    if embeddings.ndim != 3 or embeddings.shape[2] != hidden_size or 0 in embeddings.shape:
+        raise ValueError(
+            f"`inputs_embeds` has shape {embeddings.shape}, but must be [prompts, columns, {hidden_size}], neither "
+            "empty. Take it from `model.embed_tokens(input_ids)`."
+        )
+    if not jnp.issubdtype(embeddings.dtype, jnp.floating):
+        raise ValueError(
+            f"`inputs_embeds` has dtype {embeddings.dtype}, but must be floating. Pass ids as `input_ids`."
+        )
+    return embeddings
+
+
+def _seen_columns(past: Any, rows: int) -> int:
+    if not isinstance(past, PastKeyValues):
+        raise ValueError(
+            f"`cache` is of type {type(past).__name__}, but must be the `cache` of an earlier call of "
+            "`jaxgen.generate` with `return_dict_in_generate=True`, or a transformers `DynamicCache`."
+        )
+    if past.batch_size not in (1, rows):
+        raise ValueError(
+            f"`cache` has {past.batch_size} rows, but there are {rows} prompts. Pass a cache of as many, or "
+            "of one, which all prompts then share."
+        )
+    return past.get_seq_length()
+
+
+def _check_logits_to_keep(given: Any) -> None:
+    """The logits of the last column are always kept, and no others are read, as in transformers."""
+    if given is not None and (not isinstance(given, (int, np.integer)) or isinstance(given, bool) or given < 0):
+        raise ValueError(
+            f"`logits_to_keep`={given!r} must be a number of columns, 0 for all of them; `generate` reads those of the "
+            "last one only. Leave it out."
+        )
+
+
+def _positions(given: Any, rows: int, fresh: int) -> np.ndarray | None:
+    """int32 [B, T]: of what is given, the columns that are to be read."""
+    if given is None:
+        return None
+    positions = _array("position_ids", given)
+    if not np.issubdtype(positions.dtype, np.integer) or ((positions >= 2**30) | (positions < -(2**30))).any():
+        raise ValueError(f"`position_ids` has dtype {positions.dtype}, but must hold integers of less than 2**30.")
+    if positions.shape[0] not in (1, rows) or positions.shape[1] < fresh:
+        raise ValueError(
+            f"`position_ids` has shape {positions.shape}, but {rows} prompts have {fresh} columns to be read. Pass one "
+            "position for each."
+        )
+    return np.broadcast_to(positions[:, -fresh:], (rows, fresh)).astype(np.int32)
+
+
+def counted_positions(mask: np.ndarray) -> np.ndarray:
+    """int32 [B, M]: the positions of unmasked columns, and 0."""
+    return np.where(mask, np.cumsum(mask, axis=1) - 1, 0).astype(np.int32)
+
+
+def _token_ids(name: str, given: Any, vocab_size: int) -> np.ndarray:
+    """int32 [B, P], each an id of the model."""
+    ids = _array(name, given)
+    if not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(f"`{name}` has dtype {ids.dtype}, but token ids are integers. Tokenise the text first.")
+    if ids.size == 0:
+        raise ValueError(f"`{name}` has shape {ids.shape}, but every prompt needs at least one token.")
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= vocab_size:
+        raise ValueError(
+            f"`{name}` holds {low if low < 0 else high}, but ids of this model are 0 to {vocab_size - 1}. "
+            "Check that tokenizer and model belong together."
+        )
+    return ids.astype(np.int32)
+
+
+def _mask(name: str, given: Any, shape: tuple[int, int]) -> np.ndarray:
+    if np.ndim(given) > 2:
+        raise ValueError(f"`{name}` passed to `generate` must be 2D, but has {np.ndim(given)} dimensions.")
+    mask = _array(name, given)
+    if mask.shape != shape:
+        raise ValueError(f"`{name}` has shape {mask.shape}, but its ids have {shape}. They must be equal.")
+    if not np.isin(mask, (0, 1)).all():
+        raise ValueError(f"`{name}` holds {mask[~np.isin(mask, (0, 1))][0]}, but may hold 0 and 1 only.")
+    if not mask.any(axis=1).all():
+        row = int(np.flatnonzero(~mask.any(axis=1))[0])
+        logger.warning("`%s` masks all of row %d: its continuation will mean nothing.", name, row)
+    return mask.astype(bool)
+
+
+def _array(name: str, given: Any) -> np.ndarray:
+    refuse_tracer(given)
+    _refuse_text(name, given)
+    if isinstance(given, Mapping):
+        raise ValueError(f"`{name}` is a mapping of {list(given)}. Pass its parts: generate(model, **inputs).")
+    try:
+        array = np.asarray(given)
+    except ValueError as error:
+        raise ValueError(f"`{name}` is no rectangular array ({error}). Pad the rows to one length.") from error
+    if array.ndim != 2:
+        raise ValueError(
+            f"`{name}` has shape {array.shape}, but must be [prompts, tokens]. Wrap a single prompt in a list."
+        )
+    return array
+
+
+def _refuse_text(name: str, given: Any) -> None:
+    first = given
+    while isinstance(first, (list, tuple)) and first:
+        first = first[0]
+    if isinstance(first, np.ndarray) and first.dtype.kind in "USO":
+        first = first.flat[0] if first.size else first
+    if isinstance(first, (str, bytes)):
+        raise ValueError(
+            f"`{name}` is text ({first[:40]!r}), but `generate` takes token ids. Tokenise it: `generate(model, "
+            '**tokenizer(texts, padding=True, return_tensors="np"))`, with `texts` a list of strings and the '
+            "`tokenizer` of the model."
+        )
+
+
+def refuse_tracer(value: Any) -> None:
+    if isinstance(value, Tracer):
+        raise ValueError(
+            "`generate`, `stream` and `prepare` run on the host, not inside jit, vmap or grad. Use `jaxgen.decode` "
+            "there, with what `prepare` returned outside."
+        )
+
+
+def warn_about_padding(input_ids: np.ndarray, mask: np.ndarray | None, config: Resolved, embedded: bool) -> None:
+    """The warnings of transformers 5.24 `_prepare_special_tokens` and `generate`, which concern batches only."""
+    eos, pad = config.eos_token_id, config.pad_token_id
+    if len(input_ids) == 1 or (pad is None and not eos):
+        return
+    if mask is None and pad is None:
+        logger.warning(
+            "The attention mask and the pad token id were not set, with a batched input. As a consequence, you may "
+            "observe unexpected behavior. Please pass your input's `attention_mask` to obtain reliable results."
+        )
+    if mask is None and (pad is None or pad in eos):
+        logger.warning(
+            "The attention mask is not set with a batched input, and cannot be inferred from input because pad token "
+            "is same as eos token. As a consequence, you may observe unexpected behavior. Please pass your input's "
+            "`attention_mask` to obtain reliable results."
+        )
+    if mask is not None and mask.shape == input_ids.shape:
+        last = ~mask[:, -1]
+    else:
+        last = input_ids[:, -1:] == pad_token_id_or_default(config)
+    if last.any() and not embedded:
+        logger.warning(
+            "A decoder-only architecture is being used, but right-padding was detected! For correct generation "
+            "results, please set `padding_side='left'` when initializing the tokenizer."
+        )
+
+
+def infer_attention_mask(input_ids: np.ndarray, config: Resolved) -> np.ndarray:
+    """Without a mask, pad ids are padding, unless padding and the end of a text are the same id."""
+    if config.pad_token_id is None or config.pad_token_id in config.eos_token_id:
+        return np.ones(input_ids.shape, bool)
+    return input_ids != config.pad_token_id
+
+
+def pad_token_id_or_default(config: Resolved) -> int:
+    """`pad_token_id`, the first eos by default; without either, no row finishes early and none is padded."""
+    if config.pad_token_id is not None:
+        return config.pad_token_id
+    return config.eos_token_id[0] if config.eos_token_id else 0
+
+
+def checked_negatives(model: Model, inputs: Inputs, given_ids: Any, given_mask: Any) -> tuple[np.ndarray, np.ndarray]:
+    """The negative prompts, int32 [B, P'] and bool [B, P']: by default the last token of each prompt."""
+    rows = len(inputs.input_ids)
+    ids, mask = inputs.input_ids[:, -1:], np.ones((rows, 1), bool)
+    if given_ids is not None:
+        ids = _token_ids("negative_prompt_ids", given_ids, model.vocab_size)
+        if len(ids) != rows:
+            raise ValueError(f"`negative_prompt_ids` has {len(ids)} rows, but there are {rows} prompts.")
+        mask = np.ones(ids.shape, bool)
+    return ids, mask if given_mask is None else _mask("negative_prompt_attention_mask", given_mask, ids.shape)
+
+
+def key_words(key: Any, config: Resolved, padded_rows: int, rows: int) -> Any:
+    """uint32 [2], or [N, 2] of one key per prompt; None for greedy decoding."""
+    if not config.do_sample:
+        if key is not None:
+            logger.warning("`key` has no effect without `do_sample=True`: nothing is drawn.")
+        return None
+    if key is None:
+        key = secrets.randbits(64)
+    refuse_tracer(key)
+    advice = "Pass an int, a jax.random key, or one of either per prompt."
+    if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        words = np.asarray(jax.random.key_data(key))[..., :2]
+    else:
+        try:
+            given = np.asarray(key)
+            seeds = np.vectorize(operator.index, otypes=[object])(given)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"`key`={key!r} is no key. {advice}") from error
+        if given.dtype == np.uint32 and given.ndim and given.shape[-1] in (2, 4):  # jax.random.PRNGKey
+            words = given[..., :2]
+        else:
+            words = np.stack([seeds >> 32 & 0xFFFFFFFF, seeds & 0xFFFFFFFF], axis=-1).astype(np.uint32)
+    if words.shape not in ((2,), (rows, 2)):
+        raise ValueError(f"`key` has shape {words.shape[:-1]}, but there are {rows} prompts. {advice}")
+    return words if words.ndim == 1 else np.pad(words, ((0, padded_rows - rows), (0, 0)))

@@ -1,0 +1,255 @@
+"""A plan's numbers are those of the programs, and what it suggests does fit."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from checkpoints import CONFIG, random_tensors, write_checkpoint
+
+import jaxgen
+from jaxgen.checkpoint.load import abstract
+from jaxgen.cli.main import main
+from jaxgen.decoding import loop
+from jaxgen.generation.api import lower_for_any_device
+from jaxgen.planning.plan import DEVICE_NAMES, Plan, plan
+from jaxgen.planning.shapes import SHAPES
+
+CALLS: list[dict[str, Any]] = [
+    {},
+    {"batch": 5},
+    {"batch": 2, "num_beams": 3},
+    {"batch": 3, "num_return_sequences": 2},
+    {"dtype": "bfloat16", "prompt_tokens": 17, "new_tokens": 5},
+]
+
+
+def programs(
+    shape: str, batch: int, prompt_tokens: int, new_tokens: int, dtype: str = "float32", **options: Any
+) -> Any:
+    """The model and the arguments of its programs, as shapes; and the state between them."""
+    model = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), abstract(SHAPES[shape]))
+    calls = []
+
+    def lowered(model: Any) -> None:
+        if options.get("num_return_sequences", 1) > 1:
+            options["do_sample"], options["key"] = True, 0
+        key = options.pop("key", None)
+        custom = None if key is None else jaxgen.generation.api.Custom(key=key)
+        settings = {"max_new_tokens": new_tokens, **options}
+        calls.append(lower_for_any_device(model, np.ones((batch, prompt_tokens), int), None, settings, custom))
+
+    jax.eval_shape(lowered, model)
+    call = calls[0]
+    prefill = loop.prefill.lower(model, call.prompt, call.strategy, call.slots, ())
+    return model, call, prefill, prefill.out_info[0]
+
+
+def size(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize("changes", CALLS, ids=str)
+def test_weights_and_cache_are_those_of_the_programs_to_the_byte(changes: dict[str, Any]) -> None:
+    call = {"batch": 1, "prompt_tokens": 20, "new_tokens": 30} | changes
+    model, _, _, state = programs("2-layer", **call)
+    found = plan("2-layer", **call)
+    assert (found.weights, found.cache) == (size(model), size(state.cache.layers))
+    assert found.slots == state.cache.slots
+    assert found.parameters == sum(leaf.size for leaf in jax.tree.leaves(model))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"batch": 4, "prompt_tokens": 256},  # scores are what counts
+        {"batch": 32, "prompt_tokens": 32},  # units of the MLP are
+        {"batch": 2, "prompt_tokens": 1024},  # units again, since the scores are those of some columns at a time
+        {"batch": 4, "prompt_tokens": 128, "num_beams": 4},
+        {"batch": 4, "prompt_tokens": 256, "dtype": "bfloat16"},  # whose weights XLA:CPU widens
+    ],
+    ids=str,
+)
+def test_the_whole_is_what_the_compiler_says_within_15_percent(
+    changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(SHAPES, "wide", SHAPES["135m"] | {"num_hidden_layers": 2, "vocab_size": 2000})
+    call = {"new_tokens": 32} | changes
+    model, lowered, prefill, state = programs("wide", **call)
+    advance = loop.advance.lower(model, state, lowered.strategy, np.int32(1), ())
+    memory = [program.compile().memory_analysis() for program in (prefill, advance)]
+    compiled = max(
+        each.argument_size_in_bytes + each.output_size_in_bytes - each.alias_size_in_bytes + each.temp_size_in_bytes
+        for each in memory
+    )
+    found = plan("wide", **call)
+    assert found.total == pytest.approx(compiled, rel=0.15)
+    assert found.total - found.weights - found.cache > 0.1 * found.total, "temporaries must count here"
+
+
+def test_each_device_of_a_mesh_has_its_share() -> None:
+    one, eight = plan("8b", 16, device="v5p"), plan("8b", 16, device="v5p", mesh=(1, 8))
+    assert eight.cache * 8 == one.cache
+    norms = (2 * 32 + 1) * 4096 * 2
+    assert (eight.weights - norms) * 8 == one.weights - norms
+    spread = plan("8b", 17, device="v5p", mesh=(4, 2))
+    assert spread.rows == 4 * 6, "each of four devices has a bucket of rows"
+
+
+def test_int8_is_a_byte_per_weight_and_a_scale_per_row() -> None:
+    found = plan("2-layer", quantize="int8", device="l4")
+    matrices = 2 * 1000 * 64 + 2 * (128 * 64 + 64 * 64 + 256 * 64 + 64 * 128)
+    rows = 2 * 1000 + 2 * (128 + 64 + 256 + 64)
+    assert found.weights == matrices + 4 * rows + 4 * 5 * 64
+
+
+def test_a_step_takes_at_least_as_long_as_its_reads() -> None:
+    found = plan("8b", 16, 1024, 256, device="h200")
+    embedding = 128256 * 4096 * 2
+    read = found.weights - embedding + 16 * 1280 * 2 * 32 * 8 * 128 * 2
+    assert found.step_ms == pytest.approx(1e3 * read / 4800e9)
+    assert found.tokens_per_s == pytest.approx(16e3 / found.step_ms)
+    tied = plan("1b", 1, 16, 1, device="h200")
+    assert tied.step_ms == pytest.approx(1e3 * (tied.weights + 17 * 2 * 16 * 8 * 64 * 2) / 4800e9)
+
+
+def test_gpus_are_planned_with_the_share_that_jax_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    usual = plan("1b", device="h100").available
+    for name in names:
+        with monkeypatch.context() as environment:
+            environment.setenv(name, "0.9")
+            assert plan("1b", device="h100").available == pytest.approx(usual * 0.9 / 0.75)
+            for wrong in ("most", "0", "nan"):
+                environment.setenv(name, wrong)
+                with pytest.raises(ValueError, match=rf"\${name}='{wrong}' must be a number above 0"):
+                    plan("1b", device="h100")
+
+
+def test_the_command_says_which_part_of_a_gpu_jax_takes_and_how_to_change_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+        monkeypatch.delenv(name, raising=False)
+    assert main(["plan", "8b", "--device", "h200"]) == 0
+    said = capsys.readouterr().out
+    assert "of 112.6 GB: fits" in said
+    assert "JAX takes 75% of the 150.1 GB that the device has; XLA_CLIENT_MEM_FRACTION=0.9 in the env" in said
+    for device in ("v5p", "v6e"):
+        assert main(["plan", "8b", "--device", device]) == 0
+        assert "JAX takes" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("prompt", "new", "said"), [(1, 1, "1 x 1 + 1 token: 1 row, "), (1000, 2000, "1 x 1,000 + 2,000 tokens: 1 row, ")]
+)
+def test_the_command_counts_in_english(prompt: int, new: int, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "2-layer", "--prompt-tokens", str(prompt), "--new-tokens", str(new), "--device", "v5e"]) == 0
+    assert said in capsys.readouterr().out
+
+
+def again(given: Plan, **changes: Any) -> Plan:
+    """The plan for what a suggestion says, made anew."""
+    names = ("num_beams", "num_return_sequences", "dtype", "quantize", "device", "mesh")
+    options = {name: getattr(given, name) for name in names} | changes
+    return plan(given.model, given.batch, given.prompt_tokens, given.new_tokens, **options)
+
+
+@pytest.mark.parametrize(
+    ("shape", "call"),
+    [
+        ("8b", {"batch": 16, "device": "v5e"}),
+        ("70b", {"batch": 4, "device": "h100", "num_beams": 4}),
+        ("405b", {"batch": 16, "device": "v5e"}),
+    ],
+)
+def test_what_is_suggested_fits_when_it_is_planned(shape: str, call: dict[str, Any]) -> None:
+    found = plan(shape, **call)
+    assert not found.fits and found.suggestions
+    for each in found.suggestions:
+        assert each.fits and again(each) == each
+
+
+def test_each_kind_of_change_is_suggested_once_and_the_smallest() -> None:
+    found = plan("8b", 16, 256, 256, device="v5e")
+    changes = [(each.batch, each.quantize, each.mesh, each.device) for each in found.suggestions]
+    assert (16, "int8", (1, 1), "v5e") in changes
+    assert (16, None, (1, 2), "v5e") in changes
+    assert len(changes) == len(set(changes)) <= 4
+    assert all(
+        sum(one != other for one, other in zip(each, (16, None, (1, 1), "v5e"), strict=True)) == 1 for each in changes
+    )
+    (fewer,) = [each.batch for each in found.suggestions if each.batch != 16]
+    assert not plan("8b", fewer + 1, 256, 256, device="v5e").fits
+
+
+def test_several_changes_are_suggested_only_if_none_is_enough() -> None:
+    found = plan("405b", 16, device="v5e")
+    (each,) = found.suggestions
+    assert (each.mesh, each.device, each.batch) == ((1, 8), "h200", 16)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch": 0}, "`batch`=0 must be a positive integer"),
+        ({"prompt_tokens": -1}, "`prompt_tokens`=-1 must be"),
+        ({"new_tokens": 2.5}, r"`new_tokens`=2.5 must be"),
+        ({"num_beams": 0}, "`num_beams`=0 must be"),
+        ({"device": "v7"}, r"`device`='v7' is not known; it may be one of \['v5e'"),
+        ({"quantize": "int4"}, "`quantize`='int4' is not supported"),
+        ({"dtype": "int8"}, "`dtype`='int8' is not supported"),
+        ({"mesh": (0, 1)}, r"`mesh`=\(0, 1\) must be two positive integers"),
+        ({"mesh": (1, 16)}, "`num_key_value_heads`=2 cannot be spread over the 16 devices"),
+        ({"num_beams": 2, "num_return_sequences": 3}, "`num_return_sequences`"),
+    ],
+    ids=str,
+)
+def test_what_makes_no_sense_is_refused_by_name(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan("2-layer", **arguments)
+
+
+def test_a_folder_is_planned_as_it_will_be_loaded(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, CONFIG, random_tensors(CONFIG))
+    model = jaxgen.load(tmp_path)
+    found = plan(tmp_path, 2, 20, 10)
+    assert (found.weights, found.dtype) == (size(model), str(model.dtype))
+    assert found.parameters == sum(leaf.size for leaf in jax.tree.leaves(model))
+
+
+def test_the_command_says_whether_it_fits_and_ends_accordingly(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "8b", "--device", "v6e", "--batch", "4"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("model       8b, 8,030,261,248 parameters in bfloat16")
+    assert "of 33.6 GB: fits" in said and "tokens/s" in said and "would fit" not in said
+    assert main(["plan", "8b", "--device", "v5e", "--batch", "16"]) == 1
+    said = capsys.readouterr().out
+    assert "does not fit" in said
+    assert "would fit   --quantize int8" in said and "would fit   --mesh 1x2" in said
+
+
+def test_the_command_prints_one_json_object(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "8b", "--device", "v5e", "--batch", "16", "--mesh", "1x1", "--json"]) == 1
+    printed = json.loads(capsys.readouterr().out)
+    found = plan("8b", 16, device="v5e")
+    assert (printed["total"], printed["fits"]) == (found.total, False)
+    assert [each["total"] for each in printed["suggestions"]] == [each.total for each in found.suggestions]
+
+
+@pytest.mark.parametrize("mesh", ["8", "1x", "axb", "1x2x3"])
+def test_a_mesh_is_two_numbers(mesh: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "8b", "--mesh", mesh]) == 1
+    assert f"--mesh {mesh} must be two numbers of devices, such as 1x8" in capsys.readouterr().err
+
+
+def test_the_help_names_every_device(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["plan", "--help"])
+    said = capsys.readouterr().out
+    assert all(name in said for name in DEVICE_NAMES)

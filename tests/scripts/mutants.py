@@ -1,0 +1,546 @@
+"""Paths that only some sizes reach, each broken once in a copy of the tree: the test beside it must fail.
+
+    python tests/scripts/mutants.py [WORD ...]
+
+runs those whose file, place or test holds a word, all without one. It prints a table, and exits with 1 if a test passed
+or a line to break is there no more. `mutations.py` is about broken checkpoints, and this is about broken code.
+"""
+
+import contextlib
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[2]
+
+
+class Mutant(NamedTuple):
+    """A piece of a file, what takes its place, and the test that notices.
+
+    Attributes:
+        where: the function, and when its path is taken.
+    """
+
+    file: str
+    where: str
+    old: str
+    new: str
+    test: str
+
+
+LAYERS, TOP_K, SAMPLING = "jaxgen/models/layers.py", "jaxgen/processors/top_k.py", "jaxgen/decoding/sampling.py"
+RULES, STREAMING, CACHE = "jaxgen/processors/logits_process.py", "jaxgen/generation/streaming.py", "jaxgen/kv_cache.py"
+TENSORS, WRITING = "jaxgen/checkpoint/safetensors_file.py", "convert/writing.py"
+REAL = "tests/test_real_sizes.py::test_"
+DRAWN = f"{REAL}draws_from_fifty_thousand_tokens_equal_transformers_with_the_same_noise"
+GREEDY = f"{REAL}greedy_tokens_after_long_prompts_equal_transformers"
+ATTENTION = "tests/models/test_layers.py::test_attention_over_any_number_of_columns_is_that_of_the_formula"
+PRODUCT = "tests/models/test_layers.py::test_a_product_is_the_plain_one_rounded_once_for_any_number_of_rows"
+GROUPED = "tests/models/test_layers.py::test_the_rows_of_a_group_are_multiplied_one_by_one_or_together_with_one_result"
+KEEPS = "tests/processors/test_logits_process.py::test_large_vocabularies_keep_what_transformers_keeps"
+HIGHEST = "tests/processors/test_top_k.py::test_the_highest_scores_are_found_in_blocks_as_in_the_whole"
+STAGES = "tests/generation/test_streaming.py::test_"
+RESERVED = f"{STAGES}slots_that_are_little_beside_the_weights_are_reserved_at_once"
+LARGER = "tests/checkpoint/test_safetensors_file.py::"
+LARGER += "test_a_tensor_larger_than_a_block_arrives_whole_in_any_dtype_and_from_any_row"
+CONVERTED = "tests/convert/test_convert.py::test_what_is_larger_than_a_block_is_converted_to_the_byte_and_back"
+SCALED = "tests/checkpoint/test_float8.py::test_weights_larger_than_a_block_have_the_scales_of_their_own_rows"
+MERGED = "tests/convert/test_lora.py::test_a_weight_larger_than_a_block_gets_the_product_of_its_own_rows"
+META = "tests/convert/test_pickles.py::test_what_meta_does_not_say_follows_from_the_sizes_of_the_model"
+
+MUTANTS = [
+    # ---- Attention and products ----
+    Mutant(
+        LAYERS,
+        "attend, over 256 columns",
+        "    return attended.reshape(queries.shape), lambda:",
+        "    return 0 * attended.reshape(queries.shape), lambda:",
+        f"{GREEDY}[1000 ids, 300 columns]",
+    ),
+    Mutant(
+        LAYERS,
+        "attend, over 256 columns on a kept cache",
+        "    return attended.reshape(queries.shape), lambda:",
+        "    return (attended.reshape(queries.shape) if keys.shape[-2] == columns else 0 * queries), lambda:",
+        f"{REAL}four_hundred_columns_on_a_kept_cache_of_three_hundred_give_the_tokens_of_the_whole",
+    ),
+    Mutant(
+        LAYERS,
+        "attend, the mask of some columns",
+        "lax.dynamic_slice_in_dim(mask, start, few, axis=1)",
+        "lax.dynamic_slice_in_dim(mask, 0, few, axis=1)",
+        f"{ATTENTION}[384-2]",
+    ),
+    Mutant(
+        LAYERS,
+        "attend, the weights of over 256 columns",
+        "lambda: _attend_at_once(queries, keys, values, mask)[1]()",
+        "lambda: 0 * _attend_at_once(queries, keys, values, mask)[1]()",
+        f"{REAL}attentions_and_hidden_states_of_a_long_prompt_equal_transformers",
+    ),
+    Mutant(
+        LAYERS,
+        "columns_at_once, no multiple of 128",
+        "columns <= 256 or columns % 128",
+        "columns <= 256",
+        f"{ATTENTION}[300-2]",
+    ),
+    Mutant(
+        LAYERS,
+        "_product_on_cpu, 2 to 32 rows of float32",
+        "weight, rows)).T",
+        "weight, rows[::-1])).T",
+        f"{PRODUCT}[2-float32]",
+    ),
+    Mutant(
+        LAYERS,
+        "_product_on_cpu, over 32 rows",
+        "y = _wide(rows, weight)",
+        "y = _wide(rows, weight) * (len(rows) < 33)",
+        f"{PRODUCT}[33-float32]",
+    ),
+    Mutant(
+        LAYERS,
+        "_product_on_cpu, over 32 rows in a decode",
+        "y = _wide(rows, weight)",
+        "y = _wide(rows, weight) * (len(rows) != 48)",
+        f"{REAL}one_row_and_forty_of_them_equal_transformers[40]",
+    ),
+    Mutant(LAYERS, "_product_on_cpu, a row of bfloat16", "weight)[:1]", "weight)[1:]", f"{PRODUCT}[1-bfloat16]"),
+    Mutant(LAYERS, "_grouped, up to 4 rows", "rows[..., m, :]", "rows[..., 0, :]", f"{GROUPED}[4-float32]"),
+    Mutant(
+        LAYERS,
+        "_grouped, over 4 rows",
+        "        return together(rows, shared)\n",
+        "        return -together(rows, shared)\n",
+        f"{GROUPED}[5-float32]",
+    ),
+    Mutant(
+        "jaxgen/models/int8.py",
+        "quantised, over 4096 rows",
+        "some = slice(start, start + _ROWS)",
+        "some = slice(0, _ROWS)",
+        "tests/models/test_int8.py::test_a_matrix_of_many_rows_is_quantised_as_a_whole",
+    ),
+    Mutant(
+        "jaxgen/models/rope.py",
+        "Dynamic, beyond max_position_embeddings",
+        "jnp.maximum(length, self.max_position_embeddings)",
+        "jnp.maximum(0, self.max_position_embeddings)",
+        "tests/test_parity.py::test_greedy_tokens_of_a_ragged_batch_equal_transformers[5-8q2kv-dynamic]",
+    ),
+    Mutant(
+        "jaxgen/models/rope.py",
+        "LongRope, beyond the original context",
+        "jnp.where(length > self.original_max_position_embeddings, long, short)",
+        "jnp.where(length > self.original_max_position_embeddings, short, short)",
+        "tests/test_parity.py::test_greedy_tokens_of_a_ragged_batch_equal_transformers[10-4q2kv-longrope]",
+    ),
+    # ---- Large vocabularies ----
+    Mutant(
+        TOP_K,
+        "highest_few, over 2 * count blocks",
+        "* _BLOCK + jnp.arange",
+        "* _BLOCK + 1 + jnp.arange",
+        f"{HIGHEST}[5000]",
+    ),
+    Mutant(
+        TOP_K,
+        "highest_few, over 2 * count blocks, of beams",
+        "* _BLOCK + jnp.arange",
+        "* _BLOCK + 1 + jnp.arange",
+        f"{REAL}beams_over_fifty_thousand_tokens_equal_transformers",
+    ),
+    Mutant(TOP_K, "first_highest, over 128 blocks", "return block * _BLOCK +", "return block +", f"{HIGHEST}[20001]"),
+    Mutant(
+        TOP_K,
+        "first_highest, over 128 blocks, of a model",
+        "return block * _BLOCK +",
+        "return block +",
+        f"{GREEDY}[50000 ids, 700 columns]",
+    ),
+    Mutant(TOP_K, "in_blocks, the last block", "constant_values=-jnp.inf", "constant_values=0.0", f"{HIGHEST}[20001]"),
+    Mutant(
+        SAMPLING,
+        "_candidates, top_k of up to 64",
+        "jnp.where(limited & (values < last), -jnp.inf, values)",
+        "values",
+        f"{DRAWN}[the usual rules]",
+    ),
+    Mutant(
+        SAMPLING,
+        "_candidates, a nucleus of more than 64",
+        "(jnp.exp(rest - total) <= 1 - top_p)",
+        "(top_p <= 1)",
+        f"{DRAWN}[the usual rules]",
+    ),
+    Mutant(
+        SAMPLING,
+        "_candidates, top_k of more than 64",
+        "((top_k.top_k >= vocab_size) & (top_p < 1) &",
+        "((top_p < 1) &",
+        f"{DRAWN}[the usual rules]",
+    ),
+    Mutant(
+        SAMPLING,
+        "_candidates, beside tokens that are left out",
+        "return (scores >= edge).sum(axis=1, keepdims=True) <= window, rest",
+        "return (scores >= edge).sum(axis=1, keepdims=True) <= window, rest - 9",
+        f"{DRAWN}[the usual rules]",
+    ),
+    Mutant(
+        SAMPLING,
+        "_candidates, equal scores beyond the window",
+        "alone = (edge < last) | (last == -jnp.inf) | (window == scores.shape[1])",
+        "alone = jnp.ones_like(edge, bool)",
+        "tests/decoding/test_sampling.py::test_a_draw_from_few_candidates_is_the_draw_from_all",
+    ),
+    Mutant(
+        SAMPLING,
+        "_choose, where the candidates are not enough",
+        "lambda: pick_from_all(scores)",
+        "lambda: pick(scores)",
+        f"{DRAWN}[typical_p too]",
+    ),
+    Mutant(
+        RULES,
+        "_rising_mass_at_border, over 128 scores",
+        "return jnp.where(equal, at_border, jnp.where(bits > border, jnp.inf, 0))",
+        "return jnp.full_like(p, jnp.inf)",
+        f"{KEEPS}[a wide nucleus-129]",
+    ),
+    Mutant(
+        RULES,
+        "_rising_mass_at_border, in a draw",
+        "return jnp.where(equal, at_border, jnp.where(bits > border, jnp.inf, 0))",
+        "return jnp.full_like(p, jnp.inf)",
+        f"{REAL}draws_from_a_thousand_tokens_equal_transformers_with_the_same_noise",
+    ),
+    Mutant(
+        RULES,
+        "_rising_mass_at_border, equal scores",
+        "jnp.cumsum(equal, axis=1) * p",
+        "equal.sum(axis=1, keepdims=True) * p",
+        "tests/processors/test_logits_process.py::test_of_many_equal_scores_top_p_removes_those_of_the_lower_columns",
+    ),
+    Mutant(RULES, "_highest_that", "lax.fori_loop(0, 32,", "lax.fori_loop(0, 16,", f"{KEEPS}[the highest 300-20000]"),
+    Mutant(
+        RULES,
+        "_lowest_of_highest, more than one",
+        "[0][:, -1:]",
+        "[0][:, :1]",
+        f"{KEEPS}[a nucleus of three at least-20000]",
+    ),
+    Mutant(
+        RULES,
+        "TopH, over 100 scores",
+        "min(100, scores.shape[1])",
+        "scores.shape[1]",
+        f"{KEEPS}[most of the entropy-20000]",
+    ),
+    Mutant(
+        "jaxgen/processors/watermarking.py",
+        "_mersenne_twister, over 624 words",
+        "length=-(-count // 227)",
+        "length=min(-(-count // 227), 3)",
+        "tests/processors/test_watermarking.py::test_the_generator_gives_the_words_of_numpys_mersenne_twister",
+    ),
+    Mutant(
+        "jaxgen/processors/stopping_criteria.py",
+        "EosToken, over 8 ids",
+        "leaf([*ids, *[-1] * (places - len(ids))], np.int32)",
+        "leaf([*ids[:8], *[-1] * (places - len(ids[:8]))], np.int32)",
+        "tests/generation/test_continuing.py::"
+        "test_other_turns_on_a_cache_equal_transformers[greedy with an eos-the whole text]",
+    ),
+    Mutant(
+        "jaxgen/processors/stop_strings.py",
+        "StopStrings.build, over 16 tokens",
+        "window=bucket(max(_MIN_WINDOW, *map(len, wanted)))",
+        "window=_MIN_WINDOW",
+        "tests/processors/test_stop_strings.py::test_many_long_strings_and_those_of_one_character_stop_where_those_of_transformers_do",
+    ),
+    Mutant(
+        "jaxgen/processors/stop_strings.py",
+        "_table, over 6 numbers",
+        "table[token, place, : len(numbers)] = numbers",
+        "table[token, place, : len(numbers[:6])] = numbers[:6]",
+        "tests/processors/test_stop_strings.py::test_many_long_strings_and_those_of_one_character_stop_where_those_of_transformers_do",
+    ),
+    # ---- Prompts and caches ----
+    Mutant(
+        "jaxgen/decoding/loop.py",
+        "_read, several chunks",
+        "columns, number * size, size, axis=1)",
+        "columns, 0 * size, size, axis=1)",
+        f"{REAL}a_long_prompt_in_chunks_gives_the_tokens_of_the_whole[256]",
+    ),
+    Mutant(
+        "jaxgen/generation/prompts.py",
+        "padded_prompt, a last chunk that is not full",
+        "np.where(np.arange(fresh) < full * size, 0, padding)",
+        "np.where(np.arange(fresh) < 0, 0, padding)",
+        f"{REAL}a_long_prompt_in_chunks_gives_the_tokens_of_the_whole[150]",
+    ),
+    Mutant(
+        "jaxgen/generation/prompts.py",
+        "padded_prompt, a chunk of over 256 columns",
+        "full = (fresh - 1) // size",
+        "full = min(fresh // size, 1) - 1 + (size < 257)",
+        f"{REAL}chunks_of_more_columns_than_have_their_scores_in_memory_give_the_same_tokens",
+    ),
+    Mutant(
+        "jaxgen/generation/prompts.py",
+        "bucket",
+        "return power * 3 // 4 if size <= power * 3 // 4 else power",
+        "return power",
+        "tests/generation/test_api.py::test_a_bucket_is_at_most_half_as_much_again",
+    ),
+    Mutant(
+        "jaxgen/generation/past_key_values.py",
+        "lower, a row for all prompts",
+        "np.arange(batch) if self.batch_size > 1 else 0",
+        "np.arange(batch)",
+        "tests/generation/test_continuing.py::test_one_prefix_serves_every_prompt_and_its_columns_are_read_once",
+    ),
+    Mutant(
+        CACHE,
+        "grow, keys and values",
+        "(*[(0, 0)] * (array.ndim - 2), (0, extra), (0, 0))",
+        "(*[(0, 0)] * (array.ndim - 2), (extra, 0), (0, 0))",
+        f"{REAL}a_cache_that_grows_behind_a_long_prompt_gives_the_same_tokens",
+    ),
+    Mutant(
+        CACHE,
+        "grow, what is valid",
+        "valid=jnp.pad(self.valid, (*[(0, 0)] * (self.valid.ndim - 1), (0, extra)))",
+        "valid=jnp.pad(self.valid, (*[(0, 0)] * (self.valid.ndim - 1), (extra, 0)))",
+        f"{REAL}a_cache_that_grows_behind_a_long_prompt_gives_the_same_tokens",
+    ),
+    Mutant(
+        "jaxgen/decoding/loop.py",
+        "grow, more than one layer",
+        "grown = _grow(replace(cache, layers=(pair,)), slots)",
+        "grown = _grow(replace(cache, layers=(grown.layers[0] if layers else pair,)), slots)",
+        "tests/decoding/test_loop.py::test_growing_a_cache_frees_each_layer_of_the_old_one",
+    ),
+    Mutant(
+        CACHE,
+        "_without_ones",
+        "tuple(size for size in sizes if size > 1)",
+        "sizes",
+        "tests/test_kv_cache.py::test_dimensions_of_size_one_are_left_out_of_the_arrays",
+    ),
+    Mutant(
+        STREAMING,
+        "stages, unnoticed",
+        "unnoticed = weights // 64",
+        "unnoticed = 0 * weights // 64",
+        f"{RESERVED}[1-sizes0]",
+    ),
+    Mutant(
+        STREAMING,
+        "stages, unnoticed of several rows",
+        "// (rows * model.cache",
+        "// (model.cache",
+        f"{RESERVED}[2-sizes1]",
+    ),
+    Mutant(STREAMING, "stages, the last size", "most <= size * 3 // 2", "most <= size", f"{RESERVED}[64-sizes2]"),
+    Mutant(
+        STREAMING,
+        "stages, over 2048 slots",
+        "if needed > _LONG else",
+        "if needed > 2 * _LONG else",
+        f"{STAGES}a_cache_doubles_up_to_2048_slots_and_then_grows_by_less",
+    ),
+    Mutant(
+        STREAMING,
+        "stages, attentions",
+        'whole = 0, "attentions" in call.collect',
+        "whole = 0, False",
+        f"{STAGES}a_cache_whose_attentions_are_asked_for_has_all_its_slots_from_the_start",
+    ),
+    Mutant(
+        STREAMING,
+        "stages, the passes of a size",
+        "key=lambda new: strategy.cache_slots(columns, new + 1)) - 1",
+        "key=lambda new: strategy.cache_slots(columns, new + 1))",
+        f"{STAGES}a_cache_of_any_size_grows_until_the_call_is_done",
+    ),
+    Mutant(
+        STREAMING,
+        "run, a chunk up to where a size is full",
+        "chunk = min(steps, stage.passes - done)",
+        "chunk = steps",
+        f"{REAL}a_cache_that_grows_behind_a_long_prompt_gives_the_same_tokens",
+    ),
+    Mutant(
+        STREAMING,
+        "Pace.first, few weights",
+        "int(self.seconds * bandwidth / max(weights, 1))",
+        "1",
+        f"{STAGES}a_call_that_nobody_watches_is_one_chunk_if_it_is_short",
+    ),
+    Mutant(
+        "jaxgen/planning/plan.py",
+        "prefill, over 256 columns",
+        "columns_at_once(columns) * columns",
+        "columns * columns",
+        "tests/planning/test_plan.py::test_the_whole_is_what_the_compiler_says_within_15_percent",
+    ),
+    # ---- Large files ----
+    Mutant(TENSORS, "Tensor.blocks", "self.read_into(block, first)", "self.read_into(block, start)", LARGER),
+    Mutant(
+        TENSORS,
+        "Tensor.read_into, a cast",
+        "self.blocks(start, start + len(out))",
+        "self.blocks(0, len(out))",
+        LARGER,
+    ),
+    Mutant(
+        "jaxgen/checkpoint/float8.py",
+        "ScaledTensor.read, blocks",
+        "np.arange(start + done,",
+        "np.arange(done, -start +",
+        f"{SCALED}[a scale per block]",
+    ),
+    Mutant(
+        "jaxgen/checkpoint/float8.py",
+        "ScaledTensor.read, channels",
+        "[start + done : start + done + len(rows)]",
+        "[done : done + len(rows)]",
+        f"{SCALED}[a scale per channel]",
+    ),
+    Mutant(
+        "jaxgen/checkpoint/load.py",
+        "_equal, the last block",
+        "for one, other in zip(first.blocks(), second.blocks(), strict=True)",
+        "for one, other in [next(zip(first.blocks(), second.blocks(), strict=True))]",
+        "tests/checkpoint/test_load.py::test_a_head_that_differs_in_its_last_value_only_is_another_head",
+    ),
+    Mutant(
+        "jaxgen/checkpoint/load.py",
+        "_account, over 256 layers",
+        "layers > min(len(tensors), _MOST_LAYERS)",
+        "layers > len(tensors)",
+        "tests/checkpoint/test_load.py::test_more_layers_than_any_model_has_are_refused_before_they_are_listed",
+    ),
+    Mutant(
+        "jaxgen/checkpoint/files.py",
+        "read_text, over 8 MB",
+        "path.stat().st_size > LARGEST_JSON",
+        "path.stat().st_size < 0",
+        "tests/checkpoint/test_load.py::test_a_config_of_more_than_8_megabytes_is_refused_unread",
+    ),
+    Mutant(
+        "convert/lora.py",
+        "MergedTensor.read, the adapter",
+        "self.up.read_into(up, start)",
+        "self.up.read_into(up)",
+        MERGED,
+    ),
+    Mutant(
+        "convert/lora.py",
+        "MergedTensor.read, the weight",
+        "self.weight.read_into(weight, start)",
+        "self.weight.read_into(weight)",
+        MERGED,
+    ),
+    Mutant(WRITING, "_piece, the second block", "offset += len(data)", "offset += 0", CONVERTED),
+    Mutant(
+        WRITING,
+        "sha256_of, the second block",
+        "while block := file.read(BLOCK):",
+        "if block := file.read(BLOCK):",
+        CONVERTED,
+    ),
+    Mutant(
+        WRITING,
+        "Partial._hash, the second block",
+        "os.pread(descriptor, min(BLOCK, end - offset), offset)",
+        "os.pread(descriptor, min(BLOCK, end - offset), piece.offset)",
+        "tests/convert/test_writing.py::test_a_finished_tensor_larger_than_a_block_is_not_copied_again",
+    ),
+    Mutant(
+        WRITING,
+        "_largest_magnitude, over 65,536 values",
+        "range(0, len(integers), len(scratch))",
+        "range(0, len(scratch), len(scratch))",
+        "tests/convert/test_convert.py::test_every_value_of_a_large_tensor_is_looked_at",
+    ),
+    Mutant(
+        "convert/layout.py",
+        "_files, more than a shard",
+        "if shards[-1] and size > shard_bytes:",
+        "if not shards:",
+        "tests/convert/test_convert.py::test_parameters_are_spread_over_files_of_bounded_size",
+    ),
+    Mutant("convert/pickles.py", "_meta_config, 128,000 entries", "rows >= 128_000", "rows >= 32_000", META),
+    Mutant("convert/pickles.py", "_meta_config, 16 or 28 layers", "in (16, 28)", "in (28,)", META),
+]
+
+
+def copied(folder: Path) -> Path:
+    """A copy of the tree in which `jaxgen.convert` is the copy's too, wherever the package is installed from."""
+    for name in ("jaxgen", "convert", "tests", "bench", "README.md", "pyproject.toml"):
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
+        else:
+            shutil.copy(source, folder / name)
+    (folder / "jaxgen" / "convert").symlink_to("../convert")
+    return folder
+
+
+def pass_in(folder: Path, tests: list[str], log: Path) -> bool:
+    """Whether the tests pass in the folder; their output goes to the log."""
+    child = os.fork()
+    if not child:
+        with log.open("w") as file:
+            for stream in (1, 2):
+                os.dup2(file.fileno(), stream)
+        os.chdir(folder)
+        sys.path[:0] = [str(folder)]
+        import pytest
+
+        code = pytest.main(["-q", "-x", "-p", "no:cacheprovider", *tests])
+        sys.stdout.flush()
+        os._exit(int(code))
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code not in (0, 1):  # a name that is wrong, or a crash
+        print(log.read_text()[-2000:], file=sys.stderr)
+        raise SystemExit(f"{tests} ended with {code}")
+    return code == 0
+
+
+def main(words: list[str]) -> int:
+    chosen = [each for each in MUTANTS if not words or any(word in str(each) for word in words)]
+    with contextlib.suppress(ImportError):  # once, and not for every mutant
+        import jax  # noqa: F401
+        import torch  # noqa: F401
+        import transformers.generation  # noqa: F401
+    survived = 0
+    print("| file | path | test | notices |\n|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as name:
+        folder, log = copied(Path(name).resolve() / "tree"), Path(name) / "log"
+        if not pass_in(folder, [*{each.test: None for each in chosen}], log):
+            print(log.read_text()[-2000:], file=sys.stderr)
+            raise SystemExit("A test fails before anything is broken.")
+        for each in chosen:
+            path = folder / each.file
+            whole = path.read_text()
+            if whole.count(each.old) != 1:
+                raise SystemExit(f"{each.file} holds {each.old!r} {whole.count(each.old)} times, and not once.")
+            path.write_text(whole.replace(each.old, each.new))
+            passed = pass_in(folder, [each.test], log)
+            path.write_text(whole)
+            survived += passed
+            print(f"| {each.file} | {each.where} | {each.test} | {'**NO**' if passed else 'yes'} |", flush=True)
+    return survived > 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
