@@ -22,8 +22,8 @@ import numpy as np
 from common import bandwidth, continued, positive, random_prompts, record, step_times, varied
 
 import jaxgen
-from jaxgen.generation.prompts import bucket
-from jaxgen.generation.streaming import stages
+from jaxgen.buckets import bucket
+from jaxgen.generation.driver import cache_sizes
 from jaxgen.planning.shapes import SHAPES
 
 FRESH = 16  # columns of a prompt that its call reads, the others being in a cache
@@ -99,7 +99,7 @@ def by_length(model: Any, lengths: list[int], room: int, steps: int, repeats: in
         past = copy.copy(whole)
         past.crop(length - max(lengths))
         prepared = jaxgen.prepare(model, ids[:, :length], cache=past, max_new_tokens=room - length)
-        slots[length] = next(stages(model, prepared, weights)).cache_slots
+        slots[length] = next(cache_sizes(model, prepared, weights)).slots
 
         def run(steps: int) -> Any:
             until = Until(np.int32(length + 1 + steps))

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from jaxgen.decoding.group_beam_search import GroupBeamSearch
     from jaxgen.decoding.loop import compile_counts, decode
     from jaxgen.decoding.sampling import Sample
-    from jaxgen.generation.api import Call, generate, prepare, stream
+    from jaxgen.generation.api import generate, prepare, stream
+    from jaxgen.generation.call import Call
     from jaxgen.generation.outputs import compute_transition_scores
     from jaxgen.generation.past_key_values import PastKeyValues
     from jaxgen.generation.text_stream import stream_text
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "BUNDLED_MODEL": "checkpoint.load",
     "BeamSearch": "decoding.beam_search",
-    "Call": "generation.api",
+    "Call": "generation.call",
     "CheckpointError": "checkpoint.files",
     "ContrastiveSearch": "decoding.contrastive_search",
     "EosToken": "processors.stopping_criteria",

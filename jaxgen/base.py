@@ -17,48 +17,15 @@ Dimension letters, used in every docstring of the package:
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, Protocol, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.sharding import AbstractMesh, AxisType, Mesh
-from jax.tree_util import GetAttrKey, register_pytree_with_keys
 
-AnyClass = TypeVar("AnyClass", bound=type)
-
-
-def pytree(cls: AnyClass) -> AnyClass:
-    """Registers a dataclass as a pytree; fields with the metadata `static=True` are part of its structure.
-
-    Unlike `jax.tree_util.register_dataclass`, whose nodes of different classes compare equal (jax 0.10 to 0.12) when
-    their fields do: `jit` then now and then runs the program of the other class, say of `TopP` for `MinP`.
-    """
-    static = tuple(each.name for each in fields(cls) if each.metadata.get("static"))
-    dynamic = tuple(each.name for each in fields(cls) if not each.metadata.get("static"))
-    keys = tuple(map(GetAttrKey, dynamic))
-
-    def flatten(node: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        return tuple(getattr(node, name) for name in dynamic), tuple(getattr(node, name) for name in static)
-
-    def flatten_with_keys(node: Any) -> tuple[tuple[tuple[Any, Any], ...], tuple[Any, ...]]:
-        children, aux = flatten(node)
-        return tuple(zip(keys, children, strict=True)), aux
-
-    def unflatten(aux: tuple[Any, ...], children: Iterable[Any]) -> Any:
-        node = object.__new__(cls)
-        vars(node).update(zip(dynamic, children, strict=True), **dict(zip(static, aux, strict=True)))
-        return node
-
-    register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
-    return cls
-
-
-def leaf(value: Any, dtype: Any) -> Any:
-    """A NumPy leaf of a traced pytree: the dispatch moves it to the device, where `jnp` would take one of its own."""
-    return np.asarray(value, dtype)
+from jaxgen.pytree import Bool, Int32, pytree
 
 
 @contextmanager
@@ -121,16 +88,16 @@ class Prompt:
         chunk: columns to read at a time, static; None for all at once.
     """
 
-    input_ids: jax.Array
-    attention_mask: jax.Array
-    length: jax.Array
-    rows: jax.Array
-    position_ids: jax.Array | None = None
+    input_ids: Int32
+    attention_mask: Bool
+    length: Int32
+    rows: Int32
+    position_ids: Int32 | None = None
     past: "Cache | None" = None
     inputs: jax.Array | None = None
     unseen: jax.Array | None = None
-    full_chunks: jax.Array | None = None
-    padding: jax.Array | None = None
+    full_chunks: Int32 | None = None
+    padding: Int32 | None = None
     chunk: int | None = field(default=None, metadata={"static": True})
 
     @property
@@ -338,7 +305,18 @@ class Strategy:
     """How tokens are chosen. A pytree: numbers are traced, so a new number compiles nothing.
 
     What a strategy has to say is in the methods that raise here; the others fit one token per row and forward pass.
+
+    Attributes:
+        eos: finishes a text on an id; see `stopping_criteria.EosToken`.
+        max_length: finishes all texts; see `stopping_criteria.MaxLength`.
+        processors: in the order they act.
+        stopping_criteria: more ways to finish.
     """
+
+    eos: Any
+    max_length: Any
+    processors: tuple[LogitsProcessor, ...]
+    stopping_criteria: tuple[Any, ...]
 
     @property
     def copies(self) -> int:

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from jaxgen.base import Model
-from jaxgen.generation.api import Call, Custom, lower
+from jaxgen.generation.api import Custom, lower
+from jaxgen.generation.call import Call
 from jaxgen.generation.past_key_values import PastKeyValues
 
 # Slots of the cache that a conversation starts with. They are doubled when it is full, and every size has its own

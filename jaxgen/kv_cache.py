@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxgen.base import pytree, rows_axis
+from jaxgen.base import rows_axis
+from jaxgen.pytree import pytree
 
 
 @pytree

@@ -16,11 +16,13 @@ import jaxgen
 
 ROOT = Path(__file__).parent.parent
 STRATEGIES = {"sampling", "beam_search", "group_beam_search", "contrastive_search"}
-GROUND_FLOOR = {"base", "lazy", "version"}
+GROUND_FLOOR = {"base", "buckets", "lazy", "pytree", "version"}
 # What each part of the package imports besides the ground floor. Nobody imports who stands below.
 MAY_IMPORT: dict[str, set[str]] = {
-    "base": set(),
+    "base": {"pytree"},
+    "buckets": set(),
     "lazy": set(),
+    "pytree": set(),
     "version": set(),
     "kv_cache": set(),
     "models": {"kv_cache"},

@@ -9,10 +9,10 @@ import pytest
 import jaxgen
 from jaxgen import chat
 from jaxgen.chat import Conversation
-from jaxgen.decoding.loop import finalize
 from jaxgen.generation import prompts
-from jaxgen.generation.api import Call
-from jaxgen.generation.streaming import UNWATCHED, finish, run
+from jaxgen.generation.call import Call
+from jaxgen.generation.driver import UNWATCHED, collect, drive
+from jaxgen.generation.outputs import to_output
 
 ARGUMENTS = {"max_new_tokens": 12, "repetition_penalty": 1.3}
 SAID = ["hello there", "and then", "who was it"]
@@ -38,8 +38,8 @@ class Decode:
 
     def __call__(self, call: Call) -> tuple[Any, int]:
         self.calls.append(call)
-        state = finish(run(self.model, call, UNWATCHED))
-        output = call.wrap(finalize(call.strategy, state), state)
+        state = collect(drive(self.model, call, UNWATCHED))
+        output = to_output(call, state)
         return output, (self.shown and call.columns + self.shown) or output.sequences.shape[1]
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from jaxgen.chat import APART, Conversation
 from jaxgen.cli.options import decoding_arguments
 from jaxgen.cli.terminal import checked_text, decode, open_model, say
-from jaxgen.generation.api import Call
+from jaxgen.generation.call import Call
 from jaxgen.generation.config import resolve
 from jaxgen.generation.text_stream import TextPieces
 

@@ -15,9 +15,11 @@ from jaxgen import lazy
 from jaxgen.base import Model
 from jaxgen.checkpoint.load import BUNDLED_MODEL, load
 from jaxgen.cli import compile_cache
-from jaxgen.decoding.loop import Progress, finalize
-from jaxgen.generation.api import Call
-from jaxgen.generation.streaming import WATCHED, NewTokens, finish, run
+from jaxgen.decoding.loop import Progress
+from jaxgen.generation.call import Call
+from jaxgen.generation.driver import WATCHED, collect, drive
+from jaxgen.generation.outputs import to_output
+from jaxgen.generation.streaming import NewTokens
 
 
 def say(message: str) -> None:
@@ -125,8 +127,8 @@ def decode(
 
     _running.append(times)
     try:
-        state = finish(run(model, call, WATCHED), look)
-        output = call.wrap(finalize(call.strategy, state), state)
+        state = collect(drive(model, call, WATCHED), look)
+        output = to_output(call, state)
     finally:
         _running.remove(times)
     times.total = time.perf_counter() - start

@@ -13,12 +13,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxgen.base import BranchedCache, Internals, LogitsProcessor, Prompt, Strategy, pytree, step_buffers, write_step
+from jaxgen.base import BranchedCache, Internals, LogitsProcessor, Prompt, Strategy, step_buffers, write_step
 from jaxgen.decoding.beams import NEVER, Beams, take
 from jaxgen.decoding.gumbel import gumbel, row_keys
 from jaxgen.processors.logits_process import guide, process, reorder
 from jaxgen.processors.stopping_criteria import EosToken, MaxLength, any_of
 from jaxgen.processors.top_k import highest_few
+from jaxgen.pytree import Bool, Float32, Int32, pytree
 
 
 @pytree
@@ -82,15 +83,15 @@ class BeamSearch(Strategy):
 
     eos: EosToken
     max_length: MaxLength
-    fill: jax.Array
-    length_penalty: jax.Array
-    stop_when_full: jax.Array
-    assume_longest: jax.Array
-    longest: jax.Array
+    fill: Int32
+    length_penalty: Float32
+    stop_when_full: Bool
+    assume_longest: Bool
+    longest: Int32
     key: jax.Array | None = None
     processors: tuple[LogitsProcessor, ...] = ()
     stopping_criteria: tuple[Any, ...] = ()
-    guidance_scale: jax.Array | None = None
+    guidance_scale: Float32 | None = None
     num_beams: int = field(default=2, metadata={"static": True})
     num_candidates: int = field(default=4, metadata={"static": True})
     outputs: tuple[str, ...] = field(default=(), metadata={"static": True})

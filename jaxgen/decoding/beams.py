@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxgen.base import Prompt, pytree
+from jaxgen.base import Prompt
+from jaxgen.pytree import pytree
 
 NEVER = -1e9  # transformers' score of what must not be chosen
 

@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxgen.base import BranchedCache, Internals, LogitsProcessor, Prompt, Strategy, pytree, step_buffers, write_step
+from jaxgen.base import BranchedCache, Internals, LogitsProcessor, Prompt, Strategy, step_buffers, write_step
 from jaxgen.processors.logits_process import guide, process
 from jaxgen.processors.stopping_criteria import EosToken, MaxLength, any_of
 from jaxgen.processors.top_k import highest_few
+from jaxgen.pytree import Float32, Int32, pytree
 
 
 @pytree
@@ -69,11 +70,11 @@ class ContrastiveSearch(Strategy):
 
     eos: EosToken
     max_length: MaxLength
-    pad_token_id: jax.Array | None
-    penalty_alpha: jax.Array
+    pad_token_id: Int32 | None
+    penalty_alpha: Float32
     processors: tuple[LogitsProcessor, ...] = ()
     stopping_criteria: tuple[Any, ...] = ()
-    guidance_scale: jax.Array | None = None
+    guidance_scale: Float32 | None = None
     top_k: int = field(default=4, metadata={"static": True})
     outputs: tuple[str, ...] = field(default=(), metadata={"static": True})
 

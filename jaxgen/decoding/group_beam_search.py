@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxgen.base import BranchedCache, Internals, LogitsProcessor, Prompt, Strategy, pytree, step_buffers, write_step
+from jaxgen.base import BranchedCache, Internals, LogitsProcessor, Prompt, Strategy, step_buffers, write_step
 from jaxgen.decoding.beams import NEVER, Beams, take
 from jaxgen.processors.logits_process import guide, process, reorder
 from jaxgen.processors.stopping_criteria import EosToken, MaxLength, any_of
 from jaxgen.processors.top_k import highest_few
+from jaxgen.pytree import Bool, Float32, Int32, pytree
 
 
 @pytree
@@ -87,16 +88,16 @@ class GroupBeamSearch(Strategy):
 
     eos: EosToken
     max_length: MaxLength
-    pad_token_id: jax.Array
-    last_token: jax.Array
-    diversity_penalty: jax.Array
-    length_penalty: jax.Array
-    stop_when_full: jax.Array
-    assume_longest: jax.Array
-    longest: jax.Array
+    pad_token_id: Int32
+    last_token: Int32
+    diversity_penalty: Float32
+    length_penalty: Float32
+    stop_when_full: Bool
+    assume_longest: Bool
+    longest: Int32
     processors: tuple[LogitsProcessor, ...] = ()
     stopping_criteria: tuple[Any, ...] = ()
-    guidance_scale: jax.Array | None = None
+    guidance_scale: Float32 | None = None
     num_beams: int = field(default=4, metadata={"static": True})
     num_beam_groups: int = field(default=2, metadata={"static": True})
     num_candidates: int = field(default=4, metadata={"static": True})

@@ -21,7 +21,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxgen.base import Cache, Internals, Model, Prompt, Strategy, StrategyState, no_mesh, pytree
+from jaxgen.base import Cache, Internals, Model, Prompt, Strategy, StrategyState, no_mesh
+from jaxgen.pytree import pytree
 
 logger = logging.getLogger(__name__)
 

@@ -14,11 +14,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxgen.base import Internals, LogitsProcessor, Prompt, Strategy, pytree, step_buffers, write_step
+from jaxgen.base import Internals, LogitsProcessor, Prompt, Strategy, step_buffers, write_step
 from jaxgen.decoding.gumbel import gumbel, row_keys
 from jaxgen.processors.logits_process import TopK, TopP, Warper, guide, process
 from jaxgen.processors.stopping_criteria import EosToken, MaxLength, any_of
 from jaxgen.processors.top_k import first_highest, highest_few, in_blocks
+from jaxgen.pytree import Float32, Int32, pytree
 
 WINDOW = 64  # candidates of a draw; holds the usual top_k of 50
 
@@ -72,11 +73,11 @@ class Sample(Strategy):
 
     eos: EosToken
     max_length: MaxLength
-    pad_token_id: jax.Array | None
+    pad_token_id: Int32 | None
     key: jax.Array | None = None
     processors: tuple[LogitsProcessor, ...] = ()
     stopping_criteria: tuple[Any, ...] = ()
-    guidance_scale: jax.Array | None = None
+    guidance_scale: Float32 | None = None
     num_return_sequences: int = field(default=1, metadata={"static": True})
     outputs: tuple[str, ...] = field(default=(), metadata={"static": True})
 

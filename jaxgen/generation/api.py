@@ -20,10 +20,12 @@ import jax
 import numpy as np
 
 from jaxgen import lazy
-from jaxgen.base import Model, Prompt, Strategy, leaf, no_mesh, row_shards
-from jaxgen.decoding.loop import DecodeState, finalize
+from jaxgen.base import Model, no_mesh, row_shards
+from jaxgen.buckets import bucket, row_bucket
+from jaxgen.generation.call import Call
 from jaxgen.generation.config import Resolved, resolve, warn_once
 from jaxgen.generation.custom_generate import call_custom, call_repository, own_arguments
+from jaxgen.generation.driver import UNWATCHED, WATCHED, collect, drive
 from jaxgen.generation.host_callbacks import HostCriterion, HostFunctions, for_criterion
 from jaxgen.generation.inputs import (
     Inputs,
@@ -31,9 +33,8 @@ from jaxgen.generation.inputs import (
     checked_negatives,
     key_words,
     pad_token_id_or_default,
-    refuse_tracer,
 )
-from jaxgen.generation.outputs import GenerateOutput, wrap
+from jaxgen.generation.outputs import GenerateOutput, to_output
 from jaxgen.generation.processor_list import (
     as_pytree,
     processor_list,
@@ -41,9 +42,9 @@ from jaxgen.generation.processor_list import (
     warn_about_new_functions,
     warn_about_precedence,
 )
-from jaxgen.generation.prompts import bucket, padded_prompt, row_bucket, with_negative_prompts
+from jaxgen.generation.prompts import padded_prompt, with_negative_prompts
 from jaxgen.generation.strategies import Rules, strategy_for
-from jaxgen.generation.streaming import UNWATCHED, WATCHED, NewTokens, feed, finish, run
+from jaxgen.generation.streaming import NewTokens, to_streamer
 from jaxgen.generation.token_healing import heal
 from jaxgen.processors.stop_strings import StopStrings
 from jaxgen.processors.stopping_criteria import CustomCriterion, EosToken, MaxLength
@@ -135,11 +136,11 @@ def generate(
             return call_custom(custom_generate, model, call, own)
     with _undisturbed(), call.host.registered():
         if streamer is None:
-            state = finish(run(model, call, UNWATCHED))
+            state = collect(drive(model, call, UNWATCHED))
         else:
-            state = finish(run(model, call, WATCHED), feed(streamer, call))
+            state = collect(drive(model, call, WATCHED), to_streamer(streamer, call))
             streamer.end()
-        return call.wrap(finalize(call.strategy, state), state)
+        return to_output(call, state)
 
 
 # What transformers 5 keeps in repositories of its own, and jaxgen has: their fields of the configuration choose them.
@@ -177,7 +178,7 @@ def checked_for_stream(kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], "Cust
     return others, custom
 
 
-def follow(model: Model, call: "Call") -> Generator[np.ndarray, None, None]:
+def follow(model: Model, call: Call) -> Generator[np.ndarray, None, None]:
     """The chunks of `stream`."""
     if call.config.return_dict_in_generate:
         raise ValueError(
@@ -199,9 +200,9 @@ _unread: weakref.WeakSet[Generator[np.ndarray, None, None]] = weakref.WeakSet()
 atexit.register(lambda: [chunks.close() for chunks in list(_unread)])
 
 
-def _chunks(model: Model, call: "Call") -> Generator[np.ndarray, None, None]:
+def _chunks(model: Model, call: Call) -> Generator[np.ndarray, None, None]:
     new = NewTokens(call)
-    with call.host.registered(), contextlib.closing(run(model, call, WATCHED)) as chunks:
+    with call.host.registered(), contextlib.closing(drive(model, call, WATCHED)) as chunks:
         while True:
             with _undisturbed():  # and only here, not in the code that reads the stream
                 progress = next(chunks, None)
@@ -211,7 +212,7 @@ def _chunks(model: Model, call: "Call") -> Generator[np.ndarray, None, None]:
                 yield tokens
 
 
-def prepare(model: Model, inputs: Any = None, generation_config: Any = None, **kwargs: Any) -> "Call":
+def prepare(model: Model, inputs: Any = None, generation_config: Any = None, **kwargs: Any) -> Call:
     """The checks and the resolution of `generate` without the run: for `decode` inside your own `jit`.
 
     `decode(model, call.prompt, call.strategy, call.slots)` is then the pure function of the call. Replace what should
@@ -275,60 +276,6 @@ def _split_customs(kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], Custom]:
     for name in ("logits_processor", "stopping_criteria"):
         given[name] = _listed(name, given.get(name))
     return {name: value for name, value in kwargs.items() if name not in names}, Custom(**given)
-
-
-@dataclass(frozen=True)
-class Call:
-    """A checked call, ready to run: what the two programs take, and what the host needs to trim their output.
-
-    Attributes:
-        slots: S, the bucket of the token buffer.
-        collect: the internals to collect.
-        forward_passes: after the prompt's, at the most.
-        rows: of the caller's prompt, B.
-        columns: of the caller's prompt, as text.
-        seen: int [M]. The slots of its columns in the cache, those of a continued cache first.
-        fresh: T of these, which the prompt's forward pass reads.
-        inputs: the caller's prompt, checked.
-        host: what runs on the host.
-        reserved: slots that the cache has from the start; 0 to let it grow with the text.
-    """
-
-    prompt: Prompt
-    strategy: Strategy
-    slots: int
-    collect: tuple[str, ...]
-    forward_passes: int
-    rows: int
-    columns: int
-    seen: np.ndarray
-    fresh: int
-    inputs: Inputs
-    config: Resolved
-    host: HostFunctions
-    reserved: int = 0
-
-    @property
-    def cache_slots(self) -> int:
-        """The slots of a row that the cache may grow to."""
-        if self.reserved:
-            return max(self.reserved, 1 << int(self.seen[-1] + 1 + self.forward_passes).bit_length())
-        slots = self.strategy.cache_slots(self.prompt.cache_slots, self.slots - self.prompt.input_ids.shape[1])
-        return slots if self.strategy.branches > 1 else bucket(slots)
-
-    def wrap(self, outputs: Mapping[str, jax.Array], state: DecodeState) -> np.ndarray | GenerateOutput:
-        """What `generate` returns, waiting for the device."""
-        refuse_tracer(outputs["length"])
-        # `device_get` can be interrupted while the device works, `np.asarray` cannot.
-        fetched = jax.device_get(dict(outputs))
-        if fetched["invalid"].any():
-            logger.warning(
-                "The scores of rows %s held NaN or infinity: their tokens mean nothing. Check the weights, load as "
-                "float32, or pass `remove_invalid_values=True`.",
-                np.flatnonzero(fetched["invalid"]).tolist(),
-            )
-        output = wrap(self, fetched, state)
-        return output if self.config.return_dict_in_generate else output.sequences
 
 
 def lower(
@@ -414,14 +361,13 @@ def lower_for_any_device(
     beams, groups = config.num_beams, config.num_beam_groups
     host_rows = rows * (config.num_return_sequences if beams == 1 else beams)
     rules = Rules(
-        eos=EosToken.build(eos_token_id, model.vocab_size, bucket),
-        max_length=MaxLength(leaf(stop_length, np.int32)),
+        eos=EosToken.build(eos_token_id, model.vocab_size),
+        max_length=MaxLength(stop_length),
         processors=processor_list(
             config,
             columns,
             max_length,
             model.vocab_size,
-            bucket,
             customs,
             custom.prefix_allowed_tokens_fn,
             host,
@@ -671,7 +617,7 @@ def _stop_strings(config: Resolved, tokenizer: Any, vocab_size: int) -> tuple[St
             f"config ({[*config.stop_strings]}), but we could not locate a tokenizer. When generating with stop "
             "strings, you must pass the model's tokenizer to the `tokenizer` argument of `generate`."
         )
-    return (StopStrings.build(config.stop_strings, tokenizer, vocab_size, bucket),)
+    return (StopStrings.build(config.stop_strings, tokenizer, vocab_size),)
 
 
 def _check_length(name: str, length: Any) -> None:
@@ -689,7 +635,7 @@ def _criterion(criterion: Any, host: HostFunctions, rows: int) -> Any:
         "`stopping_criteria` runs as Python on the host: every step waits for it. A JAX function of (input_ids, "
         "scores, cur_len) is compiled into the decode instead."
     )
-    return HostCriterion(number, leaf(rows, np.int32))
+    return HostCriterion(number, rows)
 
 
 def _guidance(config: Resolved, custom: Custom) -> tuple[Any, list[Any]]:
@@ -703,7 +649,7 @@ def _guidance(config: Resolved, custom: Custom) -> tuple[Any, list[Any]]:
         return None, [*first, *(each for each in customs if type(each) is not replacing)]
     if not isinstance(scale, (int, float, np.number)) or isinstance(scale, bool):
         raise ValueError(f"`guidance_scale`={scale!r} must be a number, above 1 to follow the prompt more closely.")
-    return leaf(scale, np.float32), customs
+    return scale, customs
 
 
 # Arguments of transformers' `generate` that are yet to come; their neutral values are accepted.

@@ -16,6 +16,7 @@ from jax.core import Tracer
 
 from jaxgen import lazy
 from jaxgen.base import LogitsProcessor, Model, Prompt
+from jaxgen.generation.call import Call
 from jaxgen.generation.inputs import counted_positions, pad_token_id_or_default
 from jaxgen.processors.logits_process import process
 from jaxgen.processors.stopping_criteria import any_of
@@ -97,7 +98,7 @@ def own_arguments(function: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in given.items() if name in names - _PREPARED}
 
 
-def call_custom(function: Callable[..., Any], model: Model, call: Any, own: Mapping[str, Any]) -> Any:
+def call_custom(function: Callable[..., Any], model: Model, call: Call, own: Mapping[str, Any]) -> Any:
     """What the function returns for a `generation.Call`.
 
     It gets the model, int32 [N, P] `input_ids`, both lists, the complete GenerationConfig, and as keywords

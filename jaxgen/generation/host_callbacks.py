@@ -16,7 +16,8 @@ import numpy as np
 from jax.experimental import io_callback
 
 from jaxgen import lazy
-from jaxgen.base import LogitsProcessor, leaf, pytree
+from jaxgen.base import LogitsProcessor
+from jaxgen.pytree import Int32, pytree
 
 HostFunction = Callable[[np.ndarray, np.ndarray | None], np.ndarray]
 
@@ -34,8 +35,8 @@ class HostProcessor(LogitsProcessor):
         rows: int32 []. The rows of the caller; those of the bucket are none of its business.
     """
 
-    number: jax.Array
-    rows: jax.Array
+    number: Int32
+    rows: Int32
 
     def __call__(self, input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array) -> jax.Array:
         result = jax.ShapeDtypeStruct(scores.shape, scores.dtype)
@@ -51,8 +52,8 @@ class HostCriterion:
         number, rows: as in `HostProcessor`.
     """
 
-    number: jax.Array
-    rows: jax.Array
+    number: Int32
+    rows: Int32
 
     def __call__(self, input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array) -> jax.Array:
         """bool [N]."""
@@ -95,7 +96,7 @@ class HostFunctions:
 
         number = next(_numbers)
         self._functions[number] = guarded
-        return leaf(number, np.int32)
+        return np.int32(number)
 
     @contextmanager
     def registered(self) -> Iterator[None]:

@@ -1,5 +1,6 @@
 """What `generate` returns with `return_dict_in_generate`, and what is computed from it."""
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,8 +9,13 @@ import jax
 import numpy as np
 
 from jaxgen import lazy
+from jaxgen.decoding.loop import DecodeState, finalize
+from jaxgen.generation.call import Call
 from jaxgen.generation.config import warn_once
+from jaxgen.generation.inputs import refuse_tracer
 from jaxgen.generation.past_key_values import PastKeyValues
+
+logger = logging.getLogger(__name__)
 
 
 class _Output:
@@ -110,8 +116,24 @@ class GenerateBeamDecoderOnlyOutput(_Output):
 GenerateOutput = GenerateDecoderOnlyOutput | GenerateBeamDecoderOnlyOutput
 
 
-def wrap(call: Any, fetched: dict[str, Any], state: Any) -> GenerateOutput:
-    """The output of a `generation.Call`, without its buckets; copies are writable and do not keep a bucket alive.
+def to_output(call: Call, state: DecodeState) -> np.ndarray | GenerateOutput:
+    """What `generate` returns, from the state at the end of the decode; waits for the device."""
+    outputs = finalize(call.strategy, state)
+    refuse_tracer(outputs["length"])
+    # `device_get` can be interrupted while the device works, `np.asarray` cannot.
+    fetched = jax.device_get(dict(outputs))
+    if fetched["invalid"].any():
+        logger.warning(
+            "The scores of rows %s held NaN or infinity: their tokens mean nothing. Check the weights, load as "
+            "float32, or pass `remove_invalid_values=True`.",
+            np.flatnonzero(fetched["invalid"]).tolist(),
+        )
+    output = _without_buckets(call, fetched, state)
+    return output if call.config.return_dict_in_generate else output.sequences
+
+
+def _without_buckets(call: Call, fetched: dict[str, Any], state: DecodeState) -> GenerateOutput:
+    """The output of a call without its buckets; copies are writable and do not keep a bucket alive.
 
     Args:
         call: what ran.
@@ -135,7 +157,7 @@ def wrap(call: Any, fetched: dict[str, Any], state: Any) -> GenerateOutput:
     return GenerateDecoderOnlyOutput(**fields) if config.num_beams == 1 else GenerateBeamDecoderOnlyOutput(**fields)
 
 
-def _best_beams(call: Any, fetched: dict[str, Any]) -> dict[str, Any]:
+def _best_beams(call: Call, fetched: dict[str, Any]) -> dict[str, Any]:
     """The beams to return, as wide as the longest of them, with their scores and indices."""
     kept = (slice(call.rows), slice(call.config.num_return_sequences))
     beam_indices = fetched["beam_indices"][kept]
@@ -150,7 +172,7 @@ def _best_beams(call: Any, fetched: dict[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def _slots(call: Any, cache: Any, steps: int) -> np.ndarray:
+def _slots(call: Call, cache: Any, steps: int) -> np.ndarray:
     """int [rows, C, L]: where in the cache each continuation has its columns."""
     rows, beams, base = call.rows * call.strategy.copies, call.config.num_beams, call.seen[-1] + 1
     generated = base + np.broadcast_to(np.arange(steps - 1), (rows, 1, steps - 1))
@@ -163,7 +185,7 @@ def _slots(call: Any, cache: Any, steps: int) -> np.ndarray:
 
 
 def _internals(
-    name: str, call: Any, fetched: dict[str, Any], state: Any, steps: int
+    name: str, call: Call, fetched: dict[str, Any], state: DecodeState, steps: int
 ) -> tuple[tuple[np.ndarray, ...], ...]:
     """Transformers' tuple over steps of tuples over layers, from the buffers and their buckets.
 

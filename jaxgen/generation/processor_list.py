@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from jaxgen import lazy
-from jaxgen.base import LogitsProcessor, leaf
+from jaxgen.base import LogitsProcessor
 from jaxgen.generation.config import Resolved, warn_once
 from jaxgen.generation.host_callbacks import HostFunctions, HostProcessor, for_prefix, for_processor
 from jaxgen.processors import logits_process
@@ -28,7 +28,6 @@ def processor_list(
     prompt_length: int,
     max_length: int,
     vocab_size: int,
-    bucket: Callable[[int], int],
     customs: Sequence[Any],
     prefix_allowed_tokens_fn: Callable[..., Any] | None,
     host: HostFunctions,
@@ -39,7 +38,6 @@ def processor_list(
     Args:
         config: of the call.
         prompt_length, max_length: in columns.
-        bucket: rounds the number and the length of sequences up.
         customs: the caller's, of any kind that `custom_processor` takes.
         prefix_allowed_tokens_fn: as in transformers.
         host: takes the functions that run on the host.
@@ -51,7 +49,7 @@ def processor_list(
     fields = config.merged
     eos = token_mask(config.eos_token_id, vocab_size)
     rows_of_table = {
-        "SequenceBiasLogitsProcessor": _sequence_bias(fields, vocab_size, bucket),
+        "SequenceBiasLogitsProcessor": _sequence_bias(fields, vocab_size),
         "EncoderRepetitionPenaltyLogitsProcessor": _penalty(
             fields, "encoder_repetition_penalty", logits_process.EncoderRepetitionPenalty
         ),
@@ -60,7 +58,7 @@ def processor_list(
         "EncoderNoRepeatNGramLogitsProcessor": _ngram(
             fields, "encoder_no_repeat_ngram_size", logits_process.EncoderNoRepeatNGram
         ),
-        "NoBadWordsLogitsProcessor": _bad_words(fields, config.eos_token_id, vocab_size, bucket),
+        "NoBadWordsLogitsProcessor": _bad_words(fields, config.eos_token_id, vocab_size),
         **_min_lengths(config, eos, prompt_length, max_length),
         "PrefixConstrainedLogitsProcessor": prefix_allowed_tokens_fn
         and _on_host(
@@ -159,7 +157,7 @@ def _on_host(function: Any, argument: str, host: HostFunctions, rows: int) -> Ho
         f"`{argument}` runs as Python on the host: every step waits for it and copies the scores there and back. A "
         "JAX function of (input_ids, scores, cur_len) is compiled into the decode instead."
     )
-    return HostProcessor(number, leaf(rows, np.int32))
+    return HostProcessor(number, rows)
 
 
 def warn_about_precedence(kind: str, custom: Any) -> None:
@@ -200,7 +198,7 @@ def _penalty(fields: Any, name: str, processor: Any) -> LogitsProcessor | None:
         return None
     if not _is_float(penalty) or not penalty > 0:
         raise ValueError(f"`{name}` has to be a strictly positive float, but is {penalty!r}.")
-    return processor(leaf(penalty, np.float32))
+    return processor(penalty)
 
 
 def _is_float(value: Any) -> bool:
@@ -229,7 +227,7 @@ def _ngram(fields: Any, name: str, processor: Any) -> LogitsProcessor | None:
     return processor(int(size))
 
 
-def _sequence_bias(fields: Any, vocab_size: int, bucket: Callable[[int], int]) -> LogitsProcessor | None:
+def _sequence_bias(fields: Any, vocab_size: int) -> LogitsProcessor | None:
     given = fields.sequence_bias
     if given is None:
         return None
@@ -245,12 +243,10 @@ def _sequence_bias(fields: Any, vocab_size: int, bucket: Callable[[int], int]) -
             raise ValueError(f"`sequence_bias` has the bias {pair[1]!r} for {pair[0]}, but it must be a float.")
     biases = {tuple(sequence): bias for sequence, bias in pairs}
     _check_ids("sequence_bias", biases, vocab_size)
-    return logits_process.SequenceBias.build(biases, vocab_size, bucket)
+    return logits_process.SequenceBias.build(biases, vocab_size)
 
 
-def _bad_words(
-    fields: Any, eos_token_id: Sequence[int], vocab_size: int, bucket: Callable[[int], int]
-) -> LogitsProcessor | None:
+def _bad_words(fields: Any, eos_token_id: Sequence[int], vocab_size: int) -> LogitsProcessor | None:
     given = fields.bad_words_ids
     if given is None:
         return None
@@ -258,7 +254,7 @@ def _bad_words(
         raise ValueError(f"`bad_words_ids` has to be a non-empty list of lists of ids, but is {given!r}.")
     words = [tuple(word) for word in given if word and tuple(word) not in {(token,) for token in eos_token_id}]
     _check_ids("bad_words_ids", words, vocab_size)
-    return logits_process.SequenceBias.build(dict.fromkeys(words, -math.inf), vocab_size, bucket)
+    return logits_process.SequenceBias.build(dict.fromkeys(words, -math.inf), vocab_size)
 
 
 def _check_ids(name: str, sequences: Any, vocab_size: int) -> None:
@@ -274,11 +270,11 @@ def _min_lengths(config: Resolved, eos: Any, prompt_length: int, max_length: int
     if not config.eos_token_id:
         min_length = min_new_tokens = 0
     return {
-        "MinLengthLogitsProcessor": logits_process.MinLength(leaf(min(min_length, 2**31 - 1), np.int32), eos)
+        "MinLengthLogitsProcessor": logits_process.MinLength(min(min_length, 2**31 - 1), eos)
         if min_length > 0
         else None,
         "MinNewTokensLengthLogitsProcessor": logits_process.MinLength(
-            leaf(min(prompt_length + min_new_tokens, 2**31 - 1), np.int32), eos
+            min(prompt_length + min_new_tokens, 2**31 - 1), eos
         )
         if min_new_tokens > 0
         else None,
@@ -292,7 +288,7 @@ def _forced(fields: Any, name: str, length: int, vocab_size: int) -> LogitsProce
     if not token_ids:
         raise ValueError(f"`{name}`={getattr(fields, name)!r} names no token. Leave it out to force none.")
     _check_ids(name, [token_ids], vocab_size)
-    return logits_process.ForceTokensAt(leaf(length, np.int32), token_mask(token_ids, vocab_size))
+    return logits_process.ForceTokensAt(length, token_mask(token_ids, vocab_size))
 
 
 def _ids(name: str, value: Any) -> list[int] | None:
@@ -313,7 +309,7 @@ def _suppressed(fields: Any, prompt_length: int, vocab_size: int) -> dict[str, L
         else logits_process.SuppressTokens(token_mask(always, vocab_size)),
         "SuppressTokensAtBeginLogitsProcessor": None
         if at_begin is None
-        else logits_process.SuppressTokensAtBegin(leaf(begin, np.int32), token_mask(at_begin, vocab_size)),
+        else logits_process.SuppressTokensAtBegin(begin, token_mask(at_begin, vocab_size)),
     }
 
 
@@ -334,9 +330,7 @@ def _exponential_decay(
             "Set it to the ids that end a text."
         )
     start, factor = int(given[0]), float(given[1])
-    return logits_process.ExponentialDecayLengthPenalty(
-        leaf(prompt_length + start, np.int32), leaf(factor, np.float32), eos
-    )
+    return logits_process.ExponentialDecayLengthPenalty(prompt_length + start, factor, eos)
 
 
 def _warpers(fields: Any, vocab_size: int, min_tokens_to_keep: int) -> list[LogitsProcessor]:
@@ -355,25 +349,25 @@ def _warpers(fields: Any, vocab_size: int, min_tokens_to_keep: int) -> list[Logi
     top_p = 1.0 if (given := _number(fields, "top_p")) is None else given
     if not top_p >= 0:
         raise ValueError(f"`top_p` has to be a float from 0 to 1, but is {top_p}.")
-    chain: list[LogitsProcessor] = [logits_process.Temperature(leaf(temperature, np.float32))]
+    chain: list[LogitsProcessor] = [logits_process.Temperature(temperature)]
     if (top_h := _number(fields, "top_h")) is not None:
         if not 0 < top_h <= 1:
             raise ValueError(f"`top_h` must be in the range (0, 1], but is {top_h}.")
-        chain.append(logits_process.TopH(leaf(top_h, np.float32)))
-    chain.append(logits_process.TopK(leaf(min(max(top_k, keep), vocab_size), np.int32)))
-    chain.append(logits_process.TopP(leaf(min(top_p, 1.0), np.float32), keep))
+        chain.append(logits_process.TopH(top_h))
+    chain.append(logits_process.TopK(min(max(top_k, keep), vocab_size)))
+    chain.append(logits_process.TopP(min(top_p, 1.0), keep))
     if (min_p := _number(fields, "min_p")) is not None:
         if not 0 <= min_p <= 1:
             raise ValueError(f"`min_p` has to be a float in the [0, 1] interval, but is {min_p}.")
-        chain.append(logits_process.MinP(leaf(min_p, np.float32), keep))
+        chain.append(logits_process.MinP(min_p, keep))
     if (typical_p := _number(fields, "typical_p")) is not None and typical_p < 1:
         if not typical_p > 0:
             raise ValueError(f"`typical_p` has to be a float > 0 and < 1, but is {typical_p}.")
-        chain.append(logits_process.Typical(leaf(typical_p, np.float32), keep))
+        chain.append(logits_process.Typical(typical_p, keep))
     if (epsilon := _number(fields, "epsilon_cutoff")) is not None and 0 < epsilon < 1:
-        chain.append(logits_process.Epsilon(leaf(epsilon, np.float32), keep))
+        chain.append(logits_process.Epsilon(epsilon, keep))
     if (eta := _number(fields, "eta_cutoff")) is not None and 0 < eta < 1:
-        chain.append(logits_process.Eta(leaf(eta, np.float32), keep))
+        chain.append(logits_process.Eta(eta, keep))
     return chain
 
 

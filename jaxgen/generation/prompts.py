@@ -1,26 +1,17 @@
 """Prompts as a program takes them: padded to their buckets, so that one program serves many shapes."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
-from jaxgen.base import Model, Prompt, leaf, row_shards
+from jaxgen.base import Model, Prompt, row_shards
+from jaxgen.buckets import bucket, row_bucket
 from jaxgen.generation.inputs import Inputs, counted_positions
 
 _MIN_PROMPT_BUCKET = 16  # one program serves every short prompt; 16 columns cost hardly more than one
 _RESERVED_CHUNK = 32  # a short turn of a conversation; of more columns XLA:CPU packs the weights anew at every product
 _RESERVED_ANSWER = 256  # new tokens that a reserved cache is to hold; it grows for those beyond
-
-
-def bucket(size: int) -> int:
-    """The smallest of 1, 2, 3, 4, 6, 8, 12, 16, 24, ... that holds `size`: at most half as much again."""
-    power = 1 << (size - 1).bit_length()
-    return power * 3 // 4 if size <= power * 3 // 4 else power
-
-
-def row_bucket(shards: int, rows: int) -> int:
-    """N for so many rows: each of the devices that they are spread over has a bucket of them."""
-    return bucket(-(-rows // shards)) * shards
 
 
 def pad_to_buckets(model: Model, input_ids: np.ndarray, attention_mask: np.ndarray, least: int = 0) -> Prompt:
@@ -34,10 +25,10 @@ def pad_to_buckets(model: Model, input_ids: np.ndarray, attention_mask: np.ndarr
         (bucket(max(columns, least, _MIN_PROMPT_BUCKET)) - columns, 0),
     )
     return Prompt(
-        input_ids=leaf(np.pad(input_ids, width), np.int32),
-        attention_mask=leaf(np.pad(attention_mask, width), np.bool_),
-        length=leaf(columns, np.int32),
-        rows=leaf(rows, np.int32),
+        input_ids=np.pad(input_ids, width),
+        attention_mask=np.pad(attention_mask, width),
+        length=columns,
+        rows=rows,
     )
 
 
@@ -98,8 +89,8 @@ def padded_prompt(
         past=past,
         inputs=laid_out(inputs.input_ids[:, -fresh:] if inputs.embeddings is None else inputs.embeddings),
         unseen=laid_out(inputs.attention_mask[:, -fresh:]),
-        full_chunks=None if chunk is None else leaf(full, np.int32),
-        padding=leaf(padding, np.int32),
+        full_chunks=None if chunk is None else full,
+        padding=padding,
         chunk=chunk,
     )
     return prompt, np.concatenate([np.arange(seen), seen + places])
@@ -120,10 +111,11 @@ def with_negative_prompts(model: Model, inputs: Inputs, negative_ids: np.ndarray
     # Transformers counts the positions of a prompt by its mask, but those of a negative prompt by its columns.
     by_mask = counted_positions(np.asarray(guided.attention_mask))
     by_column = np.maximum(np.arange(by_mask.shape[1]) - by_mask.shape[1] + negative_ids.shape[1], 0)
+    position_ids: Any = np.concatenate([by_mask, np.broadcast_to(by_column, by_mask.shape)])
     return Prompt(
-        input_ids=leaf(np.concatenate([guided.input_ids, negative.input_ids]), np.int32),
-        attention_mask=leaf(np.concatenate([guided.attention_mask, negative.attention_mask]), np.bool_),
-        length=leaf(columns, np.int32),
+        input_ids=np.concatenate([guided.input_ids, negative.input_ids]),
+        attention_mask=np.concatenate([guided.attention_mask, negative.attention_mask]),
+        length=columns,
         rows=guided.rows,
-        position_ids=leaf(np.concatenate([by_mask, np.broadcast_to(by_column, by_mask.shape)]), np.int32),
+        position_ids=position_ids,
     )

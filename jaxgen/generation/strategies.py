@@ -3,9 +3,6 @@
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from jaxgen.base import leaf
 from jaxgen.decoding.beam_search import BeamSearch
 from jaxgen.decoding.contrastive_search import ContrastiveSearch
 from jaxgen.decoding.group_beam_search import GroupBeamSearch
@@ -54,10 +51,10 @@ def strategy_for(
     if config.num_beams > 1:
         _check_candidates(config, vocab_size)
         scoring = {
-            "length_penalty": leaf(config.length_penalty, np.float32),
-            "stop_when_full": leaf(config.early_stopping is True, np.bool_),
-            "assume_longest": leaf(config.early_stopping == "never" and config.length_penalty > 0, np.bool_),
-            "longest": leaf(longest, np.int32),
+            "length_penalty": config.length_penalty,
+            "stop_when_full": config.early_stopping is True,
+            "assume_longest": config.early_stopping == "never" and config.length_penalty > 0,
+            "longest": longest,
             "num_beams": config.num_beams,
             "num_candidates": config.candidates_per_beam * (config.num_beams // config.num_beam_groups),
             "outputs": outputs,
@@ -65,20 +62,20 @@ def strategy_for(
         eos = config.eos_token_id
         if config.num_beam_groups > 1:
             return GroupBeamSearch(
-                pad_token_id=leaf(pad_token_id, np.int32),
-                last_token=leaf(eos[0] if eos else pad_token_id, np.int32),
-                diversity_penalty=leaf(config.diversity_penalty, np.float32),
+                pad_token_id=pad_token_id,
+                last_token=eos[0] if eos else pad_token_id,
+                diversity_penalty=config.diversity_penalty,
                 num_beam_groups=config.num_beam_groups,
                 **scoring,
                 **common,
             )
         # Same as transformers 5.24, which takes a `pad_token_id` of 0 for a missing one.
         fill = (config.pad_token_id or eos[0]) if eos else -1
-        return BeamSearch(fill=leaf(fill, np.int32), key=key, **scoring, **common)
-    padding = {"pad_token_id": leaf(pad_token_id, np.int32) if pads else None, "outputs": outputs}
+        return BeamSearch(fill=fill, key=key, **scoring, **common)
+    padding = {"pad_token_id": pad_token_id if pads else None, "outputs": outputs}
     if config.penalty_alpha:
         top_k = min(config.merged.top_k, vocab_size)
-        return ContrastiveSearch(penalty_alpha=leaf(config.penalty_alpha, np.float32), top_k=top_k, **padding, **common)
+        return ContrastiveSearch(penalty_alpha=config.penalty_alpha, top_k=top_k, **padding, **common)
     return Sample(key=key, num_return_sequences=config.num_return_sequences, **padding, **common)
 
 

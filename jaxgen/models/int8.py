@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxgen.base import as_last, pytree
+from jaxgen.base import as_last
+from jaxgen.pytree import pytree
 
 _ROWS = 4096  # of a matrix that are wide at a time
 

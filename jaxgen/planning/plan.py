@@ -17,9 +17,9 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh
 
+from jaxgen.buckets import bucket, row_bucket
 from jaxgen.checkpoint.load import abstract, check_quantize, named_leaves, open_folder, weights_dtype
 from jaxgen.generation.api import lower_for_any_device, memory_bytes
-from jaxgen.generation.prompts import bucket, row_bucket
 from jaxgen.models import FAMILIES
 from jaxgen.models.layers import columns_at_once
 from jaxgen.planning.shapes import SHAPES

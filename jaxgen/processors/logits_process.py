@@ -15,8 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxgen.base import LogitsProcessor, Prompt, leaf, pytree
+from jaxgen.base import LogitsProcessor, Prompt
+from jaxgen.buckets import bucket
 from jaxgen.processors.top_k import highest_few
+from jaxgen.pytree import Float32, Int32, pytree
 
 
 def token_mask(token_ids: Iterable[int], vocab_size: int) -> Any:
@@ -74,14 +76,14 @@ class SequenceBias(LogitsProcessor):
         biases: float32 [M].
     """
 
-    single: jax.Array
-    prefixes: jax.Array
-    last: jax.Array
-    biases: jax.Array
+    single: Float32
+    prefixes: Int32
+    last: Int32
+    biases: Float32
 
     @classmethod
-    def build(cls, sequences: Mapping[tuple[int, ...], float], vocab_size: int, bucket: Callable[[int], int]) -> Self:
-        """From the biases by sequence; `bucket` rounds the number and the length of the sequences up."""
+    def build(cls, sequences: Mapping[tuple[int, ...], float], vocab_size: int) -> Self:
+        """From the biases by sequence. The number and the length of the sequences are rounded up."""
         single = np.zeros(vocab_size, np.float32)
         for sequence, bias in sequences.items():
             if len(sequence) == 1:
@@ -95,7 +97,7 @@ class SequenceBias(LogitsProcessor):
         for row, (sequence, bias) in enumerate(longer.items()):
             prefixes[row, columns + 1 - len(sequence) :] = sequence[:-1]
             last[row], biases[row] = sequence[-1], bias
-        return cls(*(leaf(array, array.dtype) for array in (single, prefixes, last, biases)))
+        return cls(single, prefixes, last, biases)
 
     def __call__(self, input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array) -> jax.Array:
         bias = jnp.broadcast_to(self.single, scores.shape)
@@ -120,7 +122,7 @@ class RepetitionPenalty(LogitsProcessor):
         penalty: float32 []. Above 1 discourages.
     """
 
-    penalty: jax.Array
+    penalty: Float32
 
     def init(self, prompt: Prompt, vocab_size: int) -> jax.Array:
         columns = prompt.input_ids.shape[1]
@@ -145,7 +147,7 @@ class EncoderRepetitionPenalty(LogitsProcessor):
         penalty: float32 []. Above 1 encourages.
     """
 
-    penalty: jax.Array
+    penalty: Float32
 
     def init(self, prompt: Prompt, vocab_size: int) -> jax.Array:
         return _seen(prompt, prompt.input_ids.shape[1] - prompt.length, vocab_size)
@@ -223,7 +225,7 @@ class MinLength(LogitsProcessor):
         eos: bool [V].
     """
 
-    min_length: jax.Array
+    min_length: Int32
     eos: jax.Array
 
     def __call__(self, input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array) -> jax.Array:
@@ -240,7 +242,7 @@ class ForceTokensAt(LogitsProcessor):
         forced: bool [V].
     """
 
-    length: jax.Array
+    length: Int32
     forced: jax.Array
 
     def __call__(self, input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array) -> jax.Array:
@@ -267,8 +269,8 @@ class ExponentialDecayLengthPenalty(LogitsProcessor):
         eos: bool [V].
     """
 
-    start: jax.Array
-    factor: jax.Array
+    start: Int32
+    factor: Float32
     eos: jax.Array
 
     def __call__(self, input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array) -> jax.Array:
@@ -302,7 +304,7 @@ class SuppressTokensAtBegin(LogitsProcessor):
         suppressed: bool [V].
     """
 
-    begin: jax.Array
+    begin: Int32
     suppressed: jax.Array
 
     def __call__(self, input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array) -> jax.Array:
@@ -318,7 +320,7 @@ class Temperature(LogitsProcessor):
         temperature: float32 []. Below 1 sharpens.
     """
 
-    temperature: jax.Array
+    temperature: Float32
 
     def __call__(self, input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array) -> jax.Array:
         return scores / self.temperature
@@ -348,7 +350,7 @@ class TopH(Warper):
         top_h: float32 [], in (0, 1].
     """
 
-    top_h: jax.Array
+    top_h: Float32
 
     def warp(self, scores: jax.Array) -> jax.Array:
         highest, columns = lax.top_k(scores, min(100, scores.shape[1]))
@@ -371,7 +373,7 @@ class TopK(Warper):
         top_k: int32 []. From the vocabulary's size on, everything is kept.
     """
 
-    top_k: jax.Array
+    top_k: Int32
 
     def warp(self, scores: jax.Array) -> jax.Array:
         def keep_highest(scores: jax.Array) -> jax.Array:
@@ -391,7 +393,7 @@ class TopP(Warper):
         top_p: float32 []. From 1 on, everything is kept.
     """
 
-    top_p: jax.Array
+    top_p: Float32
     min_tokens_to_keep: int = field(default=1, metadata={"static": True})
 
     def warp(self, scores: jax.Array) -> jax.Array:
@@ -471,7 +473,7 @@ class MinP(Warper):
         min_p: float32 [], in [0, 1].
     """
 
-    min_p: jax.Array
+    min_p: Float32
     min_tokens_to_keep: int = field(default=1, metadata={"static": True})
 
     def warp(self, scores: jax.Array) -> jax.Array:
@@ -489,7 +491,7 @@ class Typical(Warper):
         typical_p: float32 [], in (0, 1). The probability to reach.
     """
 
-    typical_p: jax.Array
+    typical_p: Float32
     min_tokens_to_keep: int = field(default=1, metadata={"static": True})
 
     def warp(self, scores: jax.Array) -> jax.Array:
@@ -516,7 +518,7 @@ class Epsilon(Warper):
         epsilon: float32 [], in (0, 1).
     """
 
-    epsilon: jax.Array
+    epsilon: Float32
     min_tokens_to_keep: int = field(default=1, metadata={"static": True})
 
     def warp(self, scores: jax.Array) -> jax.Array:
@@ -532,7 +534,7 @@ class Eta(Warper):
         epsilon: float32 [], in (0, 1).
     """
 
-    epsilon: jax.Array
+    epsilon: Float32
     min_tokens_to_keep: int = field(default=1, metadata={"static": True})
 
     def warp(self, scores: jax.Array) -> jax.Array:

@@ -8,7 +8,7 @@ looked up in a table [V]. A string may begin in the prompt, but its end has to b
 
 import re
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgen import lazy
-from jaxgen.base import leaf, pytree
+from jaxgen.buckets import bucket
+from jaxgen.pytree import Int32, pytree
 
 _NO_PLACE = -1  # fills the tables: no sum of lengths equals it, and no overlap is negative
 _MIN_STRINGS, _MIN_NUMBERS, _MIN_WINDOW = 2, 6, 16  # usual stop strings share a program
@@ -40,15 +41,13 @@ class StopStrings:
 
     overlaps: jax.Array
     places: jax.Array
-    lengths: jax.Array
-    targets: jax.Array
+    lengths: Int32
+    targets: Int32
     window: int = field(metadata={"static": True})
 
     @classmethod
-    def build(
-        cls, strings: Sequence[str], tokenizer: Any, vocab_size: int, bucket: Callable[[int], int]
-    ) -> "StopStrings":
-        """From the strings and the tokens; `bucket` rounds the sizes of the tables up.
+    def build(cls, strings: Sequence[str], tokenizer: Any, vocab_size: int) -> "StopStrings":
+        """From the strings and the tokens. The sizes of the tables are rounded up.
 
         The last ones of each tokenizer are kept: a large vocabulary takes a second to go through.
 
@@ -58,15 +57,13 @@ class StopStrings:
         kept = _vocabulary(tokenizer).kept
         key = tuple(strings), vocab_size
         if key not in kept:
-            kept[key] = cls._build(strings, tokenizer, vocab_size, bucket)
+            kept[key] = cls._build(strings, tokenizer, vocab_size)
             if len(kept) > 8:
                 del kept[next(iter(kept))]
         return kept[key]
 
     @classmethod
-    def _build(
-        cls, strings: Sequence[str], tokenizer: Any, vocab_size: int, bucket: Callable[[int], int]
-    ) -> "StopStrings":
+    def _build(cls, strings: Sequence[str], tokenizer: Any, vocab_size: int) -> "StopStrings":
         vocabulary = _vocabulary(tokenizer)
         decoded = vocabulary.decoded
         wanted = [string.encode() if vocabulary.in_bytes else string for string in strings]
@@ -83,10 +80,10 @@ class StopStrings:
             )
         places_for = bucket(max(len(wanted), _MIN_STRINGS))
         return cls(
-            overlaps=_table(overlaps, rows, bucket),
-            places=_table(places, rows, bucket),
-            lengths=leaf(lengths, np.int32),
-            targets=leaf([*map(len, wanted), *[2**30] * (places_for - len(wanted))], np.int32),
+            overlaps=_table(overlaps, rows),
+            places=_table(places, rows),
+            lengths=lengths,
+            targets=[*map(len, wanted), *[2**30] * (places_for - len(wanted))],
             window=bucket(max(_MIN_WINDOW, *map(len, wanted))),
         )
 
@@ -107,7 +104,7 @@ class StopStrings:
         return ((reached >= self.targets[None, None, :, None]) & so_far).any(axis=(1, 2, 3))
 
 
-def _table(strings: Sequence[dict[int, list[int]]], rows: int, bucket: Callable[[int], int]) -> Any:
+def _table(strings: Sequence[dict[int, list[int]]], rows: int) -> Any:
     """int16 [V + 1, M, T] of the numbers of each token for each string."""
     most = max((len(numbers) for string in strings for numbers in string.values()), default=1)
     shape = rows + 1, bucket(max(len(strings), _MIN_STRINGS)), bucket(max(most, _MIN_NUMBERS))

@@ -1,15 +1,15 @@
 """When a row is finished: array maths over the tokens so far, same as transformers 5.24 `stopping_criteria.py`."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
-from jaxgen.base import leaf, pytree
+from jaxgen.buckets import bucket
+from jaxgen.pytree import Int32, pytree
 
 _MIN_IDS = 8  # most models have one to three ids that end a text; all of them share a program
 
@@ -31,14 +31,14 @@ class EosToken:
         eos_token_id: int32 [E]. Unused places hold -1, which no token equals.
     """
 
-    eos_token_id: jax.Array
+    eos_token_id: Int32
 
     @classmethod
-    def build(cls, token_ids: Iterable[int], vocab_size: int, bucket: Callable[[int], int]) -> Self:
-        """From the ids that a model can produce among these; `bucket` rounds their number up."""
+    def build(cls, token_ids: Iterable[int], vocab_size: int) -> Self:
+        """From the ids among these that a model can produce. Their number is rounded up."""
         ids = [token for token in token_ids if 0 <= token < vocab_size]
         places = bucket(max(_MIN_IDS, len(ids)))
-        return cls(leaf([*ids, *[-1] * (places - len(ids))], np.int32))
+        return cls([*ids, *[-1] * (places - len(ids))])
 
     def __call__(self, input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array) -> jax.Array:
         """bool [N] for int32 [N, S] tokens of which `cur_len` columns are valid; `scores` [N, V] chose the last."""
@@ -55,7 +55,7 @@ class MaxLength:
         max_length: int32 []. Columns, the prompt included.
     """
 
-    max_length: jax.Array
+    max_length: Int32
 
     def __call__(self, input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array) -> jax.Array:
         """bool []."""

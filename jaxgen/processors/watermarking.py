@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxgen.base import LogitsProcessor, Prompt, pytree
+from jaxgen.base import LogitsProcessor, Prompt
+from jaxgen.pytree import Bool, Float32, Int32, UInt32, pytree
 
 Wide = tuple[jax.Array, jax.Array]
 
@@ -44,9 +45,9 @@ class GreenlistWatermark(LogitsProcessor):
         selfhash: which seeding.
     """
 
-    bias: jax.Array
-    hashing_key: jax.Array
-    table: jax.Array
+    bias: Float32
+    hashing_key: UInt32
+    table: Int32
     greenlist_size: int = dataclasses.field(metadata={"static": True})
     context_width: int = dataclasses.field(metadata={"static": True})
     selfhash: bool = dataclasses.field(metadata={"static": True})
@@ -150,8 +151,8 @@ class SynthIDWatermark(LogitsProcessor):
         debug_mode: replaces all scores by ones, to see the watermark by itself.
     """
 
-    keys: jax.Array
-    sampling_table: jax.Array
+    keys: UInt32
+    sampling_table: Bool
     ngram_len: int = dataclasses.field(metadata={"static": True})
     context_history_size: int = dataclasses.field(metadata={"static": True})
     skip_first_ngram_calls: bool = dataclasses.field(metadata={"static": True})

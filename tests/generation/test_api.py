@@ -16,7 +16,7 @@ from transformers import GenerationConfig
 
 import jaxgen
 from jaxgen import lazy
-from jaxgen.generation.prompts import bucket
+from jaxgen.buckets import bucket
 
 PROMPT = [[5, 6, 7]]
 BATCH = [[5, 6, 7], [8, 9, 10]]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import jaxgen
-from jaxgen.generation import streaming
+from jaxgen.generation import driver
 from jaxgen.generation.compile_clock import compile_seconds
 
 
@@ -40,7 +40,7 @@ class BlockingDevice:
 
     def __init__(self, seconds_per_step: float):
         self.now, self.chunks = 0.0, []
-        self._seconds, self._advance = seconds_per_step, streaming.advance
+        self._seconds, self._advance = seconds_per_step, driver.advance
 
     def monotonic(self) -> float:
         return self.now
@@ -54,8 +54,8 @@ class BlockingDevice:
 @pytest.fixture
 def device(monkeypatch: Any) -> BlockingDevice:
     device = BlockingDevice(0.033)
-    monkeypatch.setattr(streaming, "advance", device.advance)
-    monkeypatch.setattr(streaming, "time", SimpleNamespace(monotonic=device.monotonic))
+    monkeypatch.setattr(driver, "advance", device.advance)
+    monkeypatch.setattr(driver, "time", SimpleNamespace(monotonic=device.monotonic))
     return device
 
 

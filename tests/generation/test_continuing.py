@@ -15,10 +15,10 @@ from oracle import torch_model
 
 import jaxgen
 from jaxgen import lazy
+from jaxgen.buckets import bucket
 from jaxgen.decoding import loop
 from jaxgen.generation.api import lower
-from jaxgen.generation.prompts import bucket
-from jaxgen.generation.streaming import stages
+from jaxgen.generation.driver import cache_sizes
 
 RNG = np.random.default_rng(0)
 ROWS, COLUMNS, NEW = 3, 9, 6
@@ -300,7 +300,7 @@ def test_the_sizes_of_a_cache_that_goes_on_are_rounded_as_a_whole(model: Any) ->
         past.crop(seen - past.get_seq_length())
         arguments = {**PLAIN, "max_new_tokens": new_tokens, "past_key_values": past}
         call = lower(model, whole.sequences[:, : seen + fresh], None, arguments)
-        sizes = [call.prompt.cache_slots, call.slots, *(each.cache_slots for each in stages(model, call, weights=0))]
+        sizes = [call.prompt.cache_slots, call.slots, *(each.slots for each in cache_sizes(model, call, weights=0))]
         assert sizes == [bucket(size) for size in sizes]
         assert call.prompt.cache_slots >= seen + fresh and sizes[-1] >= seen + fresh + new_tokens - 1
 

@@ -19,7 +19,7 @@ from random_calls import PROCESSORS, WARPERS, call, some
 
 import jaxgen
 from jaxgen.decoding.loop import Progress
-from jaxgen.generation import streaming
+from jaxgen.generation import driver
 from jaxgen.generation.api import lower
 
 COMBINATIONS, CALLS_EACH = 4, 50
@@ -109,17 +109,17 @@ def test_transformers_asynchronous_streamer_iterates(bundled: Any, tokenizer: An
 def test_chunks_grow_from_one_token_to_what_a_tenth_of_a_second_takes() -> None:
     steps, seen = 1, []
     for _ in range(7):
-        steps = streaming.WATCHED.next(steps, 0.001, float("inf"))
+        steps = driver.WATCHED.next(steps, 0.001, float("inf"))
         seen.append(steps)
     assert seen == [2, 4, 8, 16, 16, 16, 16]
-    assert streaming.WATCHED.next(16, 0.02, float("inf")) == 5
-    assert streaming.WATCHED.next(16, 0.02, 0.05) == 2
-    assert streaming.WATCHED.next(16, 3.0, float("inf")) == 1
+    assert driver.WATCHED.next(16, 0.02, float("inf")) == 5
+    assert driver.WATCHED.next(16, 0.02, 0.05) == 2
+    assert driver.WATCHED.next(16, 3.0, float("inf")) == 1
 
 
 def test_a_call_that_nobody_watches_is_one_chunk_if_it_is_short(model: Any, monkeypatch: Any) -> None:
     chunks = []
-    monkeypatch.setattr(streaming, "advance", lambda *args, real=streaming.advance: chunks.append(1) or real(*args))
+    monkeypatch.setattr(driver, "advance", lambda *args, real=driver.advance: chunks.append(1) or real(*args))
     jaxgen.generate(model, [[5, 6]], max_new_tokens=100, eos_token_id=None)
     assert len(chunks) == 1
 
@@ -128,9 +128,9 @@ def test_a_call_in_chunks_is_the_call_in_one(model: Any, monkeypatch: Any) -> No
     ways = [{"eos_token_id": None}, {"eos_token_id": 20, "num_beams": 3}]
     whole = [jaxgen.generate(model, [[5, 6]], max_new_tokens=40, **way) for way in ways]
     chunks = []
-    monkeypatch.setattr(streaming, "advance", lambda *args, real=streaming.advance: chunks.append(1) or real(*args))
-    monkeypatch.setattr(streaming.Pace, "first", lambda self, weights: 3)
-    monkeypatch.setattr(streaming.Pace, "next", lambda self, *_: 3)
+    monkeypatch.setattr(driver, "advance", lambda *args, real=driver.advance: chunks.append(1) or real(*args))
+    monkeypatch.setattr(driver.ChunkSchedule, "first", lambda self, weights: 3)
+    monkeypatch.setattr(driver.ChunkSchedule, "next", lambda self, *_: 3)
     for way, expected in zip(ways, whole, strict=True):
         chunks.clear()
         np.testing.assert_array_equal(jaxgen.generate(model, [[5, 6]], max_new_tokens=40, **way), expected)
@@ -155,7 +155,7 @@ def test_a_cache_that_grows_while_the_text_does_gives_the_same_tokens(
     ids, mask = [[5, 6, 7, 8, 9], [0, 0, 11, 12, 13]], [[1] * 5, [0, 0, 1, 1, 1]]
     arguments = {"attention_mask": mask, "max_new_tokens": 110, "eos_token_id": None, **way}
     whole = jaxgen.generate(model, ids, **arguments)
-    monkeypatch.setattr(streaming, "_FEWEST_SLOTS", 1)
+    monkeypatch.setattr(driver, "_FEWEST_SLOTS", 1)
     before = jaxgen.compile_counts()["grow"]
     stopped = jaxgen.generate(model, ids, **arguments, max_time=0.0)
     assert jaxgen.compile_counts()["grow"] == before
@@ -171,11 +171,11 @@ def test_a_cache_that_grows_while_the_text_does_gives_the_same_tokens(
 
 def test_a_cache_doubles_up_to_2048_slots_and_then_grows_by_less(model: Any) -> None:
     call = jaxgen.prepare(model, [[5, 6]], max_new_tokens=10_000, eos_token_id=None)
-    sizes = [*streaming.stages(model, call, weights=0)]
-    assert [stage.cache_slots for stage in sizes] == [256, 512, 1024, 2048, 3072, 4096, 6144, 8192, 12288]
+    sizes = [*driver.cache_sizes(model, call, weights=0)]
+    assert [size.slots for size in sizes] == [256, 512, 1024, 2048, 3072, 4096, 6144, 8192, 12288]
     # Each is full but for one column, those of the prompt's bucket included.
-    assert [stage.passes for stage in sizes[:-1]] == [stage.cache_slots - 17 for stage in sizes[:-1]]
-    assert sizes[-1].passes == call.forward_passes
+    assert [size.steps_until_full for size in sizes[:-1]] == [size.slots - 17 for size in sizes[:-1]]
+    assert sizes[-1].steps_until_full == call.forward_passes
 
 
 @pytest.mark.parametrize(("rows", "sizes"), [(1, [1024, 3072]), (2, [512, 1024, 3072]), (64, [256, 512, 1024, 3072])])
@@ -183,13 +183,13 @@ def test_slots_that_are_little_beside_the_weights_are_reserved_at_once(rows: int
     """The last size is up to half as large again as the one that it saves."""
     call = jaxgen.prepare(model, [[5, 6]] * rows, max_new_tokens=3000, eos_token_id=None)
     weights = 64 * 700 * model.cache_bytes_per_token  # a 64th of them, as 700 slots of one row are
-    assert [stage.cache_slots for stage in streaming.stages(model, call, weights)] == sizes
+    assert [size.slots for size in driver.cache_sizes(model, call, weights)] == sizes
 
 
 def test_a_cache_whose_attentions_are_asked_for_has_all_its_slots_from_the_start(model: Any) -> None:
     flags = {"output_attentions": True, "return_dict_in_generate": True}
     call = lower(model, [[5, 6]], None, {"max_new_tokens": 3000, "eos_token_id": None, **flags})
-    assert [stage.cache_slots for stage in streaming.stages(model, call, weights=0)] == [3072]
+    assert [size.slots for size in driver.cache_sizes(model, call, weights=0)] == [3072]
 
 
 @pytest.mark.parametrize("way", [{}, {"num_beams": 4}, {"penalty_alpha": 0.5, "top_k": 4}], ids=str)
@@ -199,13 +199,13 @@ def test_a_cache_of_any_size_grows_until_the_call_is_done(way: dict[str, Any], c
         call = jaxgen.prepare(model, [[5, 6]], max_new_tokens=new_tokens, eos_token_id=None, **way)
         # As after a kept cache, which leaves the prompt's own columns few.
         prompt = SimpleNamespace(cache_slots=columns, input_ids=call.prompt.input_ids)
-        sizes = [*itertools.islice(streaming.stages(model, replace(call, prompt=prompt), weights=0), 30)]
-        slots, passes = zip(*((stage.cache_slots, stage.passes) for stage in sizes), strict=True)
+        sizes = [*itertools.islice(driver.cache_sizes(model, replace(call, prompt=prompt), weights=0), 30)]
+        slots, passes = zip(*((size.slots, size.steps_until_full) for size in sizes), strict=True)
         assert [*slots] == sorted(set(slots))
         assert [*passes] == sorted(set(passes))
         assert passes[-1] == call.forward_passes
-        for stage in sizes:
-            assert call.strategy.cache_slots(columns, stage.passes + 1) <= stage.cache_slots
+        for size in sizes:
+            assert call.strategy.cache_slots(columns, size.steps_until_full + 1) <= size.slots
 
 
 # ---- What ends it ----
@@ -225,10 +225,10 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now, self.compiled, self.length = 0.0, 0.0, 2
-        monkeypatch.setattr(streaming, "compile_seconds", lambda: self.compiled)
-        monkeypatch.setattr(streaming, "time", SimpleNamespace(monotonic=lambda: self.now))
+        monkeypatch.setattr(driver, "compile_seconds", lambda: self.compiled)
+        monkeypatch.setattr(driver, "time", SimpleNamespace(monotonic=lambda: self.now))
         for name in ("prefill", "advance", "grow"):
-            monkeypatch.setattr(streaming, name, partial(self.dispatch, getattr(streaming, name)))
+            monkeypatch.setattr(driver, name, partial(self.dispatch, getattr(driver, name)))
         monkeypatch.setattr(jax, "device_get", partial(self.read, jax.device_get))
 
     def dispatch(self, program: Any, *arguments: Any) -> Any:
@@ -307,7 +307,7 @@ class Interrupt:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.left, self.late, self.moment = 2**30, 0, 0.0  # not armed yet
         self.pressed, self.hand = threading.Event(), threading.Thread()
-        monkeypatch.setattr(streaming, "advance", partial(self.dispatch, streaming.advance))
+        monkeypatch.setattr(driver, "advance", partial(self.dispatch, driver.advance))
 
     def arm(self, chunks: int, moment: float) -> None:
         self.pressed.clear()
@@ -343,8 +343,8 @@ def test_interrupts_come_back_within_a_chunk_and_leave_the_next_call_right(
     arguments = {"max_new_tokens": 600, "eos_token_id": None}
     prompt = [[5, 6], [7, 8]]
     expected = jaxgen.generate(model, prompt, **arguments)
-    monkeypatch.setattr(streaming.Pace, "first", lambda self, weights: 3)
-    monkeypatch.setattr(streaming.Pace, "next", lambda self, *_: 3)
+    monkeypatch.setattr(driver.ChunkSchedule, "first", lambda self, weights: 3)
+    monkeypatch.setattr(driver.ChunkSchedule, "next", lambda self, *_: 3)
     interrupt, rng = Interrupt(monkeypatch), random.Random(0)
     np.testing.assert_array_equal(jaxgen.generate(model, prompt, **arguments), expected)
     live = len(jax.live_arrays())

@@ -10,7 +10,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import jaxgen
-from jaxgen.generation.prompts import bucket
 from jaxgen.processors.stop_strings import StopStrings
 
 TEXT = (
@@ -75,7 +74,7 @@ def test_a_hundred_sets_of_strings_stop_where_those_of_transformers_do(name: str
             start = int(rng.integers(0, len(rows[0]) - 12))
             strings.append(rows[0][start : start + int(rng.integers(1, 9))])
         expected = StopStringCriteria(tokenizer, strings)
-        ours = StopStrings.build(strings, tokenizer, len(tokenizer), bucket)
+        ours = StopStrings.build(strings, tokenizer, len(tokenizer))
         buffer = np.zeros((2, 32), np.int32)
         buffer[:, : ids.shape[1]] = ids
         for length in range(1, ids.shape[1] + 1):
@@ -96,7 +95,7 @@ def test_many_long_strings_and_those_of_one_character_stop_where_those_of_transf
     strings = [TEXT[20:90], "-" * 25, "the owl, and they", "zebra", TEXT[100:130]]
     encoded = [piece for each in text for piece in tokenizer(each, add_special_tokens=False)["input_ids"]]
     ids = np.array([encoded])  # a token for each character
-    ours = StopStrings.build(strings, tokenizer, len(tokenizer), bucket)
+    ours = StopStrings.build(strings, tokenizer, len(tokenizer))
     assert ours.window > 64 and ours.overlaps.shape[1] > 4 and max(ours.overlaps.shape[2], ours.places.shape[2]) > 12
     theirs, buffer = StopStringCriteria(tokenizer, strings), np.zeros((1, 400), np.int32)
     buffer[:, : ids.shape[1]] = ids
@@ -142,13 +141,13 @@ def test_stop_is_found_where_its_end_is_in_the_last_token(tokens: str, stops: bo
     words = Words("st", "op", "stop", "sto", "p", "pper", "las", "to", "top", "per", "s", "a", "t", "o", "e")
     ids = [words.get_vocab()[word] for word in tokens.split()]
     buffer = np.array([[*ids, *[0] * 4]], np.int32)
-    found = stopped(StopStrings.build(["stop"], words, len(words), bucket), buffer, len(ids))
+    found = stopped(StopStrings.build(["stop"], words, len(words)), buffer, len(ids))
     assert found.tolist() == [stops]
 
 
 def test_the_tables_hold_overlaps_and_places_counted_from_the_end() -> None:
     words = Words("last", "top", "topper", "s", "p")
-    rule = StopStrings.build(["stop"], words, len(words), bucket)
+    rule = StopStrings.build(["stop"], words, len(words))
     numbers = [
         [sorted({*row.tolist()} - {-1}) for row in np.asarray(table[:5, 0])] for table in (rule.overlaps, rule.places)
     ]
@@ -158,7 +157,7 @@ def test_the_tables_hold_overlaps_and_places_counted_from_the_end() -> None:
 
 def test_strings_that_no_token_can_end_are_refused() -> None:
     with pytest.raises(ValueError, match=r"unable to identify tokens.*\['zz'\]: no token of this tokenizer ends them"):
-        StopStrings.build(["zz"], Words("top"), 3, bucket)
+        StopStrings.build(["zz"], Words("top"), 3)
 
 
 @pytest.mark.oracle
@@ -193,7 +192,7 @@ def test_other_strings_compile_nothing_and_the_same_ones_build_nothing(bundled: 
     for strings in ("rabbit", ["fox", "run"], ["."]):
         stopped(strings)
     assert jaxgen.compile_counts() == before
-    built = [StopStrings.build(["fox", "run"], tokenizer, bundled.vocab_size, bucket) for _ in range(2)]
+    built = [StopStrings.build(["fox", "run"], tokenizer, bundled.vocab_size) for _ in range(2)]
     assert built[0] is built[1]
 
 

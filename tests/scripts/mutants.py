@@ -32,7 +32,7 @@ class Mutant(NamedTuple):
 
 
 LAYERS, TOP_K, SAMPLING = "jaxgen/models/layers.py", "jaxgen/processors/top_k.py", "jaxgen/decoding/sampling.py"
-RULES, STREAMING, CACHE = "jaxgen/processors/logits_process.py", "jaxgen/generation/streaming.py", "jaxgen/kv_cache.py"
+RULES, DRIVER, CACHE = "jaxgen/processors/logits_process.py", "jaxgen/generation/driver.py", "jaxgen/kv_cache.py"
 TENSORS, WRITING = "jaxgen/checkpoint/safetensors_file.py", "convert/writing.py"
 REAL = "tests/test_real_sizes.py::test_"
 DRAWN = f"{REAL}draws_from_fifty_thousand_tokens_equal_transformers_with_the_same_noise"
@@ -251,8 +251,8 @@ MUTANTS = [
     Mutant(
         "jaxgen/processors/stopping_criteria.py",
         "EosToken, over 8 ids",
-        "leaf([*ids, *[-1] * (places - len(ids))], np.int32)",
-        "leaf([*ids[:8], *[-1] * (places - len(ids[:8]))], np.int32)",
+        "[*ids, *[-1] * (places - len(ids))]",
+        "[*ids[:8], *[-1] * (places - len(ids[:8]))]",
         "tests/generation/test_continuing.py::"
         "test_other_turns_on_a_cache_equal_transformers[greedy with an eos-the whole text]",
     ),
@@ -293,7 +293,7 @@ MUTANTS = [
         f"{REAL}chunks_of_more_columns_than_have_their_scores_in_memory_give_the_same_tokens",
     ),
     Mutant(
-        "jaxgen/generation/prompts.py",
+        "jaxgen/buckets.py",
         "bucket",
         "return power * 3 // 4 if size <= power * 3 // 4 else power",
         "return power",
@@ -335,51 +335,51 @@ MUTANTS = [
         "tests/test_kv_cache.py::test_dimensions_of_size_one_are_left_out_of_the_arrays",
     ),
     Mutant(
-        STREAMING,
-        "stages, unnoticed",
+        DRIVER,
+        "cache_sizes, unnoticed",
         "unnoticed = weights // 64",
         "unnoticed = 0 * weights // 64",
         f"{RESERVED}[1-sizes0]",
     ),
     Mutant(
-        STREAMING,
-        "stages, unnoticed of several rows",
+        DRIVER,
+        "cache_sizes, unnoticed of several rows",
         "// (rows * model.cache",
         "// (model.cache",
         f"{RESERVED}[2-sizes1]",
     ),
-    Mutant(STREAMING, "stages, the last size", "most <= size * 3 // 2", "most <= size", f"{RESERVED}[64-sizes2]"),
+    Mutant(DRIVER, "cache_sizes, the last size", "most <= size * 3 // 2", "most <= size", f"{RESERVED}[64-sizes2]"),
     Mutant(
-        STREAMING,
-        "stages, over 2048 slots",
+        DRIVER,
+        "cache_sizes, over 2048 slots",
         "if needed > _LONG else",
         "if needed > 2 * _LONG else",
         f"{STAGES}a_cache_doubles_up_to_2048_slots_and_then_grows_by_less",
     ),
     Mutant(
-        STREAMING,
-        "stages, attentions",
+        DRIVER,
+        "cache_sizes, attentions",
         'whole = 0, "attentions" in call.collect',
         "whole = 0, False",
         f"{STAGES}a_cache_whose_attentions_are_asked_for_has_all_its_slots_from_the_start",
     ),
     Mutant(
-        STREAMING,
-        "stages, the passes of a size",
+        DRIVER,
+        "cache_sizes, the passes of a size",
         "key=lambda new: strategy.cache_slots(columns, new + 1)) - 1",
         "key=lambda new: strategy.cache_slots(columns, new + 1))",
         f"{STAGES}a_cache_of_any_size_grows_until_the_call_is_done",
     ),
     Mutant(
-        STREAMING,
-        "run, a chunk up to where a size is full",
-        "chunk = min(steps, stage.passes - done)",
+        DRIVER,
+        "drive, a chunk up to where a size is full",
+        "chunk = min(steps, size.steps_until_full - done)",
         "chunk = steps",
         f"{REAL}a_cache_that_grows_behind_a_long_prompt_gives_the_same_tokens",
     ),
     Mutant(
-        STREAMING,
-        "Pace.first, few weights",
+        DRIVER,
+        "ChunkSchedule.first, few weights",
         "int(self.seconds * bandwidth / max(weights, 1))",
         "1",
         f"{STAGES}a_call_that_nobody_watches_is_one_chunk_if_it_is_short",
