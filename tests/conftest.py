@@ -31,6 +31,7 @@ import jaxgen
 
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_numpy_rank_promotion", "allow")
+jax.config.update("jax_traceback_in_locations_limit", 0)  # which programs do not need; a few percent of the suite
 
 HAS_TORCH = importlib.util.find_spec("torch") is not None
 

@@ -30,29 +30,29 @@ def configuration() -> Iterator[None]:
         jax.config.update(name, value)
 
 
-def told(folder: Path) -> dict[str, float]:
+def told(folder: Path, model: Path) -> dict[str, float]:
     """What `jaxgen generate --json` says in a process of its own."""
     environment = {**os.environ, "JAXGEN_COMPILE_CACHE": str(folder)}
-    options = ["generate", "Once upon a time", "--max-tokens=20", "--json"]
+    options = ["generate", "Once upon a time", "--model", str(model), "--max-tokens=20", "--json"]
     command = [sys.executable, "-m", "jaxgen", *options]
     return json.loads(subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout)
 
 
-def test_a_second_process_compiles_nothing(tmp_path: Path) -> None:
+def test_a_second_process_compiles_nothing(tmp_path: Path, chat_folder: Path) -> None:
     folder = tmp_path / "programs"
 
     def written() -> dict[Path, int]:
         return {file: file.stat().st_mtime_ns for file in folder.glob("*-cache")}
 
-    cold = told(folder)
+    cold = told(folder, chat_folder)
     assert folder.stat().st_mode & 0o777 == 0o700
     first = written()
     assert first
-    warm = told(folder)
+    warm = told(folder, chat_folder)
     assert warm["completions"] == cold["completions"] and written() == first
     for file in folder.glob("*-cache"):
         file.write_bytes(file.read_bytes()[:50])
-    repaired = told(folder)
+    repaired = told(folder, chat_folder)
     assert repaired["completions"] == cold["completions"]
     assert written().keys() == first.keys() and all(file.stat().st_size > 50 for file in first)
 
