@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
-from jaxgen.pytree import Bool, Int32, pytree
+from jaxgen.pytree import Bool, Float32, Int32, pytree
 
 
 @contextmanager
@@ -85,6 +85,8 @@ class Prompt:
         full_chunks: int32 []. With a `chunk`, how many full ones come before the last, which is padded on the left.
         padding: int32 []. How many columns at the start of the forward pass, or of its last chunk, only fill a bucket.
             May be None if no text comes before them.
+        guidance_scale: float32 []. If given, the lower half of the rows are the negative prompts of the upper half, and
+            `rows` counts those of the upper half only.
         chunk: columns to read at a time, static; None for all at once.
     """
 
@@ -98,6 +100,7 @@ class Prompt:
     unseen: jax.Array | None = None
     full_chunks: Int32 | None = None
     padding: Int32 | None = None
+    guidance_scale: Float32 | None = None
     chunk: int | None = field(default=None, metadata={"static": True})
 
     @property
@@ -107,15 +110,19 @@ class Prompt:
             return self.past.slots
         return (self.attention_mask if self.unseen is None else self.unseen).shape[1]
 
-    def repeated(self, copies: int, halved: bool = False) -> "Prompt":
-        """Each row `copies` times; `halved`, without the lower half: the negative prompts of guidance."""
-        rows = len(self.input_ids) // (2 if halved else 1)
+    def repeated(self, copies: int) -> "Prompt":
+        """The text of each row `copies` times."""
         return Prompt(
-            jnp.repeat(self.input_ids[:rows], copies, axis=0),
-            jnp.repeat(self.attention_mask[:rows], copies, axis=0),
+            jnp.repeat(self.input_ids, copies, axis=0),
+            jnp.repeat(self.attention_mask, copies, axis=0),
             self.length,
             self.rows * copies,
         )
+
+    def without_negatives(self) -> "Prompt":
+        """The text of the rows that are continued: with guidance the upper half."""
+        rows = len(self.input_ids) // (1 if self.guidance_scale is None else 2)
+        return Prompt(self.input_ids[:rows], self.attention_mask[:rows], self.length, self.rows)
 
     def left_aligned(self, slots: int, fill: jax.typing.ArrayLike) -> jax.Array:
         """int32 [N, S]: the caller's prompt in the first `length` columns, `fill` in the others."""
@@ -329,6 +336,11 @@ class Strategy:
         return 1
 
     @property
+    def log_probabilities(self) -> bool:
+        """Whether scores start as the log-softmax of the logits, and not as the logits."""
+        return False
+
+    @property
     def needs(self) -> tuple[str, ...]:
         """The internals that `start` and `step` read; see `Model.extend`."""
         return ()
@@ -341,24 +353,31 @@ class Strategy:
         """How many follow the prompt's, for so many new tokens."""
         return new_tokens - 1
 
-    def start(self, prompt: Prompt, slots: int, logits: jax.Array, internals: Internals) -> Any:
+    def start(self, prompt: Prompt, slots: int, logits: jax.Array, scores: jax.Array, internals: Internals) -> Any:
         """The state after the prompt's forward pass.
 
         Args:
-            prompt: [N, P].
+            prompt: the text, [N, P].
             slots: S, the columns of the token buffer.
             logits: float32 [N, V]; rows are not repeated yet.
+            scores: float32 [N, V], for the processors: made of the logits, see `log_probabilities`, or guided.
             internals: of the prompt, see `needs`.
         """
         raise NotImplementedError
 
-    def step(self, logits: jax.Array, internals: Internals, state: Any) -> Any:
-        """The state after a forward pass over `state.tokens`, which gave float32 [N, V] or [N * C, V] logits."""
+    def step(self, logits: jax.Array, scores: jax.Array, internals: Internals, state: Any) -> Any:
+        """The state after a forward pass over `state.tokens`; logits and scores are float32 [N, V], or [N * C, V]."""
         raise NotImplementedError
 
-    def settle(self, cache: Any, state: Any) -> Any:
-        """The cache of branches for the next forward pass, after a step; for strategies that branch."""
-        raise NotImplementedError
+    def parents(self, state: Any) -> jax.Array | None:
+        """int32 [N, C]: which branch each one continues after a step; see `BranchedCache.reorder`."""
+        del state
+        return None
+
+    def chosen(self, state: Any) -> jax.Array | None:
+        """int32 [N]: the one branch that all of them continue after a step; see `BranchedCache.keep`."""
+        del state
+        return None
 
     def unfinished(self, state: Any) -> jax.Array:
         """bool []. Whether any row still wants a token."""

@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxgen.base import BranchedCache, Internals, LogitsProcessor, Prompt, Strategy, step_buffers, write_step
+from jaxgen.base import Internals, LogitsProcessor, Prompt, Strategy, step_buffers, write_step
 from jaxgen.decoding.beams import NEVER, Beams, take
 from jaxgen.decoding.gumbel import gumbel, row_keys
-from jaxgen.processors.logits_process import guide, process, reorder
+from jaxgen.processors.logits_process import process, reorder
 from jaxgen.processors.stopping_criteria import EosToken, MaxLength, any_of
 from jaxgen.processors.top_k import highest_few
 from jaxgen.pytree import Bool, Float32, Int32, pytree
@@ -33,8 +33,8 @@ class BeamState:
         cur_len: int32 []. Valid columns of the running beams.
         prompt_length: int32 []. Columns of the caller's prompt.
         rows: int32 []. Rows of the caller's prompt.
-        tokens: int32 [B * b]. The last column of the running beams; with guidance twice, for both halves of the batch.
-        parents: int32 [B, b]. The running beam that each one continued; with guidance [2B, b].
+        tokens: int32 [B * b]. The last column of the running beams.
+        parents: int32 [B, b]. The running beam that each one continued.
         improvable: bool [B]. Whether a running beam may still beat a finished one; once False, it stays so.
         ended: bool []. Whether no prompt wants another token.
         invalid: bool [B]. Prompts whose scores held a NaN, an infinity, or no finite number.
@@ -75,7 +75,6 @@ class BeamSearch(Strategy):
         processors: in the order they act, on log-probabilities; see `logits_process`.
         stopping_criteria: more ways to finish, called with all candidates as (input_ids [B * W, S], scores [B * b, V],
             cur_len).
-        guidance_scale: as `Sample.guidance_scale`.
         num_beams: b, static.
         num_candidates: W, static: the continuations of a prompt among which beams finish or go on running.
         outputs: what to record of every step, static: "scores", "logits", "parents".
@@ -91,7 +90,6 @@ class BeamSearch(Strategy):
     key: jax.Array | None = None
     processors: tuple[LogitsProcessor, ...] = ()
     stopping_criteria: tuple[Any, ...] = ()
-    guidance_scale: Float32 | None = None
     num_beams: int = field(default=2, metadata={"static": True})
     num_candidates: int = field(default=4, metadata={"static": True})
     outputs: tuple[str, ...] = field(default=(), metadata={"static": True})
@@ -103,19 +101,25 @@ class BeamSearch(Strategy):
     def cache_slots(self, columns: int, new_tokens: int) -> int:
         return columns + self.num_beams * new_tokens
 
-    def start(self, prompt: Prompt, slots: int, logits: jax.Array, internals: Internals) -> BeamState:
+    @property
+    def log_probabilities(self) -> bool:
+        return True
+
+    def start(
+        self, prompt: Prompt, slots: int, logits: jax.Array, scores: jax.Array, internals: Internals
+    ) -> BeamState:
         state = self._init(prompt, slots, logits.shape[1])
-        return self.step(jnp.repeat(logits, self.num_beams, axis=0), internals, state)
+        logits, scores = (jnp.repeat(array, self.num_beams, axis=0) for array in (logits, scores))
+        return self.step(logits, scores, internals, state)
 
     def _init(self, prompt: Prompt, slots: int, vocab_size: int) -> BeamState:
-        prompts = prompt.repeated(1, halved=self.guidance_scale is not None)
-        rows, columns = prompts.input_ids.shape
+        rows, columns = prompt.input_ids.shape
         unused = jnp.arange(rows) >= prompt.rows  # rows of the bucket
-        beams = Beams.of_prompts(prompts, slots, self.fill, self.num_beams)
+        beams = Beams.of_prompts(prompt, slots, self.fill, self.num_beams)
         of_vocabulary = jax.ShapeDtypeStruct((rows * self.num_beams, vocab_size), jnp.float32)
         of_beams = jax.ShapeDtypeStruct((rows, self.num_beams), jnp.int32)
         shapes = {"scores": of_vocabulary, "logits": of_vocabulary, "parents": of_beams}
-        repeated = prompts.repeated(self.num_beams)
+        repeated = prompt.repeated(self.num_beams)
         return BeamState(
             # Only the first beam counts at first: the others would choose the same tokens again.
             running=replace(beams, scores=beams.scores.at[:, 1:].set(NEVER)),
@@ -133,10 +137,7 @@ class BeamSearch(Strategy):
             recorded=step_buffers(self.outputs, slots - columns, shapes),
         )
 
-    def step(self, logits: jax.Array, internals: Internals, state: BeamState) -> BeamState:
-        logits, scores = guide(logits, self.guidance_scale)
-        if self.guidance_scale is None:
-            scores = jax.nn.log_softmax(scores)
+    def step(self, logits: jax.Array, scores: jax.Array, internals: Internals, state: BeamState) -> BeamState:
         sequences = state.running.sequences.reshape(len(scores), -1)
         scores, states = process(self.processors, sequences, scores, state.cur_len, state.processors)
 
@@ -157,15 +158,14 @@ class BeamSearch(Strategy):
         tokens = lax.dynamic_index_in_dim(running.sequences, state.cur_len, axis=2, keepdims=False).reshape(-1)
         rows = (jnp.arange(len(parents))[:, None] * self.num_beams + parents).reshape(-1)
         values = {"scores": scores, "logits": logits, "parents": parents}
-        halves = 1 if self.guidance_scale is None else 2
         return BeamState(
             running=running,
             finished=finished,
             cur_len=state.cur_len + 1,
             prompt_length=state.prompt_length,
             rows=state.rows,
-            tokens=jnp.tile(tokens, halves),
-            parents=jnp.tile(parents, (halves, 1)),
+            tokens=tokens,
+            parents=parents,
             improvable=improvable,
             ended=~improvable.any() | full | (hits | unused).all(),
             invalid=state.invalid | (invalid & state.improvable),
@@ -217,8 +217,8 @@ class BeamSearch(Strategy):
         worst = jnp.where(finished.finished, finished.scores.min(axis=1, keepdims=True), NEVER)
         return (best > worst).any(axis=1)
 
-    def settle(self, cache: BranchedCache, state: BeamState) -> BranchedCache:
-        return cache.reorder(state.parents)
+    def parents(self, state: BeamState) -> jax.Array:
+        return state.parents
 
     def unfinished(self, state: BeamState) -> jax.Array:
         return ~state.ended

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxgen.base import BranchedCache, Internals, LogitsProcessor, Prompt, Strategy, step_buffers, write_step
-from jaxgen.processors.logits_process import guide, process
+from jaxgen.base import Internals, LogitsProcessor, Prompt, Strategy, step_buffers, write_step
+from jaxgen.processors.logits_process import process
 from jaxgen.processors.stopping_criteria import EosToken, MaxLength, any_of
 from jaxgen.processors.top_k import highest_few
 from jaxgen.pytree import Float32, Int32, pytree
@@ -29,10 +29,10 @@ class ContrastiveState:
         sequences: int32 [N, S]. The caller's prompt from column 0, then the new tokens.
         cur_len: int32 []. Valid columns of `sequences`.
         prompt_length: int32 []. Columns of the caller's prompt.
-        tokens: int32 [N * C]. The candidates, which the model sees next; with guidance twice, for both halves.
+        tokens: int32 [N * C]. The candidates, which the model sees next.
         probabilities: float32 [N, C]. Of the candidates.
         scores: float32 [N, V]. That made them likely; None if no criterion asks for them.
-        chosen: int32 [N]. Which of the candidates before these was taken; with guidance twice.
+        chosen: int32 [N]. Which of the candidates before these was taken.
         context: float32 [N, S, D]. The last hidden states of the columns of `sequences`, as unit vectors.
         compared: bool [N, S]. Which of them count: not those of padding, nor of columns to come.
         finished: bool [N]. Rows that ask for no more tokens; the bucket's rows from the start.
@@ -62,7 +62,7 @@ class ContrastiveSearch(Strategy):
     """Chooses the best candidate by (1 - penalty_alpha) * probability - penalty_alpha * highest cosine.
 
     Attributes:
-        eos, max_length, pad_token_id, processors, stopping_criteria, guidance_scale: as of `Sample`.
+        eos, max_length, pad_token_id, processors, stopping_criteria: as of `Sample`.
         penalty_alpha: float32 [], in [0, 1].
         top_k: C, static: the candidates of a step.
         outputs: what to record of every step, static: "scores", "logits", "chosen".
@@ -74,7 +74,6 @@ class ContrastiveSearch(Strategy):
     penalty_alpha: Float32
     processors: tuple[LogitsProcessor, ...] = ()
     stopping_criteria: tuple[Any, ...] = ()
-    guidance_scale: Float32 | None = None
     top_k: int = field(default=4, metadata={"static": True})
     outputs: tuple[str, ...] = field(default=(), metadata={"static": True})
 
@@ -92,9 +91,9 @@ class ContrastiveSearch(Strategy):
     def forward_passes(self, new_tokens: int) -> int:
         return new_tokens  # a token is chosen only after the model has seen it
 
-    def start(self, prompt: Prompt, slots: int, logits: jax.Array, internals: Internals) -> ContrastiveState:
-        whole = len(prompt.input_ids)
-        prompt = prompt.repeated(1, halved=self.guidance_scale is not None)
+    def start(
+        self, prompt: Prompt, slots: int, logits: jax.Array, scores: jax.Array, internals: Internals
+    ) -> ContrastiveState:
         rows, columns = prompt.input_ids.shape
         vocab_size = logits.shape[1]
         of_vocabulary = jax.ShapeDtypeStruct((rows, vocab_size), jnp.float32)
@@ -105,11 +104,11 @@ class ContrastiveSearch(Strategy):
             sequences=prompt.left_aligned(slots, 0),
             cur_len=prompt.length,
             prompt_length=prompt.length,
-            tokens=jnp.zeros(whole * self.top_k, jnp.int32),
+            tokens=jnp.zeros(rows * self.top_k, jnp.int32),
             probabilities=jnp.zeros((rows, self.top_k), jnp.float32),
             scores=jnp.zeros((rows, vocab_size), jnp.float32) if self.stopping_criteria else None,
-            chosen=jnp.zeros(whole, jnp.int32),
-            context=prompt.moved_left(_unit(internals["hidden_states"][-1][:rows]), slots),
+            chosen=jnp.zeros(rows, jnp.int32),
+            context=prompt.moved_left(_unit(internals["hidden_states"][-1]), slots),
             compared=prompt.moved_left(prompt.attention_mask, slots),
             finished=jnp.arange(rows) >= prompt.rows,
             invalid=jnp.zeros(rows, bool),
@@ -117,50 +116,53 @@ class ContrastiveSearch(Strategy):
             # One step more than there are tokens: the last one proposes candidates that nobody wants.
             recorded=step_buffers(self.outputs, slots - columns + 1, shapes),
         )
-        return self._propose(logits, state)
+        return self._propose(logits, scores, state)
 
-    def step(self, logits: jax.Array, internals: Internals, state: ContrastiveState) -> ContrastiveState:
-        rows, halves = len(state.sequences), 1 if self.guidance_scale is None else 2
-        hidden = _unit(internals["hidden_states"][-1][:rows])
+    def step(
+        self, logits: jax.Array, scores: jax.Array, internals: Internals, state: ContrastiveState
+    ) -> ContrastiveState:
+        rows = len(state.sequences)
+        hidden = _unit(internals["hidden_states"][-1])
         cosines = jnp.einsum("ncd,nsd->ncs", hidden, state.context)
         likeness = jnp.where(state.compared[:, None], cosines, -jnp.inf).max(axis=2)
         ranking = (1 - self.penalty_alpha) * state.probabilities - self.penalty_alpha * likeness
         # What is forbidden stays so, also where less than C tokens are allowed; transformers lets it compete.
         chosen = jnp.argmax(jnp.where(state.probabilities > 0, ranking, -jnp.inf), axis=1).astype(jnp.int32)
 
-        candidates = state.tokens[: rows * self.top_k].reshape(rows, self.top_k)
+        candidates = state.tokens.reshape(rows, self.top_k)
         tokens = jnp.take_along_axis(candidates, chosen[:, None], axis=1)
         if self.pad_token_id is not None:
             tokens = jnp.where(state.finished[:, None], self.pad_token_id, tokens)
         write = lax.dynamic_update_slice_in_dim
         sequences = write(state.sequences, tokens, state.cur_len, axis=1)
         empty = jnp.zeros((rows, 0), jnp.float32)
-        scores = empty if state.scores is None else state.scores  # only callers' criteria look at them
+        before = empty if state.scores is None else state.scores  # only callers' criteria look at them
         criteria = self.eos, self.max_length, *self.stopping_criteria
-        finished = state.finished | any_of(criteria, sequences, scores, state.cur_len + 1)
+        finished = state.finished | any_of(criteria, sequences, before, state.cur_len + 1)
         own = jnp.take_along_axis(hidden, chosen[:, None, None], axis=1)
         following = replace(
             state,
             sequences=sequences,
             cur_len=state.cur_len + 1,
-            chosen=jnp.tile(chosen, halves),
+            chosen=chosen,
             context=write(state.context, own, state.cur_len, axis=1),
             compared=write(state.compared, jnp.ones((rows, 1), bool), state.cur_len, axis=1),
             finished=finished,
         )
-        by_row = logits.reshape(halves * rows, self.top_k, -1)
-        return self._propose(jnp.take_along_axis(by_row, following.chosen[:, None, None], axis=1)[:, 0], following)
+        logits, scores = (
+            jnp.take_along_axis(array.reshape(rows, self.top_k, -1), chosen[:, None, None], axis=1)[:, 0]
+            for array in (logits, scores)
+        )
+        return self._propose(logits, scores, following)
 
-    def _propose(self, logits: jax.Array, state: ContrastiveState) -> ContrastiveState:
-        """The state with the candidates that the logits of the last column, float32 [N, V], make likeliest."""
-        logits, scores = guide(logits, self.guidance_scale)
+    def _propose(self, logits: jax.Array, scores: jax.Array, state: ContrastiveState) -> ContrastiveState:
+        """The state with the candidates that the scores of the last column, float32 [N, V], make likeliest."""
         scores, states = process(self.processors, state.sequences, scores, state.cur_len, state.processors)
         highest, tokens, invalid = highest_few(scores, self.top_k)
-        values = {"scores": scores, "logits": logits, "chosen": state.chosen[: len(scores)]}
-        halves = 1 if self.guidance_scale is None else 2
+        values = {"scores": scores, "logits": logits, "chosen": state.chosen}
         return replace(
             state,
-            tokens=jnp.tile(tokens.astype(jnp.int32).reshape(-1), halves),
+            tokens=tokens.astype(jnp.int32).reshape(-1),
             probabilities=jnp.exp(highest - jax.nn.logsumexp(scores, axis=1, keepdims=True)),
             scores=scores if self.stopping_criteria else None,
             invalid=state.invalid | (invalid & ~state.finished),
@@ -168,8 +170,8 @@ class ContrastiveSearch(Strategy):
             recorded=write_step(state.recorded, values, state.cur_len - state.prompt_length),
         )
 
-    def settle(self, cache: BranchedCache, state: ContrastiveState) -> BranchedCache:
-        return cache.keep(state.chosen)
+    def chosen(self, state: ContrastiveState) -> jax.Array:
+        return state.chosen
 
     def unfinished(self, state: ContrastiveState) -> jax.Array:
         return ~state.finished.all()

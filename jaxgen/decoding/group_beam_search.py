@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxgen.base import BranchedCache, Internals, LogitsProcessor, Prompt, Strategy, step_buffers, write_step
+from jaxgen.base import Internals, LogitsProcessor, Prompt, Strategy, step_buffers, write_step
 from jaxgen.decoding.beams import NEVER, Beams, take
-from jaxgen.processors.logits_process import guide, process, reorder
+from jaxgen.processors.logits_process import process, reorder
 from jaxgen.processors.stopping_criteria import EosToken, MaxLength, any_of
 from jaxgen.processors.top_k import highest_few
 from jaxgen.pytree import Bool, Float32, Int32, pytree
@@ -48,8 +48,8 @@ class GroupState:
         cur_len: int32 []. Valid columns of the running beams.
         prompt_length: int32 []. Columns of the caller's prompt.
         rows: int32 []. Rows of the caller's prompt.
-        tokens: int32 [B * b]. The last column of the running beams; with guidance twice, for both halves of the batch.
-        parents: int32 [B, b]. The running beam that each one continued; with guidance [2B, b].
+        tokens: int32 [B * b]. The last column of the running beams.
+        parents: int32 [B, b]. The running beam that each one continued.
         ended: bool []. Whether no prompt wants another token.
         invalid: bool [B]. Prompts whose scores held a NaN, an infinity, or no finite number.
         recorded: the outputs asked for, in buffers with a leading axis of steps.
@@ -79,7 +79,6 @@ class GroupBeamSearch(Strategy):
         length_penalty: float32 []. As of `BeamSearch`, like `stop_when_full`, `assume_longest` and `longest`.
         processors: in the order they act, on log-probabilities of one group at a time; see `logits_process`.
         stopping_criteria: the decode ends when they finish all running beams at once.
-        guidance_scale: as `Sample.guidance_scale`.
         num_beams: b, static.
         num_beam_groups: G, static.
         num_candidates: W, static: the continuations of a group among which beams finish or go on running.
@@ -97,7 +96,6 @@ class GroupBeamSearch(Strategy):
     longest: Int32
     processors: tuple[LogitsProcessor, ...] = ()
     stopping_criteria: tuple[Any, ...] = ()
-    guidance_scale: Float32 | None = None
     num_beams: int = field(default=4, metadata={"static": True})
     num_beam_groups: int = field(default=2, metadata={"static": True})
     num_candidates: int = field(default=4, metadata={"static": True})
@@ -115,15 +113,21 @@ class GroupBeamSearch(Strategy):
     def cache_slots(self, columns: int, new_tokens: int) -> int:
         return columns + self.num_beams * new_tokens
 
-    def start(self, prompt: Prompt, slots: int, logits: jax.Array, internals: Internals) -> GroupState:
+    @property
+    def log_probabilities(self) -> bool:
+        return True
+
+    def start(
+        self, prompt: Prompt, slots: int, logits: jax.Array, scores: jax.Array, internals: Internals
+    ) -> GroupState:
         state = self._init(prompt, slots, logits.shape[1])
-        return self.step(jnp.repeat(logits, self.num_beams, axis=0), internals, state)
+        logits, scores = (jnp.repeat(array, self.num_beams, axis=0) for array in (logits, scores))
+        return self.step(logits, scores, internals, state)
 
     def _init(self, prompt: Prompt, slots: int, vocab_size: int) -> GroupState:
-        prompts = prompt.repeated(1, halved=self.guidance_scale is not None)
-        rows, columns = prompts.input_ids.shape
-        beams = Beams.of_prompts(prompts, slots, self.pad_token_id, self.group_size)
-        repeated = prompts.repeated(self.group_size)
+        rows, columns = prompt.input_ids.shape
+        beams = Beams.of_prompts(prompt, slots, self.pad_token_id, self.group_size)
+        repeated = prompt.repeated(self.group_size)
         group = Group(
             # Only the first beam counts at first: the others would choose the same tokens again.
             running=replace(beams, scores=beams.scores.at[:, 1:].set(NEVER)),
@@ -146,10 +150,7 @@ class GroupBeamSearch(Strategy):
             recorded=step_buffers(self.outputs, slots - columns, shapes),
         )
 
-    def step(self, logits: jax.Array, internals: Internals, state: GroupState) -> GroupState:
-        logits, scores = guide(logits, self.guidance_scale)
-        if self.guidance_scale is None:
-            scores = jax.nn.log_softmax(scores)
+    def step(self, logits: jax.Array, scores: jax.Array, internals: Internals, state: GroupState) -> GroupState:
         by_group = scores.reshape(-1, self.num_beam_groups, self.group_size, scores.shape[1])
         chosen = jnp.zeros(
             (len(by_group), scores.shape[1]), jnp.float32
@@ -171,14 +172,13 @@ class GroupBeamSearch(Strategy):
         criteria = self.eos, self.max_length, *self.stopping_criteria
         hits = unused | any_of(criteria, sequences, processed, state.cur_len + 1)
         values = {"scores": processed, "logits": logits, "parents": parents}
-        halves = 1 if self.guidance_scale is None else 2
         return GroupState(
             groups=groups,
             cur_len=state.cur_len + 1,
             prompt_length=state.prompt_length,
             rows=state.rows,
-            tokens=jnp.tile(tokens.reshape(-1), halves),
-            parents=jnp.tile(parents, (halves, 1)),
+            tokens=tokens.reshape(-1),
+            parents=parents,
             ended=jnp.stack([group.done for group in groups]).all() | hits.all(),
             invalid=state.invalid | jnp.stack([each.invalid for each in found]).any(axis=0),
             recorded=write_step(state.recorded, values, state.cur_len - state.prompt_length),
@@ -232,8 +232,8 @@ class GroupBeamSearch(Strategy):
         """int32 []: by how many tokens a running beam's hope is judged."""
         return jnp.where(self.assume_longest, self.longest, state.cur_len + 1) - state.prompt_length
 
-    def settle(self, cache: BranchedCache, state: GroupState) -> BranchedCache:
-        return cache.reorder(state.parents)
+    def parents(self, state: GroupState) -> jax.Array:
+        return state.parents
 
     def unfinished(self, state: GroupState) -> jax.Array:
         return ~state.ended

@@ -34,6 +34,8 @@ class DecodeState:
 
     Attributes:
         steps: int32 []. Forward passes since the prompt's.
+        guidance_scale: float32 []. If given, the model reads every token twice: behind its prompt in the upper half of
+            the batch, behind the negative prompt in the lower. The strategy sees one half.
         prompt_internals: of the prompt's forward pass, as `Model.extend` returns them.
         step_internals: of the passes since, in buffers with a leading axis of steps.
     """
@@ -41,6 +43,7 @@ class DecodeState:
     cache: Cache
     inner: StrategyState
     steps: jax.Array
+    guidance_scale: jax.Array | None
     prompt_internals: Internals
     step_internals: Internals
 
@@ -108,7 +111,8 @@ def _prefill(
     """
     rows, columns = prompt.input_ids.shape
     logits, cache, internals = _read(model, prompt, _both(collect, strategy))
-    inner = strategy.start(prompt, slots, logits, internals)
+    logits, scores, own = _guided(strategy, prompt.guidance_scale, logits, internals)
+    inner = strategy.start(prompt.without_negatives(), slots, logits, scores, own)
     if strategy.copies > 1:
         cache = cache.take(jnp.repeat(jnp.arange(rows), strategy.copies))
     cache = cache.grow(cache_slots or strategy.cache_slots(prompt.cache_slots, slots - columns))
@@ -116,9 +120,10 @@ def _prefill(
         cache = cache.branch(strategy.branches)
     buffers: Internals = {}
     if collect:
-        step = jax.eval_shape(lambda: _extend(model, cache, inner.tokens, collect)[2])
+        step = jax.eval_shape(lambda: _extend(model, cache, inner.tokens, prompt.guidance_scale, collect)[2])
         buffers = jax.tree.map(lambda x: jnp.zeros((slots - columns, *x.shape), x.dtype), step)
-    return DecodeState(cache, inner, jnp.int32(0), {name: internals[name] for name in collect}, buffers)
+    prompt_internals = {name: internals[name] for name in collect}
+    return DecodeState(cache, inner, jnp.int32(0), prompt.guidance_scale, prompt_internals, buffers)
 
 
 def _read(model: Model, prompt: Prompt, collect: tuple[str, ...]) -> tuple[jax.Array, Cache, Internals]:
@@ -156,13 +161,14 @@ def _advance(
         return (state.steps < last) & strategy.unfinished(state.inner)
 
     def step(state: DecodeState) -> DecodeState:
-        logits, cache, internals = _extend(model, state.cache, state.inner.tokens, _both(collect, strategy))
+        scale = state.guidance_scale
+        logits, cache, internals = _extend(model, state.cache, state.inner.tokens, scale, _both(collect, strategy))
         write = functools.partial(lax.dynamic_update_index_in_dim, index=state.steps, axis=0)
         buffers = jax.tree.map(write, state.step_internals, {name: internals[name] for name in collect})
-        inner = strategy.step(logits, internals, state.inner)
+        inner = strategy.step(*_guided(strategy, scale, logits, internals), state.inner)
         if strategy.branches > 1:
-            cache = strategy.settle(cache, inner)
-        return DecodeState(cache, inner, state.steps + 1, state.prompt_internals, buffers)
+            cache = _branched_on(cache, strategy, inner, scale)
+        return DecodeState(cache, inner, state.steps + 1, scale, state.prompt_internals, buffers)
 
     return lax.while_loop(unfinished, step, state)
 
@@ -173,11 +179,41 @@ def _both(collect: tuple[str, ...], strategy: Strategy) -> tuple[str, ...]:
 
 
 def _extend(
-    model: Model, cache: Cache, tokens: jax.Array, collect: tuple[str, ...]
-) -> tuple[jax.Array, Cache, Internals]:
-    """One forward pass over int32 [N] tokens, or over [N * C], one for each branch."""
-    columns = tokens.reshape(-1, cache.branches)
+    model: Model, cache: Any, tokens: jax.Array, guidance_scale: jax.Array | None, collect: tuple[str, ...]
+) -> tuple[jax.Array, Any, Internals]:
+    """One forward pass over int32 [N] tokens, or over [N * C], one for each branch; with guidance over 2N rows."""
+    columns = _for_both_halves(tokens, guidance_scale).reshape(-1, cache.branches)
     return model.extend(cache, columns, jnp.ones_like(columns, bool), None, collect)
+
+
+def _branched_on(cache: Any, strategy: Strategy, inner: StrategyState, guidance_scale: jax.Array | None) -> Any:
+    """The cache of branches after a step: each continues one of those before it."""
+    if (parents := strategy.parents(inner)) is not None:
+        cache = cache.reorder(_for_both_halves(parents, guidance_scale))
+    if (chosen := strategy.chosen(inner)) is not None:
+        cache = cache.keep(_for_both_halves(chosen, guidance_scale))
+    return cache
+
+
+def _for_both_halves(array: jax.Array, guidance_scale: jax.Array | None) -> jax.Array:
+    """An array of N rows for the N rows of the model, or with guidance for its 2N."""
+    return array if guidance_scale is None else jnp.concatenate([array, array])
+
+
+def _guided(
+    strategy: Strategy, guidance_scale: jax.Array | None, logits: jax.Array, internals: Internals
+) -> tuple[jax.Array, jax.Array, Internals]:
+    """What a strategy sees of a forward pass: logits, the scores that the processors start from, and internals.
+
+    Guidance is that of transformers 5.24 `UnbatchedClassifierFreeGuidanceLogitsProcessor`, but the negative prompts are
+    the lower half of the batch, so that the weights are read once.
+    """
+    if guidance_scale is None:
+        return logits, jax.nn.log_softmax(logits) if strategy.log_probabilities else logits, internals
+    rows = len(logits) // 2
+    guided, negative = jnp.split(jax.nn.log_softmax(logits), 2)
+    scores = guidance_scale * (guided - negative) + negative
+    return logits[:rows], scores, jax.tree.map(lambda array: array[: len(array) // 2], internals)
 
 
 _compile_counts: Counter[str] = Counter()

@@ -16,10 +16,10 @@ from jax import lax
 
 from jaxgen.base import Internals, LogitsProcessor, Prompt, Strategy, step_buffers, write_step
 from jaxgen.decoding.gumbel import gumbel, row_keys
-from jaxgen.processors.logits_process import TopK, TopP, Warper, guide, process
+from jaxgen.processors.logits_process import TopK, TopP, Warper, process
 from jaxgen.processors.stopping_criteria import EosToken, MaxLength, any_of
 from jaxgen.processors.top_k import first_highest, highest_few, in_blocks
-from jaxgen.pytree import Float32, Int32, pytree
+from jaxgen.pytree import Int32, pytree
 
 WINDOW = 64  # candidates of a draw; holds the usual top_k of 50
 
@@ -33,7 +33,7 @@ class SampleState:
         sequences: int32 [N, S]. Hugging Face's `input_ids`: the caller's prompt from column 0, then the new tokens.
         cur_len: int32 []. Valid columns of `sequences`.
         prompt_length: int32 []. Columns of the caller's prompt.
-        tokens: int32 [N]. The last valid column; with guidance twice, for both halves of the batch.
+        tokens: int32 [N]. The last valid column.
         finished: bool [N]. Rows that ask for no more tokens; the bucket's rows from the start.
         invalid: bool [N]. Rows whose scores held a NaN, an infinity, or no finite number before they were finished.
         keys: uint32 [N, 2], or None if nothing is drawn.
@@ -66,7 +66,6 @@ class Sample(Strategy):
             folded with i.
         processors: in the order they act; see `logits_process`.
         stopping_criteria: more ways to finish, called with (input_ids, scores, cur_len) after each token.
-        guidance_scale: float32 [], or None. If given, the lower half of the prompt's rows are negative prompts.
         num_return_sequences: R, static.
         outputs: what to record of every step, static: "scores", "logits", "logprobs".
     """
@@ -77,7 +76,6 @@ class Sample(Strategy):
     key: jax.Array | None = None
     processors: tuple[LogitsProcessor, ...] = ()
     stopping_criteria: tuple[Any, ...] = ()
-    guidance_scale: Float32 | None = None
     num_return_sequences: int = field(default=1, metadata={"static": True})
     outputs: tuple[str, ...] = field(default=(), metadata={"static": True})
 
@@ -85,14 +83,17 @@ class Sample(Strategy):
     def copies(self) -> int:
         return self.num_return_sequences
 
-    def start(self, prompt: Prompt, slots: int, logits: jax.Array, internals: Internals) -> SampleState:
+    def start(
+        self, prompt: Prompt, slots: int, logits: jax.Array, scores: jax.Array, internals: Internals
+    ) -> SampleState:
         state = self.init(prompt, slots, logits.shape[1])
-        return self.step(jnp.repeat(logits, self.copies, axis=0), internals, state)
+        logits, scores = (jnp.repeat(array, self.copies, axis=0) for array in (logits, scores))
+        return self.step(logits, scores, internals, state)
 
     def init(self, prompt: Prompt, slots: int, vocab_size: int) -> SampleState:
         """The state before the first token."""
         tokens = jnp.repeat(prompt.input_ids[:, -1], self.num_return_sequences)
-        prompt = prompt.repeated(self.num_return_sequences, halved=self.guidance_scale is not None)
+        prompt = prompt.repeated(self.num_return_sequences)
         rows, columns = prompt.input_ids.shape
         of_vocabulary = jax.ShapeDtypeStruct((rows, vocab_size), jnp.float32)
         of_rows = jax.ShapeDtypeStruct((rows,), jnp.float32)
@@ -112,8 +113,7 @@ class Sample(Strategy):
             recorded=step_buffers(names, slots - columns, shapes),
         )
 
-    def step(self, logits: jax.Array, internals: Internals, state: SampleState) -> SampleState:
-        logits, scores = guide(logits, self.guidance_scale)
+    def step(self, logits: jax.Array, scores: jax.Array, internals: Internals, state: SampleState) -> SampleState:
         few = self._first_warper()
         scores, states = process(self.processors[:few], state.sequences, scores, state.cur_len, state.processors[:few])
         tokens, log_p, invalid = self._choose(scores, self.processors[few:], state)
@@ -131,7 +131,7 @@ class Sample(Strategy):
             sequences=sequences,
             cur_len=cur_len,
             prompt_length=state.prompt_length,
-            tokens=tokens if self.guidance_scale is None else jnp.tile(tokens, 2),
+            tokens=tokens,
             finished=finished,
             invalid=state.invalid | (invalid & ~state.finished),
             keys=state.keys,

@@ -353,7 +353,7 @@ def lower_for_any_device(
     else:
         _need_plain(read, chunk, "`guidance_scale`", "which reads negative prompts beside the others")
         negative = custom.negative_prompt_ids, custom.negative_prompt_attention_mask
-        prompt = with_negative_prompts(model, read, *checked_negatives(model, read, *negative))
+        prompt = with_negative_prompts(model, read, *checked_negatives(model, read, *negative), guidance_scale)
         seen = np.arange(prompt.cache_slots - columns, prompt.cache_slots)
     warn_about_new_functions("logits_processor", custom.logits_processor)
     warn_about_new_functions("stopping_criteria", custom.stopping_criteria)
@@ -381,7 +381,6 @@ def lower_for_any_device(
                 for each in criteria
             ),
         ),
-        guidance_scale=guidance_scale,
     )
     collect = tuple(name for name in ("attentions", "hidden_states") if name in config.outputs)
     strategy = strategy_for(

@@ -33,7 +33,7 @@ def processor_list(
     host: HostFunctions,
     rows: int,
 ) -> tuple[LogitsProcessor, ...]:
-    """The processors of one call, but for guidance, which needs the model and is the strategy's.
+    """The processors of one call, but for guidance, which is part of the prompt and of the loop.
 
     Args:
         config: of the call.

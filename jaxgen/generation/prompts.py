@@ -96,7 +96,9 @@ def padded_prompt(
     return prompt, np.concatenate([np.arange(seen), seen + places])
 
 
-def with_negative_prompts(model: Model, inputs: Inputs, negative_ids: np.ndarray, negative_mask: np.ndarray) -> Prompt:
+def with_negative_prompts(
+    model: Model, inputs: Inputs, negative_ids: np.ndarray, negative_mask: np.ndarray, guidance_scale: float
+) -> Prompt:
     """The prompts and below them the negative ones, each [B, P'], in one batch whose weights are read once."""
     columns = inputs.input_ids.shape[1]
     width = max(columns, negative_ids.shape[1])
@@ -111,6 +113,7 @@ def with_negative_prompts(model: Model, inputs: Inputs, negative_ids: np.ndarray
     # Transformers counts the positions of a prompt by its mask, but those of a negative prompt by its columns.
     by_mask = counted_positions(np.asarray(guided.attention_mask))
     by_column = np.maximum(np.arange(by_mask.shape[1]) - by_mask.shape[1] + negative_ids.shape[1], 0)
+    scale: Any = guidance_scale
     position_ids: Any = np.concatenate([by_mask, np.broadcast_to(by_column, by_mask.shape)])
     return Prompt(
         input_ids=np.concatenate([guided.input_ids, negative.input_ids]),
@@ -118,4 +121,5 @@ def with_negative_prompts(model: Model, inputs: Inputs, negative_ids: np.ndarray
         length=columns,
         rows=guided.rows,
         position_ids=position_ids,
+        guidance_scale=scale,
     )

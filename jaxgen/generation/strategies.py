@@ -19,7 +19,6 @@ class Rules:
     max_length: MaxLength
     processors: tuple[Any, ...]
     stopping_criteria: tuple[Any, ...]
-    guidance_scale: Any
 
 
 def strategy_for(

@@ -48,22 +48,6 @@ def reorder(processors: Sequence[LogitsProcessor], states: Sequence[Any], rows: 
     return tuple(processor.reorder(state, rows) for processor, state in zip(processors, states, strict=True))
 
 
-def guide(logits: jax.Array, guidance_scale: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """Classifier-free guidance: the logits of the prompts, and the scores to process, each float32 [N, V].
-
-    Same as transformers 5.24 `UnbatchedClassifierFreeGuidanceLogitsProcessor`, but the negative prompts are the lower
-    half of the batch, so that the weights are read once.
-
-    Args:
-        logits: float32 [N, V], or with a scale [2N, V].
-        guidance_scale: float32 [], or None for no guidance.
-    """
-    if guidance_scale is None:
-        return logits, logits
-    guided, negative = jnp.split(jax.nn.log_softmax(logits), 2)
-    return logits[: len(guided)], guidance_scale * (guided - negative) + negative
-
-
 @pytree
 @dataclass(frozen=True)
 class SequenceBias(LogitsProcessor):

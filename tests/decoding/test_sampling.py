@@ -84,7 +84,8 @@ def _drawn(processors: tuple[Any, ...], logits: jax.Array, key: Any, rows: int, 
     prompt = jaxgen.Prompt(ids, ids > 0, jnp.int32(1), jnp.int32(rows))
     stop = jaxgen.EosToken(jnp.array([-1])), jaxgen.MaxLength(jnp.int32(2)), jnp.int32(0)
     strategy = jaxgen.Sample(*stop, key, processors)
-    return strategy.start(prompt, 2, jnp.broadcast_to(logits, (rows, len(logits))), {}).tokens
+    logits = jnp.broadcast_to(logits, (rows, len(logits)))
+    return strategy.start(prompt, 2, logits, logits, {}).tokens
 
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.sweep) for seed in (1, 2))])
@@ -207,7 +208,7 @@ def test_a_row_with_nan_or_infinity_is_reported_and_draws_a_token_of_the_vocabul
     prompt = jaxgen.Prompt(jnp.ones((3, 1), jnp.int32), jnp.ones((3, 1), bool), jnp.int32(1), jnp.int32(3))
     stop = jaxgen.EosToken(jnp.array([-1])), jaxgen.MaxLength(jnp.int32(2)), jnp.int32(0)
     strategy = jaxgen.Sample(*stop, jax.random.key(0), tuple(processors))
-    state = strategy.start(prompt, 2, jnp.asarray(logits), {})
+    state = strategy.start(prompt, 2, jnp.asarray(logits), jnp.asarray(logits), {})
     assert state.invalid.tolist() == [False, True, True]
     assert all(0 <= token < 97 for token in state.tokens.tolist())
 
