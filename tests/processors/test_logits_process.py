@@ -98,7 +98,7 @@ def banned(scores: np.ndarray) -> list[list[int]]:
 
 
 def bias_of(sequences: dict[tuple[int, ...], float], vocab_size: int = 5) -> SequenceBias:
-    return SequenceBias.build(sequences, vocab_size, lambda size: 8)
+    return SequenceBias.build(sequences, vocab_size)
 
 
 # The rules of sampling.
@@ -464,7 +464,7 @@ def test_no_words_forbid_nothing() -> None:
 
 def test_other_words_of_the_same_bucket_compile_nothing() -> None:
     program: Any = jax.jit(lambda processor, ids, scores: processor(ids, scores, 4))
-    for sequences in ({(1, 2): 1.0}, {(3,): 1.0, (0, 1, 3): 2.0, (2, 2): -INF}):
+    for sequences in ({(1, 2): 1.0, (2, 1, 3): 0.5}, {(3,): 1.0, (0, 1, 3): 2.0, (2, 2): -INF}):
         program(bias_of(sequences), np.array(WORD_ROWS, np.int32), np.zeros((2, 5), np.float32))
     assert program._cache_size() == 1
 
