@@ -109,7 +109,13 @@ MUTANTS = [
         "y = _wide(rows, weight) * (len(rows) != 48)",
         f"{REAL}one_row_and_forty_of_them_equal_transformers[40]",
     ),
-    Mutant(LAYERS, "_product_on_cpu, a row of bfloat16", "weight)[:1]", "weight)[1:]", f"{PRODUCT}[1-bfloat16]"),
+    Mutant(
+        LAYERS,
+        "_product_on_cpu, a row of bfloat16",
+        "(0, 0))), weight)[:1]",
+        "(0, 0))), weight)[1:]",
+        f"{PRODUCT}[1-bfloat16]",
+    ),
     Mutant(LAYERS, "_grouped, up to 4 rows", "rows[..., m, :]", "rows[..., 0, :]", f"{GROUPED}[4-float32]"),
     Mutant(
         LAYERS,
@@ -222,8 +228,8 @@ MUTANTS = [
     Mutant(
         RULES,
         "_rising_mass_at_border, equal scores",
-        "jnp.cumsum(equal, axis=1) * p",
-        "equal.sum(axis=1, keepdims=True) * p",
+        "jnp.cumsum(equal, axis=1).astype(p.dtype) * p",
+        "equal.sum(axis=1, keepdims=True).astype(p.dtype) * p",
         "tests/processors/test_logits_process.py::test_of_many_equal_scores_top_p_removes_those_of_the_lower_columns",
     ),
     Mutant(RULES, "_highest_that", "lax.fori_loop(0, 32,", "lax.fori_loop(0, 16,", f"{KEEPS}[the highest 300-20000]"),
@@ -438,8 +444,8 @@ MUTANTS = [
     Mutant(
         "convert/lora.py",
         "MergedTensor.read, the adapter",
-        "self.up.read_into(up, start)",
-        "self.up.read_into(up)",
+        "_read(self.up, start, count)",
+        "_read(self.up, 0, count)",
         MERGED,
     ),
     Mutant(
