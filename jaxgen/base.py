@@ -86,7 +86,7 @@ class Prompt:
         padding: int32 []. How many columns at the start of the forward pass, or of its last chunk, only fill a bucket.
             May be None if no text comes before them.
         guidance_scale: float32 []. If given, the lower half of the rows are the negative prompts of the upper half, and
-            `rows` counts those of the upper half only.
+            `rows` counts the upper half only.
         chunk: columns to read at a time, static; None for all at once.
     """
 

@@ -210,10 +210,10 @@ def _guided(
     """
     if guidance_scale is None:
         return logits, jax.nn.log_softmax(logits) if strategy.log_probabilities else logits, internals
-    rows = len(logits) // 2
     guided, negative = jnp.split(jax.nn.log_softmax(logits), 2)
     scores = guidance_scale * (guided - negative) + negative
-    return logits[:rows], scores, jax.tree.map(lambda array: array[: len(array) // 2], internals)
+    logits, internals = jax.tree.map(lambda array: array[: len(array) // 2], (logits, internals))
+    return logits, scores, internals
 
 
 _compile_counts: Counter[str] = Counter()

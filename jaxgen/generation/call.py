@@ -21,7 +21,7 @@ class Call:
         forward_passes: after the prompt's, at the most.
         rows: of the caller's prompt, B.
         columns: of the caller's prompt, as text.
-        seen: int [M]. The slots of its columns in the cache, those of a continued cache first.
+        seen: int [M]. The cache slots of its columns, with the slots of a continued cache first.
         fresh: T of these, which the prompt's forward pass reads.
         inputs: the caller's prompt, checked.
         host: what runs on the host.

@@ -81,12 +81,12 @@ class CacheSize:
 
 
 def cache_sizes(model: Model, call: Call, weights: int) -> Generator[CacheSize]:
-    """The sizes that the cache of a call grows through: doubled, and from 2048 slots on those of `bucket`.
+    """The sizes that the cache of a call grows through: powers of two up to 2048 slots, buckets beyond.
 
     Every step reads all slots, so there are at most twice as many as are needed, and beyond 2048 at most 1.5 times.
-    Two exceptions: slots whose bytes do not count beside those of the weights, and a last size up to 1.5 times the one
-    that it saves. A size costs a compile, which takes a long text to pay for itself: 3072 slots
-    instead of 4096 save 6 ms of each of a thousand steps (135M on a CPU, batch 1).
+    Two exceptions: slots that are few bytes beside the weights, and a last size up to 1.5 times the one that it saves.
+    Each size costs a compile, which takes a long text to pay for itself: 3072 slots instead of 4096 save 6 ms of each
+    of a thousand steps (135M on a CPU, batch 1).
     """
     if call.reserved:  # and doubled, so that a conversation meets few sizes
         size, used = call.reserved, int(call.seen[-1]) + 1

@@ -136,9 +136,9 @@ def _without_buckets(call: Call, fetched: dict[str, Any], state: DecodeState) ->
     """The output of a call without its buckets; copies are writable and do not keep a bucket alive.
 
     Args:
-        call: what ran.
+        call: the call that ran.
         fetched: the outputs of its strategy, on the host.
-        state: its `DecodeState` at the end.
+        state: at the end of its decode.
     """
     config, steps = call.config, int(fetched["length"]) - call.columns
     rows = call.rows * call.strategy.copies * config.num_beams
