@@ -28,9 +28,11 @@ from common import record
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxgen.base import Call
 from jaxgen.checkpoint.load import abstract, named_leaves
 from jaxgen.decoding import loop
-from jaxgen.generation.api import lower_for_any_device
+from jaxgen.generation.build import build_call, read_request
+from jaxgen.generation.request import Request
 from jaxgen.models import FAMILIES
 from jaxgen.planning.plan import plan
 from jaxgen.planning.shapes import SHAPES
@@ -145,9 +147,9 @@ def examine(case: Case, found: Any) -> dict[str, Any]:
         "roofline_tokens_per_s": planned.tokens_per_s,
         "refused": None,
     }
-    model, prompt, strategy, slots, everywhere = programs(case, found)
+    model, call, everywhere = programs(case, found)
     try:
-        lowered = loop.prefill.lower(model, prompt, strategy, slots, ())
+        lowered = loop.prefill.lower(model, call, ())
         prefill, figures["prefill_compile_s"] = timed(lowered)
         shardings = prefill.output_shardings[0]
         state = jax.tree.map(placed, lowered.out_info[0], shardings)
@@ -155,7 +157,7 @@ def examine(case: Case, found: Any) -> dict[str, Any]:
         cache = [array for layer in state.cache.layers for array in layer]
         shares = [math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize for array in cache]
         advance, figures["decode_compile_s"] = timed(
-            loop.advance.lower(model, state, strategy, placed(np.int32(1), everywhere), ())
+            loop.advance.lower(model, state, call.strategy, placed(np.int32(1), everywhere), ())
         )
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
@@ -189,7 +191,7 @@ def examine(case: Case, found: Any) -> dict[str, Any]:
     return figures
 
 
-def programs(case: Case, found: Any) -> tuple[Any, Any, Any, int, NamedSharding]:
+def programs(case: Case, found: Any) -> tuple[Any, Call, NamedSharding]:
     """The arguments of the programs, as shapes that have their places; and the place of what is everywhere."""
     grid = Mesh(np.array(found).reshape(case.mesh), ("data", "tensor"))
     everywhere = NamedSharding(grid, PartitionSpec())
@@ -206,12 +208,12 @@ def programs(case: Case, found: Any) -> tuple[Any, Any, Any, int, NamedSharding]
 
     def lowered(model: Any) -> None:
         prompt = np.ones((case.batch, case.prompt_tokens), np.int32)
-        calls.append(lower_for_any_device(model, prompt, None, options))
+        request = Request(inputs=prompt, keywords=options)
+        calls.append(build_call(model, request, *read_request(model, request)).call)
 
     jax.eval_shape(lowered, model)
     (call,) = calls
-    prompt, strategy = jax.tree.map(lambda leaf: placed(leaf, everywhere), (call.prompt, call.strategy))
-    return model, prompt, strategy, call.slots, everywhere
+    return model, jax.tree.map(lambda leaf: placed(leaf, everywhere), call), everywhere
 
 
 def placed(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:

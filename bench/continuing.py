@@ -87,7 +87,7 @@ def chunks(model: Any, repeats: int) -> dict[str, Any]:
     tokens, times = [], []
     for name, size in (("without", None), ("with", CHUNK)):
         call = jaxgen.prepare(model, prompt, prefill_chunk_size=size, **arguments)
-        program = jax.jit(lambda model, call=call: jaxgen.decode(model, call.prompt, call.strategy, call.slots))
+        program = jax.jit(lambda model, call=call: jaxgen.decode(model, call))
         figures[name] = program.lower(model).compile().memory_analysis().temp_size_in_bytes / 1e6
         run = lambda size=size: jaxgen.generate(model, prompt, prefill_chunk_size=size, **arguments)  # noqa: E731
         tokens.append(run())

@@ -14,7 +14,6 @@ the first variant of that batch (random weights in bfloat16: a few may differ).
 import argparse
 import collections
 import dataclasses
-import functools
 import json
 import statistics
 import subprocess
@@ -31,7 +30,8 @@ from common import bandwidth, continued, random_prompts, record, varied
 
 import jaxgen
 from jaxgen.decoding import loop
-from jaxgen.generation.api import lower_for_any_device
+from jaxgen.generation.build import build_call, read_request
+from jaxgen.generation.request import Request
 from jaxgen.models.int8 import quantised
 from jaxgen.planning.shapes import SHAPES
 
@@ -174,9 +174,9 @@ def started(model: Any, batch: int, arguments: argparse.Namespace) -> tuple[Any,
     """The strategy of a greedy call, and its state as after a prompt, whose keys and values are random numbers."""
     prompts = random_prompts(model.vocab_size, batch, arguments.columns)
     options = {"max_new_tokens": arguments.slots - arguments.columns, "eos_token_id": None}
-    call = lower_for_any_device(model, prompts, None, {**options, "attention_mask": np.ones_like(prompts)})
-    prefill = functools.partial(loop._prefill, slots=call.slots, cache_slots=arguments.slots)
-    shapes = jax.eval_shape(lambda model: prefill(model, call.prompt, call.strategy), model)
+    request = Request(inputs=prompts, keywords={**options, "attention_mask": np.ones_like(prompts)})
+    call = build_call(model, request, *read_request(model, request)).call
+    shapes = jax.eval_shape(lambda model: loop._prefill(model, call, cache_slots=arguments.slots), model)
 
     @jax.jit
     def make(key: jax.Array) -> Any:

@@ -23,7 +23,9 @@ from common import bandwidth, continued, positive, random_prompts, record, step_
 
 import jaxgen
 from jaxgen.buckets import bucket
+from jaxgen.generation.api import prepare_call
 from jaxgen.generation.driver import cache_sizes
+from jaxgen.generation.request import Request
 from jaxgen.planning.shapes import SHAPES
 
 FRESH = 16  # columns of a prompt that its call reads, the others being in a cache
@@ -98,7 +100,8 @@ def by_length(model: Any, lengths: list[int], room: int, steps: int, repeats: in
     def call(length: int) -> Callable[[int], Any]:
         past = copy.copy(whole)
         past.crop(length - max(lengths))
-        prepared = jaxgen.prepare(model, ids[:, :length], cache=past, max_new_tokens=room - length)
+        keywords = {"cache": past, "max_new_tokens": room - length}
+        prepared = prepare_call(model, Request(inputs=ids[:, :length], keywords=keywords))
         slots[length] = next(cache_sizes(model, prepared, weights)).slots
 
         def run(steps: int) -> Any:

@@ -217,7 +217,7 @@ def scored_beams(model: Any, prompts: np.ndarray, new_tokens: int) -> tuple[np.n
         eos_token_id=None,
         **DECODES["beams"],
     )
-    outputs = jax.jit(lambda model: jaxgen.decode(model, call.prompt, call.strategy, call.slots))(model)
+    outputs = jax.jit(lambda model: jaxgen.decode(model, call))(model)
     best, scores = (np.asarray(outputs[name])[: len(prompts), 0] for name in ("sequences", "sequences_scores"))
     return best[:, : prompts.shape[1] + new_tokens], scores
 

@@ -79,15 +79,16 @@ def train_step(
     call: jaxgen.Call, reward: Callable, update: Callable, model: Model, state: optax.OptState, key: jax.Array
 ) -> tuple[Model, optax.OptState, dict[str, jax.Array]]:
     """Returns the model and the optimizer state after one step, and a report of its rollouts."""
-    rollout = jaxgen.decode(model, call.prompt, replace(call.strategy, key=key), call.slots)
+    rollout = jaxgen.decode(model, replace(call, strategy=replace(call.strategy, key=key)))
     # `decode` works on padded shapes; `generate` would trim them on the host, here it is two slices.
-    rows = call.rows * GROUP
-    sequences = rollout["sequences"][:rows, : call.columns + NEW_TOKENS]
+    prompts, length = int(call.prompt.rows), int(call.prompt.length)
+    rows = prompts * GROUP
+    sequences = rollout["sequences"][:rows, : length + NEW_TOKENS]
     old_logprobs = rollout["logprobs"][:rows, :NEW_TOKENS]
-    prompt_mask = jnp.repeat(call.prompt.attention_mask[: call.rows, -call.columns :], GROUP, axis=0)
+    prompt_mask = jnp.repeat(call.prompt.attention_mask[:prompts, -length:], GROUP, axis=0)
     mask = jnp.pad(prompt_mask, ((0, 0), (0, NEW_TOKENS)), constant_values=True)
 
-    rewards = reward(sequences[:, call.columns :])
+    rewards = reward(sequences[:, length:])
     groups = rewards.reshape(-1, GROUP)
     # How much better than the average of the same prompt: the group takes the place of a learned value function.
     advantages = (groups - groups.mean(axis=1, keepdims=True)) / (groups.std(axis=1, keepdims=True) + 1e-4)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from jaxgen.version import __version__
 
 if TYPE_CHECKING:
-    from jaxgen.base import LogitsProcessor, Model, Prompt, Strategy
+    from jaxgen.base import Call, LogitsProcessor, Model, Prompt, Strategy
     from jaxgen.checkpoint.files import CheckpointError
     from jaxgen.checkpoint.load import BUNDLED_MODEL, from_config, load, save
     from jaxgen.decoding.beam_search import BeamSearch
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from jaxgen.decoding.loop import compile_counts, decode
     from jaxgen.decoding.sampling import Sample
     from jaxgen.generation.api import generate, prepare, stream
-    from jaxgen.generation.call import Call
     from jaxgen.generation.outputs import compute_transition_scores
     from jaxgen.generation.past_key_values import PastKeyValues
     from jaxgen.generation.text_stream import stream_text
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "BUNDLED_MODEL": "checkpoint.load",
     "BeamSearch": "decoding.beam_search",
-    "Call": "generation.call",
+    "Call": "base",
     "CheckpointError": "checkpoint.files",
     "ContrastiveSearch": "decoding.contrastive_search",
     "EosToken": "processors.stopping_criteria",

@@ -15,7 +15,7 @@ Dimension letters, used in every docstring of the package:
     H  head dimension
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol, Self, TypeVar
@@ -67,62 +67,35 @@ def write_step(buffers: dict[str, jax.Array], values: Mapping[str, jax.Array], s
 @pytree
 @dataclass(frozen=True)
 class Prompt:
-    """A batch of prompts as the compiled program takes it, padded to its buckets on the left and below.
+    """The text of a batch of prompts, as processors and strategies see it: in a bucket, padded on the left and below.
 
-    The first four fields are the text, as processors see it. The others say how the model's forward pass over it
-    differs from one over all of its tokens; with any of them, `position_ids` must be given.
+    ```
+                 P = 8, length = 5
+    row 0     .  .  .  a  b  c  d  e      "." is padding of the bucket,
+    row 1     .  .  .  -  -  f  g  h      "-" is the caller's own,
+    row 2     .  .  .  .  .  .  .  .      rows = 2
+    ```
 
     Attributes:
         input_ids: int32 [N, P]. The caller's prompt (its own padding included) in the last `length` columns.
         attention_mask: bool [N, P]. False on the caller's padding and on the bucket's.
-        length: int32 []. Columns of the caller's prompt.
+        length: int32 []. Tokens of each of the caller's prompts.
         rows: int32 []. Rows of the caller's prompt; the rows below them belong to the bucket.
-        position_ids: int32 [N, T], or None to count the unmasked columns of each row.
-        past: a cache of the columns before the T that the forward pass reads, with slots for these too; None if there
-            are none.
-        inputs: int32 [N, T] tokens or float [N, T, D] embeddings that it reads; None for `input_ids`.
-        unseen: bool [N, T]. Which of `inputs` are no padding; None for `attention_mask`.
-        full_chunks: int32 []. With a `chunk`, how many full ones come before the last, which is padded on the left.
-        padding: int32 []. How many columns at the start of the forward pass, or of its last chunk, only fill a bucket.
-            May be None if no text comes before them.
-        guidance_scale: float32 []. If given, the lower half of the rows are the negative prompts of the upper half, and
-            `rows` counts the upper half only.
-        chunk: columns to read at a time, static; None for all at once.
     """
 
     input_ids: Int32
     attention_mask: Bool
     length: Int32
     rows: Int32
-    position_ids: Int32 | None = None
-    past: "Cache | None" = None
-    inputs: jax.Array | None = None
-    unseen: jax.Array | None = None
-    full_chunks: Int32 | None = None
-    padding: Int32 | None = None
-    guidance_scale: Float32 | None = None
-    chunk: int | None = field(default=None, metadata={"static": True})
-
-    @property
-    def cache_slots(self) -> int:
-        """The slots of the cache that the prompt's forward pass fills: those of `past`, else T."""
-        if self.past is not None:
-            return self.past.slots
-        return (self.attention_mask if self.unseen is None else self.unseen).shape[1]
 
     def repeated(self, copies: int) -> "Prompt":
-        """The text of each row `copies` times."""
+        """Each row `copies` times."""
         return Prompt(
             jnp.repeat(self.input_ids, copies, axis=0),
             jnp.repeat(self.attention_mask, copies, axis=0),
             self.length,
             self.rows * copies,
         )
-
-    def without_negatives(self) -> "Prompt":
-        """The text of the rows that are continued: with guidance the upper half."""
-        rows = len(self.input_ids) // (1 if self.guidance_scale is None else 2)
-        return Prompt(self.input_ids[:rows], self.attention_mask[:rows], self.length, self.rows)
 
     def left_aligned(self, slots: int, fill: jax.typing.ArrayLike) -> jax.Array:
         """int32 [N, S]: the caller's prompt in the first `length` columns, `fill` in the others."""
@@ -135,8 +108,72 @@ class Prompt:
         return jnp.pad(rolled, ((0, 0), (0, slots - columns), *[(0, 0)] * (array.ndim - 2)))
 
 
+@pytree
+@dataclass(frozen=True)
+class Prefill:
+    """What the forward pass over the prompt reads, for calls in which that is not just the prompt's tokens.
+
+    It has M rows: the N of the prompt, and with guidance N negative prompts below them.
+
+    Attributes:
+        inputs: int32 [M, T] tokens, or float [M, T, D] embeddings.
+        attention_mask: bool [M, T]. False on padding.
+        position_ids: int32 [M, T].
+        past: a cache of what comes before these T columns, with slots for them too; None if nothing does.
+        padding: int32 []. How many columns at the start of the forward pass, or of its last chunk, only fill a bucket.
+            May be None if there is no `past`.
+        full_chunks: int32 []. With a `chunk`, how many full ones come before the last, which is padded on the left.
+        guidance_scale: float32 []. Given exactly if there are negative prompts.
+        chunk: columns to read at a time, static; None for all at once.
+    """
+
+    inputs: jax.Array
+    attention_mask: Bool
+    position_ids: Int32
+    past: "Cache | None" = None
+    padding: Int32 | None = None
+    full_chunks: Int32 | None = None
+    guidance_scale: Float32 | None = None
+    chunk: int | None = field(default=None, metadata={"static": True})
+
+
+@pytree
+@dataclass(frozen=True)
+class Call:
+    """A decode as data: all that `decode` takes besides the weights. `prepare` makes one.
+
+    Attributes:
+        prompt: the text.
+        strategy: how tokens are chosen; it also holds the maximum length.
+        slots: S, static: P plus the most new tokens there is room for, whatever the strategy's maximum length.
+        prefill: what the model reads of the prompt, or before it; None for the prompt's tokens and nothing else.
+    """
+
+    prompt: Prompt
+    strategy: "Strategy"
+    slots: int = field(metadata={"static": True})
+    prefill: Prefill | None = None
+
+    @property
+    def guidance_scale(self) -> jax.Array | None:
+        return None if self.prefill is None else self.prefill.guidance_scale
+
+    @property
+    def model_rows(self) -> int:
+        """M: the rows that the model reads of the prompt."""
+        return len(self.prompt.input_ids if self.prefill is None else self.prefill.attention_mask)
+
+    @property
+    def prompt_slots(self) -> int:
+        """The slots of the cache that the prompt takes: P or T, or all those of `past`."""
+        if self.prefill is None:
+            return self.prompt.input_ids.shape[1]
+        past = self.prefill.past
+        return self.prefill.attention_mask.shape[1] if past is None else past.slots
+
+
 class Cache(Protocol):
-    """Keys and values of the columns seen so far: a pytree, never mutated."""
+    """What a model remembers of the columns seen so far, such as their keys and values: a pytree, never mutated."""
 
     @property
     def branches(self) -> int:
@@ -148,8 +185,35 @@ class Cache(Protocol):
         """S: the columns that it has room for."""
         ...
 
+    @property
+    def valid(self) -> jax.Array:
+        """bool [N, S], or [N, C, S] with branches: the slots that the next column attends."""
+        ...
+
+    @property
+    def num_layers(self) -> int:
+        """The layers that `layer` knows; 0 for a cache that is not made of keys and values."""
+        ...
+
+    def layer(self, index: int) -> tuple[jax.Array, jax.Array]:
+        """Keys and values of a layer, each [N, K, S, H]."""
+        ...
+
+    def with_layers(self, layers: tuple[tuple[jax.Array, jax.Array], ...]) -> Self:
+        """The same cache with other keys and values: of each layer a pair, [N, K, S, H]."""
+        ...
+
     def grow(self, slots: int) -> Self:
         """The same cache with room for `slots` columns."""
+        ...
+
+    def grow_by_parts(self, slots: int, grow: Callable[[Self, int], Self]) -> Self:
+        """The same outside of a program, without memory for two caches at once: this one is gone.
+
+        Args:
+            slots: to have.
+            grow: a compiled `grow`, for parts of the cache; what it was given can then be deleted.
+        """
         ...
 
     def skip(self, columns: jax.Array) -> Self:
@@ -311,7 +375,8 @@ class StrategyState(Protocol):
 class Strategy:
     """How tokens are chosen. A pytree: numbers are traced, so a new number compiles nothing.
 
-    What a strategy has to say is in the methods that raise here; the others fit one token per row and forward pass.
+    The loop calls `start` once and `step` while `unfinished`. What a strategy has to say is in the methods that raise
+    here; the others fit one token per row and forward pass.
 
     Attributes:
         eos: finishes a text on an id; see `stopping_criteria.EosToken`.
@@ -353,8 +418,12 @@ class Strategy:
         """How many follow the prompt's, for so many new tokens."""
         return new_tokens - 1
 
+    def init(self, prompt: Prompt, slots: int, vocab_size: int) -> Any:
+        """The state before the first token, for a buffer of S tokens per row, of rows that are not repeated yet."""
+        raise NotImplementedError
+
     def start(self, prompt: Prompt, slots: int, logits: jax.Array, scores: jax.Array, internals: Internals) -> Any:
-        """The state after the prompt's forward pass.
+        """The state after the prompt's forward pass, with the first token chosen.
 
         Args:
             prompt: the text, [N, P].
@@ -363,7 +432,9 @@ class Strategy:
             scores: float32 [N, V], for the processors: made of the logits, see `log_probabilities`, or guided.
             internals: of the prompt, see `needs`.
         """
-        raise NotImplementedError
+        state = self.init(prompt, slots, logits.shape[1])
+        logits, scores = (jnp.repeat(array, self.copies * self.branches, axis=0) for array in (logits, scores))
+        return self.step(logits, scores, internals, state)
 
     def step(self, logits: jax.Array, scores: jax.Array, internals: Internals, state: Any) -> Any:
         """The state after a forward pass over `state.tokens`; logits and scores are float32 [N, V], or [N * C, V]."""

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 
 from jaxgen.base import Model
-from jaxgen.generation.api import Custom, lower
-from jaxgen.generation.call import Call
+from jaxgen.generation.api import prepare_call
+from jaxgen.generation.call import PreparedCall
 from jaxgen.generation.past_key_values import PastKeyValues
+from jaxgen.generation.request import Request
 
 # Slots of the cache that a conversation starts with. They are doubled when it is full, and every size has its own
 # programs. 1024 hold about ten short turns. Beside 512 they cost a step of the 135M shape 3 ms of 25 (CPU).
@@ -78,7 +79,7 @@ class Conversation:
         """Forgets all but the system message."""
         self.messages = self.messages[: self.system is not None]
 
-    def ask(self, text: str, arguments: dict[str, Any], decode: Callable[[Call], tuple[Any, int]]) -> Turn:
+    def ask(self, text: str, arguments: dict[str, Any], decode: Callable[[PreparedCall], tuple[Any, int]]) -> Turn:
         """One turn; if it fails, the conversation is as it was.
 
         Args:
@@ -92,14 +93,20 @@ class Conversation:
         self._ids = self._ids[:kept]
         if self._past is not None:
             self._past.crop(kept - self._past.get_seq_length())
-        custom = Custom(key=arguments.get("key"), tokenizer=self._tokenizer)
         fields = {name: value for name, value in arguments.items() if name != "key"}
         inputs = {"cache": self._past, "attention_mask": np.ones((1, len(ids)), int)}
         # Whatever the checkpoint's own settings say: here there is one answer, and its cache is kept.
         single = {"num_beams": 1, "num_return_sequences": 1}
         cache = {"use_cache": True, "cache_implementation": None, "return_dict_in_generate": True}
-        call = lower(self.model, np.array([ids]), None, {**fields, **inputs, **single, **cache}, custom, self._slots)
-        output, shown = decode(call)
+        request = Request(
+            inputs=np.array([ids]),
+            key=arguments.get("key"),
+            tokenizer=self._tokenizer,
+            keywords={**fields, **inputs, **single, **cache},
+            reserve=self._slots,
+        )
+        prepared = prepare_call(self.model, request)
+        output, shown = decode(prepared)
         past = self._past = output.cache
         self._slots = max(self._slots, past.slots)
         past.crop(min(shown - past.get_seq_length(), 0))
@@ -107,7 +114,7 @@ class Conversation:
         tokens = output.sequences[0, len(ids) : shown].tolist()
         answer = self._tokenizer.decode(tokens, skip_special_tokens=True)
         self.messages = [*asked, {"role": "assistant", "content": answer}]
-        return Turn(answer, tokens, call.fresh, kept)
+        return Turn(answer, tokens, prepared.inputs.num_new, kept)
 
 
 def check_template(tokenizer: Any) -> None:

@@ -6,6 +6,7 @@ exactly if `valid[n, s]`, and slots at `length` and beyond are never valid. Thos
 the same: a weight of 0 times NaN is NaN, and to mask values at each step costs 6 % at batch 8 (CPU).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -155,6 +156,16 @@ class KVCache:
             columns=None if self.columns is None else jnp.pad(self.columns, (0, extra), constant_values=-1),
         )
 
+    def grow_by_parts(self, slots: int, grow: Callable[[Self, int], Self]) -> Self:
+        """See `base.Cache`: one layer grows after the other, and makes room for the next."""
+        layers, grown = [], self
+        for pair in self.layers:
+            grown = grow(replace(self, layers=(pair,)), slots)
+            for array in pair:
+                array.delete()
+            layers += grown.layers
+        return replace(grown, layers=tuple(layers))
+
     def take(self, rows: jax.Array) -> "KVCache":
         """The cache of int32 [M] rows of this one, in their order."""
 
@@ -203,6 +214,18 @@ class KVCache:
             position=jnp.repeat(self.position[:, None], branches, axis=1),
             columns=self.columns,
         )
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    def with_layers(self, layers: tuple[tuple[jax.Array, jax.Array], ...]) -> Self:
+        """The same cache with other keys and values, each [N, K, S, H] with all its dimensions."""
+        shaped = tuple(
+            (keys.reshape(own[0].shape), values.reshape(own[1].shape))
+            for own, (keys, values) in zip(self.layers, layers, strict=True)
+        )
+        return replace(self, layers=shaped)
 
     def layer(self, index: int) -> tuple[jax.Array, jax.Array]:
         """One layer's keys and values, each [N, K, S, H] with all its dimensions."""

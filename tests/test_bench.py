@@ -250,7 +250,7 @@ def test_converting_is_compared_with_copying(run: Any) -> None:
 
 
 LOOP = """
-HloModule jit__advance
+HloModule jit_advance
 
 %add (a: f32[], b: f32[]) -> f32[] {
   %a = f32[] parameter(0)

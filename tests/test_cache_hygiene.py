@@ -9,7 +9,6 @@ from architectures import architecture
 
 import jaxgen
 from jaxgen.decoding import loop
-from jaxgen.generation import api
 
 WAYS: dict[str, dict[str, Any]] = {
     "greedy": {},
@@ -26,8 +25,8 @@ def test_slots_that_nobody_may_attend_hold_finite_numbers_and_unwritten_ones_zer
     ids = np.random.default_rng(0).integers(3, 97, (rows, 9))
     mask = np.arange(9) >= np.arange(rows)[:, None]
     arguments = {"attention_mask": mask, "max_new_tokens": 40, "eos_token_id": None, **WAYS[way]}
-    call = api.lower(model, ids, None, arguments)
-    state, _ = loop.prefill(model, call.prompt, call.strategy, call.slots)
+    call = jaxgen.prepare(model, ids, **arguments)
+    state, _ = loop.prefill(model, call)
     lengths = []
     for _ in range(3):
         written = int(state.cache.length)

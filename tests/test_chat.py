@@ -10,9 +10,9 @@ import jaxgen
 from jaxgen import chat
 from jaxgen.chat import Conversation
 from jaxgen.generation import prompts
-from jaxgen.generation.call import Call
+from jaxgen.generation.call import PreparedCall
 from jaxgen.generation.driver import UNWATCHED, collect, drive
-from jaxgen.generation.outputs import to_output
+from jaxgen.generation.trimming import to_output
 
 ARGUMENTS = {"max_new_tokens": 12, "repetition_penalty": 1.3}
 SAID = ["hello there", "and then", "who was it"]
@@ -36,11 +36,11 @@ class Decode:
     def __init__(self, model: Any, shown: int | None = None):
         self.model, self.shown, self.calls = model, shown, []
 
-    def __call__(self, call: Call) -> tuple[Any, int]:
+    def __call__(self, call: PreparedCall) -> tuple[Any, int]:
         self.calls.append(call)
         state = collect(drive(self.model, call, UNWATCHED))
         output = to_output(call, state)
-        return output, (self.shown and call.columns + self.shown) or output.sequences.shape[1]
+        return output, (self.shown and call.prompt_length + self.shown) or output.sequences.shape[1]
 
 
 def rendered(tokenizer: Any, messages: list[dict[str, str]]) -> np.ndarray:
@@ -56,7 +56,7 @@ def test_three_turns_read_only_what_is_new_and_answer_as_from_scratch(
         ids = rendered(chat_tokenizer, [*conversation.messages, {"role": "user", "content": text}])
         turn = conversation.ask(text, ARGUMENTS, decode)
         assert (turn.kept, turn.read) == (cached, ids.shape[1] - cached)
-        assert decode.calls[-1].fresh == turn.read
+        assert decode.calls[-1].inputs.num_new == turn.read
         scratch = jaxgen.generate(bundled, ids, **ARGUMENTS)
         assert turn.tokens == scratch[0, ids.shape[1] :].tolist()
         cached = scratch.shape[1] - 1
@@ -110,7 +110,7 @@ def test_an_answer_that_was_stopped_stays_and_the_next_turn_goes_on_from_it(
 def test_a_turn_that_fails_leaves_the_conversation_as_it_was(
     bundled: Any, chat_tokenizer: Any, conversation: Conversation
 ) -> None:
-    def fail(_: Call) -> Any:
+    def fail(_: PreparedCall) -> Any:
         raise KeyboardInterrupt
 
     conversation.ask(SAID[0], ARGUMENTS, Decode(bundled))

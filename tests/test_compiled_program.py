@@ -13,7 +13,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxgen
 from jaxgen.decoding import loop
-from jaxgen.generation import api
 
 LAYERS, KV_HEADS, HEAD_DIM = 2, 2, 16
 CONFIG = {
@@ -36,8 +35,8 @@ def loop_instructions(text: str) -> list[tuple[str, str]]:
 @pytest.fixture(scope="module", params=[1, 4], ids=lambda rows: f"{rows} rows")
 def instructions(request: pytest.FixtureRequest) -> tuple[int, list[tuple[str, str]]]:
     model = jaxgen.from_config(CONFIG)
-    call = api.lower(model, np.ones((request.param, 20), int), None, {"max_new_tokens": 200})
-    state = jax.eval_shape(lambda: loop._prefill(model, call.prompt, call.strategy, call.slots))
+    call = jaxgen.prepare(model, np.ones((request.param, 20), int), max_new_tokens=200)
+    state = jax.eval_shape(lambda: loop._prefill(model, call))
     compiled = loop.advance.lower(model, state, call.strategy, np.int32(1)).compile()
     return request.param * KV_HEADS * call.slots * HEAD_DIM, loop_instructions(compiled.as_text())
 
@@ -70,8 +69,8 @@ def test_each_layer_writes_its_keys_and_values_in_place(instructions: tuple[int,
 def of_beams(request: pytest.FixtureRequest) -> tuple[int, int, list[tuple[str, str]]]:
     """Elements of a layer of the whole cache, of its prompts alone, and what the loop of four beams runs."""
     model = jaxgen.from_config(CONFIG)
-    call = api.lower(model, np.ones((request.param, 256), int), None, {"max_new_tokens": 24, "num_beams": 4})
-    state = jax.eval_shape(lambda: loop._prefill(model, call.prompt, call.strategy, call.slots))
+    call = jaxgen.prepare(model, np.ones((request.param, 256), int), max_new_tokens=24, num_beams=4)
+    state = jax.eval_shape(lambda: loop._prefill(model, call))
     compiled = loop.advance.lower(model, state, call.strategy, np.int32(1)).compile()
     slot = request.param * KV_HEADS * HEAD_DIM
     slots = call.strategy.cache_slots(256, call.slots - 256)
@@ -106,8 +105,8 @@ def test_beams_move_no_cache_on_a_tpu_either(monkeypatch: pytest.MonkeyPatch) ->
 
     heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 128}
     model = jaxgen.from_config({**CONFIG, "hidden_size": 512, **heads})
-    call = api.lower(model, np.ones((4, 512), int), None, {"max_new_tokens": 64, "num_beams": 4})
-    state = jax.eval_shape(lambda: loop._prefill(model, call.prompt, call.strategy, call.slots))
+    call = jaxgen.prepare(model, np.ones((4, 512), int), max_new_tokens=64, num_beams=4)
+    state = jax.eval_shape(lambda: loop._prefill(model, call))
     arguments = placed(model), placed(state), placed(call.strategy), placed(np.int32(1)), ()
     program = jax.jit(loop._advance, static_argnums=4, donate_argnums=1).lower(*arguments).compile()
     found = loop_instructions(program.as_text())

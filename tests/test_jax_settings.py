@@ -149,7 +149,7 @@ def test_the_pure_functions_run_in_the_jit_of_a_caller_with_a_mesh(model: Any) -
 
     @jax.jit
     def both(model: Any) -> tuple[jax.Array, jax.Array]:
-        return jaxgen.decode(model, call.prompt, call.strategy, call.slots)["sequences"], model(IDS, MASK)
+        return jaxgen.decode(model, call)["sequences"], model(IDS, MASK)
 
     tokens, logits = both(model)
     with explicit_mesh("x"):

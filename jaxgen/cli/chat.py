@@ -16,7 +16,7 @@ import numpy as np
 from jaxgen.chat import APART, Conversation
 from jaxgen.cli.options import decoding_arguments
 from jaxgen.cli.terminal import checked_text, decode, open_model, say
-from jaxgen.generation.call import Call
+from jaxgen.generation.call import PreparedCall
 from jaxgen.generation.config import resolve
 from jaxgen.generation.text_stream import TextPieces
 
@@ -147,11 +147,11 @@ class _Chat:
         screen = _Screen(self._tokenizer)
         with _interruptible(screen) as interrupted:
 
-            def run_call(call: Call) -> tuple[Any, int]:
+            def run_call(prepared: PreparedCall) -> tuple[Any, int]:
                 if self.busy:
                     screen.compiling()
                 model = self._conversation.model
-                self._last = self._worker.submit(decode, model, call, screen.show, interrupted, screen.compiling)
+                self._last = self._worker.submit(decode, model, prepared, screen.show, interrupted, screen.compiling)
                 output, times = self._last.result()
                 taken.append(times)
                 return output, times.shown

@@ -12,7 +12,8 @@ from jaxgen.cli import compile_cache
 from jaxgen.cli.options import decoding_arguments
 from jaxgen.cli.terminal import Times, checked_text, counted, decode, open_model, say
 from jaxgen.decoding.loop import compile_counts
-from jaxgen.generation.api import Custom, lower
+from jaxgen.generation.api import prepare_call
+from jaxgen.generation.request import Request
 from jaxgen.generation.text_stream import TextPieces
 
 _NEW_TOKENS = 200
@@ -27,7 +28,6 @@ def run(arguments: argparse.Namespace) -> int:
     negative = None
     if arguments.negative_prompt is not None:
         negative = tokenizer(arguments.negative_prompt, return_tensors="np")["input_ids"]
-    custom = Custom(key=given.pop("key", None), tokenizer=tokenizer, negative_prompt_ids=negative)
     if arguments.chat:
         check_template(tokenizer)
         prompt = np.array([render(tokenizer, [{"role": "user", "content": text}])])
@@ -38,26 +38,34 @@ def run(arguments: argparse.Namespace) -> int:
                 "the checkpoint has a chat template, and a model made for conversations may end a bare text at once. "
                 "--chat asks it your text as a question, and `jaxgen chat` talks with it"
             )
-    call = lower(model, prompt, None, {**given, "return_dict_in_generate": False}, custom)
-    streams = not arguments.json and call.config.num_beams == 1 and call.config.num_return_sequences == 1
+    request = Request(
+        inputs=prompt,
+        key=given.pop("key", None),
+        tokenizer=tokenizer,
+        negative_prompt_ids=negative,
+        keywords={**given, "return_dict_in_generate": False},
+    )
+    prepared = prepare_call(model, request)
+    streams = not arguments.json and prepared.mode.streams and prepared.mode.sequences_per_prompt == 1
     folder = compile_cache.current()
     unless = " unless they are kept from before" if folder and any(folder.glob("*-cache")) else ""
-    say(f"a prompt of {counted(call.columns, 'token')}; the programs for such lengths are compiled first{unless}")
+    length = prepared.prompt_length
+    say(f"a prompt of {counted(length, 'token')}; the programs for such lengths are compiled first{unless}")
     pieces = TextPieces(tokenizer)
     if streams and not arguments.chat:  # the prompt as it is read, which healing may have changed
-        print(pieces.add(np.asarray(call.prompt.input_ids)[0, -call.columns :]), end="", flush=True)
+        print(pieces.add(prepared.inputs.input_ids[0]), end="", flush=True)
     show = (lambda ids: print(pieces.add(ids), end="", flush=True)) if streams else None
-    sequences, times = decode(model, call, show)
-    texts = tokenizer.batch_decode(sequences[:, call.columns if arguments.chat else 0 :], skip_special_tokens=True)
+    sequences, times = decode(model, prepared, show)
+    texts = tokenizer.batch_decode(sequences[:, length if arguments.chat else 0 :], skip_special_tokens=True)
     if arguments.json:
         # Not that of the prompt as it was given: healing may have changed it.
-        read = 0 if arguments.chat else len(tokenizer.decode(sequences[0, : call.columns], skip_special_tokens=True))
+        read = 0 if arguments.chat else len(tokenizer.decode(sequences[0, :length], skip_special_tokens=True))
         record = {
             "prompt": text,
             "texts": texts,
             "completions": [each[read:] for each in texts],
-            "prompt_tokens": call.columns,
-            "new_tokens": sequences.shape[1] - call.columns,
+            "prompt_tokens": length,
+            "new_tokens": sequences.shape[1] - length,
             "first_token_seconds": round(times.first_token, 4),
             "compile_seconds": round(times.compiling, 4),
             "seconds": round(times.total, 4),
@@ -65,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps(record, ensure_ascii=False))
     else:
         print(pieces.end() if streams else "\n\n".join(texts))
-    _report(sequences.shape[1] - call.columns, times)
+    _report(sequences.shape[1] - length, times)
     return 0
 
 

@@ -16,10 +16,10 @@ from jaxgen.base import Model
 from jaxgen.checkpoint.load import BUNDLED_MODEL, load
 from jaxgen.cli import compile_cache
 from jaxgen.decoding.loop import Progress
-from jaxgen.generation.call import Call
+from jaxgen.generation.call import PreparedCall
 from jaxgen.generation.driver import WATCHED, collect, drive
-from jaxgen.generation.outputs import to_output
 from jaxgen.generation.streaming import NewTokens
+from jaxgen.generation.trimming import to_output
 
 
 def say(message: str) -> None:
@@ -101,7 +101,7 @@ class Times:
 
 def decode(
     model: Model,
-    call: Call,
+    prepared: PreparedCall,
     show: Callable[[np.ndarray], None] | None = None,
     stop: Callable[[], bool] = lambda: False,
     on_compile: Callable[[], None] = lambda: None,
@@ -109,10 +109,10 @@ def decode(
     """Runs a call, whose first row `show` sees as it comes, until `stop` says so.
 
     Returns:
-        What `call.wrap` gives, and how long it took.
+        What `to_output` gives, and how long it took.
     """
     times, start = Times(on_compile=on_compile), time.perf_counter()
-    new = NewTokens(call)
+    new = NewTokens(prepared)
     first = 0, 0.0
 
     def look(progress: Progress) -> bool:
@@ -127,8 +127,8 @@ def decode(
 
     _running.append(times)
     try:
-        state = collect(drive(model, call, WATCHED), look)
-        output = to_output(call, state)
+        state = collect(drive(model, prepared, WATCHED), look)
+        output = to_output(prepared, state)
     finally:
         _running.remove(times)
     times.total = time.perf_counter() - start

@@ -105,14 +105,7 @@ class BeamSearch(Strategy):
     def log_probabilities(self) -> bool:
         return True
 
-    def start(
-        self, prompt: Prompt, slots: int, logits: jax.Array, scores: jax.Array, internals: Internals
-    ) -> BeamState:
-        state = self._init(prompt, slots, logits.shape[1])
-        logits, scores = (jnp.repeat(array, self.num_beams, axis=0) for array in (logits, scores))
-        return self.step(logits, scores, internals, state)
-
-    def _init(self, prompt: Prompt, slots: int, vocab_size: int) -> BeamState:
+    def init(self, prompt: Prompt, slots: int, vocab_size: int) -> BeamState:
         rows, columns = prompt.input_ids.shape
         unused = jnp.arange(rows) >= prompt.rows  # rows of the bucket
         beams = Beams.of_prompts(prompt, slots, self.fill, self.num_beams)

@@ -117,14 +117,7 @@ class GroupBeamSearch(Strategy):
     def log_probabilities(self) -> bool:
         return True
 
-    def start(
-        self, prompt: Prompt, slots: int, logits: jax.Array, scores: jax.Array, internals: Internals
-    ) -> GroupState:
-        state = self._init(prompt, slots, logits.shape[1])
-        logits, scores = (jnp.repeat(array, self.num_beams, axis=0) for array in (logits, scores))
-        return self.step(logits, scores, internals, state)
-
-    def _init(self, prompt: Prompt, slots: int, vocab_size: int) -> GroupState:
+    def init(self, prompt: Prompt, slots: int, vocab_size: int) -> GroupState:
         rows, columns = prompt.input_ids.shape
         beams = Beams.of_prompts(prompt, slots, self.pad_token_id, self.group_size)
         repeated = prompt.repeated(self.group_size)

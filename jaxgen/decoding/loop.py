@@ -12,8 +12,8 @@ every slot there is, so a cache with room for the longest text would be paid for
 import functools
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxgen.base import Cache, Internals, Model, Prompt, Strategy, StrategyState, no_mesh
+from jaxgen.base import AnyCache, Cache, Call, Internals, Model, Strategy, StrategyState, no_mesh
 from jaxgen.pytree import pytree
 
 logger = logging.getLogger(__name__)
@@ -64,14 +64,12 @@ class Progress:
     text: jax.Array | None
 
 
-def decode(model: Model, prompt: Prompt, strategy: Strategy, slots: int) -> Mapping[str, Any]:
+def decode(model: Model, call: Call) -> Mapping[str, Any]:
     """Decodes until every row is finished, as a pure function without a jit inside.
 
     Args:
         model: the weights, a pytree.
-        prompt: see `Prompt`; shapes [N, P].
-        strategy: how tokens are chosen, a pytree; it also holds the maximum length.
-        slots: S, static: P plus the most new tokens there is room for, whatever the strategy's maximum length.
+        call: a pytree: from `prepare`, or made of a `Prompt`, a strategy and a number of slots.
 
     Returns:
         The strategy's outputs: `sequences` int32 [N * R, S], of which the first `length` columns count, and more by
@@ -80,14 +78,16 @@ def decode(model: Model, prompt: Prompt, strategy: Strategy, slots: int) -> Mapp
     Raises:
         ValueError: if `slots` leaves no room for a token.
     """
-    columns = prompt.input_ids.shape[1]
-    if slots <= columns:
-        raise ValueError(f"`slots`={slots} leaves no room after a prompt of {columns} columns. Pass a larger number.")
+    columns = call.prompt.input_ids.shape[1]
+    if call.slots <= columns:
+        raise ValueError(
+            f"`slots`={call.slots} leaves no room after a prompt of {columns} columns. Pass a larger number."
+        )
     with no_mesh():
-        prompt, strategy = jax.tree.map(jnp.asarray, (prompt, strategy))  # a tracer cannot index NumPy arrays
-        state = _prefill(model, prompt, strategy, slots)
-        n_steps = jnp.int32(strategy.forward_passes(slots - columns))
-        return finalize(strategy, _advance(model, state, strategy, n_steps))
+        call = jax.tree.map(jnp.asarray, call)  # a tracer cannot index NumPy arrays
+        state = _prefill(model, call)
+        n_steps = jnp.int32(call.strategy.forward_passes(call.slots - columns))
+        return finalize(call.strategy, _advance(model, state, call.strategy, n_steps))
 
 
 def finalize(strategy: Strategy, state: DecodeState) -> Mapping[str, Any]:
@@ -95,56 +95,51 @@ def finalize(strategy: Strategy, state: DecodeState) -> Mapping[str, Any]:
     return strategy.finalize(state.inner)
 
 
-def _prefill(
-    model: Model,
-    prompt: Prompt,
-    strategy: Strategy,
-    slots: int,
-    collect: tuple[str, ...] = (),
-    cache_slots: int | None = None,
-) -> DecodeState:
+def _prefill(model: Model, call: Call, collect: tuple[str, ...] = (), cache_slots: int | None = None) -> DecodeState:
     """One forward pass over the prompt; the first token of every row is chosen.
 
     The prompt attends to its own columns only: the cache starts with P slots and grows afterwards, to `cache_slots` or
     to all that the strategy may need. Its rows are repeated, or branch, only after that: several sequences of one
     prompt pay for it once.
     """
-    rows, columns = prompt.input_ids.shape
-    logits, cache, internals = _read(model, prompt, _both(collect, strategy))
-    logits, scores, own = _guided(strategy, prompt.guidance_scale, logits, internals)
-    inner = strategy.start(prompt.without_negatives(), slots, logits, scores, own)
+    strategy, new_tokens = call.strategy, call.slots - call.prompt.input_ids.shape[1]
+    logits, cache, internals = _read(model, call, _both(collect, strategy))
+    logits, scores, own = _guided(strategy, call.guidance_scale, logits, internals)
+    inner = strategy.start(call.prompt, call.slots, logits, scores, own)
     if strategy.copies > 1:
-        cache = cache.take(jnp.repeat(jnp.arange(rows), strategy.copies))
-    cache = cache.grow(cache_slots or strategy.cache_slots(prompt.cache_slots, slots - columns))
+        cache = cache.take(jnp.repeat(jnp.arange(call.model_rows), strategy.copies))
+    cache = cache.grow(cache_slots or strategy.cache_slots(call.prompt_slots, new_tokens))
     if strategy.branches > 1:
         cache = cache.branch(strategy.branches)
     buffers: Internals = {}
     if collect:
-        step = jax.eval_shape(lambda: _extend(model, cache, inner.tokens, prompt.guidance_scale, collect)[2])
-        buffers = jax.tree.map(lambda x: jnp.zeros((slots - columns, *x.shape), x.dtype), step)
+        step = jax.eval_shape(lambda: _extend(model, cache, inner.tokens, call.guidance_scale, collect)[2])
+        buffers = jax.tree.map(lambda x: jnp.zeros((new_tokens, *x.shape), x.dtype), step)
     prompt_internals = {name: internals[name] for name in collect}
-    return DecodeState(cache, inner, jnp.int32(0), prompt.guidance_scale, prompt_internals, buffers)
+    return DecodeState(cache, inner, jnp.int32(0), call.guidance_scale, prompt_internals, buffers)
 
 
-def _read(model: Model, prompt: Prompt, collect: tuple[str, ...]) -> tuple[jax.Array, Cache, Internals]:
-    """The forward pass over the columns of the prompt that are not in its `past`; internals are of the last chunk."""
-    inputs = prompt.input_ids if prompt.inputs is None else prompt.inputs
-    mask = (prompt.attention_mask if prompt.unseen is None else prompt.unseen).astype(bool)
-    cache = model.make_cache(*mask.shape) if prompt.past is None else prompt.past
-    padding: Any = prompt.padding
-    if (size := prompt.chunk) is None:
+def _read(model: Model, call: Call, collect: tuple[str, ...]) -> tuple[jax.Array, Cache, Internals]:
+    """The forward pass over the prompt; internals are of the last chunk."""
+    if (prefill := call.prefill) is None:
+        cache = model.make_cache(*call.prompt.input_ids.shape)
+        return model.extend(cache, call.prompt.input_ids, call.prompt.attention_mask.astype(bool), None, collect)
+    inputs, mask = prefill.inputs, prefill.attention_mask.astype(bool)
+    cache = model.make_cache(*mask.shape) if prefill.past is None else prefill.past
+    padding: Any = prefill.padding
+    if (size := prefill.chunk) is None:
         cache = cache if padding is None else cache.skip(padding)
-        return model.extend(cache, inputs, mask, prompt.position_ids, collect)
+        return model.extend(cache, inputs, mask, prefill.position_ids, collect)
 
     def chunk(number: Any, cache: Cache) -> tuple[jax.Array, Cache, Internals]:
         def part(columns: Any) -> jax.Array:
             return lax.dynamic_slice_in_dim(columns, number * size, size, axis=1)
 
         cache = cache.skip(jnp.where(number < full, 0, padding))
-        return model.extend(cache, part(inputs), part(mask), part(prompt.position_ids), collect)
+        return model.extend(cache, part(inputs), part(mask), part(prefill.position_ids), collect)
 
     # All of them in one loop, which therefore has to start with what the last one leaves: the layers compile once.
-    full: Any = prompt.full_chunks
+    full: Any = prefill.full_chunks
     logits, _, internals = jax.eval_shape(chunk, jnp.int32(0), cache)
     nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (logits, internals))
     start = (nothing[0], cache, nothing[1])
@@ -233,41 +228,40 @@ def _count(name: str) -> None:
     jax.monitoring.record_event("/jaxgen/compile")
 
 
-def _counted_jit(name: str, function: Callable[..., DecodeState], **options: Any) -> Callable[..., Any]:
-    """`function` with the `Progress` after it."""
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def prefill(
+    model: Model, call: Call, collect: tuple[str, ...] = (), cache_slots: int | None = None
+) -> tuple[DecodeState, Progress]:
+    """The first program of a call: reads the prompt and chooses the first token, see `_prefill`."""
+    _count("prefill")
+    state = _prefill(model, call, collect, cache_slots)
+    return state, _progress(call.strategy, state)
 
-    @functools.wraps(function)
-    def traced(model: Model, given: Any, strategy: Strategy, *args: Any) -> tuple[DecodeState, Progress]:
-        _count(name)
-        state = function(model, given, strategy, *args)
-        inner = state.inner
-        return state, Progress(inner.cur_len, strategy.unfinished(inner), strategy.text(inner))
 
-    return jax.jit(traced, **options)
+@functools.partial(jax.jit, static_argnums=4, donate_argnums=1)
+def advance(
+    model: Model, state: DecodeState, strategy: Strategy, n_steps: jax.Array, collect: tuple[str, ...] = ()
+) -> tuple[DecodeState, Progress]:
+    """The second program of a call: up to `n_steps` more tokens, see `_advance`. The state given to it is gone."""
+    _count("advance")
+    state = _advance(model, state, strategy, n_steps, collect)
+    return state, _progress(strategy, state)
+
+
+def _progress(strategy: Strategy, state: DecodeState) -> Progress:
+    return Progress(state.inner.cur_len, strategy.unfinished(state.inner), strategy.text(state.inner))
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _grow(cache: Cache, slots: int) -> Cache:
+def _grow(cache: AnyCache, slots: int) -> AnyCache:
     _count("grow")
     return cache.grow(slots)
 
 
-def grow(cache: Any, slots: int) -> Any:
-    """The same cache, of layers as a `KVCache`, with `slots` slots; the old one is gone.
+def grow(cache: AnyCache, slots: int) -> AnyCache:
+    """The same cache with `slots` slots; the old one is gone."""
+    return cache.grow_by_parts(slots, _grow)
 
-    It grows one layer after the other, each of which makes room for the next: the memory may not hold two caches.
-    """
-    layers, grown = [], cache
-    for pair in cache.layers:
-        grown = _grow(replace(cache, layers=(pair,)), slots)
-        for array in pair:
-            array.delete()
-        layers += grown.layers
-    return replace(grown, layers=tuple(layers))
-
-
-prefill = _counted_jit("prefill", _prefill, static_argnums=(3, 4, 5))
-advance = _counted_jit("advance", _advance, static_argnums=4, donate_argnums=1)
 
 _MAPS, _MOST_MAPS = Path("/proc/self/maps"), Path("/proc/sys/vm/max_map_count")
 _built_at_last_look = 0

@@ -83,13 +83,6 @@ class Sample(Strategy):
     def copies(self) -> int:
         return self.num_return_sequences
 
-    def start(
-        self, prompt: Prompt, slots: int, logits: jax.Array, scores: jax.Array, internals: Internals
-    ) -> SampleState:
-        state = self.init(prompt, slots, logits.shape[1])
-        logits, scores = (jnp.repeat(array, self.copies, axis=0) for array in (logits, scores))
-        return self.step(logits, scores, internals, state)
-
     def init(self, prompt: Prompt, slots: int, vocab_size: int) -> SampleState:
         """The state before the first token."""
         tokens = jnp.repeat(prompt.input_ids[:, -1], self.num_return_sequences)

@@ -1,55 +1,28 @@
-"""The host front door: `generate` resolves, checks, pads to buckets, runs two compiled programs, trims.
+"""The host front door: `generate`, `stream` and `prepare`.
 
-JAX clamps and wraps where torch raises, so everything a program could get wrong is checked here, on the host, before
-anything is compiled.
+A call is prepared (`build`), run as two compiled programs (`driver`), and its outputs are trimmed (`trimming`).
 """
 
 import atexit
 import contextlib
-import copy
-import itertools
-import logging
-import os
-import warnings
 import weakref
-from collections.abc import Generator, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxgen import lazy
-from jaxgen.base import Model, no_mesh, row_shards
-from jaxgen.buckets import bucket, row_bucket
-from jaxgen.generation.call import Call
-from jaxgen.generation.config import Resolved, resolve, warn_once
-from jaxgen.generation.custom_generate import call_custom, call_repository, own_arguments
+from jaxgen.base import Call, Model, no_mesh
+from jaxgen.generation.build import build_call, read_request
+from jaxgen.generation.call import PreparedCall
+from jaxgen.generation.custom_generate import call_custom, call_repository, check_custom_generate, own_arguments
 from jaxgen.generation.driver import UNWATCHED, WATCHED, collect, drive
-from jaxgen.generation.host_callbacks import HostCriterion, HostFunctions, for_criterion
-from jaxgen.generation.inputs import (
-    Inputs,
-    checked_inputs,
-    checked_negatives,
-    key_words,
-    pad_token_id_or_default,
-)
-from jaxgen.generation.outputs import GenerateOutput, to_output
-from jaxgen.generation.processor_list import (
-    as_pytree,
-    processor_list,
-    takes_cur_len,
-    warn_about_new_functions,
-    warn_about_precedence,
-)
-from jaxgen.generation.prompts import padded_prompt, with_negative_prompts
-from jaxgen.generation.strategies import Rules, strategy_for
+from jaxgen.generation.memory import check_memory
+from jaxgen.generation.outputs import GenerateOutput
+from jaxgen.generation.request import Request, listed
 from jaxgen.generation.streaming import NewTokens, to_streamer
-from jaxgen.generation.token_healing import heal
-from jaxgen.processors.stop_strings import StopStrings
-from jaxgen.processors.stopping_criteria import CustomCriterion, EosToken, MaxLength
-
-logger = logging.getLogger(__name__)
+from jaxgen.generation.token_healing import healed_inputs
+from jaxgen.generation.trimming import to_output
 
 
 def generate(
@@ -116,31 +89,49 @@ def generate(
     if isinstance(custom_generate, str) and custom_generate not in _BUILT_IN:
         return call_repository(custom_generate, **given.pop("kwargs"), **given)
     own = own_arguments(custom_generate, {**kwargs, "key": key, "tokenizer": tokenizer})
-    others = {name: value for name, value in kwargs.items() if name not in own}
-    later = {"synced_gpus": synced_gpus, "assistant_model": assistant_model}
-    custom = Custom(
-        _listed("logits_processor", logits_processor),
-        _listed("stopping_criteria", stopping_criteria),
-        prefix_allowed_tokens_fn,
-        negative_prompt_ids,
-        negative_prompt_attention_mask,
-        None if "key" in own else key,
-        output_logprobs,
-        streamer,
-        tokenizer,
+    request = Request(
+        inputs=inputs,
+        generation_config=generation_config,
+        logits_processor=listed("logits_processor", logits_processor),
+        stopping_criteria=listed("stopping_criteria", stopping_criteria),
+        prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
+        synced_gpus=synced_gpus,
+        assistant_model=assistant_model,
+        streamer=streamer,
+        negative_prompt_ids=negative_prompt_ids,
+        negative_prompt_attention_mask=negative_prompt_attention_mask,
+        key=None if "key" in own else key,
+        output_logprobs=output_logprobs,
+        tokenizer=tokenizer,
+        keywords={name: value for name, value in kwargs.items() if name not in own},
     )
-    call = lower(model, inputs, generation_config, {**others, **later}, custom)
+    prepared = prepare_call(model, request)
     if callable(custom_generate):
-        _check_custom_generate(call, custom)
-        with call.host.registered():
-            return call_custom(custom_generate, model, call, own)
-    with _undisturbed(), call.host.registered():
+        check_custom_generate(prepared, request)
+        with prepared.host.registered():
+            return call_custom(custom_generate, model, prepared, own)
+    with undisturbed(), prepared.host.registered():
         if streamer is None:
-            state = collect(drive(model, call, UNWATCHED))
+            state = collect(drive(model, prepared, UNWATCHED))
         else:
-            state = collect(drive(model, call, WATCHED), to_streamer(streamer, call))
+            state = collect(drive(model, prepared, WATCHED), to_streamer(streamer, prepared))
             streamer.end()
-        return to_output(call, state)
+        return to_output(prepared, state)
+
+
+def prepare_call(model: Model, request: Request) -> PreparedCall:
+    """The call of a request, its prompt healed first if it asks for that, and checked against the memory here."""
+
+    def one_token(prompt: np.ndarray, generation_config: Any, key: Any) -> np.ndarray:
+        return generate(model, prompt, generation_config=generation_config, key=key)  # pyright: ignore[reportReturnType]
+
+    with undisturbed():
+        mode, inputs = read_request(model, request)
+        if mode.config.merged.token_healing:
+            inputs = healed_inputs(model, inputs, request, one_token)
+        prepared = build_call(model, request, mode, inputs)
+    check_memory(model, prepared)
+    return prepared
 
 
 # What transformers 5 keeps in repositories of its own, and jaxgen has: their fields of the configuration choose them.
@@ -163,34 +154,29 @@ def stream(model: Model, inputs: Any = None, generation_config: Any = None, **kw
     Raises:
         ValueError: as `generate`, at the call and not at the first chunk.
     """
-    others, custom = checked_for_stream(kwargs)
-    return follow(model, lower(model, inputs, generation_config, others, custom))
+    return follow(model, prepare_stream(model, Request.of(inputs, generation_config, kwargs)))
 
 
-def checked_for_stream(kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], "Custom"]:
-    """The keywords of `stream` in their two parts, if it can serve them."""
-    others, custom = _split_customs(kwargs)
-    if custom.streamer is not None or custom.output_logprobs:
+def prepare_stream(model: Model, request: Request) -> PreparedCall:
+    """The call of a request, if its tokens can be shown as they come."""
+    if request.streamer is not None or request.output_logprobs:
         raise ValueError(
             "`stream` yields the tokens and nothing else: it takes no `streamer` and no `output_logprobs`. Use "
             "`generate` for these."
         )
-    return others, custom
-
-
-def follow(model: Model, call: Call) -> Generator[np.ndarray, None, None]:
-    """The chunks of `stream`."""
-    if call.config.return_dict_in_generate:
+    prepared = prepare_call(model, request)
+    if prepared.config.return_dict_in_generate:
         raise ValueError(
             "`stream` yields tokens, but `return_dict_in_generate`=True asks for more. Pass False, or use `generate` "
             "with a `streamer`."
         )
-    if call.config.num_beams > 1:
-        raise ValueError(
-            f"`stream` cannot follow `num_beams`={call.config.num_beams}: beams change their tokens until the end. Use "
-            "`generate`, or one beam."
-        )
-    chunks = _chunks(model, call)
+    prepared.mode.check_stream()
+    return prepared
+
+
+def follow(model: Model, prepared: PreparedCall) -> Generator[np.ndarray, None, None]:
+    """The chunks of `stream`."""
+    chunks = _chunks(model, prepared)
     _unread.add(chunks)
     return chunks
 
@@ -200,11 +186,11 @@ _unread: weakref.WeakSet[Generator[np.ndarray, None, None]] = weakref.WeakSet()
 atexit.register(lambda: [chunks.close() for chunks in list(_unread)])
 
 
-def _chunks(model: Model, call: Call) -> Generator[np.ndarray, None, None]:
-    new = NewTokens(call)
-    with call.host.registered(), contextlib.closing(drive(model, call, WATCHED)) as chunks:
+def _chunks(model: Model, prepared: PreparedCall) -> Generator[np.ndarray, None, None]:
+    new = NewTokens(prepared)
+    with prepared.host.registered(), contextlib.closing(drive(model, prepared, WATCHED)) as chunks:
         while True:
-            with _undisturbed():  # and only here, not in the code that reads the stream
+            with undisturbed():  # and only here, not in the code that reads the stream
                 progress = next(chunks, None)
             if progress is None:
                 return
@@ -215,8 +201,8 @@ def _chunks(model: Model, call: Call) -> Generator[np.ndarray, None, None]:
 def prepare(model: Model, inputs: Any = None, generation_config: Any = None, **kwargs: Any) -> Call:
     """The checks and the resolution of `generate` without the run: for `decode` inside your own `jit`.
 
-    `decode(model, call.prompt, call.strategy, call.slots)` is then the pure function of the call. Replace what should
-    differ from run to run, such as `dataclasses.replace(call.strategy, key=key)`; the shapes stay.
+    `decode(model, call)` is then the pure function of the call, which is a pytree. Replace what should differ from run
+    to run, such as `dataclasses.replace(call, strategy=dataclasses.replace(call.strategy, key=key))`; the shapes stay.
 
     Args:
         model: as in `generate`.
@@ -224,468 +210,28 @@ def prepare(model: Model, inputs: Any = None, generation_config: Any = None, **k
         generation_config: as in `generate`.
         **kwargs: as in `generate`, but for what runs on the host.
 
-    Returns:
-        The `Call`: of its fields, `prompt`, `strategy` and `slots` are for `decode`.
-
     Raises:
         ValueError: as `generate`, and for what runs on the host.
     """
-    others, custom = _split_customs(kwargs)
-    call = lower(model, inputs, generation_config, others, custom)
-    if custom.streamer is not None or call.config.max_time is not None:
+    request = Request.of(inputs, generation_config, kwargs)
+    prepared = prepare_call(model, request)
+    if request.streamer is not None or prepared.config.max_time is not None:
         raise ValueError("`decode` is a pure function: it has no streamer and no clock. Leave out `max_time`.")
-    if call.host:
+    if prepared.host:
         raise ValueError(
             "`decode` is a pure function, but a processor or criterion of this call runs on the host. Write it as a "
             "JAX function of (input_ids, scores, cur_len)."
         )
-    if call.collect:
-        raise ValueError(f"`decode` does not collect {[*call.collect]}. Use `generate`, or the model itself.")
-    return call
+    if prepared.collect:
+        raise ValueError(f"`decode` does not collect {[*prepared.collect]}. Use `generate`, or the model itself.")
+    return prepared.call
 
 
 @contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
+def undisturbed() -> Iterator[None]:
     """Without what callers have set JAX to for their own code: a mesh, and a guard against transfers.
 
     A call takes NumPy arrays and returns them, so nobody who makes one is surprised by a transfer.
     """
     with no_mesh(), jax.transfer_guard("allow"):
         yield
-
-
-@dataclass(frozen=True)
-class Custom:
-    """The arguments of `generate` that are no fields of a GenerationConfig, as they were passed."""
-
-    logits_processor: list[Any] = field(default_factory=list)
-    stopping_criteria: list[Any] = field(default_factory=list)
-    prefix_allowed_tokens_fn: Any = None
-    negative_prompt_ids: Any = None
-    negative_prompt_attention_mask: Any = None
-    key: Any = None
-    output_logprobs: bool = False
-    streamer: Any = None
-    tokenizer: Any = None
-
-
-def _split_customs(kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], Custom]:
-    """The keywords that may be fields of a GenerationConfig or inputs of a model, and the others."""
-    names = {field.name for field in fields(Custom)}
-    given = {name: value for name, value in kwargs.items() if name in names}
-    for name in ("logits_processor", "stopping_criteria"):
-        given[name] = _listed(name, given.get(name))
-    return {name: value for name, value in kwargs.items() if name not in names}, Custom(**given)
-
-
-def lower(
-    model: Model,
-    inputs: Any,
-    generation_config: Any,
-    kwargs: dict[str, Any],
-    custom: Custom | None = None,
-    reserve: int = 0,
-) -> Call:
-    """From the arguments of `generate` to the arguments of `prefill` and `advance`; every check is in here.
-
-    For `reserve` see `padded_prompt`; it is for one row and one beam.
-    """
-    with _undisturbed():
-        call = lower_for_any_device(model, inputs, generation_config, kwargs, custom, reserve)
-    _check_memory(model, call)
-    return call
-
-
-def lower_for_any_device(
-    model: Model,
-    inputs: Any,
-    generation_config: Any,
-    kwargs: dict[str, Any],
-    custom: Custom | None = None,
-    reserve: int = 0,
-) -> Call:
-    """As `lower`, whatever the memory here: for programs that run elsewhere."""
-    custom = custom or Custom()
-    kwargs = _with_one_cache(kwargs)
-    for name in _NOT_YET & kwargs.keys():
-        if kwargs[name] is not None and kwargs[name] is not False:
-            raise ValueError(f"`{name}` is not supported. Leave it out.")
-    # Permission for code of others concerns `custom_generate` alone.
-    supported = {name: value for name, value in kwargs.items() if name not in {*_NOT_YET, "trust_remote_code"}}
-    config, model_inputs = resolve(model.generation_config, generation_config, supported)
-    if custom.streamer is not None:
-        _check_streamer(custom.streamer, config)
-    if custom.output_logprobs and not config.return_dict_in_generate:
-        raise ValueError("`output_logprobs`=True has nowhere to put them. Pass `return_dict_in_generate=True` too.")
-    read = checked_inputs(model, inputs, model_inputs, config)
-    if config.merged.token_healing:
-        read = _healed(model, read, custom)
-    config = _fitted(config, read, model_inputs)
-    rows, columns = read.input_ids.shape
-    max_length = config.length_for(columns, model.max_position_embeddings)
-    config, eos_token_id, stop_length, criteria = _split_criteria(custom.stopping_criteria, config, max_length)
-    if stop_length >= 2**31:
-        raise ValueError(
-            f"{stop_length} columns are asked for, but their number must be below 2**31. Lower `max_new_tokens` or "
-            "`max_length` (a tokenizer without a limit reports 10**30)."
-        )
-    whole = read.attention_mask.shape[1] + stop_length - columns
-    if whole > model.max_position_embeddings:
-        logger.warning(
-            "%d tokens are asked for, and the model was made for %d (`max_position_embeddings`): expect poor text "
-            "beyond. %s to avoid it.",
-            whole,
-            model.max_position_embeddings,
-            "Lower `max_new_tokens`"
-            if read.attention_mask.shape[1] < model.max_position_embeddings
-            else "Shorten the prompt",
-        )
-    if max(eos_token_id, default=0) >= model.vocab_size:
-        logger.warning(
-            "`eos_token_id` holds %d, but ids of this model are 0 to %d: no text will end with it.",
-            max(eos_token_id),
-            model.vocab_size - 1,
-        )
-    guidance_scale, customs = _guidance(config, custom)
-    chunk, new_tokens = config.prefill_chunk_size, max(stop_length - columns, 1)
-    if guidance_scale is None:
-        prompt, seen = padded_prompt(model, read, chunk, reserve, new_tokens)
-    else:
-        _need_plain(read, chunk, "`guidance_scale`", "which reads negative prompts beside the others")
-        negative = custom.negative_prompt_ids, custom.negative_prompt_attention_mask
-        prompt = with_negative_prompts(model, read, *checked_negatives(model, read, *negative), guidance_scale)
-        seen = np.arange(prompt.cache_slots - columns, prompt.cache_slots)
-    warn_about_new_functions("logits_processor", custom.logits_processor)
-    warn_about_new_functions("stopping_criteria", custom.stopping_criteria)
-    host = HostFunctions()
-    beams, groups = config.num_beams, config.num_beam_groups
-    host_rows = rows * (config.num_return_sequences if beams == 1 else beams)
-    rules = Rules(
-        eos=EosToken.build(eos_token_id, model.vocab_size),
-        max_length=MaxLength(stop_length),
-        processors=processor_list(
-            config,
-            columns,
-            max_length,
-            model.vocab_size,
-            customs,
-            custom.prefix_allowed_tokens_fn,
-            host,
-            host_rows // groups,
-        ),
-        stopping_criteria=(
-            *_stop_strings(config, custom.tokenizer, model.vocab_size),
-            # Beams are finished, or not, while they are candidates.
-            *(
-                _criterion(each, host, host_rows * (config.candidates_per_beam if beams > 1 and groups == 1 else 1))
-                for each in criteria
-            ),
-        ),
-    )
-    collect = tuple(name for name in ("attentions", "hidden_states") if name in config.outputs)
-    strategy = strategy_for(
-        config,
-        rules,
-        key_words(custom.key, config, row_bucket(row_shards(model.mesh), rows), rows),
-        pad_token_id_or_default(config),
-        # Without an eos, rows that a criterion finishes go on until all are, as in transformers.
-        bool(eos_token_id) or not rules.stopping_criteria,
-        max_length,
-        model.vocab_size,
-        _recorded(config, custom, collect),
-    )
-    prompt_bucket = prompt.input_ids.shape[1]
-    # With beams every further column costs a slot for each of them.
-    slots = bucket(prompt_bucket + new_tokens) if beams == 1 else prompt_bucket + bucket(new_tokens)
-    passes, reserved = strategy.forward_passes(new_tokens), prompt.cache_slots if reserve else 0
-    return Call(prompt, strategy, slots, collect, passes, rows, columns, seen, read.fresh, read, config, host, reserved)
-
-
-def _with_one_cache(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The keywords with the cache under its newer name, and the warnings of transformers 5.24 `deprecate_kwarg`."""
-    others = dict(kwargs)
-    if "past_key_values" not in others:
-        return others
-    old = others.pop("past_key_values")
-    message = None
-    if "cache" in others:
-        message = (
-            "Both `past_key_values` and `cache` are set for `generate`. Using "
-            f"`cache={others['cache']}` and ignoring deprecated `past_key_values={old}`."
-        )
-    elif lazy.cache_name() == "cache":
-        message = (
-            "`past_key_values` is deprecated and will be removed in version 6.0.0 for `generate`. Use `cache` instead."
-        )
-    if message is not None:
-        warnings.warn(message, FutureWarning, stacklevel=5)
-    return {"cache": old, **others}
-
-
-def _recorded(config: Resolved, custom: Custom, collect: tuple[str, ...]) -> tuple[str, ...]:
-    """What the strategy records of every step: the outputs asked for, and what it takes to sort the internals."""
-    outputs = tuple(name for name in ("scores", "logits") if name in config.outputs)
-    if custom.output_logprobs:
-        if config.num_beams > 1 or config.penalty_alpha:
-            raise ValueError(
-                "`output_logprobs` is for greedy decoding and sampling. Pass `output_scores=True`, and the outputs to "
-                "`compute_transition_scores`."
-            )
-        return (*outputs, "logprobs")
-    if config.penalty_alpha and collect:
-        return (*outputs, "chosen")
-    sorted_by_beam = "attentions" in collect or (collect and not config.use_cache)
-    return (*outputs, "parents") if sorted_by_beam and config.num_beams > 1 else outputs
-
-
-def _fitted(config: Resolved, read: Inputs, model_inputs: Mapping[str, Any]) -> Resolved:
-    """The configuration of a prompt that is not all text, with the lengths and rules that transformers 5.24 leaves it.
-
-    Raises:
-        ValueError: if the two do not go together.
-    """
-    if read.past is not None and config.merged.cache_implementation is not None:
-        raise ValueError(
-            "Passing both `cache_implementation` (used to initialize certain caches) and "
-            f"`{lazy.cache_name()}` (a Cache object) is unsupported. Please use only one of the two."
-        )
-    if not config.use_cache and config.prefill_chunk_size is not None:
-        raise ValueError("Cannot use prefill chunking without a cache. Leave out `use_cache` or `prefill_chunk_size`.")
-    if not config.use_cache and model_inputs.get("position_ids") is not None:
-        steps = np.diff(read.position_ids, axis=1)  # pyright: ignore[reportArgumentType, reportCallIssue]
-        if read.attention_mask.all() and (steps != 1).any():
-            raise ValueError(
-                "`position_ids` that do not go up by one are packed texts to transformers if `use_cache` is False. "
-                "Leave out `use_cache`, or pass one text per row."
-            )
-    if config.penalty_alpha:
-        _need_plain(read, config.prefill_chunk_size, "`penalty_alpha`", "which compares the hidden states of the text")
-    if not config.use_cache and {"attentions", "hidden_states"} & {*config.outputs}:
-        for name, given in (("cache", read.past is not None), ("penalty_alpha", config.penalty_alpha)):
-            if given:
-                raise ValueError(
-                    "`use_cache`=False asks for the attentions and hidden states of the whole text at every step, "
-                    f"which does not go with `{name}`. Leave `use_cache` out: each column's are returned once."
-                )
-    if read.embeddings is None:
-        return config
-    needs_text = "Passing `{}` requires some form of `input_ids` to be passed to `generate`, ignoring the argument."
-    new_only = (
-        "Passing `{}` with `inputs_embeds` and without `input_ids` to `generate` will apply {} only to newly generated "
-        "tokens, not to the prompt."
-    )
-    cautions = [
-        ("encoder_repetition_penalty", 1.0, needs_text, ""),
-        ("encoder_no_repeat_ngram_size", 0, needs_text, ""),
-    ]
-    if not read.input_ids.size:
-        cautions += [
-            ("repetition_penalty", 1.0, new_only, "the penalty"),
-            ("no_repeat_ngram_size", 0, new_only, "n-gram constraints"),
-        ]
-    for name, off, message, what in cautions:
-        if getattr(config.merged, name) not in (None, off):
-            warnings.warn(message.format(name, what), UserWarning, stacklevel=5)
-    merged = copy.copy(config.merged)
-    merged.encoder_repetition_penalty = merged.encoder_no_repeat_ngram_size = None
-    columns = read.embeddings.shape[1] + (0 if read.past is None else read.past.get_seq_length())
-    config = replace(config, merged=merged, use_cache=True)
-    if read.input_ids.shape[1] == columns:
-        return config
-    max_length = None if config.max_length is None else config.max_length - columns
-    return replace(config, max_length=max_length, min_length=max(config.min_length - columns, 0))
-
-
-def _need_plain(read: Inputs, chunk: int | None, name: str, why: str) -> None:
-    kinds = {"cache": read.past, "inputs_embeds": read.embeddings, "position_ids": read.position_ids}
-    for other, value in {**kinds, "prefill_chunk_size": chunk}.items():
-        if value is not None:
-            raise ValueError(f"`{other}` does not go with {name}, {why}. Leave out one of them.")
-
-
-def _healed(model: Model, read: Inputs, custom: Custom) -> Inputs:
-    """The prompt with its last tokens chosen anew; see `token_healing`."""
-    if custom.tokenizer is None:
-        raise ValueError(
-            " When generating with token healing, you must pass the model's tokenizer to the `tokenizer` argument of "
-            "`generate`."
-        )
-    if not callable(custom.tokenizer):
-        raise ValueError(f"`tokenizer`={custom.tokenizer!r} is none. Pass the model's.")
-    if not read.plain:
-        raise ValueError(
-            "`token_healing` changes the prompt, which then does not go with `cache`, `inputs_embeds` or "
-            "`position_ids`. Leave out one of them."
-        )
-
-    # Drawn if the checkpoint's own settings say so, as in transformers.
-    words, rows = None, len(read.input_ids)
-    if custom.key is not None and model.generation_config.do_sample:
-        words = key_words(custom.key, resolve(model.generation_config, None, {})[0], rows, rows)
-
-    def one_token(prompt: np.ndarray, bias: Any, row: int) -> Any:
-        key = words if words is None or words.ndim == 1 else words[row]
-        return generate(model, prompt, generation_config=bias, key=key)
-
-    input_ids = heal(read.input_ids, custom.tokenizer, one_token)
-    if input_ids.shape == read.input_ids.shape:
-        return replace(read, input_ids=input_ids)
-    if not read.attention_mask.all():
-        raise ValueError(
-            f"`token_healing` made prompts of {input_ids.shape[1]} columns, for which the `attention_mask` of "
-            f"{read.attention_mask.shape[1]} does not hold. Heal one prompt at a time."
-        )
-    mask = np.ones(input_ids.shape, bool)
-    return replace(read, input_ids=input_ids, text_mask=mask, attention_mask=mask, fresh=input_ids.shape[1])
-
-
-def _check_custom_generate(call: Call, custom: Custom) -> None:
-    """Refuses what only the loops of jaxgen could do."""
-    unheeded = {
-        "streamer": custom.streamer is not None,
-        "output_logprobs": custom.output_logprobs,
-        "max_time": call.config.max_time is not None,
-        "guidance_scale": call.config.merged.guidance_scale not in (None, 1),
-    }
-    for name, given in unheeded.items():
-        if given:
-            raise ValueError(
-                f"`{name}` does not go with `custom_generate`, whose function chooses the tokens by itself. Leave it "
-                "out, or do it in your function."
-            )
-
-
-def _check_streamer(streamer: Any, config: Resolved) -> None:
-    if not callable(getattr(streamer, "put", None)) or not callable(getattr(streamer, "end", None)):
-        raise ValueError(
-            f"`streamer`={streamer!r} must have the methods `put` and `end`, as transformers' streamers do."
-        )
-    if config.num_beams > 1:
-        raise ValueError("`streamer` cannot be used with beam search (yet!). Make sure that `num_beams` is set to 1.")
-
-
-def _listed(name: str, given: Any) -> list[Any]:
-    if given is None:
-        return []
-    if not isinstance(given, Iterable):
-        raise ValueError(f"`{name}`={given!r} must be a list of callables. Wrap a single one in a list.")
-    return list(given)
-
-
-def _split_criteria(
-    criteria: list[Any], config: Resolved, max_length: int
-) -> tuple[Resolved, tuple[int, ...], int, list[Any]]:
-    """What transformers' own criteria replace: of the configuration, the ids and the length; and the other criteria.
-
-    Several of one type all act, as in transformers.
-    """
-    given = {
-        name: [each for each in criteria if type(each) is lazy.torch_class(name)]
-        for name in ("MaxLengthCriteria", "EosTokenCriteria", "MaxTimeCriteria", "StopStringCriteria")
-    }
-    built_in = {
-        "MaxLengthCriteria": True,
-        "EosTokenCriteria": bool(config.eos_token_id),
-        "MaxTimeCriteria": config.max_time is not None,
-        "StopStringCriteria": bool(config.stop_strings),
-    }
-    for name, customs in given.items():
-        if customs and built_in[name]:
-            warn_about_precedence("stopping criteria", customs[0])
-    eos_token_id = config.eos_token_id
-    if lengths := [each.max_length for each in given["MaxLengthCriteria"]]:
-        for length in lengths:
-            _check_length("stopping_criteria", length)
-        max_length = min(lengths)
-    if ends := [np.asarray(each.eos_token_id).reshape(-1).tolist() for each in given["EosTokenCriteria"]]:
-        eos_token_id = tuple(dict.fromkeys(itertools.chain(*ends)))
-    if times := [each.max_time for each in given["MaxTimeCriteria"]]:
-        config = replace(config, max_time=min(times))
-    if given["StopStringCriteria"]:
-        config = replace(config, stop_strings=())
-    settled = [*given["MaxLengthCriteria"], *given["EosTokenCriteria"], *given["MaxTimeCriteria"]]
-    return config, eos_token_id, max_length, [each for each in criteria if not any(each is own for own in settled)]
-
-
-def _stop_strings(config: Resolved, tokenizer: Any, vocab_size: int) -> tuple[StopStrings, ...]:
-    if not config.stop_strings:
-        return ()
-    if tokenizer is None:
-        raise ValueError(
-            "There are one or more stop strings, either in the arguments to `generate` or in the model's generation "
-            f"config ({[*config.stop_strings]}), but we could not locate a tokenizer. When generating with stop "
-            "strings, you must pass the model's tokenizer to the `tokenizer` argument of `generate`."
-        )
-    return (StopStrings.build(config.stop_strings, tokenizer, vocab_size),)
-
-
-def _check_length(name: str, length: Any) -> None:
-    if not isinstance(length, int) or length < 1:
-        raise ValueError(f"`{name}` holds a length of {length!r}, which must be a positive integer.")
-
-
-def _criterion(criterion: Any, host: HostFunctions, rows: int) -> Any:
-    if isinstance(criterion, (EosToken, MaxLength)):
-        return criterion
-    if takes_cur_len("stopping_criteria", criterion):
-        return CustomCriterion(as_pytree(criterion), type(criterion))
-    number = host.add(for_criterion(criterion), "stopping_criteria")
-    warn_once(
-        "`stopping_criteria` runs as Python on the host: every step waits for it. A JAX function of (input_ids, "
-        "scores, cur_len) is compiled into the decode instead."
-    )
-    return HostCriterion(number, rows)
-
-
-def _guidance(config: Resolved, custom: Custom) -> tuple[Any, list[Any]]:
-    """The scale, unless off or replaced by a custom processor of its type, and the custom processors in their order."""
-    scale, customs = config.merged.guidance_scale, custom.logits_processor
-    replacing = lazy.torch_class("UnbatchedClassifierFreeGuidanceLogitsProcessor")
-    if scale is None or scale == 1 or any(type(each) is replacing for each in customs):
-        if custom.negative_prompt_ids is not None:
-            logger.warning("`negative_prompt_ids` has no effect without `guidance_scale`. Pass one other than 1.")
-        first = [each for each in customs if type(each) is replacing]
-        return None, [*first, *(each for each in customs if type(each) is not replacing)]
-    if not isinstance(scale, (int, float, np.number)) or isinstance(scale, bool):
-        raise ValueError(f"`guidance_scale`={scale!r} must be a number, above 1 to follow the prompt more closely.")
-    return scale, customs
-
-
-# Arguments of transformers' `generate` that are yet to come; their neutral values are accepted.
-_NOT_YET = frozenset("synced_gpus assistant_model custom_generate assistant_tokenizer".split())
-
-
-def _check_memory(model: Model, call: Call) -> None:
-    """Refuses what no allocator could give, before anything is compiled for it."""
-    prompt_rows, columns = call.prompt.input_ids.shape
-    rows, steps = prompt_rows * call.strategy.copies, call.slots - columns
-    columns, cache_slots = call.prompt.cache_slots, call.cache_slots
-    needed = {"the cache": rows * cache_slots * model.cache_bytes_per_token}
-    scored = rows * call.config.num_beams
-    for name in call.config.outputs:
-        if name in call.collect:
-            of_prompt = prompt_rows * model.internals_bytes(name, columns, columns)
-            of_step = rows * model.internals_bytes(name, call.strategy.branches, cache_slots)
-            needed[f"`output_{name}`"] = of_prompt + steps * of_step
-            if not call.config.use_cache:
-                width = call.columns + steps
-                texts = steps if call.config.num_beams > 1 else 1  # beams change their past, other rows share theirs
-                needed[f"`output_{name}`"] += scored * texts * model.internals_bytes(name, width, width)
-        else:
-            needed[f"`output_{name}`"] = 4 * scored * steps * model.vocab_size
-    available = memory_bytes() * (1 if model.mesh is None else model.mesh.size)
-    place = "the device has" if model.mesh is None else "the devices have"
-    if sum(needed.values()) > available:
-        parts = ", ".join(f"{size / 1e9:,.1f} GB for {name}" for name, size in needed.items())
-        raise ValueError(
-            f"{scored} rows of {call.slots} tokens need {parts}, but {place} {available / 1e9:,.1f} GB. Lower "
-            "`max_new_tokens`, the prompt length or the batch"
-            + (", or ask for fewer outputs." if len(needed) > 1 else ".")
-        )
-
-
-def memory_bytes() -> int:
-    """What a device has here; a CPU has the machine's."""
-    device = jax.local_devices()[0]
-    stats = device.memory_stats() if device.platform != "cpu" else None
-    return stats["bytes_limit"] if stats else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

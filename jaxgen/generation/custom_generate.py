@@ -16,8 +16,9 @@ from jax.core import Tracer
 
 from jaxgen import lazy
 from jaxgen.base import LogitsProcessor, Model, Prompt
-from jaxgen.generation.call import Call
-from jaxgen.generation.inputs import counted_positions, pad_token_id_or_default
+from jaxgen.generation.call import PreparedCall
+from jaxgen.generation.inputs import counted_positions
+from jaxgen.generation.request import Request
 from jaxgen.processors.logits_process import process
 from jaxgen.processors.stopping_criteria import any_of
 
@@ -98,15 +99,31 @@ def own_arguments(function: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in given.items() if name in names - _PREPARED}
 
 
-def call_custom(function: Callable[..., Any], model: Model, call: Call, own: Mapping[str, Any]) -> Any:
-    """What the function returns for a `generation.Call`.
+def check_custom_generate(prepared: PreparedCall, request: Request) -> None:
+    """Refuses what only the loops of jaxgen could do."""
+    unheeded = {
+        "streamer": request.streamer is not None,
+        "output_logprobs": request.output_logprobs,
+        "max_time": prepared.config.max_time is not None,
+        "guidance_scale": prepared.config.merged.guidance_scale not in (None, 1),
+    }
+    for name, given in unheeded.items():
+        if given:
+            raise ValueError(
+                f"`{name}` does not go with `custom_generate`, whose function chooses the tokens by itself. Leave it "
+                "out, or do it in your function."
+            )
+
+
+def call_custom(function: Callable[..., Any], model: Model, prepared: PreparedCall, own: Mapping[str, Any]) -> Any:
+    """What the function returns for a call.
 
     It gets the model, int32 [N, P] `input_ids`, both lists, the complete GenerationConfig, and as keywords
     `attention_mask` (bool [N, M]), `position_ids` (int32 [N, T] of the T columns to be read), a `cache` with room for
     the longest text, `use_cache`, and its own arguments. N are the prompts, repeated for their beams or sequences.
     """
-    config, read, strategy = call.config, call.inputs, call.strategy
-    copies = max(config.num_beams, config.num_return_sequences)
+    config, read, strategy = prepared.config, prepared.inputs, prepared.call.strategy
+    copies = prepared.mode.sequences_per_prompt
 
     def repeated(array: np.ndarray) -> jax.Array:
         return jnp.asarray(np.repeat(array, copies, axis=0))
@@ -118,14 +135,14 @@ def call_custom(function: Callable[..., Any], model: Model, call: Call, own: Map
     if read.past is None:
         cache = model.make_cache(rows, slots)
     else:
-        prompts = read.past.lower(model, len(read.input_ids), seen, read.attention_mask[:, :seen])
+        prompts = read.past.to_cache(model, len(read.input_ids), seen, read.attention_mask[:, :seen])
         cache = prompts.take(jnp.repeat(jnp.arange(len(read.input_ids)), copies)).grow(slots)
     positions = read.position_ids
     if positions is None:
         positions = counted_positions(read.attention_mask)[:, seen:]
     merged = copy.copy(config.merged)
     merged.max_length = int(strategy.max_length.max_length)
-    merged.pad_token_id = pad_token_id_or_default(config)
+    merged.pad_token_id = config.fill_token_id
     input_ids = repeated(read.input_ids)
     prompt = Prompt(input_ids, repeated(read.text_mask), jnp.int32(columns), jnp.int32(rows))
     arguments = {

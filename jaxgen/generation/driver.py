@@ -24,7 +24,7 @@ import numpy as np
 from jaxgen.base import Model
 from jaxgen.buckets import bucket
 from jaxgen.decoding.loop import DecodeState, Progress, advance, drop_programs_if_many, grow, prefill
-from jaxgen.generation.call import Call
+from jaxgen.generation.call import PreparedCall
 from jaxgen.generation.compile_clock import compile_seconds
 from jaxgen.processors.stopping_criteria import MaxLength
 
@@ -80,7 +80,7 @@ class CacheSize:
     steps_until_full: int
 
 
-def cache_sizes(model: Model, call: Call, weights: int) -> Generator[CacheSize]:
+def cache_sizes(model: Model, prepared: PreparedCall, weights: int) -> Generator[CacheSize]:
     """The sizes that the cache of a call grows through: powers of two up to 2048 slots, buckets beyond.
 
     Every step reads all slots, so there are at most twice as many as are needed, and beyond 2048 at most 1.5 times.
@@ -88,27 +88,29 @@ def cache_sizes(model: Model, call: Call, weights: int) -> Generator[CacheSize]:
     Each size costs a compile, which takes a long text to pay for itself: 3072 slots instead of 4096 save 6 ms of each
     of a thousand steps (135M on a CPU, batch 1).
     """
-    if call.reserved:  # and doubled, so that a conversation meets few sizes
-        size, used = call.reserved, int(call.seen[-1]) + 1
-        while size <= used + call.forward_passes:
+    if prepared.reserved:  # and doubled, so that a conversation meets few sizes
+        size, used = prepared.reserved, int(prepared.prompt_slots[-1]) + 1
+        while size <= used + prepared.forward_passes:
             yield CacheSize(size, size - used - 1)
             size *= 2
-        yield CacheSize(size, call.forward_passes)
+        yield CacheSize(size, prepared.forward_passes)
         return
-    strategy, columns, most = call.strategy, call.prompt.cache_slots, call.cache_slots
-    enough = min(most, strategy.cache_slots(columns, call.forward_passes + 1))
-    rows = len(call.prompt.input_ids) * strategy.copies
+    strategy, columns, most = prepared.call.strategy, prepared.call.prompt_slots, prepared.cache_slots
+    most_passes = prepared.forward_passes
+    enough = min(most, strategy.cache_slots(columns, most_passes + 1))
+    rows = prepared.call.model_rows * strategy.copies
     unnoticed = weights // 64 // (rows * model.cache_bytes_per_token)
-    passes, whole = 0, "attentions" in call.collect  # whose buffers are as wide as the cache
+    passes, whole = 0, "attentions" in prepared.collect  # whose buffers are as wide as the cache
     while True:
         needed = max(strategy.cache_slots(columns, passes + 2), unnoticed, _FEWEST_SLOTS)
         size = bucket(needed) if needed > _LONG else 1 << (needed - 1).bit_length()
         size = most if whole or (size <= _LONG and most <= size * 3 // 2) else min(size, most)
         if enough <= size:
-            yield CacheSize(size, call.forward_passes)
+            yield CacheSize(size, most_passes)
             return
         passes = (
-            bisect.bisect(range(call.forward_passes), size, key=lambda new: strategy.cache_slots(columns, new + 1)) - 1
+            bisect.bisect(range(prepared.forward_passes), size, key=lambda new: strategy.cache_slots(columns, new + 1))
+            - 1
         )
         yield CacheSize(size, passes)
 
@@ -116,20 +118,20 @@ def cache_sizes(model: Model, call: Call, weights: int) -> Generator[CacheSize]:
 Chunks = Generator[Progress, bool | None, DecodeState]
 
 
-def drive(model: Model, call: Call, schedule: ChunkSchedule) -> Chunks:
+def drive(model: Model, prepared: PreparedCall, schedule: ChunkSchedule) -> Chunks:
     """Runs a call, yielding the progress of its chunks as host arrays; the generator returns the state at the end.
 
     True sent back ends it there: the state may then be a chunk ahead of the progress, which was queued already.
     Whatever ends it early, an interrupt or an error where it is read, leaves the device idle.
     """
-    max_time = math.inf if call.config.max_time is None else call.config.max_time
+    max_time = math.inf if prepared.config.max_time is None else prepared.config.max_time
     waits = schedule.watched or max_time < math.inf
     drop_programs_if_many()
     started, compiled = time.monotonic(), compile_seconds()
     weights = sum(each.nbytes for each in jax.tree.leaves(model))
-    sizes = cache_sizes(model, call, weights)
+    sizes = cache_sizes(model, prepared, weights)
     size, done = next(sizes), 0
-    state, progress = prefill(model, call.prompt, call.strategy, call.slots, call.collect, size.slots)
+    state, progress = prefill(model, prepared.call, prepared.collect, size.slots)
     compiling = compile_seconds() - compiled
     try:
         unread = deque([(1, progress)])
@@ -137,27 +139,27 @@ def drive(model: Model, call: Call, schedule: ChunkSchedule) -> Chunks:
         ahead = 0 if waits else 1  # the first token does not wait for the compiler
         before = 0.0
         while True:
-            while done < call.forward_passes and len(unread) <= ahead:
+            while done < prepared.forward_passes and len(unread) <= ahead:
                 compiled = compile_seconds()  # here, since each chunk of a stream may be asked for by another thread
                 if done == size.steps_until_full:
                     size = next(sizes)
                     state = replace(state, cache=grow(state.cache, size.slots))
                 chunk = min(steps, size.steps_until_full - done)
-                state, progress = advance(model, state, call.strategy, np.int32(chunk), call.collect)
+                state, progress = advance(model, state, prepared.call.strategy, np.int32(chunk), prepared.collect)
                 compiling += compile_seconds() - compiled
                 unread.append((chunk, progress))
                 done += chunk
-            if not unread or not (done < call.forward_passes or waits):
+            if not unread or not (done < prepared.forward_passes or waits):
                 return state
             chunk, progress = unread.popleft()
             read = jax.device_get(progress)
             if (yield read):
-                return _stopped(model, call, state, read)
+                return _stopped(model, prepared, state, read)
             now = time.monotonic() - started - compiling
             if not read.unfinished:
                 return state
-            if now > max_time and read.length > call.columns:  # one token there is, however short the time
-                return _stopped(model, call, state, read)
+            if now > max_time and read.length > prepared.prompt_length:  # one token there is, however short the time
+                return _stopped(model, prepared, state, read)
             steps = schedule.next(steps, (now - before) / chunk, max_time - now)
             before = now
             if max_time == math.inf:  # or else nothing is queued ahead, since it could not be called back
@@ -169,13 +171,13 @@ def drive(model: Model, call: Call, schedule: ChunkSchedule) -> Chunks:
         raise
 
 
-def _stopped(model: Model, call: Call, state: DecodeState, read: Progress) -> DecodeState:
+def _stopped(model: Model, prepared: PreparedCall, state: DecodeState, read: Progress) -> DecodeState:
     """The state of a call that ends early. Beams get one more step, whose candidates all end at their length."""
     if read.text is not None:
         return state
-    strategy: Any = call.strategy
+    strategy: Any = prepared.call.strategy
     strategy = replace(strategy, max_length=MaxLength(np.int32(read.length + 1)))
-    return advance(model, state, strategy, np.int32(1), call.collect)[0]
+    return advance(model, state, strategy, np.int32(1), prepared.collect)[0]
 
 
 def collect(chunks: Chunks, look: Callable[[Progress], bool | None] = lambda progress: None) -> DecodeState:

@@ -14,7 +14,7 @@ from jax.core import Tracer
 
 from jaxgen import lazy
 from jaxgen.base import Model
-from jaxgen.generation.config import Resolved
+from jaxgen.generation.decode_config import DecodeConfig
 from jaxgen.generation.past_key_values import PastKeyValues
 
 logger = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ class Inputs:
         input_ids: int32 [B, P]. The text; without columns if there are embeddings only.
         text_mask: bool [B, P]. Which columns of the text are no padding.
         attention_mask: bool [B, M].
-        fresh: T.
+        num_new: T.
         position_ids: int32 [B, T], or None to count the unmasked columns.
         embeddings: float [B, T, D], or None.
         past: the cache to continue, or None.
@@ -39,7 +39,7 @@ class Inputs:
     input_ids: np.ndarray
     text_mask: np.ndarray
     attention_mask: np.ndarray
-    fresh: int
+    num_new: int
     position_ids: np.ndarray | None = None
     embeddings: np.ndarray | None = None
     past: PastKeyValues | None = None
@@ -49,8 +49,20 @@ class Inputs:
         """Whether the model's columns are those of the text, at the positions that it would count."""
         return self.position_ids is None and self.embeddings is None and self.past is None
 
+    def check_plain(self, name: str, why: str, chunk: int | None) -> None:
+        """Raises a ValueError, with the name of what needs a plain prompt read at once, and why, if it is not one."""
+        given = {
+            "cache": self.past,
+            "inputs_embeds": self.embeddings,
+            "position_ids": self.position_ids,
+            "prefill_chunk_size": chunk,
+        }
+        for other, value in given.items():
+            if value is not None:
+                raise ValueError(f"`{other}` does not go with {name}, {why}. Leave out one of them.")
 
-def checked_inputs(model: Model, inputs: Any, model_inputs: dict[str, Any], config: Resolved) -> Inputs:
+
+def checked_inputs(model: Model, inputs: Any, model_inputs: dict[str, Any], config: DecodeConfig) -> Inputs:
     """The prompt of a call, from the arguments it may come in.
 
     Raises:
@@ -88,20 +100,20 @@ def checked_inputs(model: Model, inputs: Any, model_inputs: dict[str, Any], conf
                 "the former."
             )
         mask = infer_attention_mask(input_ids, config) if columns else np.ones(shape, bool)
-    fresh = mask.shape[1] - seen
-    if fresh < 1:
+    num_new = mask.shape[1] - seen
+    if num_new < 1:
         raise ValueError(
             f"`cache` holds {seen} columns, and the prompt has {mask.shape[1]}: nothing is left to read. "
             f"Pass the whole text, or new `input_ids` with an `attention_mask` of {seen} columns more; or "
             "`cache.crop` what is to be read again."
         )
     _check_logits_to_keep(model_inputs.get("logits_to_keep"))
-    positions = _positions(model_inputs.get("position_ids"), rows, fresh)
+    positions = _positions(model_inputs.get("position_ids"), rows, num_new)
     text_mask = np.ones((rows, columns), bool)
     if embeddings is None or columns == mask.shape[1]:
         text_mask = mask[:, -columns:]
-    embeddings = None if embeddings is None else embeddings[:, -fresh:]
-    return Inputs(input_ids, text_mask, mask, fresh, positions, embeddings, past)
+    embeddings = None if embeddings is None else embeddings[:, -num_new:]
+    return Inputs(input_ids, text_mask, mask, num_new, positions, embeddings, past)
 
 
 def _embeddings(given: Any, hidden_size: int) -> np.ndarray | None:
@@ -148,19 +160,19 @@ def _check_logits_to_keep(given: Any) -> None:
         )
 
 
-def _positions(given: Any, rows: int, fresh: int) -> np.ndarray | None:
+def _positions(given: Any, rows: int, num_new: int) -> np.ndarray | None:
     """int32 [B, T]: of what is given, the columns that are to be read."""
     if given is None:
         return None
     positions = _array("position_ids", given)
     if not np.issubdtype(positions.dtype, np.integer) or ((positions >= 2**30) | (positions < -(2**30))).any():
         raise ValueError(f"`position_ids` has dtype {positions.dtype}, but must hold integers of less than 2**30.")
-    if positions.shape[0] not in (1, rows) or positions.shape[1] < fresh:
+    if positions.shape[0] not in (1, rows) or positions.shape[1] < num_new:
         raise ValueError(
-            f"`position_ids` has shape {positions.shape}, but {rows} prompts have {fresh} columns to be read. Pass one "
-            "position for each."
+            f"`position_ids` has shape {positions.shape}, but {rows} prompts have {num_new} columns to be read. Pass "
+            "one position for each."
         )
-    return np.broadcast_to(positions[:, -fresh:], (rows, fresh)).astype(np.int32)
+    return np.broadcast_to(positions[:, -num_new:], (rows, num_new)).astype(np.int32)
 
 
 def counted_positions(mask: np.ndarray) -> np.ndarray:
@@ -236,7 +248,7 @@ def refuse_tracer(value: Any) -> None:
         )
 
 
-def warn_about_padding(input_ids: np.ndarray, mask: np.ndarray | None, config: Resolved, embedded: bool) -> None:
+def warn_about_padding(input_ids: np.ndarray, mask: np.ndarray | None, config: DecodeConfig, embedded: bool) -> None:
     """The warnings of transformers 5.24 `_prepare_special_tokens` and `generate`, which concern batches only."""
     eos, pad = config.eos_token_id, config.pad_token_id
     if len(input_ids) == 1 or (pad is None and not eos):
@@ -255,7 +267,7 @@ def warn_about_padding(input_ids: np.ndarray, mask: np.ndarray | None, config: R
     if mask is not None and mask.shape == input_ids.shape:
         last = ~mask[:, -1]
     else:
-        last = input_ids[:, -1:] == pad_token_id_or_default(config)
+        last = input_ids[:, -1:] == config.fill_token_id
     if last.any() and not embedded:
         logger.warning(
             "A decoder-only architecture is being used, but right-padding was detected! For correct generation "
@@ -263,18 +275,11 @@ def warn_about_padding(input_ids: np.ndarray, mask: np.ndarray | None, config: R
         )
 
 
-def infer_attention_mask(input_ids: np.ndarray, config: Resolved) -> np.ndarray:
+def infer_attention_mask(input_ids: np.ndarray, config: DecodeConfig) -> np.ndarray:
     """Without a mask, pad ids are padding, unless padding and the end of a text are the same id."""
     if config.pad_token_id is None or config.pad_token_id in config.eos_token_id:
         return np.ones(input_ids.shape, bool)
     return input_ids != config.pad_token_id
-
-
-def pad_token_id_or_default(config: Resolved) -> int:
-    """`pad_token_id`, the first eos by default; without either, no row finishes early and none is padded."""
-    if config.pad_token_id is not None:
-        return config.pad_token_id
-    return config.eos_token_id[0] if config.eos_token_id else 0
 
 
 def checked_negatives(model: Model, inputs: Inputs, given_ids: Any, given_mask: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -289,7 +294,7 @@ def checked_negatives(model: Model, inputs: Inputs, given_ids: Any, given_mask: 
     return ids, mask if given_mask is None else _mask("negative_prompt_attention_mask", given_mask, ids.shape)
 
 
-def key_words(key: Any, config: Resolved, padded_rows: int, rows: int) -> Any:
+def key_data(key: Any, config: DecodeConfig, padded_rows: int, rows: int) -> Any:
     """uint32 [2], or [N, 2] of one key per prompt; None for greedy decoding."""
     if not config.do_sample:
         if key is not None:
@@ -306,7 +311,7 @@ def key_words(key: Any, config: Resolved, padded_rows: int, rows: int) -> Any:
             given = np.asarray(key)
             seeds = np.vectorize(operator.index, otypes=[object])(given)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"`key`={key!r} is no key. {advice}") from error
+            raise ValueError(f"`key`={key!r} is not a valid PRNG key. {advice}") from error
         if given.dtype == np.uint32 and given.ndim and given.shape[-1] in (2, 4):  # jax.random.PRNGKey
             words = given[..., :2]
         else:

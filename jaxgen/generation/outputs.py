@@ -1,7 +1,6 @@
 """What `generate` returns with `return_dict_in_generate`, and what is computed from it."""
 
-import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,13 +8,8 @@ import jax
 import numpy as np
 
 from jaxgen import lazy
-from jaxgen.decoding.loop import DecodeState, finalize
-from jaxgen.generation.call import Call
-from jaxgen.generation.config import warn_once
-from jaxgen.generation.inputs import refuse_tracer
 from jaxgen.generation.past_key_values import PastKeyValues
-
-logger = logging.getLogger(__name__)
+from jaxgen.generation.user_warnings import warn_once
 
 
 class _Output:
@@ -114,164 +108,6 @@ class GenerateBeamDecoderOnlyOutput(_Output):
 
 
 GenerateOutput = GenerateDecoderOnlyOutput | GenerateBeamDecoderOnlyOutput
-
-
-def to_output(call: Call, state: DecodeState) -> np.ndarray | GenerateOutput:
-    """What `generate` returns, from the state at the end of the decode; waits for the device."""
-    outputs = finalize(call.strategy, state)
-    refuse_tracer(outputs["length"])
-    # `device_get` can be interrupted while the device works, `np.asarray` cannot.
-    fetched = jax.device_get(dict(outputs))
-    if fetched["invalid"].any():
-        logger.warning(
-            "The scores of rows %s held NaN or infinity: their tokens mean nothing. Check the weights, load as "
-            "float32, or pass `remove_invalid_values=True`.",
-            np.flatnonzero(fetched["invalid"]).tolist(),
-        )
-    output = _without_buckets(call, fetched, state)
-    return output if call.config.return_dict_in_generate else output.sequences
-
-
-def _without_buckets(call: Call, fetched: dict[str, Any], state: DecodeState) -> GenerateOutput:
-    """The output of a call without its buckets; copies are writable and do not keep a bucket alive.
-
-    Args:
-        call: the call that ran.
-        fetched: the outputs of its strategy, on the host.
-        state: at the end of its decode.
-    """
-    config, steps = call.config, int(fetched["length"]) - call.columns
-    rows = call.rows * call.strategy.copies * config.num_beams
-    fields: dict[str, Any] = {}
-    if config.num_beams == 1:
-        fields["sequences"] = fetched["sequences"][:rows, : fetched["length"]].copy()
-    else:
-        fields |= _best_beams(call, fetched)
-    if not config.return_dict_in_generate:
-        return GenerateDecoderOnlyOutput(fields["sequences"])
-    fields |= {name: fetched[name][:steps, :rows].copy() for name in ("scores", "logits") if name in fetched}
-    fields |= {name: fetched[name][:rows, :steps].copy() for name in fetched if name.endswith("logprobs")}
-    fields |= {name: _internals(name, call, fetched, state, steps) for name in call.collect}
-    if config.use_cache:
-        fields["cache"] = PastKeyValues(state.cache, _slots(call, state.cache, steps))
-    return GenerateDecoderOnlyOutput(**fields) if config.num_beams == 1 else GenerateBeamDecoderOnlyOutput(**fields)
-
-
-def _best_beams(call: Call, fetched: dict[str, Any]) -> dict[str, Any]:
-    """The beams to return, as wide as the longest of them, with their scores and indices."""
-    kept = (slice(call.rows), slice(call.config.num_return_sequences))
-    beam_indices = fetched["beam_indices"][kept]
-    new_tokens = (beam_indices >= 0).sum(axis=2).max()
-    columns = call.columns + new_tokens
-    fields = {
-        "sequences": fetched["sequences"][kept].reshape(-1, fetched["sequences"].shape[2])[:, :columns].copy(),
-        "beam_indices": beam_indices.reshape(-1, beam_indices.shape[2])[:, :new_tokens].copy(),
-    }
-    if "scores" in fetched:
-        fields["sequences_scores"] = fetched["sequences_scores"][kept].reshape(-1)
-    return fields
-
-
-def _slots(call: Call, cache: Any, steps: int) -> np.ndarray:
-    """int [rows, C, L]: where in the cache each continuation has its columns."""
-    rows, beams, base = call.rows * call.strategy.copies, call.config.num_beams, call.seen[-1] + 1
-    generated = base + np.broadcast_to(np.arange(steps - 1), (rows, 1, steps - 1))
-    if beams > 1:
-        # Of the C slots of each step, a beam attends one: its ancestor's.
-        valid = np.asarray(cache.valid)[:rows, :, base : base + beams * (steps - 1)]
-        own = valid.reshape(rows, beams, steps - 1, beams).argmax(axis=3)
-        generated = base + beams * np.arange(steps - 1) + own
-    return np.concatenate([np.broadcast_to(call.seen, (*generated.shape[:2], len(call.seen))), generated], axis=2)
-
-
-def _internals(
-    name: str, call: Call, fetched: dict[str, Any], state: DecodeState, steps: int
-) -> tuple[tuple[np.ndarray, ...], ...]:
-    """Transformers' tuple over steps of tuples over layers, from the buffers and their buckets.
-
-    The first are of the prompt, a row for each of its sequences; of a prompt in chunks they are of the last one. Later
-    ones are of one column per row, or per branch: each beam is a row of what is returned, and of the candidates of
-    contrastive search the chosen one is. Of the slots that a column may attend, those of its past are left.
-    """
-    first, later = jax.device_get((state.prompt_internals[name], state.step_internals[name]))
-    base, beams = call.seen[-1] + 1, call.config.num_beams
-    rows = call.rows * call.strategy.copies
-    fresh = call.fresh if call.prompt.chunk is None else (call.fresh - 1) % call.prompt.chunk + 1
-
-    def prompt(array: np.ndarray) -> np.ndarray:
-        repeated = np.repeat(array[: call.rows], call.strategy.copies * beams, axis=0)
-        return repeated[:, :, -fresh:][..., call.seen] if name == "attentions" else repeated[:, -fresh:]
-
-    def step(array: np.ndarray, place: int) -> np.ndarray:
-        """[N, C, D] -> [N * beams, 1, D], or [N, Q, C, S] -> [N * beams, Q, 1, t]."""
-        array = array[:rows]
-        generated = base + np.broadcast_to(np.arange(place + 1), (rows, 1, place + 1))
-        if "chosen" in fetched:
-            branch = fetched["chosen"][place + 1][:rows]
-            array = np.take_along_axis(array, branch.reshape(-1, *[1] * (array.ndim - 1)), axis=-2)
-            generated = np.concatenate([generated[..., :-1], base + place + branch[:, None, None]], axis=2)
-        elif "parents" in fetched:
-            generated = base + ancestors[place][:rows] + beams * np.arange(place + 1)
-        if name == "hidden_states":
-            return array.reshape(-1, 1, array.shape[-1])
-        seen = np.broadcast_to(call.seen, (*generated.shape[:2], len(call.seen)))
-        taken = np.take_along_axis(array, np.concatenate([seen, generated], axis=2)[:, None], axis=3)
-        return taken.swapaxes(1, 2).reshape(-1, taken.shape[1], 1, taken.shape[3])
-
-    ancestors = _ancestors(fetched["parents"], steps) if "parents" in fetched else []
-    own = (
-        tuple(prompt(layer) for layer in first),
-        *(tuple(step(layer[place], place) for layer in later) for place in range(steps - 1)),
-    )
-    if call.config.use_cache:
-        return own
-    first_beams = beams * np.arange(rows)[:, None, None]
-    lineages = [(first_beams + each[:rows]).reshape(rows * beams, -1).T for each in ancestors[: steps - 1]]
-    return _of_the_whole_text(own, lineages)
-
-
-def _of_the_whole_text(
-    own: tuple[tuple[np.ndarray, ...], ...], lineages: Sequence[np.ndarray]
-) -> tuple[tuple[np.ndarray, ...], ...]:
-    """What a forward pass over the whole text, as transformers makes without a cache, gives at every step.
-
-    A column sees nothing after it, so its numbers are those of the step that first read it. Without beams the steps are
-    read-only views of the last one, since each holds all that came before.
-
-    Args:
-        own: of each step its new columns, per layer [N, T, D] or [N, Q, T, S].
-        lineages: with beams, of each step but the first, int [t, N]: the rows of all steps up to it that its rows
-            descend from.
-    """
-    layers, steps = len(own[0]), len(own)
-
-    def whole(layer: int, lineage: Iterable[Any]) -> np.ndarray:
-        parts = [own[0][layer], *(own[step + 1][layer][rows] for step, rows in enumerate(lineage))]
-        if parts[0].ndim == 3:
-            return np.concatenate(parts, axis=1)
-        width = parts[-1].shape[3]
-        return np.concatenate([np.pad(each, (*[(0, 0)] * 3, (0, width - each.shape[3]))) for each in parts], axis=2)
-
-    if lineages:
-        return own[0], *(tuple(whole(layer, lineage) for layer in range(layers)) for lineage in lineages)
-    last = [whole(layer, [slice(None)] * (steps - 1)) for layer in range(layers)]
-    for array in last:
-        array.flags.writeable = False
-    widths = [last[0].shape[-2] - steps + 1 + step for step in range(steps)]
-    return tuple(
-        tuple(array[:, :width] if array.ndim == 3 else array[:, :, :width, :width] for array in last)
-        for width in widths
-    )
-
-
-def _ancestors(parents: np.ndarray, steps: int) -> list[np.ndarray]:
-    """Of each forward pass after the prompt's, int [B, C, t]: the branch of each step that a branch descends from."""
-    own = np.broadcast_to(np.arange(parents.shape[2])[:, None], (*parents.shape[1:], 1))
-    ancestors = [own]
-    for step in range(1, steps - 1):
-        continued = np.take_along_axis(ancestors[-1], parents[step][:, :, None], axis=1)
-        ancestors.append(np.concatenate([continued, own], axis=2))
-    return ancestors
 
 
 def compute_transition_scores(

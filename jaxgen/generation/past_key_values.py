@@ -1,7 +1,6 @@
 """The cache of a finished call, as the caller sees it and as a later call continues it."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, Self
 
 import jax
@@ -44,7 +43,7 @@ class PastKeyValues(Sequence):
         rows, columns = len(layers[0].keys), lengths[0]
         empty = jax.eval_shape(lambda: model.make_cache(rows, columns))
         expected = [
-            jax.eval_shape(lambda cache, layer=layer: cache.layer(layer), empty) for layer in range(len(empty.layers))
+            jax.eval_shape(lambda cache, layer=layer: cache.layer(layer), empty) for layer in range(empty.num_layers)
         ]
         for number, (layer, length) in enumerate(zip(layers, lengths, strict=True)):
             held = layer.keys.shape[2]
@@ -60,18 +59,16 @@ class PastKeyValues(Sequence):
 
         if [[*map(kind, pair)] for pair in pairs] != [[*map(kind, pair)] for pair in expected]:
             raise ValueError(_ANOTHER_MODEL)
+        # A copy: on a CPU `asarray` may share the memory of torch, which goes on to change it.
         arrays = tuple(
-            tuple(
-                jnp.asarray(lazy.as_numpy(array), each.dtype).reshape(each.shape)
-                for array, each in zip(*pair, strict=True)
-            )
-            for pair in zip(pairs, empty.layers, strict=True)
+            tuple(jnp.array(lazy.as_numpy(array), each.dtype, copy=True) for array, each in zip(*pair, strict=True))
+            for pair in zip(pairs, expected, strict=True)
         )
-        cache = replace(model.make_cache(rows, columns), layers=arrays)
+        cache = model.make_cache(rows, columns).with_layers(arrays)
         return cls(cache, np.broadcast_to(np.arange(columns), (rows, 1, columns)))
 
     def __len__(self) -> int:
-        return len(self._cache.layers)
+        return self._cache.num_layers
 
     def __getitem__(self, layer: Any) -> Any:
         if isinstance(layer, slice):
@@ -109,7 +106,7 @@ class PastKeyValues(Sequence):
             )
         self._slots = self._slots[:, : columns + tokens_to_remove]
 
-    def lower(self, model: Model, rows: int, slots: int, mask: np.ndarray) -> Cache:
+    def to_cache(self, model: Model, rows: int, slots: int, mask: np.ndarray) -> Cache:
         """The cache to continue in a program.
 
         Args:

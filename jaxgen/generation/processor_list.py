@@ -16,36 +16,41 @@ import numpy as np
 
 from jaxgen import lazy
 from jaxgen.base import LogitsProcessor
-from jaxgen.generation.config import Resolved, warn_once
+from jaxgen.generation.decode_config import DecodeConfig
 from jaxgen.generation.host_callbacks import HostFunctions, HostProcessor, for_prefix, for_processor
+from jaxgen.generation.modes import Mode
+from jaxgen.generation.user_warnings import warn_once
+from jaxgen.generation.validators import is_float, is_integer
 from jaxgen.processors import logits_process
 from jaxgen.processors.logits_process import token_mask
 from jaxgen.processors.watermarking import GreenlistWatermark, SynthIDWatermark
 
 
 def processor_list(
-    config: Resolved,
+    mode: Mode,
     prompt_length: int,
     max_length: int,
     vocab_size: int,
     customs: Sequence[Any],
     prefix_allowed_tokens_fn: Callable[..., Any] | None,
     host: HostFunctions,
-    rows: int,
+    prompts: int,
 ) -> tuple[LogitsProcessor, ...]:
-    """The processors of one call, but for guidance, which is part of the prompt and of the loop.
+    """The processors of one call, but for guidance, which is part of the prefill and of the loop.
 
     Args:
-        config: of the call.
-        prompt_length, max_length: in columns.
+        mode: of the call, with its configuration.
+        prompt_length, max_length: in tokens.
+        vocab_size: V.
         customs: the caller's, of any kind that `custom_processor` takes.
         prefix_allowed_tokens_fn: as in transformers.
         host: takes the functions that run on the host.
-        rows: of the caller, R times or once per beam of a group.
+        prompts: B.
 
     Raises:
         ValueError: naming the field, its value and the range.
     """
+    config, rows = mode.config, prompts * mode.rows_per_processor
     fields = config.merged
     eos = token_mask(config.eos_token_id, vocab_size)
     rows_of_table = {
@@ -62,7 +67,7 @@ def processor_list(
         **_min_lengths(config, eos, prompt_length, max_length),
         "PrefixConstrainedLogitsProcessor": prefix_allowed_tokens_fn
         and _on_host(
-            for_prefix(prefix_allowed_tokens_fn, _rows_of_a_prompt(config)),
+            for_prefix(prefix_allowed_tokens_fn, mode.rows_per_processor),
             "prefix_allowed_tokens_fn",
             host,
             rows,
@@ -75,17 +80,12 @@ def processor_list(
     }
     processors = _merge(rows_of_table, customs, host, rows)
     if config.do_sample:
-        processors += _warpers(fields, vocab_size, 1 if config.num_beams == 1 else config.candidates_per_beam)
+        processors += _warpers(fields, vocab_size, mode.min_tokens_to_keep)
     if fields.watermarking_config is not None:
         processors.append(_watermark(fields.watermarking_config, vocab_size))
     if fields.renormalize_logits:
         processors.append(logits_process.LogitNormalization())
     return tuple(processors)
-
-
-def _rows_of_a_prompt(config: Resolved) -> int:
-    """The rows that a processor sees of each prompt."""
-    return config.num_return_sequences if config.num_beams == 1 else config.num_beams // config.num_beam_groups
 
 
 def custom_processor(custom: Any, host: HostFunctions, rows: int) -> LogitsProcessor:
@@ -196,24 +196,16 @@ def _penalty(fields: Any, name: str, processor: Any) -> LogitsProcessor | None:
     penalty = getattr(fields, name)
     if penalty is None or penalty == 1.0:
         return None
-    if not _is_float(penalty) or not penalty > 0:
+    if not is_float(penalty) or not penalty > 0:
         raise ValueError(f"`{name}` has to be a strictly positive float, but is {penalty!r}.")
     return processor(penalty)
-
-
-def _is_float(value: Any) -> bool:
-    return isinstance(value, (float, np.floating))
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
 def _number(fields: Any, name: str) -> float | None:
     value = getattr(fields, name)
     if value is None:
         return None
-    if not (_is_float(value) or _is_integer(value)) or math.isnan(value):
+    if not (is_float(value) or is_integer(value)) or math.isnan(value):
         raise ValueError(f"`{name}` has to be a number, but is {value!r}.")
     return float(value)
 
@@ -222,7 +214,7 @@ def _ngram(fields: Any, name: str, processor: Any) -> LogitsProcessor | None:
     size = getattr(fields, name)
     if size is None or (_number(fields, name) or 0) <= 0:
         return None
-    if not _is_integer(size):
+    if not is_integer(size):
         raise ValueError(f"`{name}` has to be a strictly positive integer, but is {size!r}.")
     return processor(int(size))
 
@@ -259,11 +251,13 @@ def _bad_words(fields: Any, eos_token_id: Sequence[int], vocab_size: int) -> Log
 
 def _check_ids(name: str, sequences: Any, vocab_size: int) -> None:
     for token in (token for sequence in sequences for token in sequence):
-        if not _is_integer(token) or not 0 <= token < vocab_size:
+        if not is_integer(token) or not 0 <= token < vocab_size:
             raise ValueError(f"`{name}` holds {token!r}, but ids of this model are 0 to {vocab_size - 1}.")
 
 
-def _min_lengths(config: Resolved, eos: Any, prompt_length: int, max_length: int) -> dict[str, LogitsProcessor | None]:
+def _min_lengths(
+    config: DecodeConfig, eos: Any, prompt_length: int, max_length: int
+) -> dict[str, LogitsProcessor | None]:
     """Both are built for `min_new_tokens`, as in transformers, so that a custom one of either type replaces its own."""
     min_length = config.min_length_for(prompt_length, max_length)
     min_new_tokens = config.min_new_tokens or 0
@@ -319,8 +313,8 @@ def _exponential_decay(
     given = fields.exponential_decay_length_penalty
     if given is None:
         return None
-    valid = isinstance(given, (tuple, list)) and len(given) == 2 and _is_integer(given[0])
-    if not valid or not (_is_float(given[1]) or _is_integer(given[1])):
+    valid = isinstance(given, (tuple, list)) and len(given) == 2 and is_integer(given[0])
+    if not valid or not (is_float(given[1]) or is_integer(given[1])):
         raise ValueError(
             f"`exponential_decay_length_penalty` must be (start, factor), an integer and a number, but is {given!r}."
         )
@@ -337,14 +331,14 @@ def _warpers(fields: Any, vocab_size: int, min_tokens_to_keep: int) -> list[Logi
     """The rules of sampling. Temperature, top_k and top_p are always there, so that their numbers compile nothing."""
     keep = min_tokens_to_keep
     temperature = 1.0 if fields.temperature is None else fields.temperature
-    if temperature != 1.0 and (not _is_float(temperature) or not temperature > 0):
+    if temperature != 1.0 and (not is_float(temperature) or not temperature > 0):
         hint = " If you're looking for greedy decoding strategies, set `do_sample=False`." if temperature == 0 else ""
         raise ValueError(
             f"`temperature` (={temperature!r}) has to be a strictly positive float, otherwise your next token scores "
             f"will be invalid.{hint}"
         )
     top_k = fields.top_k or vocab_size
-    if not _is_integer(top_k) or top_k < 0:
+    if not is_integer(top_k) or top_k < 0:
         raise ValueError(f"`top_k` has to be a strictly positive integer, or 0 to switch it off, but is {top_k!r}.")
     top_p = 1.0 if (given := _number(fields, "top_p")) is None else given
     if not top_p >= 0:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxgen.base import Model, Prompt, row_shards
+from jaxgen.base import Model, Prefill, Prompt, row_shards
 from jaxgen.buckets import bucket, row_bucket
 from jaxgen.generation.inputs import Inputs, counted_positions
 
@@ -33,9 +33,9 @@ def pad_to_buckets(model: Model, input_ids: np.ndarray, attention_mask: np.ndarr
 
 
 def padded_prompt(
-    model: Model, inputs: Inputs, chunk: int | None, reserve: int = 0, new_tokens: int = 0
-) -> tuple[Prompt, np.ndarray]:
-    """The prompt in its buckets, and int [M], the slots of the cache in which its columns are after the forward pass.
+    model: Model, inputs: Inputs, chunk: int | None, reserve: int, new_tokens: int
+) -> tuple[Prompt, Prefill | None, np.ndarray]:
+    """The prompt in its buckets, what the model reads of it, and int [M], the cache slots of its columns after that.
 
     With `reserve` the shapes depend on the size of the cache alone, whatever comes from it and whatever is new: a
     conversation needs one program until its cache is full.
@@ -47,79 +47,85 @@ def padded_prompt(
         reserve: slots that the cache has at least, from the start; 0 for as many as the prompt needs.
         new_tokens: for which reserved slots should be enough, too.
     """
-    fresh, seen = inputs.fresh, inputs.attention_mask.shape[1] - inputs.fresh
+    num_new = inputs.num_new
     if reserve:
         chunk = chunk or _RESERVED_CHUNK
-    elif chunk is not None and chunk >= fresh:
+    elif chunk is not None and chunk >= num_new:
         chunk = None
     if inputs.plain and chunk is None:
         prompt = pad_to_buckets(model, inputs.input_ids, inputs.text_mask)
         width = prompt.input_ids.shape[1]
-        return prompt, np.arange(width - fresh, width)
-    size = bucket(max(fresh, _MIN_PROMPT_BUCKET)) if chunk is None else chunk
-    full = (fresh - 1) // size  # chunks before the last, which has what is left, as in transformers
-    padding = (full + 1) * size - fresh  # of the last chunk
-    places = np.arange(fresh) + np.where(np.arange(fresh) < full * size, 0, padding)
+        return prompt, None, np.arange(width - num_new, width)
+    cached = inputs.attention_mask.shape[1] - num_new
+    size = bucket(max(num_new, _MIN_PROMPT_BUCKET)) if chunk is None else chunk
+    # Chunks as transformers cuts them: full ones, and what is left. That one is padded on the left, so that all are of
+    # one size. 7 columns in chunks of 3, behind 2 in the cache:
+    #
+    #     column      0 1 | 2 3 4 | 5 6 7 | . . 8
+    #     slot        0 1 | 2 3 4 | 5 6 7 | 8 9 10
+    full = (num_new - 1) // size
+    padding = (full + 1) * size - num_new
+    places = np.arange(num_new) + np.where(np.arange(num_new) < full * size, 0, padding)
     if reserve:
-        needed = seen + (full + 1) * size + min(new_tokens, _RESERVED_ANSWER)
+        needed = cached + (full + 1) * size + min(new_tokens, _RESERVED_ANSWER)
         reserve = max(reserve, 1 << (needed - 1).bit_length())
         width = -(-reserve // size) * size
     else:
         width = size * (1 + (bucket(full) if full else 0))
     prompt = pad_to_buckets(model, inputs.input_ids, inputs.text_mask, reserve)
+    rows = len(prompt.input_ids)
 
-    def laid_out(array: np.ndarray) -> np.ndarray:
-        """[N, T, ...] of [B, fresh, ...]."""
-        whole = np.zeros((len(prompt.input_ids), width, *array.shape[2:]), array.dtype)
+    def laid_out(array: np.ndarray) -> Any:
+        """[N, T, ...] of [B, columns to be read, ...]."""
+        whole = np.zeros((rows, width, *array.shape[2:]), array.dtype)
         whole[: len(array), places] = array
         return whole
 
-    positions = (
-        inputs.position_ids if inputs.position_ids is not None else counted_positions(inputs.attention_mask)[:, -fresh:]
-    )
+    positions = inputs.position_ids
+    if positions is None:
+        positions = counted_positions(inputs.attention_mask)[:, -num_new:]
     past = None
     if inputs.past is not None:
-        slots = reserve or bucket(seen + width)
-        past = inputs.past.lower(model, len(prompt.input_ids), slots, inputs.attention_mask[:, :seen])
+        past = inputs.past.to_cache(model, rows, reserve or bucket(cached + width), inputs.attention_mask[:, :cached])
     elif reserve:
-        past = model.make_cache(len(prompt.input_ids), reserve)
-    prompt = replace(
-        prompt,
+        past = model.make_cache(rows, reserve)
+    shift: Any = padding
+    chunks: Any = None if chunk is None else full
+    prefill = Prefill(
+        inputs=laid_out(inputs.input_ids[:, -num_new:] if inputs.embeddings is None else inputs.embeddings),
+        attention_mask=laid_out(inputs.attention_mask[:, -num_new:]),
         position_ids=laid_out(positions),
         past=past,
-        inputs=laid_out(inputs.input_ids[:, -fresh:] if inputs.embeddings is None else inputs.embeddings),
-        unseen=laid_out(inputs.attention_mask[:, -fresh:]),
-        full_chunks=None if chunk is None else full,
-        padding=padding,
+        padding=shift,
+        full_chunks=chunks,
         chunk=chunk,
     )
-    return prompt, np.concatenate([np.arange(seen), seen + places])
+    return prompt, prefill, np.concatenate([np.arange(cached), cached + places])
 
 
-def with_negative_prompts(
+def guided_prompt(
     model: Model, inputs: Inputs, negative_ids: np.ndarray, negative_mask: np.ndarray, guidance_scale: float
-) -> Prompt:
-    """The prompts and below them the negative ones, each [B, P'], in one batch whose weights are read once."""
-    columns = inputs.input_ids.shape[1]
-    width = max(columns, negative_ids.shape[1])
+) -> tuple[Prompt, Prefill, np.ndarray]:
+    """As `padded_prompt`, with negative prompts [B, P'] below the others: one batch, whose weights are read once."""
+    width = max(inputs.input_ids.shape[1], negative_ids.shape[1])
 
     def widen(array: np.ndarray) -> np.ndarray:
         return np.pad(array, ((0, 0), (width - array.shape[1], 0)))
 
-    guided, negative = (
+    prompt, negative = (
         pad_to_buckets(model, widen(ids), widen(mask))
         for ids, mask in ((inputs.input_ids, inputs.text_mask), (negative_ids, negative_mask))
     )
     # Transformers counts the positions of a prompt by its mask, but those of a negative prompt by its columns.
-    by_mask = counted_positions(np.asarray(guided.attention_mask))
+    by_mask = counted_positions(np.asarray(prompt.attention_mask))
     by_column = np.maximum(np.arange(by_mask.shape[1]) - by_mask.shape[1] + negative_ids.shape[1], 0)
+    ids: Any = np.concatenate([prompt.input_ids, negative.input_ids])
     scale: Any = guidance_scale
-    position_ids: Any = np.concatenate([by_mask, np.broadcast_to(by_column, by_mask.shape)])
-    return Prompt(
-        input_ids=np.concatenate([guided.input_ids, negative.input_ids]),
-        attention_mask=np.concatenate([guided.attention_mask, negative.attention_mask]),
-        length=columns,
-        rows=guided.rows,
-        position_ids=position_ids,
+    prefill = Prefill(
+        inputs=ids,
+        attention_mask=np.concatenate([prompt.attention_mask, negative.attention_mask]),
+        position_ids=np.concatenate([by_mask, np.broadcast_to(by_column, by_mask.shape)]),
         guidance_scale=scale,
     )
+    length, columns = inputs.input_ids.shape[1], prompt.input_ids.shape[1]
+    return replace(prompt, length=length), prefill, np.arange(columns - length, columns)

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from jaxgen.base import Model
-from jaxgen.generation.api import checked_for_stream, follow, lower
+from jaxgen.generation.api import follow, prepare_stream
+from jaxgen.generation.request import Request
 
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
@@ -85,14 +86,13 @@ def stream_text(
     if isinstance(inputs, str):
         encoded = tokenizer(inputs, return_tensors="np")
         inputs, kwargs = encoded["input_ids"], {"attention_mask": np.ones(encoded["input_ids"].shape, int), **kwargs}
-    others, custom = checked_for_stream({"tokenizer": tokenizer, **kwargs})
-    call = lower(model, inputs, generation_config, others, custom)
-    if (rows := call.rows * call.strategy.copies) > 1:
+    prepared = prepare_stream(model, Request.of(inputs, generation_config, {"tokenizer": tokenizer, **kwargs}))
+    if (rows := prepared.rows * prepared.mode.sequences_per_prompt) > 1:
         raise ValueError(
             f"`stream_text` follows one text, but the call makes {rows}. Pass one prompt and `num_return_sequences=1`, "
             "or use `stream`, which yields the tokens of all rows."
         )
-    return _pieces(TextPieces(tokenizer), follow(model, call))
+    return _pieces(TextPieces(tokenizer), follow(model, prepared))
 
 
 def _pieces(text: TextPieces, chunks: Generator[np.ndarray, None, None]) -> Iterator[str]:

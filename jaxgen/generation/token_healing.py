@@ -5,17 +5,71 @@ Same as transformers 5.24 `GenerationMixin.heal_tokens`.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from jaxgen import lazy
+from jaxgen.base import Model
+from jaxgen.generation.config import resolve
+from jaxgen.generation.inputs import Inputs, key_data
+from jaxgen.generation.request import Request
 
 _BIAS = 10.0  # makes every extension likelier than any other token
 _OWN_BIAS = 1.0  # for the token that is there, so that "http" does not become "https" without a reason
 
 
-def heal(input_ids: np.ndarray, tokenizer: Any, one_token: Callable[[np.ndarray, Any, int], Any]) -> np.ndarray:
+OneToken = Callable[[np.ndarray, Any, Any], np.ndarray]
+
+
+def healed_inputs(model: Model, inputs: Inputs, request: Request, one_token: OneToken) -> Inputs:
+    """The checked prompt of a request with its last tokens chosen anew.
+
+    Args:
+        model: of the call.
+        inputs: the prompt as it was passed.
+        request: for its tokenizer and its key.
+        one_token: continues int32 [1, P] by a token, under a GenerationConfig and with a key.
+
+    Raises:
+        ValueError: without a tokenizer, or if the prompt is more than text.
+    """
+    tokenizer = request.tokenizer
+    if tokenizer is None:
+        raise ValueError(
+            " When generating with token healing, you must pass the model's tokenizer to the `tokenizer` argument of "
+            "`generate`."
+        )
+    if not callable(tokenizer):
+        raise ValueError(f"`tokenizer` must be a tokenizer, but is {tokenizer!r}. Pass the model's tokenizer.")
+    if not inputs.plain:
+        raise ValueError(
+            "`token_healing` changes the prompt, which then does not go with `cache`, `inputs_embeds` or "
+            "`position_ids`. Leave out one of them."
+        )
+
+    # Drawn if the checkpoint's own settings say so, as in transformers.
+    keys, rows = None, len(inputs.input_ids)
+    if request.key is not None and model.generation_config.do_sample:
+        keys = key_data(request.key, resolve(model.generation_config, None, {})[0], rows, rows)
+
+    def with_key(prompt: np.ndarray, bias: Any, row: int) -> np.ndarray:
+        return one_token(prompt, bias, keys if keys is None or keys.ndim == 1 else keys[row])
+
+    input_ids = heal(inputs.input_ids, tokenizer, with_key)
+    if input_ids.shape == inputs.input_ids.shape:
+        return replace(inputs, input_ids=input_ids)
+    if not inputs.attention_mask.all():
+        raise ValueError(
+            f"`token_healing` made prompts of {input_ids.shape[1]} columns, for which the `attention_mask` of "
+            f"{inputs.attention_mask.shape[1]} does not hold. Heal one prompt at a time."
+        )
+    mask = np.ones(input_ids.shape, bool)
+    return replace(inputs, input_ids=input_ids, text_mask=mask, attention_mask=mask, num_new=input_ids.shape[1])
+
+
+def heal(input_ids: np.ndarray, tokenizer: Any, one_token: Callable[[np.ndarray, Any, int], np.ndarray]) -> np.ndarray:
     """The healed prompts, int32 [B, P'] of int32 [B, P]; P' differs where the tokenizer cuts the text in other places.
 
     Args:

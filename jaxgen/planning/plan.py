@@ -19,7 +19,9 @@ from jax.sharding import AbstractMesh
 
 from jaxgen.buckets import bucket, row_bucket
 from jaxgen.checkpoint.load import abstract, check_quantize, named_leaves, open_folder, weights_dtype
-from jaxgen.generation.api import lower_for_any_device, memory_bytes
+from jaxgen.generation.build import build_call, read_request
+from jaxgen.generation.memory import memory_bytes
+from jaxgen.generation.request import Request
 from jaxgen.models import FAMILIES
 from jaxgen.models.layers import columns_at_once
 from jaxgen.planning.shapes import SHAPES
@@ -285,9 +287,10 @@ class _Call:
         facts: dict[str, Any] = {}
 
         def lowered(model: Any) -> None:
-            call = lower_for_any_device(model, np.ones((1, prompt_tokens), np.int32), None, options)
-            strategy, (rows, columns) = call.strategy, call.prompt.input_ids.shape
-            slots = call.cache_slots
+            request = Request(inputs=np.ones((1, prompt_tokens), np.int32), keywords=options)
+            prepared = build_call(model, request, *read_request(model, request))
+            strategy, (rows, columns) = prepared.call.strategy, prepared.call.prompt.input_ids.shape
+            slots = prepared.cache_slots
             tokens = strategy.cache_slots(prompt_tokens, new_tokens)
             facts.update(cache_item=model.cache_bytes_per_token, prompt_rows=rows, columns=columns, slots=slots)
             facts.update(copies=strategy.copies, branches=strategy.branches, tokens=tokens)

@@ -65,7 +65,7 @@ def test_a_second_conversation_compiles_nothing(tmp_path: Path, chat_folder: Pat
         subprocess.run(command, input=lines, capture_output=True, text=True, check=True, env=environment)
         names.append({file.name for file in (tmp_path / "programs").glob("*-cache")})
     assert names[0] == names[1]
-    assert [sum(name.startswith(f"jit_{program}-") for name in names[0]) for program in ("_prefill", "_advance")] == [
+    assert [sum(name.startswith(f"jit_{program}-") for name in names[0]) for program in ("prefill", "advance")] == [
         1,
         1,
     ]

@@ -157,7 +157,7 @@ def test_one_beam_is_greedy_decoding(model: Any) -> None:
     np.testing.assert_array_equal(beams(model, num_beams=1).sequences, greedy)
     call = jaxgen.prepare(model, IDS, attention_mask=MASK, num_beams=2, max_new_tokens=8, eos_token_id=None)
     alone = dataclasses.replace(call.strategy, num_beams=1, num_candidates=2)  # pyright: ignore
-    found = jax.jit(jaxgen.decode, static_argnums=3)(model, call.prompt, alone, call.slots)["sequences"]
+    found = jax.jit(jaxgen.decode)(model, dataclasses.replace(call, strategy=alone))["sequences"]
     np.testing.assert_array_equal(found[: len(IDS), 0, : greedy.shape[1]], greedy)
 
 
@@ -245,7 +245,7 @@ def test_new_numbers_compile_nothing(model: Any) -> None:
 
 def test_the_cache_holds_a_prompt_once_for_all_its_beams(model: Any) -> None:
     call = jaxgen.prepare(model, np.ones((1, 512), int), num_beams=4, max_new_tokens=64, eos_token_id=None)
-    state = jax.eval_shape(lambda: loop._prefill(model, call.prompt, call.strategy, call.slots))
+    state = jax.eval_shape(lambda: loop._prefill(model, call))
     heads, head_dim = model.config.num_key_value_heads, model.config.head_dim
     for array in jax.tree.leaves(state.cache.layers):
         assert array.size == heads * (512 + 4 * 64) * head_dim

@@ -81,17 +81,17 @@ def sequences(outputs: Any) -> list[list[int]]:
 
 
 def test_each_row_follows_the_table_until_the_maximum_length() -> None:
-    assert sequences(jaxgen.decode(COUNT_UP, prompt([0, 2]), greedy(4), 8)) == [[0, 1, 2, 3], [2, 3, 4, 5]]
+    assert sequences(jaxgen.decode(COUNT_UP, jaxgen.Call(prompt([0, 2]), greedy(4), 8))) == [[0, 1, 2, 3], [2, 3, 4, 5]]
 
 
 def test_the_prompt_starts_in_column_zero_and_bucket_columns_never_show() -> None:
     ids = jnp.array([[9, 9, 4, 5]])
     two_columns = jaxgen.Prompt(ids, ids < 9, jnp.int32(2), jnp.int32(1))
-    assert sequences(jaxgen.decode(COUNT_UP, two_columns, greedy(4, eos=-1), 8)) == [[4, 5, 6, 7]]
+    assert sequences(jaxgen.decode(COUNT_UP, jaxgen.Call(two_columns, greedy(4, eos=-1), 8))) == [[4, 5, 6, 7]]
 
 
 def test_a_finished_row_receives_padding_until_the_last_row_is_done() -> None:
-    assert sequences(jaxgen.decode(COUNT_UP, prompt([5, 3]), greedy(20), 24)) == [
+    assert sequences(jaxgen.decode(COUNT_UP, jaxgen.Call(prompt([5, 3]), greedy(20), 24))) == [
         [5, 6, EOS, PAD, PAD],
         [3, 4, 5, 6, EOS],
     ]
@@ -99,54 +99,57 @@ def test_a_finished_row_receives_padding_until_the_last_row_is_done() -> None:
 
 def test_the_loop_ends_with_the_last_row_and_runs_no_forward_pass_too_many() -> None:
     strategy = greedy(20)
-    state = loop._prefill(COUNT_UP, prompt([5, 3]), strategy, 24)
+    state = loop._prefill(COUNT_UP, jaxgen.Call(prompt([5, 3]), strategy, 24))
     state = loop._advance(COUNT_UP, state, strategy, jnp.int32(24))
     assert int(state.cache.passes) == 4  # the row that starts at 3 needs four tokens: 4, 5, 6 and the end
 
 
 def test_rows_of_the_batch_bucket_do_not_keep_the_loop_running() -> None:
     strategy = greedy(20)
-    state = loop._prefill(COUNT_UP, prompt([6], bucket_rows=3), strategy, 24)
+    state = loop._prefill(COUNT_UP, jaxgen.Call(prompt([6], bucket_rows=3), strategy, 24))
     assert not strategy.unfinished(state.inner)
 
 
 def test_the_first_of_equally_likely_tokens_wins() -> None:
-    assert sequences(jaxgen.decode(table({}), prompt([3]), greedy(3), 8)) == [[3, 0, 0]]
+    assert sequences(jaxgen.decode(table({}), jaxgen.Call(prompt([3]), greedy(3), 8))) == [[3, 0, 0]]
 
 
 def test_chunks_of_any_size_give_the_tokens_of_one_run() -> None:
     strategy = greedy(12, eos=-1)
-    state, progress = loop.prefill(COUNT_UP, prompt([0, 4]), strategy, 16)
+    state, progress = loop.prefill(COUNT_UP, jaxgen.Call(prompt([0, 4]), strategy, 16))
     assert progress.length == 2
     for steps in (1, 3, 2, 50):
         state, progress = loop.advance(COUNT_UP, state, strategy, jnp.int32(steps))
-    assert sequences(loop.finalize(strategy, state)) == sequences(jaxgen.decode(COUNT_UP, prompt([0, 4]), strategy, 16))
+    whole = jaxgen.decode(COUNT_UP, jaxgen.Call(prompt([0, 4]), strategy, 16))
+    assert sequences(loop.finalize(strategy, state)) == sequences(whole)
 
 
 def test_decode_composes_with_the_callers_jit_and_vmap() -> None:
     tables = jax.tree.map(lambda *leaves: jnp.stack(leaves), COUNT_UP, table({0: 5, 5: 0}))
-    decode = jax.jit(jax.vmap(lambda model: jaxgen.decode(model, prompt([0]), greedy(4), 8)["sequences"][0, :4]))
+    decode = jax.jit(
+        jax.vmap(lambda model: jaxgen.decode(model, jaxgen.Call(prompt([0]), greedy(4), 8))["sequences"][0, :4])
+    )
     assert decode(tables).tolist() == [[0, 1, 2, 3], [0, 5, 0, 5]]
 
 
 @pytest.mark.parametrize("eos", [[EOS], [EOS, 2], [2, EOS, 5]])
 def test_any_of_several_eos_ids_ends_a_row(eos: list[int]) -> None:
     strategy = replace(greedy(20), eos=jaxgen.EosToken(jnp.array(eos)))
-    row = sequences(jaxgen.decode(COUNT_UP, prompt([0]), strategy, 24))[0]
+    row = sequences(jaxgen.decode(COUNT_UP, jaxgen.Call(prompt([0]), strategy, 24)))[0]
     assert row == list(range(min(eos) + 1))
 
 
 def test_a_row_that_meets_nan_is_flagged_and_the_others_go_on() -> None:
     broken = replace(COUNT_UP, scores=COUNT_UP.scores.at[4].set(jnp.nan))
-    outputs = jaxgen.decode(broken, prompt([0, 3], bucket_rows=1), greedy(4), 8)
+    outputs = jaxgen.decode(broken, jaxgen.Call(prompt([0, 3], bucket_rows=1), greedy(4), 8))
     assert outputs["invalid"].tolist() == [False, True, False]
     assert sequences(outputs)[0] == [0, 1, 2, 3]
 
 
 def test_decode_stops_where_its_slots_end_and_refuses_to_start_without_any() -> None:
-    assert sequences(jaxgen.decode(COUNT_UP, prompt([0]), greedy(20, eos=-1), 5)) == [[0, 1, 2]]
+    assert sequences(jaxgen.decode(COUNT_UP, jaxgen.Call(prompt([0]), greedy(20, eos=-1), 5))) == [[0, 1, 2]]
     with pytest.raises(ValueError, match="`slots`=3 leaves no room"):
-        jaxgen.decode(COUNT_UP, prompt([0]), greedy(20), 3)
+        jaxgen.decode(COUNT_UP, jaxgen.Call(prompt([0]), greedy(20), 3))
 
 
 def test_a_prepared_call_is_a_pure_function_of_its_key(tmp_path: Path) -> None:
@@ -156,7 +159,7 @@ def test_a_prepared_call_is_a_pure_function_of_its_key(tmp_path: Path) -> None:
 
     def run(key: jax.Array) -> jax.Array:
         strategy = replace(call.strategy, key=key)
-        return jaxgen.decode(model, call.prompt, strategy, call.slots)["sequences"][:, :7]
+        return jaxgen.decode(model, replace(call, strategy=strategy))["sequences"][:, :7]
 
     keys = jax.random.split(jax.random.key(0), 3)
     together = jax.jit(jax.vmap(run))(keys)
@@ -194,7 +197,7 @@ def test_every_strategy_decodes_as_a_pure_function(arguments: dict[str, Any], tm
     arguments = {"max_new_tokens": 6, "eos_token_id": None, **arguments}
     expected = jaxgen.generate(model, [[5, 6], [7, 8]], **arguments)
     call = jaxgen.prepare(model, [[5, 6], [7, 8]], **arguments)
-    outputs = jax.jit(jaxgen.decode, static_argnums=3)(model, call.prompt, call.strategy, call.slots)
+    outputs = jax.jit(jaxgen.decode)(model, call)
     best = outputs["sequences"] if "top_k" in arguments else outputs["sequences"][:, 0]
     assert outputs["length"] == 8
     np.testing.assert_array_equal(best[:2, :8], expected)

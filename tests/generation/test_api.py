@@ -272,7 +272,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "a mask of other numbers": (PROMPT, {"attention_mask": [[1, 2, 1]]}, "holds 2, but may hold 0 and 1"),
     "max_new_tokens=0": (PROMPT, {"max_new_tokens": 0}, "`max_new_tokens` must be greater than 0, but is 0"),
     "max_new_tokens=-1": (PROMPT, {"max_new_tokens": -1}, "must be greater than 0, but is -1"),
-    "a length beyond 32 bits": (PROMPT, {"max_new_tokens": 10**30}, "columns are asked for.*Lower `max_new_tokens`"),
+    "a length beyond 32 bits": (PROMPT, {"max_new_tokens": 10**30}, "requested length is.*Lower `max_new_tokens`"),
     "a length of True": (PROMPT, {"max_new_tokens": True}, "`max_new_tokens`=True must be an integer"),
     "a fractional length": (PROMPT, {"max_new_tokens": 2.5}, "`max_new_tokens`=2.5 must be an integer"),
     "max_length within the prompt": (

@@ -14,6 +14,13 @@ from transformers import GenerationConfig
 
 import jaxgen
 from jaxgen.generation import config as module
+from jaxgen.generation import user_warnings
+from jaxgen.generation.decode_config import DecodeConfig
+from jaxgen.generation.modes import mode_for
+from jaxgen.generation.modes.beam_search import BeamSearchMode
+from jaxgen.generation.modes.contrastive_search import ContrastiveSearchMode
+from jaxgen.generation.modes.group_beam_search import GroupBeamSearchMode
+from jaxgen.generation.modes.sampling import SamplingMode
 
 PROMPT = [[5, 6, 7]]
 FIELDS = sorted(name for name in GenerationConfig().to_dict() if not name.startswith("_"))
@@ -32,7 +39,7 @@ def model() -> Any:
     return jaxgen.from_config(architecture(1).config)
 
 
-def resolve(model_config: Any, config: Any = None, **kwargs: Any) -> module.Resolved:
+def resolve(model_config: Any, config: Any = None, **kwargs: Any) -> DecodeConfig:
     return module.resolve(model_config, config, kwargs)[0]
 
 
@@ -58,7 +65,7 @@ def test_the_configs_passed_in_are_not_changed() -> None:
 
 
 def test_a_config_and_keywords_together_are_allowed_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    module._warned.clear()
+    user_warnings._warned.clear()
     with caplog.at_level(logging.WARNING, logger="jaxgen"):
         resolve(GenerationConfig(), GenerationConfig(max_new_tokens=3), eos_token_id=[5, 6])
     assert "together with generation-related arguments=(['eos_token_id'])" in caplog.text
@@ -130,7 +137,7 @@ UNHEEDED: list[tuple[dict[str, Any], int]] = [
 def test_fields_that_transformers_runs_without_heeding_change_no_token(
     fields: dict[str, Any], words: int, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    module._warned.clear()
+    user_warnings._warned.clear()
     copy = shutil.copytree(folder, tmp_path / "model")
     (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": None, "pad_token_id": 0, **fields}))
     with caplog.at_level(logging.WARNING, logger="jaxgen"):
@@ -142,25 +149,29 @@ def test_fields_that_transformers_runs_without_heeding_change_no_token(
     assert all(any(name in each for name in fields) for each in said)
 
 
+def mode(model_config: Any, **kwargs: Any) -> type:
+    return type(mode_for(resolve(model_config, **kwargs)))
+
+
 def test_contrastive_search_of_the_models_config_gives_way_to_sampling_and_beams(caplog: Any) -> None:
     models = GenerationConfig(penalty_alpha=0.6, top_k=4)
-    assert resolve(models).penalty_alpha == 0.6
+    assert mode(models) is ContrastiveSearchMode
     for given in ({"do_sample": True}, {"num_beams": 2}, {"top_k": 1}):
-        assert resolve(models, **given).penalty_alpha == 0
+        assert mode(models, **given) is (BeamSearchMode if "num_beams" in given else SamplingMode)
         with pytest.raises(ValueError, match="`penalty_alpha`"):
-            resolve(GenerationConfig(), **{"penalty_alpha": 0.6, "top_k": 4, **given})
+            mode(GenerationConfig(), **{"penalty_alpha": 0.6, "top_k": 4, **given})
 
 
 def test_groups_of_the_models_config_divide_beams_and_nothing_else() -> None:
     models = GenerationConfig(num_beam_groups=2, diversity_penalty=0.5)
-    assert resolve(models).num_beam_groups == 1
-    assert resolve(models, num_beams=4).num_beam_groups == 2
+    assert mode(models) is SamplingMode
+    assert mode(models, num_beams=4) is GroupBeamSearchMode
     with pytest.raises(ValueError, match="`num_beams`=1 must be a multiple of `num_beam_groups`=2"):
-        resolve(GenerationConfig(), num_beam_groups=2, diversity_penalty=0.5)
+        mode(GenerationConfig(), num_beam_groups=2, diversity_penalty=0.5)
 
 
 def test_names_that_are_no_fields_are_said_once_and_read_by_nobody(caplog: pytest.LogCaptureFixture) -> None:
-    module._warned.clear()
+    user_warnings._warned.clear()
     with caplog.at_level(logging.WARNING, logger="jaxgen"):
         for _ in range(2):
             resolve(GenerationConfig(), GenerationConfig(house_style="plain", other=3))

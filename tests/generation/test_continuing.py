@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from architectures import architecture
 from oracle import torch_model
+from prepared import prepared
 
 import jaxgen
 from jaxgen import lazy
 from jaxgen.buckets import bucket
 from jaxgen.decoding import loop
-from jaxgen.generation.api import lower
 from jaxgen.generation.driver import cache_sizes
 
 RNG = np.random.default_rng(0)
@@ -247,12 +247,10 @@ def test_a_prefix_of_512_columns_saves_most_of_the_prefill_of_16_prompts(model: 
     whole = np.concatenate([np.repeat(prefix, 16, axis=0), own], axis=1)
 
     def flops(**kwargs: Any) -> float:
-        call = lower(model, whole, None, {**PLAIN, **kwargs})
-        program = loop.prefill.lower(model, call.prompt, call.strategy, call.slots, call.collect)
+        program = loop.prefill.lower(model, jaxgen.prepare(model, whole, **PLAIN, **kwargs))
         return program.compile().cost_analysis()["flops"]
 
-    one = lower(model, prefix, None, PLAIN)
-    once = loop.prefill.lower(model, one.prompt, one.strategy, one.slots, one.collect).compile()
+    once = loop.prefill.lower(model, jaxgen.prepare(model, prefix, **PLAIN)).compile()
     assert flops() / (once.cost_analysis()["flops"] + flops(cache=cache)) > 5
 
 
@@ -299,10 +297,10 @@ def test_the_sizes_of_a_cache_that_goes_on_are_rounded_as_a_whole(model: Any) ->
         past = copy.copy(whole.past_key_values)
         past.crop(seen - past.get_seq_length())
         arguments = {**PLAIN, "max_new_tokens": new_tokens, "past_key_values": past}
-        call = lower(model, whole.sequences[:, : seen + fresh], None, arguments)
-        sizes = [call.prompt.cache_slots, call.slots, *(each.slots for each in cache_sizes(model, call, weights=0))]
+        call = prepared(model, whole.sequences[:, : seen + fresh], **arguments)
+        sizes = [call.call.prompt_slots, call.call.slots, *(each.slots for each in cache_sizes(model, call, weights=0))]
         assert sizes == [bucket(size) for size in sizes]
-        assert call.prompt.cache_slots >= seen + fresh and sizes[-1] >= seen + fresh + new_tokens - 1
+        assert call.call.prompt_slots >= seen + fresh and sizes[-1] >= seen + fresh + new_tokens - 1
 
 
 @pytest.mark.oracle
@@ -419,8 +417,7 @@ def test_chunks_bound_the_memory_of_a_long_prompt(model: Any) -> None:
     prompt = RNG.integers(3, 97, (2, 1536))
 
     def temporaries(**kwargs: Any) -> int:
-        call = lower(model, prompt, None, {**PLAIN, **kwargs})
-        program = loop.prefill.lower(model, call.prompt, call.strategy, call.slots, call.collect)
+        program = loop.prefill.lower(model, jaxgen.prepare(model, prompt, **PLAIN, **kwargs))
         return program.compile().memory_analysis().temp_size_in_bytes
 
     whole = temporaries()
@@ -436,7 +433,7 @@ def test_a_continued_call_streams_and_is_a_pure_function_too(model: Any) -> None
     chunks = list(jaxgen.stream(model, start.sequences, **arguments))
     np.testing.assert_array_equal(np.concatenate(chunks, axis=1), expected[:, COLUMNS + NEW :])
     call = jaxgen.prepare(model, start.sequences, **arguments)
-    out = jax.jit(lambda prompt: jaxgen.decode(model, prompt, call.strategy, call.slots))(call.prompt)
+    out = jax.jit(jaxgen.decode)(model, call)
     np.testing.assert_array_equal(out["sequences"][:ROWS, : out["length"]], expected)
 
 
@@ -470,7 +467,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "ids of other rows": (EMPTY, "`inputs_embeds` has 3 rows, but `input_ids` has 2"),
     "ragged embeddings": ({"inputs_embeds": [[[1.0] * 32], [[1.0] * 32] * 2]}, "`inputs_embeds` is no rectangular"),
     "positions beyond integers": ({"position_ids": MASK - 2**62}, "of less than"),
-    "a tokenizer that is none": ({"token_healing": True, "tokenizer": "x"}, "`tokenizer`='x' is none"),
+    "a tokenizer that is none": ({"token_healing": True, "tokenizer": "x"}, "`tokenizer` must be a tokenizer, but is 'x'"),
     "positions of floats": ({"position_ids": MASK * 1.0}, "`position_ids` has dtype float64"),
     "no columns in a chunk": ({"prefill_chunk_size": 0}, "`prefill_chunk_size`=0 must be at least 1"),
     "chunks without a cache": ({"prefill_chunk_size": 2, "use_cache": False}, "Cannot use prefill chunking without a"),

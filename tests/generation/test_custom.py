@@ -13,7 +13,7 @@ from shared_noise import in_jaxgen, in_torch
 
 import jaxgen
 from jaxgen import lazy
-from jaxgen.generation import config, processor_list
+from jaxgen.generation import processor_list, user_warnings
 
 IDS = np.array([[0, 0, 5, 6, 7], [8, 9, 10, 11, 12], [3, 4, 5, 6, 7]])
 MASK = np.array([[0, 0, 1, 1, 1], [1] * 5, [1] * 5])
@@ -82,7 +82,7 @@ def test_a_processor_of_a_built_ins_type_takes_its_place_with_a_warning(
 ) -> None:
     import transformers
 
-    config._warned.clear()
+    user_warnings._warned.clear()
     processors = [transformers.RepetitionPenaltyLogitsProcessor(3.0)]
     arguments = {"repetition_penalty": 1.1, "suppress_tokens": [20, 30], "logits_processor": processors}
     with caplog.at_level("WARNING", logger="jaxgen"):
@@ -127,7 +127,7 @@ def test_a_new_instance_on_the_host_and_new_numbers_of_a_pytree_compile_nothing(
 
 
 def test_python_on_the_host_is_announced_once_with_its_price(model: Any, caplog: pytest.LogCaptureFixture) -> None:
-    config._warned.clear()
+    user_warnings._warned.clear()
     with caplog.at_level("WARNING", logger="jaxgen"):
         for _ in range(2):
             ours(model, logits_processor=[negate_late_in_numpy])
@@ -173,7 +173,7 @@ def test_a_jax_function_made_anew_for_each_call_is_announced_once(
     kind: str, model: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     argument, make, name = MADE_ANEW[kind]
-    config._warned.clear()
+    user_warnings._warned.clear()
     processor_list._constants.clear()
     made = []
     with caplog.at_level("WARNING", logger="jaxgen"):
@@ -193,7 +193,7 @@ def test_a_jax_function_made_anew_for_each_call_is_announced_once(
 
 
 def test_functions_that_compile_nothing_anew_are_not_announced(model: Any, caplog: pytest.LogCaptureFixture) -> None:
-    config._warned.clear()
+    user_warnings._warned.clear()
     processor_list._constants.clear()
     ours(model, logits_processor=[lambda ids, scores: scores])  # which says that it runs on the host
     caplog.clear()
@@ -333,7 +333,7 @@ def test_criteria_that_replace_built_in_ones_warn_as_in_transformers(
             ([transformers.MaxTimeCriteria(60.0)], {"max_time": 30.0}, 1),
             ([transformers.MaxTimeCriteria(60.0)], {}, 0),
         ):
-            config._warned.clear()
+            user_warnings._warned.clear()
             transformers.logging.get_logger("transformers").warning_once.cache_clear()
             arguments |= {"pad_token_id": 0, "stopping_criteria": criteria}
             mine = said("jaxgen", lambda arguments=arguments: ours(model, **arguments))

@@ -15,12 +15,13 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from prepared import prepared
 from random_calls import PROCESSORS, WARPERS, call, some
 
 import jaxgen
+from jaxgen.base import Prefill
 from jaxgen.decoding.loop import Progress
 from jaxgen.generation import driver
-from jaxgen.generation.api import lower
 
 COMBINATIONS, CALLS_EACH = 4, 50
 
@@ -170,7 +171,7 @@ def test_a_cache_that_grows_while_the_text_does_gives_the_same_tokens(
 
 
 def test_a_cache_doubles_up_to_2048_slots_and_then_grows_by_less(model: Any) -> None:
-    call = jaxgen.prepare(model, [[5, 6]], max_new_tokens=10_000, eos_token_id=None)
+    call = prepared(model, [[5, 6]], max_new_tokens=10_000, eos_token_id=None)
     sizes = [*driver.cache_sizes(model, call, weights=0)]
     assert [size.slots for size in sizes] == [256, 512, 1024, 2048, 3072, 4096, 6144, 8192, 12288]
     # Each is full but for one column, those of the prompt's bucket included.
@@ -181,14 +182,14 @@ def test_a_cache_doubles_up_to_2048_slots_and_then_grows_by_less(model: Any) -> 
 @pytest.mark.parametrize(("rows", "sizes"), [(1, [1024, 3072]), (2, [512, 1024, 3072]), (64, [256, 512, 1024, 3072])])
 def test_slots_that_are_little_beside_the_weights_are_reserved_at_once(rows: int, sizes: list[int], model: Any) -> None:
     """The last size is up to half as large again as the one that it saves."""
-    call = jaxgen.prepare(model, [[5, 6]] * rows, max_new_tokens=3000, eos_token_id=None)
+    call = prepared(model, [[5, 6]] * rows, max_new_tokens=3000, eos_token_id=None)
     weights = 64 * 700 * model.cache_bytes_per_token  # a 64th of them, as 700 slots of one row are
     assert [size.slots for size in driver.cache_sizes(model, call, weights)] == sizes
 
 
 def test_a_cache_whose_attentions_are_asked_for_has_all_its_slots_from_the_start(model: Any) -> None:
     flags = {"output_attentions": True, "return_dict_in_generate": True}
-    call = lower(model, [[5, 6]], None, {"max_new_tokens": 3000, "eos_token_id": None, **flags})
+    call = prepared(model, [[5, 6]], max_new_tokens=3000, eos_token_id=None, **flags)
     assert [size.slots for size in driver.cache_sizes(model, call, weights=0)] == [3072]
 
 
@@ -196,16 +197,17 @@ def test_a_cache_whose_attentions_are_asked_for_has_all_its_slots_from_the_start
 @pytest.mark.parametrize("columns", [16, 1040, 2064, 5000])
 def test_a_cache_of_any_size_grows_until_the_call_is_done(way: dict[str, Any], columns: int, model: Any) -> None:
     for new_tokens in [1, 2, 250, 513, 764, 768, 769, 1009, 2100, 3000, 5000]:
-        call = jaxgen.prepare(model, [[5, 6]], max_new_tokens=new_tokens, eos_token_id=None, **way)
+        call = prepared(model, [[5, 6]], max_new_tokens=new_tokens, eos_token_id=None, **way)
         # As after a kept cache, which leaves the prompt's own columns few.
-        prompt = SimpleNamespace(cache_slots=columns, input_ids=call.prompt.input_ids)
-        sizes = [*itertools.islice(driver.cache_sizes(model, replace(call, prompt=prompt), weights=0), 30)]
+        read = np.zeros((1, columns))
+        after = replace(call, call=replace(call.call, prefill=Prefill(read, read, read)))
+        sizes = [*itertools.islice(driver.cache_sizes(model, after, weights=0), 30)]
         slots, passes = zip(*((size.slots, size.steps_until_full) for size in sizes), strict=True)
         assert [*slots] == sorted(set(slots))
         assert [*passes] == sorted(set(passes))
         assert passes[-1] == call.forward_passes
         for size in sizes:
-            assert call.strategy.cache_slots(columns, size.steps_until_full + 1) <= size.slots
+            assert call.call.strategy.cache_slots(columns, size.steps_until_full + 1) <= size.slots
 
 
 # ---- What ends it ----

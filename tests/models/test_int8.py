@@ -10,7 +10,6 @@ import pytest
 
 import jaxgen
 from jaxgen.decoding import loop
-from jaxgen.generation import api
 from jaxgen.models.int8 import Int8, quantised
 
 RNG = np.random.default_rng(0)
@@ -99,8 +98,8 @@ def test_no_program_holds_its_weights_wide() -> None:
     config = {"model_type": "llama", "vocab_size": 997, "hidden_size": 256, "intermediate_size": 512}
     config |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     model = jaxgen.from_config(config, quantize="int8")
-    call = api.lower(model, np.ones((1, 20), int), None, {"max_new_tokens": 20})
-    state = jax.eval_shape(lambda: loop._prefill(model, call.prompt, call.strategy, call.slots))
+    call = jaxgen.prepare(model, np.ones((1, 20), int), max_new_tokens=20)
+    state = jax.eval_shape(lambda: loop._prefill(model, call))
     compiled = loop.advance.lower(model, state, call.strategy, np.int32(1)).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 256 * 1024  # the matrices of a layer are 590,000 bytes
 

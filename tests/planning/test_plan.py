@@ -14,7 +14,8 @@ import jaxgen
 from jaxgen.checkpoint.load import abstract
 from jaxgen.cli.main import main
 from jaxgen.decoding import loop
-from jaxgen.generation.api import lower_for_any_device
+from jaxgen.generation.build import build_call, read_request
+from jaxgen.generation.request import Request
 from jaxgen.planning.plan import DEVICE_NAMES, Plan, plan
 from jaxgen.planning.shapes import SHAPES
 
@@ -38,13 +39,13 @@ def programs(
         if options.get("num_return_sequences", 1) > 1:
             options["do_sample"], options["key"] = True, 0
         key = options.pop("key", None)
-        custom = None if key is None else jaxgen.generation.api.Custom(key=key)
-        settings = {"max_new_tokens": new_tokens, **options}
-        calls.append(lower_for_any_device(model, np.ones((batch, prompt_tokens), int), None, settings, custom))
+        keywords = {"max_new_tokens": new_tokens, **options}
+        request = Request(inputs=np.ones((batch, prompt_tokens), int), key=key, keywords=keywords)
+        calls.append(build_call(model, request, *read_request(model, request)).call)
 
     jax.eval_shape(lowered, model)
     call = calls[0]
-    prefill = loop.prefill.lower(model, call.prompt, call.strategy, call.slots, ())
+    prefill = loop.prefill.lower(model, call, ())
     return model, call, prefill, prefill.out_info[0]
 
 

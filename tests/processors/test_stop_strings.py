@@ -202,7 +202,7 @@ def test_a_call_prepared_within_a_trace_leaves_nothing_of_it_behind(bundled: Any
     @jax.jit
     def length(x: jax.Array) -> jax.Array:
         call = jaxgen.prepare(bundled, [[5, 6]], **arguments)
-        return jaxgen.decode(bundled, call.prompt, call.strategy, call.slots)["length"] + x
+        return jaxgen.decode(bundled, call)["length"] + x
 
     assert int(length(jnp.int32(0))) == jaxgen.generate(bundled, [[5, 6]], **arguments).shape[1]
 

@@ -1,0 +1,218 @@
+"""From the arguments of `generate` to a call that is ready to run.
+
+JAX clamps and wraps where torch raises, so everything a program could get wrong is checked here, on the host, before
+anything is compiled.
+"""
+
+import copy
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from jaxgen import lazy
+from jaxgen.base import Call, Model, Prefill, Prompt, row_shards
+from jaxgen.buckets import row_bucket
+from jaxgen.generation.call import PreparedCall
+from jaxgen.generation.config import resolve
+from jaxgen.generation.decode_config import DecodeConfig
+from jaxgen.generation.host_callbacks import HostFunctions
+from jaxgen.generation.inputs import Inputs, checked_inputs, checked_negatives, key_data
+from jaxgen.generation.modes import Mode, mode_for
+from jaxgen.generation.modes.base import Parts
+from jaxgen.generation.processor_list import processor_list, warn_about_new_functions
+from jaxgen.generation.prompts import guided_prompt, padded_prompt
+from jaxgen.generation.request import Request
+from jaxgen.generation.stopping import stopping, stopping_criteria
+from jaxgen.generation.user_warnings import warn_caller
+
+logger = logging.getLogger(__name__)
+
+# Arguments of transformers' `generate` that are yet to come; their neutral values are accepted.
+NOT_YET = frozenset("synced_gpus assistant_model custom_generate assistant_tokenizer".split())
+
+
+def read_request(model: Model, request: Request) -> tuple[Mode, Inputs]:
+    """The decoding mode, with the configuration of the call, and the checked prompt.
+
+    Raises:
+        ValueError: naming the argument, its value, the range and the next step.
+    """
+    config, model_inputs = resolve(model.generation_config, request.generation_config, _supported(request))
+    mode = mode_for(config)
+    if request.streamer is not None:
+        _check_streamer(request.streamer)
+        mode.check_streamer()
+    if request.output_logprobs and not config.return_dict_in_generate:
+        raise ValueError("`output_logprobs`=True has nowhere to put them. Pass `return_dict_in_generate=True` too.")
+    return mode, checked_inputs(model, request.inputs, model_inputs, config)
+
+
+def build_call(model: Model, request: Request, mode: Mode, inputs: Inputs) -> PreparedCall:
+    """The call of a request that was read, whatever the memory here.
+
+    Raises:
+        ValueError: naming the argument, its value, the range and the next step.
+    """
+    prompts, prompt_length = inputs.input_ids.shape
+    stop = stopping(model, request.stopping_criteria, _fitted(mode.config, inputs), inputs)
+    mode = replace(mode, config=stop.config)
+    mode.check_inputs(inputs)
+    new_tokens = max(stop.length - prompt_length, 1)
+    guidance_scale, logits_processor = _guidance(mode.config, request)
+    prompt, prefill, prompt_slots = _prompt(model, request, mode.config, inputs, guidance_scale, new_tokens)
+    warn_about_new_functions("logits_processor", request.logits_processor)
+    warn_about_new_functions("stopping_criteria", request.stopping_criteria)
+
+    host = HostFunctions()
+    processors = processor_list(
+        mode, prompt_length, stop.max_length, model.vocab_size, logits_processor, request.prefix_allowed_tokens_fn,
+        host, prompts,
+    )  # fmt: skip
+    criteria_rows = prompts * mode.rows_per_criterion
+    eos, max_length, criteria = stopping_criteria(model, stop, request.tokenizer, host, criteria_rows)
+    collect = tuple(name for name in ("attentions", "hidden_states") if name in mode.config.outputs)
+    strategy = mode.build(
+        Parts(
+            eos=eos,
+            max_length=max_length,
+            processors=processors,
+            stopping_criteria=criteria,
+            longest=stop.max_length,
+            key=key_data(request.key, mode.config, row_bucket(row_shards(model.mesh), prompts), prompts),
+            vocab_size=model.vocab_size,
+            recorded=mode.recorded(collect, request.output_logprobs),
+        )
+    )
+    call = Call(prompt, strategy, mode.text_slots(prompt.input_ids.shape[1], new_tokens), prefill)
+    return PreparedCall(
+        call=call,
+        inputs=inputs,
+        config=mode.config,
+        mode=mode,
+        host=host,
+        prompt_slots=prompt_slots,
+        forward_passes=strategy.forward_passes(new_tokens),
+        collect=collect,
+        reserved=call.prompt_slots if request.reserve else 0,
+    )
+
+
+def _supported(request: Request) -> dict[str, Any]:
+    """The keywords that are fields of a GenerationConfig or inputs of the model."""
+    keywords = _with_one_cache(request.keywords)
+    asked = {**keywords, "synced_gpus": request.synced_gpus, "assistant_model": request.assistant_model}
+    for name in NOT_YET & asked.keys():
+        if asked[name] is not None and asked[name] is not False:
+            raise ValueError(f"`{name}` is not supported. Leave it out.")
+    # Permission for code of others concerns `custom_generate` alone.
+    return {name: value for name, value in keywords.items() if name not in {*NOT_YET, "trust_remote_code"}}
+
+
+def _with_one_cache(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The keywords with the cache under its newer name, and the warnings of transformers 5.24 `deprecate_kwarg`."""
+    others = dict(kwargs)
+    if "past_key_values" not in others:
+        return others
+    old = others.pop("past_key_values")
+    message = None
+    if "cache" in others:
+        message = (
+            "Both `past_key_values` and `cache` are set for `generate`. Using "
+            f"`cache={others['cache']}` and ignoring deprecated `past_key_values={old}`."
+        )
+    elif lazy.cache_name() == "cache":
+        message = (
+            "`past_key_values` is deprecated and will be removed in version 6.0.0 for `generate`. Use `cache` instead."
+        )
+    if message is not None:
+        warn_caller(message, FutureWarning)
+    return {"cache": old, **others}
+
+
+def _check_streamer(streamer: Any) -> None:
+    if not callable(getattr(streamer, "put", None)) or not callable(getattr(streamer, "end", None)):
+        raise ValueError(
+            f"`streamer`={streamer!r} must have the methods `put` and `end`, as transformers' streamers do."
+        )
+
+
+def _fitted(config: DecodeConfig, inputs: Inputs) -> DecodeConfig:
+    """The configuration of a prompt that is not all text, with the lengths and rules that transformers 5.24 leaves it.
+
+    Raises:
+        ValueError: if the two do not go together.
+    """
+    if inputs.past is not None and config.merged.cache_implementation is not None:
+        raise ValueError(
+            "Passing both `cache_implementation` (used to initialize certain caches) and "
+            f"`{lazy.cache_name()}` (a Cache object) is unsupported. Please use only one of the two."
+        )
+    if not config.use_cache and config.prefill_chunk_size is not None:
+        raise ValueError("Cannot use prefill chunking without a cache. Leave out `use_cache` or `prefill_chunk_size`.")
+    if not config.use_cache and inputs.position_ids is not None:
+        steps = np.diff(inputs.position_ids, axis=1)
+        if inputs.attention_mask.all() and (steps != 1).any():
+            raise ValueError(
+                "`position_ids` that do not go up by one are packed texts to transformers if `use_cache` is False. "
+                "Leave out `use_cache`, or pass one text per row."
+            )
+    if not config.use_cache and {"attentions", "hidden_states"} & {*config.outputs} and inputs.past is not None:
+        raise ValueError(
+            "`use_cache`=False asks for the attentions and hidden states of the whole text at every step, which does "
+            "not go with `cache`. Leave `use_cache` out: each column's are returned once."
+        )
+    if inputs.embeddings is None:
+        return config
+    needs_text = "Passing `{}` requires some form of `input_ids` to be passed to `generate`, ignoring the argument."
+    new_only = (
+        "Passing `{}` with `inputs_embeds` and without `input_ids` to `generate` will apply {} only to newly generated "
+        "tokens, not to the prompt."
+    )
+    cautions = [
+        ("encoder_repetition_penalty", 1.0, needs_text, ""),
+        ("encoder_no_repeat_ngram_size", 0, needs_text, ""),
+    ]
+    if not inputs.input_ids.size:
+        cautions += [
+            ("repetition_penalty", 1.0, new_only, "the penalty"),
+            ("no_repeat_ngram_size", 0, new_only, "n-gram constraints"),
+        ]
+    for name, off, message, what in cautions:
+        if getattr(config.merged, name) not in (None, off):
+            warn_caller(message.format(name, what))
+    merged = copy.copy(config.merged)
+    merged.encoder_repetition_penalty = merged.encoder_no_repeat_ngram_size = None
+    columns = inputs.embeddings.shape[1] + (0 if inputs.past is None else inputs.past.get_seq_length())
+    config = replace(config, merged=merged, use_cache=True)
+    if inputs.input_ids.shape[1] == columns:
+        return config
+    max_length = None if config.max_length is None else config.max_length - columns
+    return replace(config, max_length=max_length, min_length=max(config.min_length - columns, 0))
+
+
+def _guidance(config: DecodeConfig, request: Request) -> tuple[Any, list[Any]]:
+    """The scale, unless off or replaced by a custom processor of its type, and the custom processors in their order."""
+    scale, customs = config.merged.guidance_scale, request.logits_processor
+    replacing = lazy.torch_class("UnbatchedClassifierFreeGuidanceLogitsProcessor")
+    if scale is None or scale == 1 or any(type(each) is replacing for each in customs):
+        if request.negative_prompt_ids is not None:
+            logger.warning("`negative_prompt_ids` has no effect without `guidance_scale`. Pass one other than 1.")
+        first = [each for each in customs if type(each) is replacing]
+        return None, [*first, *(each for each in customs if type(each) is not replacing)]
+    if not isinstance(scale, (int, float, np.number)) or isinstance(scale, bool):
+        raise ValueError(f"`guidance_scale`={scale!r} must be a number, above 1 to follow the prompt more closely.")
+    return scale, customs
+
+
+def _prompt(
+    model: Model, request: Request, config: DecodeConfig, inputs: Inputs, guidance_scale: Any, new_tokens: int
+) -> tuple[Prompt, Prefill | None, np.ndarray]:
+    """See `padded_prompt` and `guided_prompt`."""
+    if guidance_scale is None:
+        return padded_prompt(model, inputs, config.prefill_chunk_size, request.reserve, new_tokens)
+    inputs.check_plain("`guidance_scale`", "which reads negative prompts beside the others", config.prefill_chunk_size)
+    negatives = checked_negatives(model, inputs, request.negative_prompt_ids, request.negative_prompt_attention_mask)
+    return guided_prompt(model, inputs, *negatives, guidance_scale)

@@ -1,0 +1,22 @@
+"""The decoding modes: each has its host half here, and its strategy in `decoding/` under the same name."""
+
+from jaxgen.generation.decode_config import DecodeConfig
+from jaxgen.generation.modes.base import Mode
+from jaxgen.generation.modes.beam_search import BeamSearchMode
+from jaxgen.generation.modes.contrastive_search import ContrastiveSearchMode
+from jaxgen.generation.modes.group_beam_search import GroupBeamSearchMode
+from jaxgen.generation.modes.sampling import SamplingMode
+
+# The first that applies is the mode of a call; sampling, which greedy decoding is a case of, always does.
+MODES: tuple[type[Mode], ...] = (GroupBeamSearchMode, BeamSearchMode, ContrastiveSearchMode, SamplingMode)
+
+
+def mode_for(config: DecodeConfig) -> Mode:
+    """The mode that a configuration asks for.
+
+    Raises:
+        ValueError: naming a field of any mode, its value and the range.
+    """
+    for mode in MODES:
+        mode.check(config.merged)
+    return next(mode for mode in MODES if mode.applies(config.merged))(config)

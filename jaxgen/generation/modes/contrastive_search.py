@@ -1,0 +1,82 @@
+"""Contrastive search, with the fields and checks of transformers 4.41, which had it."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxgen.decoding.contrastive_search import ContrastiveSearch
+from jaxgen.generation.inputs import Inputs
+from jaxgen.generation.modes.base import Mode, Parts
+from jaxgen.generation.validators import integer, number, positive
+
+
+class ContrastiveSearchMode(Mode):
+    """A step reads the C candidates of a row, in C slots side by side, and then one of them is chosen.
+
+    Only the chosen one is kept, in the first of its slots, so that later candidates take the slot behind it.
+    """
+
+    @classmethod
+    def applies(cls, fields: Any) -> bool:
+        return bool(fields.penalty_alpha)
+
+    @classmethod
+    def check(cls, fields: Any) -> None:
+        alpha = number("penalty_alpha", fields.penalty_alpha, 0.0)
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"`penalty_alpha`={alpha} must be from 0 to 1.")
+        if not alpha:
+            return
+        if fields.do_sample or (positive("num_beams", fields.num_beams) or 1) > 1:
+            raise ValueError(
+                f"`penalty_alpha`={alpha} asks for contrastive search, which neither draws nor has beams. Leave out "
+                "`do_sample` and `num_beams`, or `penalty_alpha`."
+            )
+        if (top_k := integer("top_k", fields.top_k)) is None or top_k < 2:
+            raise ValueError(
+                f"`penalty_alpha`={alpha} chooses among the `top_k` likeliest tokens, but `top_k`={top_k}. Pass at "
+                "least 2."
+            )
+
+    @classmethod
+    def unheeded(cls, fields: Any) -> dict[str, Any]:
+        alone = bool(fields.penalty_alpha) and fields.do_sample is not True and (fields.num_beams or 1) == 1
+        return {} if alone and (integer("top_k", fields.top_k) or 0) > 1 else {"penalty_alpha": None}
+
+    @classmethod
+    def unchecked(cls, given: Callable[[str], Any]) -> set[str]:
+        return {"top_k"} if given("penalty_alpha") else set()
+
+    def check_inputs(self, inputs: Inputs) -> None:
+        chunk = self.config.prefill_chunk_size
+        inputs.check_plain("`penalty_alpha`", "which compares the hidden states of the text", chunk)
+        if not self.config.use_cache and {"attentions", "hidden_states"} & {*self.config.outputs}:
+            raise ValueError(
+                "`use_cache`=False asks for the attentions and hidden states of the whole text at every step, "
+                "which does not go with `penalty_alpha`. Leave `use_cache` out: each column's are returned once."
+            )
+
+    def recorded(self, intermediates: tuple[str, ...], logprobs: bool) -> tuple[str, ...]:
+        return (*super().recorded(intermediates, logprobs), *(["chosen"] if intermediates else []))
+
+    def build(self, parts: Parts) -> ContrastiveSearch:
+        pad: Any = self.config.fill_token_id if self.config.eos_token_id or not parts.stopping_criteria else None
+        return ContrastiveSearch(
+            eos=parts.eos,
+            max_length=parts.max_length,
+            pad_token_id=pad,
+            penalty_alpha=number("penalty_alpha", self.config.merged.penalty_alpha, 0.0),
+            processors=parts.processors,
+            stopping_criteria=parts.stopping_criteria,
+            top_k=min(self.config.merged.top_k, parts.vocab_size),
+            outputs=parts.recorded,
+        )
+
+    def attended_steps(self, fetched: Mapping[str, np.ndarray], rows: int, steps: int) -> list[np.ndarray]:
+        attended = super().attended_steps(fetched, rows, steps)
+        own = [step + fetched["chosen"][step + 1][:rows, None, None] for step in range(steps)]
+        return [np.concatenate([slots[..., :-1], last], axis=2) for slots, last in zip(attended, own, strict=True)]
+
+    def branches_of_step(self, fetched: Mapping[str, np.ndarray], rows: int, step: int) -> np.ndarray:
+        return fetched["chosen"][step + 1][:rows, None]

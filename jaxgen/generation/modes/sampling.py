@@ -1,0 +1,30 @@
+"""Greedy decoding and sampling: one token per row and step."""
+
+from typing import Any
+
+from jaxgen.decoding.sampling import Sample
+from jaxgen.generation.modes.base import Mode, Parts
+
+
+class SamplingMode(Mode):
+    @classmethod
+    def applies(cls, fields: Any) -> bool:
+        del fields
+        return True
+
+    def recorded(self, intermediates: tuple[str, ...], logprobs: bool) -> tuple[str, ...]:
+        return (*super().recorded(intermediates, False), *(["logprobs"] if logprobs else []))
+
+    def build(self, parts: Parts) -> Sample:
+        # Without an eos, rows that a criterion finishes go on until all are, as in transformers.
+        pad: Any = self.config.fill_token_id if self.config.eos_token_id or not parts.stopping_criteria else None
+        return Sample(
+            eos=parts.eos,
+            max_length=parts.max_length,
+            pad_token_id=pad,
+            key=parts.key,
+            processors=parts.processors,
+            stopping_criteria=parts.stopping_criteria,
+            num_return_sequences=self.config.num_return_sequences,
+            outputs=parts.recorded,
+        )

@@ -1,0 +1,145 @@
+"""When the texts of a call end: its length, its eos ids, stop strings, and the caller's own criteria."""
+
+import itertools
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from jaxgen import lazy
+from jaxgen.base import Model
+from jaxgen.generation.decode_config import DecodeConfig
+from jaxgen.generation.host_callbacks import HostCriterion, HostFunctions, for_criterion
+from jaxgen.generation.inputs import Inputs
+from jaxgen.generation.processor_list import as_pytree, takes_cur_len, warn_about_precedence
+from jaxgen.generation.user_warnings import warn_once
+from jaxgen.processors.stop_strings import StopStrings
+from jaxgen.processors.stopping_criteria import CustomCriterion, EosToken, MaxLength
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Stopping:
+    """How the texts of a call end.
+
+    Attributes:
+        config: of the call, with what the criteria of transformers among the caller's replace in it.
+        max_length: as the configuration says it, which some processors go by.
+        length: at which all texts end, whatever says so.
+        eos_token_id: the ids that end a text.
+        criteria: the caller's other criteria.
+    """
+
+    config: DecodeConfig
+    max_length: int
+    length: int
+    eos_token_id: tuple[int, ...]
+    criteria: list[Any]
+
+
+def stopping(model: Model, criteria: Sequence[Any], config: DecodeConfig, inputs: Inputs) -> Stopping:
+    """From the configuration and the caller's criteria, with warnings about lengths and ids that do not fit the model.
+
+    Raises:
+        ValueError: if the prompt leaves no room for a token, or the length is out of range.
+    """
+    prompt_length = inputs.input_ids.shape[1]
+    stop = _split(criteria, config, config.length_for(prompt_length, model.max_position_embeddings))
+    if stop.length >= 2**31:
+        raise ValueError(
+            f"The requested length is {stop.length} tokens; the limit is 2**31 - 1. Lower `max_new_tokens` or "
+            "`max_length` (a tokenizer without a limit reports 10**30)."
+        )
+    seen = inputs.attention_mask.shape[1]
+    if (whole := seen + stop.length - prompt_length) > model.max_position_embeddings:
+        logger.warning(
+            "%d tokens are asked for, and the model was made for %d (`max_position_embeddings`): expect poor text "
+            "beyond. %s to avoid it.",
+            whole,
+            model.max_position_embeddings,
+            "Lower `max_new_tokens`" if seen < model.max_position_embeddings else "Shorten the prompt",
+        )
+    if max(stop.eos_token_id, default=0) >= model.vocab_size:
+        logger.warning(
+            "`eos_token_id` holds %d, but ids of this model are 0 to %d: no text will end with it.",
+            max(stop.eos_token_id),
+            model.vocab_size - 1,
+        )
+    return stop
+
+
+def _split(criteria: Sequence[Any], config: DecodeConfig, max_length: int) -> Stopping:
+    """What transformers' own criteria replace of the configuration. Several of one type all act, as there."""
+    given = {
+        name: [each for each in criteria if type(each) is lazy.torch_class(name)]
+        for name in ("MaxLengthCriteria", "EosTokenCriteria", "MaxTimeCriteria", "StopStringCriteria")
+    }
+    built_in = {
+        "MaxLengthCriteria": True,
+        "EosTokenCriteria": bool(config.eos_token_id),
+        "MaxTimeCriteria": config.max_time is not None,
+        "StopStringCriteria": bool(config.stop_strings),
+    }
+    for name, customs in given.items():
+        if customs and built_in[name]:
+            warn_about_precedence("stopping criteria", customs[0])
+    length, eos_token_id = max_length, config.eos_token_id
+    if lengths := [each.max_length for each in given["MaxLengthCriteria"]]:
+        for each in lengths:
+            if not isinstance(each, int) or each < 1:
+                raise ValueError(f"`stopping_criteria` holds a length of {each!r}, which must be a positive integer.")
+        length = min(lengths)
+    if ends := [np.asarray(each.eos_token_id).reshape(-1).tolist() for each in given["EosTokenCriteria"]]:
+        eos_token_id = tuple(dict.fromkeys(itertools.chain(*ends)))
+    if times := [each.max_time for each in given["MaxTimeCriteria"]]:
+        config = replace(config, max_time=min(times))
+    if given["StopStringCriteria"]:
+        config = replace(config, stop_strings=())
+    replacing = [*given["MaxLengthCriteria"], *given["EosTokenCriteria"], *given["MaxTimeCriteria"]]
+    others = [each for each in criteria if not any(each is other for other in replacing)]
+    return Stopping(config, max_length, length, eos_token_id, others)
+
+
+def stopping_criteria(
+    model: Model, stop: Stopping, tokenizer: Any, host: HostFunctions, rows: int
+) -> tuple[EosToken, MaxLength, tuple[Any, ...]]:
+    """The criteria of a strategy: both that every one has, and the others.
+
+    Args:
+        model: whose ids they are.
+        stop: how the texts end.
+        tokenizer: the model's, for stop strings.
+        host: takes the functions that run on the host.
+        rows: that a criterion sees at a time.
+    """
+    strings = _stop_strings(stop.config.stop_strings, tokenizer, model.vocab_size)
+    others = (*strings, *(_criterion(each, host, rows) for each in stop.criteria))
+    return EosToken.build(stop.eos_token_id, model.vocab_size), MaxLength(stop.length), others
+
+
+def _stop_strings(strings: tuple[str, ...], tokenizer: Any, vocab_size: int) -> tuple[StopStrings, ...]:
+    if not strings:
+        return ()
+    if tokenizer is None:
+        raise ValueError(
+            "There are one or more stop strings, either in the arguments to `generate` or in the model's generation "
+            f"config ({[*strings]}), but we could not locate a tokenizer. When generating with stop "
+            "strings, you must pass the model's tokenizer to the `tokenizer` argument of `generate`."
+        )
+    return (StopStrings.build(strings, tokenizer, vocab_size),)
+
+
+def _criterion(criterion: Any, host: HostFunctions, rows: int) -> Any:
+    if isinstance(criterion, (EosToken, MaxLength)):
+        return criterion
+    if takes_cur_len("stopping_criteria", criterion):
+        return CustomCriterion(as_pytree(criterion), type(criterion))
+    number = host.add(for_criterion(criterion), "stopping_criteria")
+    warn_once(
+        "`stopping_criteria` runs as Python on the host: every step waits for it. A JAX function of (input_ids, "
+        "scores, cur_len) is compiled into the decode instead."
+    )
+    return HostCriterion(number, rows)

@@ -1,0 +1,23 @@
+"""Warnings to the caller of `generate`, which point at the caller's line."""
+
+import logging
+import sys
+import warnings
+
+logger = logging.getLogger("jaxgen.generation")
+_warned: set[str] = set()
+
+
+def warn_once(message: str) -> None:
+    """Logs a message the first time that this process has it to say."""
+    if message not in _warned:
+        _warned.add(message)
+        logger.warning(message)
+
+
+def warn_caller(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warns, with the line outside of jaxgen that led here as the origin."""
+    frame, depth = sys._getframe(), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "jaxgen":
+        frame, depth = frame.f_back, depth + 1
+    warnings.warn(message, category, stacklevel=depth)

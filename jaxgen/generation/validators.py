@@ -1,0 +1,64 @@
+"""Checks of generation fields: each returns the value in one type, or raises a ValueError with the field's name."""
+
+import math
+import operator
+from typing import Any
+
+import numpy as np
+
+
+def is_float(value: Any) -> bool:
+    return isinstance(value, (float, np.floating))
+
+
+def is_integer(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def integer(name: str, value: Any) -> int | None:
+    """An integer of any library, or None."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError("True and False are not counts")
+        return None if value is None else operator.index(value)
+    except TypeError as error:
+        raise ValueError(f"`{name}`={value!r} must be an integer.") from error
+
+
+def positive(name: str, value: Any) -> int | None:
+    """An integer of at least 1, or None."""
+    count = integer(name, value)
+    if count is not None and count < 1:
+        raise ValueError(f"`{name}`={count} must be at least 1.")
+    return count
+
+
+def number(name: str, value: Any, default: float) -> float:
+    """A finite number; None is the default."""
+    if value is None:
+        return default
+    if not (is_float(value) or is_integer(value)) or not math.isfinite(value):
+        raise ValueError(f"`{name}`={value!r} must be a finite number.")
+    return float(value)
+
+
+def token_ids(name: str, value: Any) -> tuple[int, ...]:
+    """An id, several of them, an array of either, or None, as a tuple."""
+    if value is None:
+        return ()
+    listed = value.tolist() if hasattr(value, "tolist") else value
+    listed = [listed] if isinstance(listed, int) else listed
+    try:
+        if any(isinstance(token, bool) for token in listed):
+            raise TypeError("True and False are not token ids")
+        return tuple(operator.index(token) for token in listed)
+    except TypeError as error:
+        raise ValueError(f"`{name}`={value!r} must be a token id or a list of them: integers.") from error
+
+
+def token_id(name: str, value: Any) -> int | None:
+    """One id, or None."""
+    ids = token_ids(name, value)
+    if value is not None and (len(ids) != 1 or not -(2**31) <= ids[0] < 2**31):
+        raise ValueError(f"`{name}`={value!r} must be one token id, of 32 bits.")
+    return ids[0] if ids else None
