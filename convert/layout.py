@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -12,7 +11,6 @@ import numpy as np
 from jaxgen import __version__
 from jaxgen.checkpoint.files import CheckpointError, check_name, file_in, holds, parse_json, read_text
 from jaxgen.checkpoint.load import (
-    BASE_PREFIX,
     INDEX,
     MANIFEST,
     NATIVE_FORMAT,
@@ -111,7 +109,7 @@ def hugging_face_files(
     """
     tensors = hugging_face_tensors(source, manifest)
     if shard_bytes is None and (origin := manifest.get("source")):
-        return _original_files(source.folder, tensors, origin), origin["index"]
+        return _original_files(source, tensors, origin), origin["index"]
     files = _files(
         {name: ([tensor], tensor.dtype) for name, tensor in tensors.items()}, shard_bytes or SHARD_BYTES, "pt"
     )
@@ -186,13 +184,14 @@ def _nbytes(entry: _Entry) -> int:
     return math.prod(_shape(parts)) * dtype.itemsize
 
 
-def _original_files(folder: Path, tensors: Mapping[str, Tensor], origin: Mapping[str, Any]) -> list[File]:
+def _original_files(source: Source, tensors: Mapping[str, Tensor], origin: Mapping[str, Any]) -> list[File]:
     """The files as they were, to the byte."""
+    folder, prefix = source.folder, source.family.prefix
     files, left = [], dict(tensors)
     try:
         for name, text in origin["headers"].items():
             check_name(name, folder / MANIFEST)
-            files.append(_original_file(name, text, left))
+            files.append(_original_file(name, text, left, prefix))
         owners = {key: file.name for file in files for key in _names(file.header)}
         if origin["index"] is not None and parse_json(origin["index"])["weight_map"] != owners:
             raise ValueError("its index and its headers disagree")
@@ -203,12 +202,12 @@ def _original_files(folder: Path, tensors: Mapping[str, Tensor], origin: Mapping
     return files
 
 
-def _name_in(tensors: Mapping[str, Tensor], name: str) -> str:
+def _name_in(tensors: Mapping[str, Tensor], name: str, prefix: str) -> str:
     """The name that loading gives to a tensor, as `checkpoint` has it."""
-    return next((each for each in (name, name.removeprefix(BASE_PREFIX), BASE_PREFIX + name) if each in tensors), name)
+    return next((each for each in (name, name.removeprefix(prefix), prefix + name) if each in tensors), name)
 
 
-def _original_file(name: str, text: str, tensors: dict[str, Tensor]) -> File:
+def _original_file(name: str, text: str, tensors: dict[str, Tensor], prefix: str) -> File:
     """One of them, whose tensors are taken from the table."""
     entries = parse_json(text)
     entries.pop("__metadata__", None)
@@ -216,7 +215,7 @@ def _original_file(name: str, text: str, tensors: dict[str, Tensor]) -> File:
     start = len(encoded).to_bytes(8, "little") + encoded
     pieces, end = [], 0
     for key, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
-        tensor = tensors.pop(_name_in(tensors, key))
+        tensor = tensors.pop(_name_in(tensors, key, prefix))
         expected = {"dtype": NAMES[tensor.dtype], "shape": [*tensor.shape], "data_offsets": [end, end + tensor.nbytes]}
         if entry != expected:
             raise ValueError(f"`{key}` is {expected}, not {entry}")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxgen.checkpoint.files import CheckpointError, checkpoint_folder, contained, file_in, holds, lies_in
-from jaxgen.checkpoint.float8 import KEYS
+from jaxgen.checkpoint.float8 import KEYS, wide_dtype
 from jaxgen.checkpoint.load import INDEX, MANIFEST, SINGLE_FILE, Source, listed, weight_files
 
 TEMPLATES = "additional_chat_templates"  # the one folder that belongs to a tokenizer
@@ -60,10 +60,11 @@ def converted_config(source: Source, dtype: np.dtype | None) -> bytes:
     """config.json as it is, or with what the conversion changed."""
     content = dict(source.raw)
     quantised = [content.pop(key) for key in KEYS if key in content]
-    rows = source.pieces["embed_tokens.weight"][0].rows
+    embedding = source.family.embedding
+    rows = source.pieces[embedding][0].rows
     resized = rows != source.abstract.config.vocab_size  # by an adapter
     if dtype is not None or any(quantised):
-        name = str(dtype or source.own_dtype("layers.0.self_attn.qkv_proj.weight"))
+        name = str(dtype or wide_dtype(source.raw, source.own_dtype(embedding)))
         content |= {key: name for key in ("dtype", "torch_dtype") if key in content} or {"dtype": name}
     elif not resized:
         return file_in(source.folder, "config.json").read_bytes()

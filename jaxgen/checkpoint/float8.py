@@ -64,8 +64,12 @@ class ScaledTensor(ComputedTensor):
             done += len(rows)
 
 
-def dequantised(tensors: Mapping[str, Tensor], raw: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a checkpoint without scales, for its config.json.
+def dequantised(tensors: Mapping[str, Tensor], raw: Mapping[str, Any], embedding: np.dtype | None) -> dict[str, Tensor]:
+    """The tensors of a checkpoint without scales.
+
+    Args:
+        raw: its config.json.
+        embedding: the dtype of the token embedding, if there is one.
 
     Raises:
         CheckpointError: if the checkpoint is quantised in another way, or a weight and its scale do not fit.
@@ -84,7 +88,7 @@ def dequantised(tensors: Mapping[str, Tensor], raw: Mapping[str, Any]) -> dict[s
         )
     else:
         return dict(tensors)
-    dtype = _wide_dtype(tensors, raw)
+    dtype = wide_dtype(raw, embedding)
     scales = {name[: name.rindex("_scale")]: tensor for name, tensor in tensors.items() if name.endswith(_SCALES)}
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -145,11 +149,10 @@ def _check_scale(weight: Tensor, scale: Tensor, block: int | None) -> None:
         )
 
 
-def _wide_dtype(tensors: Mapping[str, Tensor], raw: Mapping[str, Any]) -> np.dtype:
-    """The dtype of the config, else that of the embedding, else bfloat16."""
+def wide_dtype(raw: Mapping[str, Any], embedding: np.dtype | None) -> np.dtype:
+    """What 8-bit weights are multiplied out to: the dtype of the config, else that of the embedding, else bfloat16."""
     known = {str(dtype): dtype for dtype in DTYPES.values()}
     named = str(raw.get("dtype") or raw.get("torch_dtype")).removeprefix("torch.")
-    embedding = next((tensor for name, tensor in tensors.items() if name.endswith("embed_tokens.weight")), None)
-    if named not in known and embedding is not None and embedding.dtype in known.values():
-        return embedding.dtype
+    if named not in known and embedding is not None and embedding in known.values():
+        return embedding
     return known.get(named, known["bfloat16"])

@@ -27,14 +27,14 @@ from jaxgen.base import no_mesh, tensor_shards
 from jaxgen.checkpoint import float8, safetensors_file
 from jaxgen.checkpoint.files import CheckpointError, check_name, checkpoint_folder, holds, read_json, read_text
 from jaxgen.checkpoint.safetensors_file import DTYPES, STORED, Tensor
-from jaxgen.models import FAMILIES, Family
+from jaxgen.models import FAMILIES
+from jaxgen.models.family import Config, Family
 from jaxgen.models.int8 import Int8, quantised
 
 MANIFEST = "jaxgen.json"
 NATIVE_FORMAT = 2
 INDEX = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
-BASE_PREFIX = "model."  # of the tensors of a model that has a head
 MISTRAL_FILE = "consolidated.safetensors"
 _MISTRAL = (
     f"in Mistral's own format (params.json, {MISTRAL_FILE}), where tensors have other names and another order. "
@@ -51,10 +51,6 @@ _WRAPPERS = {
 }
 _MOST_LAYERS = 256  # Llama 405B has 126, and what is read before a refusal is to stay short
 BUNDLED_MODEL = Path(__file__).parent.parent / "stories"
-
-# Buffers that old checkpoints hold and that the config determines.
-_INVERSE_FREQUENCIES = (".rotary_emb.inv_freq", "rope.freqs")
-_BUFFERS = (*_INVERSE_FREQUENCIES, ".attn.masked_bias", ".self_attn.masked_bias")
 
 
 def load(
@@ -139,12 +135,12 @@ def abstract(config: Mapping[str, Any], mesh: Mesh | None = None) -> Any:
     return _abstract(*_parse_config(config, None), None if mesh is None else _automatic(mesh))
 
 
-def _abstract(family: Family, config: Any, generation_config: Any, mesh: Mesh | None) -> Any:
+def _abstract(family: Family, config: Config, generation_config: Any, mesh: Mesh | None) -> Any:
     return nnx.eval_shape(lambda: family.build(config, _OneKey(), generation_config, mesh))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _random_model(family: Family, config: Any, dtype: np.dtype, quantize: bool, key: jax.Array) -> Any:
+def _random_model(family: Family, config: Config, dtype: np.dtype, quantize: bool, key: jax.Array) -> Any:
     model = jax.tree.map(lambda leaf: leaf.astype(dtype), family.build(config, nnx.Rngs(key)))
     return jax.tree.map(quantised, model) if quantize else model
 
@@ -165,7 +161,7 @@ def save(model: Any, path: str | Path) -> None:
         ValueError: if the folder holds a checkpoint of another layout, whose files would win over the new ones, or the
             model is quantised or has other parameters than a checkpoint of its family.
     """
-    if isinstance(model.embed_tokens.weight[...], Int8):
+    if any(isinstance(leaf, Int8) for leaf in jax.tree.leaves(model, is_leaf=lambda leaf: isinstance(leaf, Int8))):
         raise ValueError("`model` is quantised, and a Hugging Face folder has its weights. Save it before that.")
     parameters, stacks = dict(named_leaves(model)), FAMILIES[model.config.model_type].weight_map(model.config)
     if unknown := sorted(set(parameters) ^ set(stacks)):
@@ -230,14 +226,14 @@ class Source:
             return np.dtype(np.float32)
         named = self.raw.get("dtype") or self.raw.get("torch_dtype")
         try:
-            return weights_dtype(named) if named else self.own_dtype("embed_tokens.weight")
+            return weights_dtype(named) if named else self.own_dtype(self.family.embedding)
         except ValueError as error:
             raise CheckpointError(f"{self.folder / 'config.json'}: {error} Or pass another to `load`.") from error
 
     @property
     def is_float64(self) -> bool:
         named = self.raw.get("dtype") or self.raw.get("torch_dtype")
-        return str(named or self.own_dtype("embed_tokens.weight")) == "float64"
+        return str(named or self.own_dtype(self.family.embedding)) == "float64"
 
     def own_dtype(self, path: str) -> np.dtype:
         """The dtype that holds all tensors of a parameter without loss."""
@@ -356,20 +352,23 @@ def _account(
             f"{folder} holds {len(tensors)} tensors, but its config.json asks for `num_hidden_layers`={layers}. Each "
             f"needs tensors of its own, and at most {_MOST_LAYERS} layers are read. Download it again."
         )
-    buffers = {name: tensor for name, tensor in tensors.items() if name.endswith(_BUFFERS)}
-    tensors = {name: tensor for name, tensor in tensors.items() if name not in buffers}
+    unquantised = {key: value for key, value in raw.items() if key not in float8.KEYS}
     try:
-        tensors = float8.dequantised(tensors, raw)
-        unquantised = {key: value for key, value in raw.items() if key not in float8.KEYS}
         family, config, generation_config = _parse_config(unquantised, generation)
         _check_numbers(config)
+        buffers = {name: tensor for name, tensor in tensors.items() if name.endswith(tuple(family.buffers))}
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in buffers}
+        untied = family.weight_map(replace(config, tie_word_embeddings=False))
+        head, embedding = (path if native else next(iter(untied[path])) for path in (family.head, family.embedding))
+        stored = tensors.get(embedding, tensors.get(embedding.removeprefix(family.prefix)))
+        tensors = float8.dequantised(tensors, raw, None if stored is None else stored.dtype)
     except ValueError as error:
         raise CheckpointError(f"{folder}: {error}") from error
     if unreadable := sorted({str(t.dtype) for t in tensors.values()} - set(map(str, STORED.values()))):
         raise CheckpointError(f"{folder} holds tensors of dtype {unreadable}; jaxgen reads {list(STORED)}.")
-    head, embedding = ("lm_head.weight", "embed_tokens.weight" if native else "model.embed_tokens.weight")
     if not native:
-        tensors = _with_names_of(replace(config, tie_word_embeddings=False), family, tensors)
+        known = {name for sources in untied.values() for name in sources}
+        tensors = _with_names_of(known, family.prefix, tensors)
     config, copies = _resolve_head(folder, raw, config, tensors, head, embedding)
     config, resized = _resolve_vocabulary(config, tensors, head, embedding)
     wanted = family.weight_map(config)
@@ -380,14 +379,15 @@ def _account(
     model = _abstract(family, config, generation_config, mesh)
     _match_shapes(folder, {name: leaf.shape for name, leaf in named_leaves(model)}, wanted, used)
     pieces = {path: [tensors[name] for name in sources] for path, sources in wanted.items()}
-    oddities = (*resized, *_unread_keys(family, unquantised), *_oddities(raw), *_odd_buffers(config, buffers))
+    odd_buffers = _odd_buffers(family, config, buffers)
+    oddities = (*resized, *_unread_keys(family, unquantised), *_oddities(raw), *odd_buffers)
     source = Source(folder, raw, family, model, pieces, buffers, copies, native, ())
     if source.is_float64:
         oddities = *oddities, "its weights are float64. They are held as float32, unless `dtype` says otherwise."
     return replace(source, warnings=tuple(f"{folder}: {each}" for each in oddities))
 
 
-def _parse_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | None) -> tuple[Family, Any, Any]:
+def _parse_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | None) -> tuple[Family, Config, Any]:
     """The family, its config, and the `transformers.GenerationConfig`, from the parsed JSON files."""
     generation_class = lazy.transformers().GenerationConfig
     if str(raw.get("model_type")) not in FAMILIES:
@@ -418,7 +418,7 @@ def _unread_keys(family: Family, raw: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
-def _check_numbers(config: Any) -> None:
+def _check_numbers(config: Config) -> None:
     """No size that overflows, nothing infinite."""
     for each in fields(config):
         value = getattr(config, each.name)
@@ -426,15 +426,14 @@ def _check_numbers(config: Any) -> None:
             raise ValueError(f"`{each.name}`={value!r} in config.json is too large.")
 
 
-def _with_names_of(config: Any, family: Family, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors under the names that the model with a head has for them.
+def _with_names_of(known: set[str], prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors under the names that the model with a head has for them, which are known.
 
     A model without its head names them without the prefix. As transformers 5.23 `rename_source_key`, name by name.
     """
-    known = {name for sources in family.weight_map(config).values() for name in sources}
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        others = (name.removeprefix(BASE_PREFIX), BASE_PREFIX + name)
+        others = (name.removeprefix(prefix), prefix + name)
         new = name if name in known else next((other for other in others if other in known), name)
         if new != name and new not in tensors and new not in found:  # of two for one place, one has no use
             name, tensor = new, replace(cast(Any, tensor), name=new)
@@ -443,8 +442,8 @@ def _with_names_of(config: Any, family: Family, tensors: Mapping[str, Tensor]) -
 
 
 def _resolve_head(
-    folder: Path, raw: Mapping[str, Any], config: Any, tensors: Mapping[str, Tensor], head: str, embedding: str
-) -> tuple[Any, dict[str, str]]:
+    folder: Path, raw: Mapping[str, Any], config: Config, tensors: Mapping[str, Tensor], head: str, embedding: str
+) -> tuple[Config, dict[str, str]]:
     """A missing head is the embedding's, whatever the config says; a head beside a tied flag must equal it."""
     if head not in tensors:
         if not config.tie_word_embeddings and any(
@@ -476,8 +475,8 @@ def same_bytes(first: Tensor, second: Tensor) -> bool:
 
 
 def _resolve_vocabulary(
-    config: Any, tensors: Mapping[str, Tensor], head: str, embedding: str
-) -> tuple[Any, tuple[str, ...]]:
+    config: Config, tensors: Mapping[str, Tensor], head: str, embedding: str
+) -> tuple[Config, tuple[str, ...]]:
     """The tables know how many entries they have; configs miss tokens that were added and rows that pad."""
     shapes = {tensors[name].shape for name in (head, embedding) if name in tensors}
     if embedding not in tensors or len(shapes) != 1 or (shape := shapes.pop())[1:] != (config.hidden_size,):
@@ -495,10 +494,11 @@ def _oddities(raw: Mapping[str, Any]) -> Iterator[str]:
         yield f"`pretraining_tp`={raw['pretraining_tp']!r} in config.json is ignored, as by transformers 5."
 
 
-def _odd_buffers(config: Any, buffers: Mapping[str, Tensor]) -> Iterator[str]:
+def _odd_buffers(family: Family, config: Config, buffers: Mapping[str, Tensor]) -> Iterator[str]:
     for name, tensor in buffers.items():
-        if name.endswith(_INVERSE_FREQUENCIES):
-            expected = np.asarray(config.rope.inverse_frequencies(1))
+        values = next(values for end, values in family.buffers.items() if name.endswith(end))
+        if values is not None:
+            expected = values(config)
             stored = tensor.dtype in DTYPES.values() and tensor.shape == expected.shape
             precision = float(jnp.finfo(tensor.dtype).eps) if stored else 0
             found = np.concatenate([block.astype(np.float32) for block in tensor.blocks()]) if stored else expected

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxgen.checkpoint.load import MANIFEST, Source, named_leaves, open_folder
 from jaxgen.cli.terminal import byte_count, counted, open_tokenizer
@@ -30,16 +31,14 @@ def describe(source: Source) -> dict[str, str]:
     parameters = sum(sizes.values())
     stored = sorted({str(source.own_dtype(path)) for path in sizes})
     weights = parameters * source.dtype.itemsize
-    cache = jax.eval_shape(lambda model: model.make_cache(1, 1), model)
-    per_token = sum(leaf.size for leaf in jax.tree.leaves(cache.layers)) * source.dtype.itemsize
-    whole = per_token * config.max_position_embeddings
+    loaded = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, source.dtype), model)
+    per_token = jax.eval_shape(lambda model: jnp.zeros(model.cache_bytes_per_token, bool), loaded).size
+    whole = per_token * model.max_position_embeddings
     return {
         "folder": f"{source.folder} ({'converted' if (source.folder / MANIFEST).exists() else 'Hugging Face'})",
-        "family": f"{source.raw['model_type']}, {counted(config.num_hidden_layers, 'layer')} of {config.hidden_size}, "
-        f"{counted(config.num_attention_heads, 'head')} on {config.num_key_value_heads} of {config.head_dim}, MLP of "
-        f"{config.intermediate_size}, {type(config.rope).__name__.lower()} rope",
+        "family": f"{source.raw['model_type']}, {source.family.describe(config)}",
         "vocabulary": f"{config.vocab_size:,} ids, {'tied' if config.tie_word_embeddings else 'separate'} head",
-        "context": counted(config.max_position_embeddings, "token"),
+        "context": counted(model.max_position_embeddings, "token"),
         "parameters": f"{parameters:,}",
         "dtype": f"{source.dtype} (stored: {', '.join(stored)})",
         "weights": byte_count(weights),

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxgen.base import Internals, no_mesh, rows_axis, tensor_shards
 from jaxgen.kv_cache import KVCache
@@ -485,68 +485,3 @@ class Llama(nnx.Module):
         """[..., D] -> float32 [..., V], rounded to the model's dtype on the way, as transformers' are."""
         logits = self.embed_tokens.attend(hidden) if self.lm_head is None else self.lm_head(hidden)
         return logits.astype(jnp.float32)
-
-
-def weight_map(config: LlamaConfig) -> dict[str, dict[str, int]]:
-    """Each parameter's path, and the Hugging Face tensors stacked along its first axis with the rows each has."""
-    table = {
-        "embed_tokens.weight": {"model.embed_tokens.weight": config.vocab_size},
-        "norm.weight": {"model.norm.weight": config.hidden_size},
-    }
-    if not config.tie_word_embeddings:
-        table["lm_head.weight"] = {"lm_head.weight": config.vocab_size}
-    for layer in range(config.num_hidden_layers):
-        for path, parts, has_bias in _layer_weights(config):
-            for kind in ("weight", "bias") if has_bias else ("weight",):
-                sources = {f"model.layers.{layer}.{part}.{kind}": rows for part, rows in parts.items()}
-                table[f"layers.{layer}.{path}.{kind}"] = sources
-    return table
-
-
-def partition(config: LlamaConfig, mesh: Mesh | AbstractMesh) -> Callable[[str], PartitionSpec]:
-    """How each parameter, by its path, is spread over a mesh with the axis "tensor": by the rows of the products that
-    make heads and units, by the columns of those that take them, by entries of the vocabulary.
-
-    Raises:
-        ValueError: if there are heads or units that the axis cannot share out evenly.
-    """
-    shards = tensor_shards(mesh)
-    for key in ("num_key_value_heads", "intermediate_size"):
-        if getattr(config, key) % shards:
-            raise ValueError(
-                f'`{key}`={getattr(config, key)} cannot be spread over the {shards} devices of the axis "tensor". '
-                "Choose a mesh where it divides it."
-            )
-    by_rows = [
-        "self_attn.qkv_proj.weight",
-        "self_attn.qkv_proj.bias",
-        "mlp.gate_up_proj.weight",
-        "mlp.gate_up_proj.bias",
-    ]
-    by_rows += ["embed_tokens.weight", "lm_head.weight"] if config.vocab_size % shards == 0 else []
-    by_columns = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
-
-    def spec(path: str) -> PartitionSpec:
-        if shards == 1:
-            return PartitionSpec()
-        if path.endswith(tuple(by_rows)):
-            return PartitionSpec("tensor")
-        return PartitionSpec(None, "tensor") if path.endswith(by_columns) else PartitionSpec()
-
-    return spec
-
-
-def _layer_weights(config: LlamaConfig) -> list[tuple[str, dict[str, int], bool]]:
-    hidden, inner = config.hidden_size, config.intermediate_size
-    query, key = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
-    norms = ("q_norm", "k_norm") if config.qk_norm else ()
-    qkv = {"self_attn.q_proj": query, "self_attn.k_proj": key, "self_attn.v_proj": key}
-    return [
-        ("input_layernorm", {"input_layernorm": hidden}, False),
-        ("self_attn.qkv_proj", qkv, config.attention_bias),
-        ("self_attn.o_proj", {"self_attn.o_proj": hidden}, config.o_proj_bias),
-        *((f"self_attn.{norm}", {f"self_attn.{norm}": config.head_dim}, False) for norm in norms),
-        ("post_attention_layernorm", {"post_attention_layernorm": hidden}, False),
-        ("mlp.gate_up_proj", {"mlp.gate_proj": inner, "mlp.up_proj": inner}, config.mlp_bias),
-        ("mlp.down_proj", {"mlp.down_proj": hidden}, config.mlp_bias),
-    ]

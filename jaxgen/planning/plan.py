@@ -23,14 +23,11 @@ from jaxgen.generation.build import build_call, read_request
 from jaxgen.generation.memory import memory_bytes
 from jaxgen.generation.request import Request
 from jaxgen.models import FAMILIES
-from jaxgen.models.layers import columns_at_once
+from jaxgen.models.family import Config, Family, ForwardPass
 from jaxgen.planning.shapes import SHAPES
 
 _GIB = 1 << 30
 _MOST_DEVICES = 256  # of a mesh that is suggested
-# Float32 attention scores of a prompt, and what is alive beside them: all of them once more on a CPU, which writes
-# their exponentials; rounded to half as many bytes, and in part, on a TPU or GPU.
-_SCORE_BUFFERS = {"cpu": 2.0, "tpu": 1.25, "gpu": 1.25}
 
 
 @dataclass(frozen=True)
@@ -252,7 +249,7 @@ class _Call:
     """
 
     arguments: Mapping[str, Any]
-    config: Any
+    config: Config
     leaves: tuple[tuple[str, tuple[int, ...]], ...]
     item: int
     cache_item: int
@@ -308,6 +305,10 @@ class _Call:
         }
         return cls(arguments, model.config, leaves, target.itemsize, **facts)
 
+    @property
+    def family(self) -> Family:
+        return FAMILIES[self.config.model_type]
+
     def on(self, device: Device, batch: int, quantize: str | None, mesh: tuple[int, int]) -> Plan:
         """The plan, without suggestions."""
         data, tensor = mesh
@@ -316,7 +317,7 @@ class _Call:
         rows = prompt_rows * self.copies
         cache = rows * self.slots * self.cache_item // tensor
         prefill = self._prefill_temporaries(prompt_rows, tensor, device.platform)
-        decode = self._decode_temporaries(rows, tensor)
+        decode = self._decode_temporaries(rows, tensor, device.platform)
         if device.platform == "cpu" and self.arguments["dtype"] == "float16":
             # XLA:CPU multiplies these in float32, and widens all weights before the loop that reads them.
             widened = 4 * self._elements(tensor)
@@ -356,47 +357,46 @@ class _Call:
                 size += 4 * shape[0] // share[0]
             total += size
             # Of an embedding that is no head, a step reads a vector for each row.
-            if path != "embed_tokens.weight" or self.config.tie_word_embeddings:
+            if path != self.family.embedding or self.config.tie_word_embeddings:
                 read += size
         return total, read
+
+    def spreads(self, tensor: int) -> bool:
+        """Whether the weights can be spread over so many devices."""
+        try:
+            self.family.partition(self.config, _spread(tensor))
+        except ValueError:
+            return False
+        return True
 
     def _elements(self, tensor: int) -> int:
         return sum(math.prod(shape) // math.prod(share) for _, shape, share in self._shares(tensor))
 
     def _shares(self, tensor: int) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...]]]:
         """Path and shape of each parameter, and over how many devices the dimensions are spread."""
-        spec = FAMILIES[self.config.model_type].partition(self.config, AbstractMesh((1, tensor), ("data", "tensor")))
+        spec = self.family.partition(self.config, _spread(tensor))
         for path, shape in self.leaves:
             axes = (*spec(path), *(None for _ in shape))
             yield path, shape, tuple(1 if axis is None else tensor for axis, _ in zip(axes, shape, strict=False))
 
     def _prefill_temporaries(self, rows: int, tensor: int, platform: str) -> int:
-        """The larger of what attention and the MLP of a layer have alive, beside what all of them share."""
-        config, columns = self.config, self.columns
-        item = max(self.item, 4) if platform == "cpu" else self.item  # XLA:CPU computes in float32
-        # Spread over several, XLA:GPU needs as much on each as the scores of all heads take.
-        shards = 1 if platform == "gpu" else tensor
-        scores = 4 * rows * config.num_attention_heads // shards * columns_at_once(columns) * columns
-        heads = config.num_attention_heads + 2 * config.num_key_value_heads
-        qkv = item * rows * columns * heads * config.head_dim // tensor
-        hidden = item * rows * columns * config.hidden_size
-        units = item * rows * columns * config.intermediate_size // tensor
-        # The product of gate and up, and what goes into the last one.
-        mlp = 3 * units
-        attention = int(_SCORE_BUFFERS[platform] * scores) + (0 if platform == "cpu" else qkv)
+        """What the layers have alive, the prompt's keys and values, and the logits."""
         # All layers' keys and values, before the cache grows to all its slots, on a GPU in two copies; a CPU grows each
         # layer by itself.
         copies = {"cpu": 0, "tpu": 1, "gpu": 2}[platform]
-        short_cache = copies * rows * columns * self.cache_item // tensor
-        logits = 4 * rows * config.vocab_size
-        return max(attention + hidden, mlp) + hidden + short_cache + logits
+        short_cache = copies * rows * self.columns * self.cache_item // tensor
+        logits = 4 * rows * self.config.vocab_size
+        return self._activations(rows, self.columns, self.columns, tensor, platform) + short_cache + logits
 
-    def _decode_temporaries(self, rows: int, tensor: int) -> int:
-        """The logits, which beams have in three forms at a time, and the scores of a layer's attention."""
-        config = self.config
-        logits = 4 * rows * self.branches * config.vocab_size
-        scores = 4 * rows * self.branches * config.num_attention_heads // tensor * self.slots
-        return logits * (1 if self.branches == 1 else 3) + 2 * scores
+    def _decode_temporaries(self, rows: int, tensor: int, platform: str) -> int:
+        """What the layers have alive, and the logits, which beams have in three forms at a time."""
+        rows *= self.branches
+        logits = 4 * rows * self.config.vocab_size
+        return logits * (1 if self.branches == 1 else 3) + self._activations(rows, 1, self.slots, tensor, platform)
+
+    def _activations(self, rows: int, columns: int, slots: int, tensor: int, platform: str) -> int:
+        item = max(self.item, 4) if platform == "cpu" else self.item  # XLA:CPU computes in float32
+        return self.family.activation_bytes(self.config, ForwardPass(rows, columns, slots, item, tensor, platform))
 
 
 def _suggestions(call: _Call, given: Plan, device: Device) -> Iterator[Plan]:
@@ -404,7 +404,7 @@ def _suggestions(call: _Call, given: Plan, device: Device) -> Iterator[Plan]:
     kinds: dict[str, list[Any]] = {
         "batch": _fewer(given.batch, given.mesh[0]),
         "quantize": ["int8"] if given.quantize is None else [],
-        "mesh": _larger_meshes(call.config, given.mesh),
+        "mesh": _larger_meshes(call, given.mesh),
         "device": [usable for usable in map(_usable, _DEVICES.values()) if usable.memory > device.memory],
     }
     options: dict[str, Any] = {
@@ -435,10 +435,13 @@ def _fewer(batch: int, data: int) -> list[int]:
     return sizes
 
 
-def _larger_meshes(config: Any, mesh: tuple[int, int]) -> list[tuple[int, int]]:
-    """With more devices on either axis by doubling, and where heads and units come out even; the smallest first."""
-    even = math.gcd(config.num_key_value_heads, config.intermediate_size)
-    tensors = [size for size in range(mesh[1], even + 1) if even % size == 0]
+def _larger_meshes(call: _Call, mesh: tuple[int, int]) -> list[tuple[int, int]]:
+    """With more devices on either axis by doubling, and where weights come out even; the smallest first."""
+    tensors = [size for size in range(mesh[1], _MOST_DEVICES + 1) if call.spreads(size)]
     datas = [mesh[0] << doubling for doubling in range(9)]
     meshes = [(data, tensor) for tensor in tensors for data in datas if data * tensor <= _MOST_DEVICES]
     return sorted((each for each in meshes if each != mesh), key=lambda each: (each[0] * each[1], -each[1]))
+
+
+def _spread(tensor: int) -> AbstractMesh:
+    return AbstractMesh((1, tensor), ("data", "tensor"))

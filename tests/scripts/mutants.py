@@ -391,8 +391,8 @@ MUTANTS = [
         f"{STAGES}a_call_that_nobody_watches_is_one_chunk_if_it_is_short",
     ),
     Mutant(
-        "jaxgen/planning/plan.py",
-        "prefill, over 256 columns",
+        "jaxgen/models/llama_family.py",
+        "activation_bytes, over 256 columns",
         "columns_at_once(columns) * columns",
         "columns * columns",
         "tests/planning/test_plan.py::test_the_whole_is_what_the_compiler_says_within_15_percent",

@@ -1,0 +1,135 @@
+"""What the rest of the package asks of the families whose models are a Llama; see `family.Family`."""
+
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+
+from jaxgen.base import tensor_shards
+from jaxgen.models.family import Family, ForwardPass
+from jaxgen.models.layers import columns_at_once
+from jaxgen.models.llama import Dialect, Llama, LlamaConfig, unread_keys
+
+# Float32 attention scores of a prompt, and what is alive beside them: all of them once more on a CPU, which writes
+# their exponentials; rounded to half as many bytes, and in part, on a TPU or GPU.
+_SCORE_BUFFERS = {"cpu": 2.0, "tpu": 1.25, "gpu": 1.25}
+
+
+def like_llama(dialect: Dialect) -> Family:
+    return Family(
+        config=partial(LlamaConfig.from_json, dialect=dialect),
+        unread_keys=partial(unread_keys, dialect=dialect),
+        build=Llama,
+        embedding="embed_tokens.weight",
+        head="lm_head.weight",
+        prefix="model.",
+        weight_map=weight_map,
+        buffers={
+            ".rotary_emb.inv_freq": _inverse_frequencies,
+            "rope.freqs": _inverse_frequencies,
+            ".attn.masked_bias": None,
+            ".self_attn.masked_bias": None,
+        },
+        partition=partition,
+        activation_bytes=activation_bytes,
+        describe=describe,
+    )
+
+
+def weight_map(config: LlamaConfig) -> dict[str, dict[str, int]]:
+    """Each parameter's path, and the Hugging Face tensors stacked along its first axis with the rows each has."""
+    table = {
+        "embed_tokens.weight": {"model.embed_tokens.weight": config.vocab_size},
+        "norm.weight": {"model.norm.weight": config.hidden_size},
+    }
+    if not config.tie_word_embeddings:
+        table["lm_head.weight"] = {"lm_head.weight": config.vocab_size}
+    for layer in range(config.num_hidden_layers):
+        for path, parts, has_bias in _layer_weights(config):
+            for kind in ("weight", "bias") if has_bias else ("weight",):
+                sources = {f"model.layers.{layer}.{part}.{kind}": rows for part, rows in parts.items()}
+                table[f"layers.{layer}.{path}.{kind}"] = sources
+    return table
+
+
+def partition(config: LlamaConfig, mesh: Mesh | AbstractMesh) -> Callable[[str], PartitionSpec]:
+    """How each parameter, by its path, is spread over a mesh with the axis "tensor": by the rows of the products that
+    make heads and units, by the columns of those that take them, by entries of the vocabulary.
+
+    Raises:
+        ValueError: if there are heads or units that the axis cannot share out evenly.
+    """
+    shards = tensor_shards(mesh)
+    for key in ("num_key_value_heads", "intermediate_size"):
+        if getattr(config, key) % shards:
+            raise ValueError(
+                f'`{key}`={getattr(config, key)} cannot be spread over the {shards} devices of the axis "tensor". '
+                "Choose a mesh where it divides it."
+            )
+    by_rows = [
+        "self_attn.qkv_proj.weight",
+        "self_attn.qkv_proj.bias",
+        "mlp.gate_up_proj.weight",
+        "mlp.gate_up_proj.bias",
+    ]
+    by_rows += ["embed_tokens.weight", "lm_head.weight"] if config.vocab_size % shards == 0 else []
+    by_columns = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
+
+    def spec(path: str) -> PartitionSpec:
+        if shards == 1:
+            return PartitionSpec()
+        if path.endswith(tuple(by_rows)):
+            return PartitionSpec("tensor")
+        return PartitionSpec(None, "tensor") if path.endswith(by_columns) else PartitionSpec()
+
+    return spec
+
+
+def _layer_weights(config: LlamaConfig) -> list[tuple[str, dict[str, int], bool]]:
+    hidden, inner = config.hidden_size, config.intermediate_size
+    query, key = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
+    norms = ("q_norm", "k_norm") if config.qk_norm else ()
+    qkv = {"self_attn.q_proj": query, "self_attn.k_proj": key, "self_attn.v_proj": key}
+    return [
+        ("input_layernorm", {"input_layernorm": hidden}, False),
+        ("self_attn.qkv_proj", qkv, config.attention_bias),
+        ("self_attn.o_proj", {"self_attn.o_proj": hidden}, config.o_proj_bias),
+        *((f"self_attn.{norm}", {f"self_attn.{norm}": config.head_dim}, False) for norm in norms),
+        ("post_attention_layernorm", {"post_attention_layernorm": hidden}, False),
+        ("mlp.gate_up_proj", {"mlp.gate_proj": inner, "mlp.up_proj": inner}, config.mlp_bias),
+        ("mlp.down_proj", {"mlp.down_proj": hidden}, config.mlp_bias),
+    ]
+
+
+def _inverse_frequencies(config: LlamaConfig) -> np.ndarray:
+    """float32 [H/2], which old checkpoints hold."""
+    return np.asarray(config.rope.inverse_frequencies(1))
+
+
+def activation_bytes(config: LlamaConfig, forward: ForwardPass) -> int:
+    """The larger of what attention and the MLP of a layer have alive, beside what all of them share."""
+    rows, columns, item, platform = forward.rows, forward.columns, forward.itemsize, forward.platform
+    if columns < forward.slots:  # a step, in which only the scores count
+        return 2 * (4 * rows * config.num_attention_heads // forward.shards * columns * forward.slots)
+    # Spread over several, XLA:GPU needs as much on each as the scores of all heads take.
+    shards = 1 if platform == "gpu" else forward.shards
+    scores = 4 * rows * config.num_attention_heads // shards * columns_at_once(columns) * columns
+    heads = config.num_attention_heads + 2 * config.num_key_value_heads
+    qkv = item * rows * columns * heads * config.head_dim // forward.shards
+    hidden = item * rows * columns * config.hidden_size
+    units = item * rows * columns * config.intermediate_size // forward.shards
+    # The product of gate and up, and what goes into the last one.
+    mlp = 3 * units
+    attention = int(_SCORE_BUFFERS[platform] * scores) + (0 if platform == "cpu" else qkv)
+    return max(attention + hidden, mlp) + hidden
+
+
+def describe(config: LlamaConfig) -> str:
+    """As "2 layers of 32, 4 heads on 2 of 8, MLP of 40, default rope"."""
+    layers, heads = config.num_hidden_layers, config.num_attention_heads
+    return (
+        f"{layers} layer{'s' * (layers > 1)} of {config.hidden_size}, {heads} head{'s' * (heads > 1)} on "
+        f"{config.num_key_value_heads} of {config.head_dim}, MLP of {config.intermediate_size}, "
+        f"{type(config.rope).__name__.lower()} rope"
+    )
