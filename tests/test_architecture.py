@@ -98,6 +98,32 @@ def test_models_and_strategies_meet_in_generation_only() -> None:
     assert {part(file) for file in FILES} - {"stories"} == {*MAY_IMPORT}
 
 
+def names_of_a_family(file: Path) -> set[str]:
+    """What a file reads of a config, or has in a text, that only some families have."""
+    tree = ast.parse(file.read_text())
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    docstrings = {ast.get_docstring(node, clean=False) for node in ast.walk(tree) if isinstance(node, documented)}
+    texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    attributes = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    tensors = {"embed_tokens", "lm_head", "self_attn"}
+    sizes = {"rope", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"}
+    return attributes & (tensors | sizes) | {name for name in tensors for text in texts - docstrings if name in text}
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        file
+        for file in FILES
+        if part(file) in ("checkpoint", "cli", "planning") or relative(file) == "convert/sources.py"
+        if relative(file) != "jaxgen/planning/shapes.py"  # the configs of known models
+    ],
+    ids=relative,
+)
+def test_only_a_family_knows_the_names_of_its_tensors_and_sizes(file: Path) -> None:
+    assert not names_of_a_family(file)
+
+
 @pytest.mark.parametrize("strategy", sorted(STRATEGIES))
 def test_strategies_know_neither_the_loop_nor_each_other(strategy: str) -> None:
     imported = imports(ROOT / "jaxgen" / "decoding" / f"{strategy}.py")

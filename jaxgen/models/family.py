@@ -60,7 +60,8 @@ class Family:
     Attributes:
         config: config.json (and the names of the generation fields it may hold) -> the family's frozen config.
         unread_keys: the same -> the keys that change nothing, since nobody reads them.
-        build: config, `nnx.Rngs`, generation config, mesh -> the model, randomly initialised.
+        build: config, `nnx.Rngs`, generation config, mesh -> the model, randomly initialised; see `base.Model`. Its
+            `config` is the one given, and its `generation_config` can be set.
         embedding: the path of the parameter [V, D] that embeds tokens, of one tensor. `checkpoint` takes the size of
             the vocabulary from it, and the dtype where config.json names none; `planning` knows that a step reads only
             a few of its rows.
