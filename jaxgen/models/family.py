@@ -70,8 +70,8 @@ class Family:
             spite of the config, compares the two.
         prefix: what the names of tensors begin with in a model with a head, and not in one that was saved without it.
         weight_map: config -> {parameter path: {Hugging Face tensor: rows}}. `checkpoint` loads and saves by it.
-        buffers: how the names of tensors end that the config determines -> (config -> what such a tensor holds, or None
-            if it is not looked at). `checkpoint` warns where it holds something else, and loads none.
+        buffers: {how the name of a tensor ends that the config determines: config -> its values}, with None for one
+            that nobody looks at. `checkpoint` loads none of them, and warns where one has other values.
         partition: config, mesh -> (parameter path -> how it is spread over the mesh), or a ValueError if it cannot be.
             `planning` suggests meshes without one.
         activation_bytes: config, forward pass -> bytes that it has alive on each device beside weights, cache and
