@@ -19,6 +19,14 @@ if TYPE_CHECKING:
     from jaxgen.generation.past_key_values import PastKeyValues
     from jaxgen.generation.text_stream import stream_text
     from jaxgen.processors.stopping_criteria import EosToken, MaxLength
+else:  # or a misspelt name would be of type `Any`
+
+    def __getattr__(name: str) -> Any:
+        if name not in _HOMES:
+            raise AttributeError(f"module 'jaxgen' has no attribute {name!r}")
+        value = globals()[name] = getattr(importlib.import_module(f"jaxgen.{_HOMES[name]}"), name)
+        return value
+
 
 # Where the public names live. They are imported when they are first asked for, so that `jaxgen --help` answers at once.
 _HOMES = {
@@ -75,13 +83,6 @@ __all__ = [
     "stream",
     "stream_text",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'jaxgen' has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module(f"jaxgen.{_HOMES[name]}"), name)
-    return value
 
 
 def __dir__() -> list[str]:

@@ -166,7 +166,7 @@ class KVCache:
             layers += grown.layers
         return replace(grown, layers=tuple(layers))
 
-    def take(self, rows: jax.Array) -> "KVCache":
+    def take(self, rows: jax.Array) -> Self:
         """The cache of int32 [M] rows of this one, in their order."""
 
         def take(array: jax.Array) -> jax.Array:
@@ -265,14 +265,14 @@ class BranchedCache(KVCache):
             cache = cache._numbered(jnp.full(self.branches, self.columns.max() + 1))
         return cache, position_ids, valid
 
-    def reorder(self, parents: jax.Array) -> "BranchedCache":
+    def reorder(self, parents: jax.Array) -> Self:
         """The cache whose branch c continues branch `parents[n, c]` of row n; int32 [N, C]."""
         valid, position = jax.vmap(lambda row, places: (row[0][places], row[1][places]))(
             (self.valid, self.position), parents
         )
         return replace(self, valid=valid, position=position)
 
-    def keep(self, chosen: jax.Array) -> "BranchedCache":
+    def keep(self, chosen: jax.Array) -> Self:
         """The cache whose branches all continue branch `chosen[n]` of row n; int32 [N].
 
         Of the C columns written last, the chosen one moves to the first of their slots, and the others are free again.

@@ -31,3 +31,4 @@ def test_both_distributions_hold_the_package_and_no_tests(tmp_path: Path) -> Non
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert held == {file.replace("convert/", "jaxgen/convert/", file.startswith("convert/")) for file in files}
+    assert "jaxgen/py.typed" in held  # or type checkers of users would not read the annotations

@@ -40,7 +40,7 @@ def counted(number: int, thing: str) -> str:
     return f"{number:,} {thing}" if number == 1 else f"{number:,} {thing}s"
 
 
-def open_model(arguments: argparse.Namespace) -> tuple[Any, Any]:
+def open_model(arguments: argparse.Namespace) -> tuple[Model, Any]:
     """The model and its tokenizer, with compiled programs kept where the arguments say."""
     compile_cache.enable(arguments.compile_cache)
     try:
