@@ -1,13 +1,49 @@
-"""What is shipped: the package with its story model and the converter, whole, and nothing of the tests."""
+"""What is shipped: the package with its story model and the converter, whole, and nothing of the tests.
 
+And what is installed beside it: everything that it imports.
+"""
+
+import ast
 import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
 ROOT = Path(__file__).parent.parent
+# What is found without being installed.
+OWN = {"jaxgen"} | {file.stem for folder in ("tests", "examples", "bench") for file in (ROOT / folder).rglob("*.py")}
+
+
+def imported(file: Path) -> set[str]:
+    """The packages that a file imports, wherever in it, but for Python's."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.add(node.module.split(".")[0])
+    return {canonicalize_name(name) for name in found - sys.stdlib_module_names - OWN}
+
+
+@pytest.mark.parametrize("folder", ["jaxgen", "convert", "tests", "examples"])
+def test_what_is_imported_is_declared(folder: str) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = project["dependencies"]
+    if folder in ("tests", "examples"):
+        lines = lines + project["optional-dependencies"]["test"]
+    declared = {canonicalize_name(Requirement(line).name) for line in lines}
+    for file in (ROOT / folder).rglob("*.py"):
+        lacking = imported(file) - declared
+        if file == ROOT / "convert" / "pickles.py":  # which says so to who has none
+            lacking -= {"torch"}
+        assert not lacking, file
 
 
 def test_both_distributions_hold_the_package_and_no_tests(tmp_path: Path) -> None:
