@@ -17,6 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from packaging.version import Version
+
 from jaxgen.checkpoint.files import CheckpointError, LinkedFolder, checkpoint_folder, file_in, holds, read_json
 from jaxgen.checkpoint.load import INDEX, SINGLE_FILE
 
@@ -77,7 +79,7 @@ def _unpickle(folder: Path, staged: Path) -> None:
         from safetensors.torch import save_file
     except ImportError as error:
         raise CheckpointError("reading pickles needs torch 2.6 or newer. Install it, or convert elsewhere.") from error
-    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 6):
+    if Version(torch.__version__).release < (2, 6):
         raise CheckpointError(f"torch {torch.__version__} has a loader that pickles can escape. Install 2.6 or newer.")
     pickles = _pickles(folder)
     parts = [_load(torch, path) for path in pickles]

@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 import numpy as np
+from packaging.version import Version
 
 
 def transformers() -> Any:
@@ -23,8 +24,7 @@ def transformers() -> Any:
 
 def cache_name() -> str:
     """What the installed transformers calls the cache, as an argument of `generate` and in its output."""
-    version = tuple(map(int, transformers().__version__.split(".")[:2]))
-    return "cache" if version >= (5, 24) else "past_key_values"
+    return "cache" if Version(transformers().__version__).release >= (5, 24) else "past_key_values"
 
 
 def torch_class(name: str) -> type:

@@ -4,11 +4,13 @@ import argparse
 import importlib.util
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
 
 import jax
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 from jaxgen.cli import compile_cache
 from jaxgen.version import __version__
@@ -66,20 +68,17 @@ def hazards(versions: dict[str, str | None], backend: str, nvidia: bool | None =
         backend: of JAX.
         nvidia: whether the machine has such a GPU; looked up by default.
     """
-    found = []
-    numbers = {name: _numbers(text) for name, text in versions.items() if text}
-    if numbers["flax"] == (0, 12, 11):
-        found.append("flax 0.12.11 is broken. Install another: pip install 'flax>=0.12.12'")
-    if numbers["jax"] >= (0, 11) and numbers["flax"] < (0, 12, 12):
-        found.append(
-            f"flax {versions['flax']} does not work with jax {versions['jax']}. Install: pip install 'flax>=0.12.12'"
-        )
-    if versions["jax"] and versions["jaxlib"] and numbers["jax"][:2] != numbers["jaxlib"][:2]:
-        found.append(f"jax {versions['jax']} and jaxlib {versions['jaxlib']} do not belong together. Reinstall jax.")
-    if not (5, 5) <= numbers["transformers"] < (6,):
-        found.append(
-            f"transformers {versions['transformers']} is untested. Install: pip install 'transformers>=5.5,<6'"
-        )
+    found, known = [], {name: Version(text) for name, text in versions.items() if text}
+    for requirement in _requirements():
+        installed, bounds = known.get(requirement.name), requirement.specifier
+        if installed and not bounds.contains(installed, prereleases=True):
+            word = "broken" if f"!={installed.public}" in map(str, bounds) else "untested"
+            found.append(f"{requirement.name} {installed} is {word}. Install: pip install '{requirement}'")
+    jax_series, flax = known["jax"].release[:2], known["flax"]
+    if jax_series >= (0, 11) and flax < Version("0.12.12"):
+        found.append(f"flax {flax} does not work with jax {known['jax']}. Install: pip install 'flax>=0.12.12'")
+    if "jaxlib" in known and jax_series != known["jaxlib"].release[:2]:
+        found.append(f"jax {known['jax']} and jaxlib {known['jaxlib']} do not belong together. Reinstall jax.")
     nvidia = Path("/proc/driver/nvidia/version").exists() if nvidia is None else nvidia
     if nvidia and backend == "cpu":
         if os.environ.get("JAX_PLATFORMS", "").startswith("cpu"):
@@ -88,16 +87,13 @@ def hazards(versions: dict[str, str | None], backend: str, nvidia: bool | None =
             found.append("JAX has its CUDA plugin but does not see the NVIDIA GPU: the driver may be too old for it.")
         else:
             found.append("there is an NVIDIA GPU, but JAX for the CPU only. Install: pip install 'jaxgen[cuda13]'")
-    if jax.config.values["jax_enable_x64"]:
-        found.append("jax_enable_x64 makes some numbers 64 bits wide, which no test covers. Unset JAX_ENABLE_X64.")
     return found
 
 
-def _numbers(text: str) -> tuple[int, ...]:
-    """(0, 12, 8) of "0.12.8.dev1+local"."""
-    numbers = []
-    for part in text.split("+")[0].split("."):
-        if not part.isdigit():
-            break
-        numbers.append(int(part))
-    return tuple(numbers)
+def _requirements() -> list[Requirement]:
+    """What jaxgen needs, as its own installation says; nothing where it runs without one."""
+    try:
+        requirements = [Requirement(line) for line in requires("jaxgen") or ()]
+    except PackageNotFoundError:
+        return []
+    return [each for each in requirements if each.marker is None or each.marker.evaluate({"extra": ""})]

@@ -3,10 +3,12 @@
 import os
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
 
+from jaxgen.cli import doctor
 from jaxgen.cli.doctor import hazards
 from jaxgen.cli.main import main
 
@@ -36,11 +38,24 @@ def test_a_cache_that_others_may_write_to_is_a_trouble(tmp_path: Path, capsys: p
         ({"jaxlib": "0.9.1"}, "do not belong together"),
         ({"transformers": "4.57.0"}, "transformers 4.57.0 is untested"),
         ({"transformers": "6.0.0.dev0"}, "is untested"),
+        ({"jax": "0.9.1", "jaxlib": "0.9.1"}, "jax 0.9.1 is untested. Install: pip install 'jax>=0.10'"),
     ],
 )
 def test_pairs_of_versions_that_do_not_work_are_named(changed: dict[str, str], message: str) -> None:
     (found,) = hazards({**GOOD, **changed}, "cpu", nvidia=False)
     assert message in found
+
+
+def test_versions_before_their_release_are_taken_for_it() -> None:
+    assert not hazards({**GOOD, "jax": "0.10.3.dev20260101+cpu", "transformers": "5.25.0.dev0"}, "cpu", nvidia=False)
+
+
+def test_without_an_installation_of_its_own_no_bounds_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> list[str]:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(doctor, "requires", missing)
+    assert not hazards({**GOOD, "transformers": "4.57.0"}, "cpu", nvidia=False)
 
 
 def test_a_gpu_that_jax_does_not_see_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
