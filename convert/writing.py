@@ -6,7 +6,6 @@ A journal beside it names each finished tensor and its SHA-256; who resumes read
 While the journal is there, and only then, the folders of these names are ours to change and to remove.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
+from filelock import lock_descriptor
 from tqdm import tqdm
 
 from jaxgen.checkpoint.files import CheckpointError
@@ -239,10 +239,9 @@ def partial_folder(target: Path, plan: Any, needed: int, *, overwrite: bool, res
         _check_space(target, needed)
     target.parent.mkdir(parents=True, exist_ok=True)
     with journal.open("a+", errors="replace") as opened:
-        try:
-            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise CheckpointError(f"another process is converting to {target} now.") from error
+        # Of the journal itself, and no file beside it; the system lets go of it when the process ends, however it does.
+        if not lock_descriptor(opened.fileno(), blocking=False):
+            raise CheckpointError(f"another process is converting to {target} now.")
         if replaced.exists():  # interrupted between the renamings below, or after them
             _remove(replaced) if target.exists() else replaced.rename(target)
         check_target(target, overwrite)

@@ -21,15 +21,11 @@ ROOT = Path(__file__).parent.parent
 OWN = {"jaxgen"} | {file.stem for folder in ("tests", "examples", "bench") for file in (ROOT / folder).rglob("*.py")}
 
 
-def imported(file: Path) -> set[str]:
-    """The packages that a file imports, wherever in it, but for Python's."""
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            found.add(node.module.split(".")[0])
-    return {canonicalize_name(name) for name in found - sys.stdlib_module_names - OWN}
+def imported(node: ast.AST) -> set[str]:
+    """The packages that a statement imports."""
+    if isinstance(node, ast.Import):
+        return {alias.name.split(".")[0] for alias in node.names}
+    return {node.module.split(".")[0]} if isinstance(node, ast.ImportFrom) and node.module and not node.level else set()
 
 
 @pytest.mark.parametrize("folder", ["jaxgen", "convert", "tests", "examples"])
@@ -40,10 +36,18 @@ def test_what_is_imported_is_declared(folder: str) -> None:
         lines = lines + project["optional-dependencies"]["test"]
     declared = {canonicalize_name(Requirement(line).name) for line in lines}
     for file in (ROOT / folder).rglob("*.py"):
-        lacking = imported(file) - declared
+        names = {name for node in ast.walk(ast.parse(file.read_text())) for name in imported(node)}
+        lacking = {canonicalize_name(name) for name in names - sys.stdlib_module_names - OWN} - declared
         if file == ROOT / "convert" / "pickles.py":  # which says so to who has none
             lacking -= {"torch"}
         assert not lacking, file
+
+
+@pytest.mark.parametrize("folder", ["jaxgen", "convert"])
+def test_no_file_needs_what_windows_lacks_to_be_imported(folder: str) -> None:
+    for file in (ROOT / folder).rglob("*.py"):
+        first = {name for node in ast.parse(file.read_text()).body for name in imported(node)}
+        assert not first & {"fcntl", "grp", "pty", "pwd", "readline", "resource", "termios"}, file
 
 
 def test_both_distributions_hold_the_package_and_no_tests(tmp_path: Path) -> None:
