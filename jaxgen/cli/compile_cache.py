@@ -13,14 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from platformdirs import user_cache_path
 
 _MOST_BYTES = 2 << 30
 
 
 def default_folder() -> Path:
     """Raises RuntimeError if there is no home folder."""
-    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(caches) / "jaxgen" / "compiled"
+    folder = user_cache_path("jaxgen", appauthor=False) / "compiled"
+    if not folder.is_absolute():  # it begins with a ~ that stands for nothing
+        raise RuntimeError("there is no home folder")
+    return folder
 
 
 def current() -> Path | None:

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import pwd
 import subprocess
 import sys
 import tempfile
@@ -75,6 +76,10 @@ def test_the_folder_is_the_users_and_can_be_moved_or_switched_off(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("JAXGEN_COMPILE_CACHE")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    if sys.platform == "linux":
+        assert compile_cache.default_folder() == tmp_path / "home" / ".cache" / "jaxgen" / "compiled"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert compile_cache.enable() == tmp_path / "jaxgen" / "compiled" == compile_cache.current()
     assert compile_cache.enable(str(tmp_path / "elsewhere")) == tmp_path / "elsewhere"
@@ -99,12 +104,9 @@ def test_a_folder_of_somebody_else_is_refused(tmp_path: Path, monkeypatch: pytes
 
 
 def without_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-
-    def no_home() -> Path:
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.setattr(Path, "home", no_home)
+    for name in ("XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)  # as for a user that the system does not know
 
 
 def read_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
