@@ -1,4 +1,7 @@
-"""The command `jaxgen`: what it takes. What each command does is in a file of its name, imported when asked for."""
+"""The command `jaxgen`: what it takes. What each command does is in a file of its name, imported when asked for.
+
+What `convert` and `verify` do is in `jaxgen.convert.command`.
+"""
 
 import argparse
 import contextlib
@@ -19,18 +22,17 @@ _DTYPES = ("float32", "bfloat16", "float16")
 def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     try:
-        if arguments[:1] in (["convert"], ["verify"]):
-            # The converter imports the package, never the reverse: its commands are looked up by name.
-            with _interrupts_end_the_process():
-                module = importlib.import_module("jaxgen.convert.__main__")
-            return module.main(arguments[1:], prog=f"jaxgen {arguments[0]}")
         with _interrupts_end_the_process():
             parsed = _parser().parse_args(arguments)
-            if sys.stdout is None:
-                raise ValueError("standard output is closed: there is nowhere to write to.")
-            if isinstance(sys.stdin, TextIOWrapper):  # whatever the locale; what is no UTF-8 is noticed later
-                sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
-            return importlib.import_module(f"jaxgen.cli.{parsed.command}").run(parsed)
+            if parsed.command not in ("convert", "verify"):
+                if sys.stdout is None:
+                    raise ValueError("standard output is closed: there is nowhere to write to.")
+                if isinstance(sys.stdin, TextIOWrapper):  # whatever the locale; what is no UTF-8 is noticed later
+                    sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+                return importlib.import_module(f"jaxgen.cli.{parsed.command}").run(parsed)
+            # The converter imports the package, never the reverse: it is looked up by name.
+            converter = importlib.import_module("jaxgen.convert.command")
+        return converter.run(parsed)  # an interrupt is its own: it says how to go on
     except BrokenPipeError:  # as in `jaxgen generate ... | head -c 5`: nobody reads on
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # for what would be flushed at the end
         return 128 + signal.SIGPIPE
@@ -125,8 +127,40 @@ def _parser() -> argparse.ArgumentParser:
         "doctor", help="what is installed", description="Says what is installed, where it runs and what is wrong."
     )
     _add_cache_option(doctor)
-    commands.add_parser("convert", help="convert a Hugging Face folder to jaxgen's own format, or back", add_help=False)
-    commands.add_parser("verify", help="read a whole checkpoint and say whether it is sound", add_help=False)
+    convert = commands.add_parser(
+        "convert",
+        help="convert a Hugging Face folder to jaxgen's own format, or back",
+        description="Converts a Hugging Face checkpoint to jaxgen's own format, and back.",
+        allow_abbrev=False,
+    )
+    convert.add_argument(
+        "src",
+        metavar="SRC",
+        help="a folder with config.json and safetensors, only read, or owner/name of a model to download from the hub",
+    )
+    convert.add_argument("dst", metavar="DST", help="the folder to make; it appears when it is complete")
+    convert.add_argument(
+        "--to-hf", action="store_true", help="the way back: SRC was converted, DST is as it was before"
+    )
+    convert.add_argument("--dtype", choices=_DTYPES, help="default: each tensor's own")
+    convert.add_argument("--shard-size", metavar="SIZE", help="largest file, in bytes or as 5GB, which is the default")
+    convert.add_argument("--workers", type=int, metavar="N", help="threads that copy; default: 4")
+    convert.add_argument("--overwrite", action="store_true", help="replace the checkpoint in DST, at the end")
+    convert.add_argument("--resume", action="store_true", help="go on with what an interrupted conversion left")
+    convert.add_argument(
+        "--allow-pickle",
+        action="store_true",
+        help="also read pytorch_model.bin and consolidated.*.pth, which are pickles",
+    )
+    convert.add_argument("--merge-lora", metavar="FOLDER", help="a LoRA adapter to add to the weights")
+    _add_links_option(convert)
+    verify = commands.add_parser(
+        "verify",
+        help="read a whole checkpoint and say whether it is sound",
+        description="Reads a whole checkpoint and says whether it is sound.",
+    )
+    verify.add_argument("folder", metavar="DIR", help="a Hugging Face or converted folder")
+    _add_links_option(verify)
     return parser
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from architectures import architecture
 
-from jaxgen.cli.main import main
+from jaxgen.checkpoint.safetensors_file import DTYPES
+from jaxgen.cli.main import _DTYPES, main
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -50,14 +51,19 @@ def test_convert_is_reached_through_the_command(tmp_path: Path, capsys: pytest.C
     assert "exists already" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [[], ["inspect"], ["nonsense"], ["generate", "x", "--dtype", "int3"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["inspect"], ["nonsense"], ["generate", "x", "--dtype", "int3"], ["convert", "x"], ["verify"]]
+)
 def test_wrong_arguments_end_with_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(arguments)
     assert ended.value.code == 2 and "usage: jaxgen" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["chat", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--version"], ["--help"], *([command, "--help"] for command in ("generate", "chat", "convert", "verify"))],
+)
 def test_help_answers_at_once_since_nothing_heavy_is_imported(arguments: list[str]) -> None:
     ended = run(*arguments)
     assert ended.returncode == 0 and "jaxgen" in ended.stdout
@@ -65,6 +71,10 @@ def test_help_answers_at_once_since_nothing_heavy_is_imported(arguments: list[st
     heavy = "print('heavy:', sorted({'jax', 'numpy', 'flax', 'transformers'} & set(sys.modules)))"
     ended = subprocess.run([sys.executable, "-c", program + heavy], capture_output=True, text=True, check=True)
     assert ended.stdout.endswith("heavy: []\n")
+
+
+def test_the_dtypes_to_choose_from_are_those_that_weights_may_have() -> None:
+    assert {*_DTYPES} == {str(dtype) for dtype in DTYPES.values()}
 
 
 @pytest.mark.parametrize("moment", ["while it loads", "while it writes"])

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -29,7 +30,6 @@ import jaxgen
 from jaxgen import CheckpointError, convert
 from jaxgen.cli.main import main
 
-ROOT = Path(__file__).parents[2]
 OTHER_WEIGHTS = ("consolidated.safetensors", "pytorch_model.bin", "model-00009-of-00009.safetensors")
 # NaN equals nothing; transformers wants metadata in an index, and believes a single file before it.
 UNLIKE_TRANSFORMERS = {name for name in LAYOUTS if "bits" in name} | {"bare index", "other weights beside"}
@@ -438,13 +438,13 @@ def test_a_broken_source_leaves_nothing_behind(broken: str, source: Path, tmp_pa
 # The command
 
 
-def run_module(*arguments: Any) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "convert", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+def run_command(*arguments: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "jaxgen", "convert", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
 
 
-def test_the_module_converts_and_says_what_it_did(source: Path, tmp_path: Path) -> None:
-    ended = run_module(source, tmp_path / "converted", "--workers", 2, "--shard-size", "20KB")
+def test_the_command_converts_and_says_what_it_did(source: Path, tmp_path: Path) -> None:
+    ended = run_command(source, tmp_path / "converted", "--workers", 2, "--shard-size", "20KB")
     assert (ended.returncode, ended.stdout) == (0, "")
     first, second = ended.stderr.splitlines()
     assert first.startswith(f"wrote {tmp_path / 'converted'}: {len(random_tensors())} tensors, 0.1 MB in ")
@@ -452,11 +452,11 @@ def test_the_module_converts_and_says_what_it_did(source: Path, tmp_path: Path) 
     assert_same_bits(jaxgen.load(tmp_path / "converted"), jaxgen.load(source))
 
 
-def test_the_module_fails_with_one_line_and_no_traceback(tmp_path: Path) -> None:
+def test_the_command_fails_with_one_line_and_no_traceback(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    ended = run_module(tmp_path / "empty", tmp_path / "converted")
+    ended = run_command(tmp_path / "empty", tmp_path / "converted")
     assert (ended.returncode, ended.stdout) == (1, "")
-    assert ended.stderr.startswith(f"python -m convert: {tmp_path / 'empty' / 'config.json'} is missing")
+    assert ended.stderr.startswith(f"jaxgen: {tmp_path / 'empty' / 'config.json'} is missing")
     assert ended.stderr.count("\n") == 1
 
 
@@ -467,17 +467,29 @@ def test_the_commands_of_the_package_convert_verify_and_turn_back(
     assert main(["convert", str(source), target]) == 0
     assert f"wrote {target}" in capsys.readouterr().err
     assert main(["convert", str(source), target]) == 1
-    assert f"jaxgen convert: {target} exists already and is not empty" in capsys.readouterr().err
+    assert f"jaxgen: {target} exists already and is not empty" in capsys.readouterr().err
     assert main(["verify", target]) == 0
     assert f"verified {target}" in capsys.readouterr().err
     assert main(["convert", "--to-hf", target, back]) == 0
     assert hashes(tmp_path / "back") == hashes(source)
     (tmp_path / "back" / "config.json").write_text("{")
     assert main(["verify", back]) == 1
-    assert capsys.readouterr().err.splitlines()[-1].startswith(f"jaxgen verify: {back}/config.json cannot be read")
-    with pytest.raises(SystemExit):
-        main(["convert", "--to-hf", "--dtype", "float32", target, back])
-    assert "--dtype does not go with --to-hf" in capsys.readouterr().err
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"jaxgen: {back}/config.json cannot be read")
+    assert main(["convert", "--to-hf", "--dtype", "float32", target, back]) == 1
+    assert capsys.readouterr().err == "jaxgen: --dtype does not go with --to-hf\n"
+
+
+def test_an_interrupted_command_says_how_to_go_on(source: Path, tmp_path: Path) -> None:
+    program = (
+        "import signal, sys; from jaxgen.cli.main import main\n"
+        "from jaxgen.checkpoint.safetensors_file import StoredTensor\n"
+        "StoredTensor.read = lambda *_: signal.raise_signal(signal.SIGINT)\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", program, "convert", str(source), str(tmp_path / "converted")]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 128 + signal.SIGINT
+    assert "jaxgen: not complete. The same command with --resume" in ended.stderr and "Traceback" not in ended.stderr
 
 
 # The hub

@@ -1,0 +1,56 @@
+"""What `jaxgen convert` and `jaxgen verify` do; `jaxgen.cli.main` says what they take."""
+
+import argparse
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+from . import Report, convert_checkpoint, convert_to_hugging_face, verify
+from .writing import neighbours
+
+
+def run(arguments: argparse.Namespace) -> int:
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: _say(f"warning: {message}")
+        if arguments.command == "verify":
+            _describe("verified", verify(arguments.folder, follow_links=arguments.follow_links))
+        else:
+            report = _convert(arguments)
+            _describe("wrote", report)
+            print(f"load it with jaxgen.load({str(report.folder)!r})", file=sys.stderr)
+    return 0
+
+
+def _convert(arguments: argparse.Namespace) -> Report:
+    def given(*names: str) -> dict[str, Any]:
+        return {name: getattr(arguments, name) for name in names}
+
+    shared = given("shard_size", "workers", "overwrite", "resume", "follow_links")
+    one_way = given("dtype", "allow_pickle", "merge_lora")
+    if arguments.to_hf and (wrong := [name for name, value in one_way.items() if value]):
+        raise ValueError(f"--{wrong[0].replace('_', '-')} does not go with --to-hf")
+    try:
+        if arguments.to_hf:
+            return convert_to_hugging_face(arguments.src, arguments.dst, **shared)
+        return convert_checkpoint(arguments.src, arguments.dst, **shared, **one_way)
+    except (OSError, KeyboardInterrupt):
+        if neighbours(Path(os.path.abspath(arguments.dst)))[0].exists():
+            _say("not complete. The same command with --resume goes on from here.")
+        raise
+
+
+def _describe(verb: str, report: Report) -> None:
+    for message in report.warnings:
+        _say(f"warning: {message}")
+    speed = report.bytes / report.seconds / 1e6
+    print(
+        f"{verb} {report.folder}: {report.tensors} tensors, {report.bytes / 1e6:,.1f} MB in {report.seconds:.1f} s "
+        f"({speed:,.0f} MB/s)",
+        file=sys.stderr,
+    )
+
+
+def _say(message: str) -> None:
+    print(f"jaxgen: {message}", file=sys.stderr)
