@@ -1,4 +1,4 @@
-"""Products and attention: each form, by rows and columns, gives the numbers of the plain one, and has derivatives."""
+"""Norms, products and attention: each form gives the numbers of the plain one, and has derivatives."""
 
 from typing import Any
 
@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from jaxgen.models import layers
-from jaxgen.models.layers import attend, columns_at_once, product
+from jaxgen.models.layers import Embed, Linear, RMSNorm, attend, columns_at_once, product, unfuse
 
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
 
@@ -28,6 +29,72 @@ def test_a_product_is_the_plain_one_rounded_once_for_any_number_of_rows(rows: in
     # A sum of 48 is off by several roundings of float32, of which a narrow result shows none but its own.
     bound = 48 * rounding(jnp.float32) * (np.abs(wide) @ np.abs(other.T)) + rounding(dtype) * np.abs(wide @ other.T)
     assert (np.abs(np.asarray(found, np.float64) - wide @ other.T) <= bound).all()
+
+
+@pytest.mark.parametrize("shape", [(48,), (1, 48), (2, 3, 48), (1, 1, 1, 48)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=lambda dtype: dtype.__name__)
+def test_a_product_keeps_all_dimensions_but_the_last(dtype: Any, shape: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(0)
+    x, weight = (rng.integers(-3, 4, each) for each in (shape, (40, 48)))  # whose products are exact
+    found = jax.jit(product)(jnp.asarray(x, dtype), jnp.asarray(weight, dtype))
+    assert found.dtype == dtype
+    np.testing.assert_array_equal(found, (x @ weight.T).astype(dtype))
+
+
+def test_a_linear_layer_adds_its_bias_and_an_embedding_scores_against_every_entry() -> None:
+    rng = np.random.default_rng(0)
+    x, weight, bias = (rng.integers(-3, 4, each) for each in ((2, 3, 8), (5, 8), (5,)))
+    linear = Linear(8, 5, bias=True, std=1.0, rngs=nnx.Rngs(0))
+    linear.weight, linear.bias = (nnx.Param(jnp.asarray(each, jnp.float32)) for each in (weight, bias))
+    np.testing.assert_array_equal(linear(jnp.asarray(x, jnp.float32)), x @ weight.T + bias)
+    assert Linear(8, 5, bias=False, std=1.0, rngs=nnx.Rngs(0)).bias is None
+    embed = Embed(5, 8, std=1.0, rngs=nnx.Rngs(0))
+    embed.weight = nnx.Param(jnp.asarray(weight, jnp.float32))
+    np.testing.assert_array_equal(embed(np.array([[4, 0]])), weight[[[4, 0]]])
+    np.testing.assert_array_equal(embed.attend(jnp.asarray(x, jnp.float32)), x @ weight.T)
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 200.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.__name__)
+def test_a_norm_is_the_formula_rounded_once_and_weighted(dtype: Any, size: float) -> None:
+    """Squares of 200 overflow float16, and those of a thousandth vanish in it beside the epsilon."""
+    rng = np.random.default_rng(0)
+    norm = RMSNorm(48, eps=1e-5)
+    norm.weight = nnx.Param(jnp.asarray(1 + 0.2 * rng.standard_normal(48), dtype))
+    x = jnp.asarray(size * rng.standard_normal((2, 5, 48)), dtype)
+    found = jax.jit(lambda norm, x: norm(x))(norm, x)
+    assert (found.shape, found.dtype) == (x.shape, dtype)
+    wide, weight = np.asarray(x, np.float64), np.asarray(norm.weight[...], np.float64)
+    normalised = wide / np.sqrt((wide**2).mean(axis=-1, keepdims=True) + 1e-5)
+    # Rounded to the dtype before the weight and after it; 48 squares are added in float32.
+    bound = (rounding(dtype) + 48 * rounding(jnp.float32)) * np.abs(normalised * weight) + 1e-7
+    assert (np.abs(np.asarray(found, np.float64) - normalised * weight) <= bound).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=lambda dtype: dtype.__name__)
+def test_a_norm_is_rounded_before_it_is_weighted_as_in_transformers(dtype: Any) -> None:
+    """The other way round, a third of the numbers differ in their last bit."""
+    rng = np.random.default_rng(1)
+    x, weight = (jnp.asarray(rng.standard_normal(shape), dtype) for shape in ((20, 48), (48,)))
+    norm = RMSNorm(48, eps=1e-5)
+    norm.weight = nnx.Param(weight)
+    wide = np.asarray(x, np.float64)
+    rounded = (wide / np.sqrt((wide**2).mean(axis=-1, keepdims=True) + 1e-5)).astype(dtype)
+    assert np.mean(np.asarray(norm(x)) == rounded * np.asarray(weight)) > 0.99
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("shards", [1, 2, 4])
+def test_the_parts_of_a_fused_product_come_apart_whoever_holds_shares_of_them(shards: int, axis: int) -> None:
+    sizes, rng = (16, 8, 4), np.random.default_rng(0)
+    parts = [rng.standard_normal([size if each == axis else 3 for each in range(3)]) for size in sizes]
+    # The axis holds the first share of each part, then the second of each, and so on.
+    shares = [np.split(part, shards, axis) for part in parts]
+    fused = np.concatenate([share[shard] for shard in range(shards) for share in shares], axis)
+    found = unfuse(jnp.asarray(fused), sizes, shards, axis)
+    assert len(found) == 3
+    for mine, expected in zip(found, parts, strict=True):
+        np.testing.assert_array_equal(mine, expected.astype(np.float32))
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=lambda dtype: dtype.__name__)
@@ -50,6 +117,12 @@ def test_up_to_256_columns_and_those_that_are_no_multiple_of_128_have_their_scor
     ]  # fmt: skip
 
 
+@jax.jit
+def both(*arrays: Any) -> Any:
+    attended, weights = attend(*arrays)
+    return attended, weights()
+
+
 @pytest.mark.parametrize(("columns", "heads"), [(1, 2), (256, 2), (300, 2), (384, 2), (384, 1)])
 def test_attention_over_any_number_of_columns_is_that_of_the_formula(columns: int, heads: int) -> None:
     """With slots before the columns, as behind a kept cache, and one column that may look nowhere."""
@@ -62,17 +135,39 @@ def test_attention_over_any_number_of_columns_is_that_of_the_formula(columns: in
     mask[1, columns // 2] = False
     shape = (2, *[heads] * (heads > 1), slots, 8)  # of heads a single one is left out
 
-    @jax.jit
-    def both(*arrays: Any) -> Any:
-        attended, weights = attend(*arrays)
-        return attended, weights()
-
     attended, weights = both(queries, keys.reshape(shape), values.reshape(shape), mask)
     scores = np.einsum("nkgth,nksh->nkgts", queries, keys, dtype=np.float64) / 8**0.5
     raised = np.where(mask[:, None, None], np.exp(scores), 0)
     expected = raised / np.maximum(raised.sum(axis=-1, keepdims=True), 1e-30)
     np.testing.assert_allclose(weights, expected, atol=1e-6)
     np.testing.assert_allclose(attended, np.einsum("nkgts,nksh->nkgth", expected, values), atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.__name__)
+@pytest.mark.parametrize("columns", [1, 384])
+@pytest.mark.parametrize(("rows", "heads", "group"), [(1, 1, 5), (1, 2, 1), (2, 2, 5)])
+def test_attention_of_any_dtype_and_group_is_that_of_the_formula(
+    rows: int, heads: int, group: int, columns: int, dtype: Any
+) -> None:
+    """The exponential of a score over 89 is infinite in float32, of one over 11 in float16."""
+    rng = np.random.default_rng(0)
+    slots = columns + 3
+    queries = jnp.asarray(20 * rng.standard_normal((rows, heads, group, columns, 8)), dtype)
+    shape = (*[each for each in (rows, heads) if each > 1], slots, 8)  # without the ones
+    keys, values = (jnp.asarray(rng.standard_normal(shape), dtype) for _ in range(2))
+    mask = rng.random((rows, columns, slots)) < 0.7
+    mask[..., 0] = True
+    attended, weights = both(queries, keys, values, mask)
+    assert attended.dtype == weights.dtype == dtype and attended.shape == queries.shape
+    wide = [np.asarray(each, np.float64).reshape(rows, heads, -1, slots, 8) for each in (keys, values)]
+    scores = np.asarray(queries, np.float64) @ wide[0].swapaxes(-1, -2) / 8**0.5
+    assert scores.max() > (11 if columns == 1 else 89)
+    scores = np.where(mask[:, None, None], scores, -np.inf)
+    raised = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    expected = raised / raised.sum(axis=-1, keepdims=True)
+    # A score of 100 in float32 is off by 1e-5, and a weight as much; then each number is rounded to the dtype once.
+    np.testing.assert_allclose(weights, expected, rtol=1e-4 + rounding(dtype), atol=1e-6)
+    np.testing.assert_allclose(attended, expected @ wide[1], atol=2e-4 + 4 * rounding(dtype))
 
 
 IDS = np.array([[5, 6, 7, 8], [0, 0, 9, 10]])
