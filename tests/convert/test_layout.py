@@ -135,6 +135,13 @@ def test_a_file_is_closed_by_the_tensor_that_would_make_it_too_large(shard_bytes
     assert [file.name for file in files] == [f"model-{n:05}-of-{count:05}.safetensors" for n in range(1, count + 1)]
 
 
+def test_a_file_may_be_as_large_as_the_limit_and_no_larger(source: Source) -> None:
+    (whole,) = native_files(source, None, SHARD_BYTES)
+    limit = [*entries(whole).values()][2]["data_offsets"][1]
+    for size, tensors in ((limit, 3), (limit - 1, 2)):
+        assert len(entries(native_files(source, None, size)[0])) == tensors
+
+
 def test_a_single_file_is_numbered_all_the_same(source: Source) -> None:
     assert [file.name for file in native_files(source, None, SHARD_BYTES)] == SINGLE
 
@@ -250,10 +257,18 @@ def changed_header(origin: dict[str, Any], old: str, new: str) -> None:
     origin["headers"][name] = origin["headers"][name].replace(old, new, 1)
 
 
+def without_a_file(origin: dict[str, Any]) -> None:
+    name, _ = origin["headers"].popitem()
+    content = json.loads(origin["index"])
+    owners = {tensor: owner for tensor, owner in content["weight_map"].items() if owner != name}
+    origin["index"] = json.dumps(content | {"weight_map": owners})
+
+
 DAMAGED: dict[str, Any] = {
     "a file outside": lambda o: o["headers"].update({"../x.safetensors": "{}"}),
     "a file of another kind": lambda o: o["headers"].update({"x.bin": "{}"}),
     "a file too few": lambda o: o["headers"].popitem(),
+    "a file too few that the index lacks too": without_a_file,
     "a tensor twice": lambda o: o["headers"].update({"x.safetensors": next(iter(o["headers"].values()))}),
     "no index of two files": lambda o: o.update(index=None),
     "an index of other files": lambda o: o.update(index=o["index"].replace("00001-of", "00002-of", 1)),

@@ -77,6 +77,18 @@ def test_a_function_may_write_into_what_it_is_given_and_only_its_result_counts()
     assert np.isneginf(found[:ROWS, 2]).all() and np.isfinite(found[ROWS:]).all()
 
 
+def test_what_a_function_keeps_of_its_arguments_stays_as_it_was() -> None:
+    kept: list[np.ndarray] = []
+
+    def keep(input_ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
+        kept.extend((input_ids, scores))
+        return scores + 1
+
+    processed(keep)
+    np.testing.assert_array_equal(kept[0], IDS[:ROWS, :COLUMNS])
+    np.testing.assert_array_equal(kept[1], SCORES[:ROWS])
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda dtype: dtype.__name__)
 def test_a_result_of_another_dtype_is_cast_to_that_of_the_scores(dtype: Any) -> None:
     scores = jnp.asarray(SCORES, dtype)

@@ -101,9 +101,10 @@ def test_without_a_prompt_there_is_a_bos_for_each_row_of_the_mask() -> None:
         (b"Once", "`input_ids` is text .b'Once'"),
         ([[True, False]], "`input_ids` has dtype bool"),
         ([[5, VOCAB], [-1, 5]], "`input_ids` holds -1"),
+        ([[5, VOCAB]], "`input_ids` holds 97, but ids of this model are 0 to 96"),
         ([[5, 2**40]], f"`input_ids` holds {2**40}"),
     ],
-    ids=["an array of texts", "an array of objects", "bytes", "bools", "two odd ids", "a large id"],
+    ids=["an array of texts", "an array of objects", "bytes", "bools", "two odd ids", "the next id", "a large id"],
 )
 def test_what_is_no_prompt_is_refused_with_what_it_holds(given: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
