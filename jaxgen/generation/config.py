@@ -13,53 +13,11 @@ from typing import Any
 
 from jaxgen import lazy
 from jaxgen.generation.decode_config import DecodeConfig, freeze
+from jaxgen.generation.fields import MODEL_INPUTS, NO_EFFECT, REFUSED, SUPPORTED
 from jaxgen.generation.modes import MODES
 from jaxgen.generation.user_warnings import warn_once
 
 logger = logging.getLogger(__name__)
-
-# Every public field of GenerationConfig is in one of these groups; a test enumerates the installed class.
-SUPPORTED = frozenset(
-    "max_length max_new_tokens min_length min_new_tokens do_sample num_return_sequences temperature top_k top_p min_p "
-    "top_h typical_p epsilon_cutoff eta_cutoff repetition_penalty encoder_repetition_penalty no_repeat_ngram_size "
-    "encoder_no_repeat_ngram_size bad_words_ids sequence_bias renormalize_logits forced_bos_token_id "
-    "forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens "
-    "guidance_scale watermarking_config output_attentions output_hidden_states output_scores output_logits "
-    "return_dict_in_generate pad_token_id bos_token_id eos_token_id num_beams early_stopping length_penalty "
-    "num_beam_groups diversity_penalty penalty_alpha max_time stop_strings prefill_chunk_size token_healing".split()
-)
-# Refused by name unless they hold one of the values that switch them off.
-REFUSED: dict[str, tuple[Any, ...]] = {
-    "use_mtp": (None, False),
-    # The others of these are other names of "static".
-    "cache_implementation": (None, "dynamic", "hybrid", "hybrid_chunked", "sliding_window", "static"),
-    "is_assistant": (None, False),
-    "assistant_early_exit": (None,),
-    "prompt_lookup_num_tokens": (None,),
-    "dola_layers": (None,),
-    "constraints": (None,),
-    "force_words_ids": (None,),
-}
-_ASSISTANT = "acts in assisted decoding only, and transformers ignores it elsewhere too"
-NO_EFFECT = {
-    "compile_config": "is about torch.compile; every call of jaxgen is compiled",
-    "disable_compile": "is about torch.compile; every call of jaxgen is compiled",
-    "max_cache_len": "sizes a static cache; the cache always has room for the call",
-    "cache_config": "is about quantised caches, which `cache_implementation` would have to ask for",
-    "continuous_batching_config": "is about `generate_batch`, and transformers' `generate` ignores it too",
-    "low_memory": "was about the memory of contrastive search in transformers 4, not about its tokens",
-    "use_cache": "every decode uses a cache; False returns none, and attentions and hidden states of the whole text",
-    "num_assistant_tokens": _ASSISTANT,
-    "num_assistant_tokens_schedule": _ASSISTANT,
-    "assistant_confidence_threshold": _ASSISTANT,
-    "assistant_lookbehind": _ASSISTANT,
-    "target_lookbehind": _ASSISTANT,
-    "max_matching_ngram_size": _ASSISTANT,
-    "assistant_ensemble_weight": _ASSISTANT,
-    "speculation_type": _ASSISTANT,
-    "decoder_start_token_id": "concerns encoder-decoder models only",
-    "transformers_version": "is bookkeeping",
-}
 
 
 def resolve(

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxgen.generation.fields import FLAGS
 from jaxgen.generation.user_warnings import warn_caller
 from jaxgen.generation.validators import integer, number, positive, token_id, token_ids
 
@@ -94,22 +95,16 @@ class DecodeConfig:
         return min_length
 
 
-_FLAGS = (
-    "do_sample use_cache return_dict_in_generate output_scores output_logits output_attentions output_hidden_states "
-    "renormalize_logits remove_invalid_values token_healing".split()
-)
-
-
 def freeze(merged: Any, has_default_max_length: bool) -> DecodeConfig:
     """The configuration of a call, from a complete GenerationConfig; `merged` is kept, with 0 as False.
 
     Raises:
         ValueError: naming a field, its value and the range.
     """
-    for name in _FLAGS:
+    for name in FLAGS:
         if type(getattr(merged, name)) is int and not getattr(merged, name):  # 0, as in some files
             setattr(merged, name, False)
-    for name in _FLAGS:
+    for name in FLAGS:
         if not isinstance(getattr(merged, name), (bool, np.bool_, type(None))):
             raise ValueError(f"`{name}`={getattr(merged, name)!r} must be True or False.")
     max_new_tokens = integer("max_new_tokens", merged.max_new_tokens)
