@@ -1,16 +1,17 @@
 """Every decoding field of `generate` is an option of the command line, under its own name."""
 
 import argparse
+import re
 import shlex
 from typing import Any
 
 import pytest
 
-from jaxgen.cli.options import GROUPS, add_decoding_options, decoding_arguments
-from jaxgen.generation import config
+from jaxgen.cli.options import add_decoding_options, decoding_arguments
+from jaxgen.generation.fields import FIELDS, SUPPORTED
 
 # What shapes the object that `generate` returns has no place on a command line.
-OUTPUTS = {name for name in config.SUPPORTED if name.startswith("output_")} | {"return_dict_in_generate"}
+OUTPUTS = {name for name in SUPPORTED if name.startswith("output_")} | {"return_dict_in_generate"}
 
 
 def parsed(line: str) -> dict[str, Any]:
@@ -19,9 +20,14 @@ def parsed(line: str) -> dict[str, Any]:
     return decoding_arguments(parser.parse_args(shlex.split(line)))
 
 
-def test_every_supported_field_has_an_option() -> None:
-    options = {name for group in GROUPS.values() for name, _, _ in group}
-    assert options - {"use_cache"} == config.SUPPORTED - OUTPUTS
+@pytest.mark.parametrize("field", FIELDS)
+def test_every_supported_field_has_an_option_and_no_other_field_has(field: str) -> None:
+    parser = argparse.ArgumentParser()
+    add_decoding_options(parser)
+    named = f"--{field.replace('_', '-')}"
+    assert (re.search(rf"^  {named}\b", parser.format_help(), re.MULTILINE) is not None) == (
+        field in SUPPORTED - OUTPUTS
+    )
 
 
 @pytest.mark.parametrize(
