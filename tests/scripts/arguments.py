@@ -1,115 +1,98 @@
-"""The table of all arguments of `generate` in ARGUMENTS.md, from the code and the tests that show them.
+"""ARGUMENTS.md, from the table of fields and the docstring of `generate`.
 
 `python tests/scripts/arguments.py` writes it again.
 """
 
 import inspect
+import re
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, get_args
 
 import jaxgen
-from jaxgen.generation import api, config
+from jaxgen.generation.fields import FIELDS, REFUSED_ARGUMENTS, GenerateKeywords, described
 
 FILE = Path(__file__).parents[2] / "ARGUMENTS.md"
-
-_DIFFERENTIAL = (
-    "test_differential.py::test_a_combination_of_processors_gives_the_tokens_scores_and_logits_of_transformers"
-)
-_NOISE = "decoding/test_sampling.py::test_with_the_same_noise_every_token_equals_transformers"
-_SAME = "generation/test_api.py::test_tokens_and_width_equal_transformers_with"
-_OUTPUTS = "generation/test_outputs.py::test_every_number_equals_transformers"
-SHOWN_BY = {
-    "max_length": _SAME,
-    "max_new_tokens": _SAME,
-    "eos_token_id": _SAME,
-    "pad_token_id": _SAME,
-    "bos_token_id": "generation/test_api.py::test_without_a_prompt_each_row_starts_from_bos",
-    "do_sample": _NOISE,
-    "num_return_sequences": _NOISE,
-    **dict.fromkeys(
-        "temperature top_k top_p min_p top_h typical_p epsilon_cutoff eta_cutoff".split(),
-        _NOISE,
-    ),
-    **dict.fromkeys(
-        "min_length min_new_tokens repetition_penalty encoder_repetition_penalty no_repeat_ngram_size "
-        "encoder_no_repeat_ngram_size bad_words_ids sequence_bias renormalize_logits forced_bos_token_id "
-        "forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens "
-        "begin_suppress_tokens guidance_scale".split(),
-        _DIFFERENTIAL,
-    ),
-    "watermarking_config": "generation/test_api.py::test_watermarked_tokens_equal_transformers",
-    **dict.fromkeys(
-        "output_attentions output_hidden_states output_scores output_logits return_dict_in_generate".split(), _OUTPUTS
-    ),
-    **dict.fromkeys(
-        "num_beams early_stopping length_penalty".split(),
-        "decoding/test_beam_search.py::test_sequences_scores_and_indices_equal_transformers",
-    ),
-    **dict.fromkeys(
-        "num_beam_groups diversity_penalty".split(),
-        "decoding/test_group_beam_search.py::test_sequences_and_scores_are_those_of_transformers_4_41",
-    ),
-    "streamer": "generation/test_streaming.py::test_streamed_tokens_are_those_of_the_plain_call_from_the_same_programs",
-    "max_time": "generation/test_streaming.py::test_a_limit_of_time_is_kept_to_a_chunk_and_compiling_takes_none_of_it",
-    **dict.fromkeys(
-        ["stop_strings", "tokenizer"], "processors/test_stop_strings.py::test_generated_texts_stop_as_in_transformers"
-    ),
-    "cache": "generation/test_continuing.py::test_other_turns_on_a_cache_equal_transformers",
-    "past_key_values": "generation/test_continuing.py::test_the_cache_goes_in_and_comes_out_under_both_names",
-    "logits_to_keep": "generation/test_api.py::test_logits_to_keep_changes_no_token_as_in_transformers",
-    "custom_generate": "generation/test_custom_generate.py::test_what_a_function_gets_is_what_transformers_gives_it",
-    "trust_remote_code": "generation/test_custom_generate.py::"
-    "test_a_folder_without_permission_is_refused_in_transformers_words",
-    "inputs_embeds": "generation/test_continuing.py::test_embeddings_in_place_of_tokens_equal_transformers",
-    "position_ids": "generation/test_continuing.py::test_positions_of_the_callers_own_equal_transformers",
-    "prefill_chunk_size": "generation/test_continuing.py::test_a_prompt_read_in_chunks_gives_the_same_tokens",
-    "token_healing": "generation/test_token_healing.py::test_healed_prompts_and_what_follows_equal_transformers",
-    "penalty_alpha": "decoding/test_contrastive_search.py::test_sequences_are_those_of_transformers_4_41",
-    "inputs": "generation/test_api.py::test_prompts_come_as_lists_or_arrays_of_any_integer_type_under_either_name",
-    "input_ids": "generation/test_api.py::test_prompts_come_as_lists_or_arrays_of_any_integer_type_under_either_name",
-    "attention_mask": _SAME,
-    "generation_config": "generation/test_config.py::"
-    "test_keywords_win_over_the_calls_config_over_the_models_over_the_defaults",
-    "logits_processor": "generation/test_custom.py::test_transformers_own_processors_run_as_they_are",
-    "stopping_criteria": "generation/test_custom.py::test_criteria_of_any_kind_finish_rows_as_in_transformers",
-    "prefix_allowed_tokens_fn": "generation/test_custom.py::test_allowed_tokens_by_prefix_equal_transformers",
-    "negative_prompt_ids": "generation/test_api.py::test_negative_prompts_equal_transformers",
-    "negative_prompt_attention_mask": "generation/test_api.py::test_negative_prompts_equal_transformers",
-    "key": "decoding/test_sampling.py::test_a_key_may_be_an_int_a_typed_key_or_an_old_one",
-    "output_logprobs": "generation/test_outputs.py::"
-    "test_logprobs_are_those_of_the_chosen_tokens_without_the_vocabulary",
-}
+_KEYWORDS = described(GenerateKeywords)
 
 _HEAD = """# Every argument of `generate`
 
-What jaxgen does with each argument of transformers 5.24 `generate` and each field of its `GenerationConfig`. Written by
-`python tests/scripts/arguments.py`, and held to the code by a test. "Refused" means a `ValueError` with the argument's
-name, unless the value switches the feature off; no argument is ignored without a word.
+Each field of transformers' `GenerationConfig` is a keyword of `jaxgen.generate` and does what it does in transformers
+5.24, unless a note says otherwise. The default holds if neither the call nor the checkpoint's `generation_config.json`
+sets the field; the keyword `None` switches a field off. On the command line a field is an option of the same name:
+`--max-new-tokens` or `--max_new_tokens`; lists and dicts are JSON there. B prompts have P columns.
+
+No argument is ignored without a word: a name that `generate` does not know, a value out of range, and any but the
+accepted values of a refused field raise a `ValueError` before anything is compiled.
+
+This page is written by `python tests/scripts/arguments.py`. Change `jaxgen/generation/fields.py` or the docstring of
+`generate`, not the page.
 """
 
 
-def table() -> str:
+def page() -> str:
     """The whole file."""
-    parameters = [name for name in inspect.signature(jaxgen.generate).parameters if name not in ("model", "kwargs")]
-    inputs = sorted((config.MODEL_INPUTS | api._NOT_YET | {"trust_remote_code"}) - {*parameters})
-    arguments = [_row(name, "yes" if name in SHOWN_BY else "refused") for name in [*parameters, *inputs]]
-    fields = [_row(name, "yes") for name in sorted(config.SUPPORTED)]
-    fields += [_row(name, "refused") for name in sorted(config.REFUSED)]
-    fields += [f"| `{name}` | no effect | {reason} |" for name, reason in sorted(config.NO_EFFECT.items())]
-    head = "| | supported | shown by, or why |\n|---|---|---|\n"
-    return (
-        f"{_HEAD}\n## Arguments\n\n{head}"
-        + "\n".join(arguments)
-        + f"\n\n## Fields\n\n{head}"
-        + "\n".join(fields)
-        + "\n"
-    )
+    groups: dict[str, list[str]] = {}
+    for name in FIELDS:
+        groups.setdefault(FIELDS[name][1].group, []).append(name)
+    refused, no_effect = groups.pop("refused"), groups.pop("no effect")
+    keywords = [name for name in _KEYWORDS if name not in FIELDS]
+    sections = [_HEAD]
+    for title, names in groups.items():
+        rows = [[f"`{name}`", _type(FIELDS[name][0]), f"`{FIELDS[name][1].default}`", *_words(name)] for name in names]
+        sections.append(_section(title, ["field", "type", "default", "what it does", "notes"], rows))
+    rows = [[f"`{name}`", _values(FIELDS[name][0]), _sentence(FIELDS[name][1].help)] for name in refused]
+    sections.append(_section("refused fields", ["field", "accepted values", "what it does in transformers"], rows))
+    rows = [[f"`{name}`", _sentence(FIELDS[name][1].help)] for name in no_effect]
+    sections.append(_section("fields without effect", ["field", "why"], rows))
+    rows = [[f"`{name}`", _sentence(text)] for name, text in documented().items()]
+    sections.append(_section("arguments of generate", ["argument", "what it is"], rows))
+    rows = [[f"`{name}`", *_words(name)] for name in keywords]
+    sections.append(_section("other keywords of generate", ["keyword", "what it is", "notes"], rows))
+    rows = [[f"`{name}`", _sentence(text)] for name, text in REFUSED_ARGUMENTS.items()]
+    sections.append(_section("refused arguments of generate", ["argument", "what it does in transformers"], rows))
+    return "\n".join(sections)
 
 
-def _row(name: str, answer: str) -> str:
-    if answer == "refused":
-        return f"| `{name}` | refused | |"
-    return f"| `{name}` | yes | `{SHOWN_BY[name]}` |"
+def documented() -> dict[str, str]:
+    """What the docstring of `generate` says of each of its parameters."""
+    lines = inspect.cleandoc(jaxgen.generate.__doc__ or "").partition("\nArgs:\n")[2].partition("\n\nReturns:")[0]
+    parts = re.split(r"^    (\w+): ", lines.partition("\n    **")[0], flags=re.MULTILINE)
+    return {name: " ".join(text.split()) for name, text in zip(parts[1::2], parts[2::2], strict=True)}
+
+
+def _section(title: str, head: list[str], rows: Iterable[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    table = "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
+    return f"## {_capitalised(title)}\n\n{table}\n"
+
+
+def _words(name: str) -> list[str]:
+    """What a keyword does, and the notes on it."""
+    field = _KEYWORDS[name][1]
+    alias = f"`--{field.alias}` on the command line." if field.alias else ""
+    return [_sentence(field.help), " ".join(filter(None, (field.note, alias)))]
+
+
+def _type(kind: Any) -> str:
+    return " or ".join(f"`{_name(each)}`" for each in get_args(kind) if each is not type(None))
+
+
+def _name(kind: Any) -> str:
+    return inspect.formatannotation(kind).replace("collections.abc.", "").replace("typing.", "")
+
+
+def _values(kind: Any) -> str:
+    return ", ".join(f"`{value!r}`" for value in get_args(kind))
+
+
+def _sentence(text: str) -> str:
+    return _capitalised(text).removesuffix(".") + "."
+
+
+def _capitalised(text: str) -> str:
+    return text[0].upper() + text[1:]
 
 
 if __name__ == "__main__":
-    FILE.write_text(table())
+    FILE.write_text(page())
