@@ -130,6 +130,36 @@ def test_strategies_know_neither_the_loop_nor_each_other(strategy: str) -> None:
     assert not imported & {f"jaxgen.decoding.{other}" for other in (STRATEGIES | {"loop"}) - {strategy}}
 
 
+# What tells one mode from another: its fields, and what its strategy records to sort the outputs.
+FIELDS_OF_MODES = set("num_beams num_beam_groups diversity_penalty length_penalty early_stopping penalty_alpha".split())
+RECORDED_BY_MODES = {"parents", "chosen"}
+ROOMS = {
+    *(ROOT / "jaxgen" / "generation" / "modes").glob("*.py"),
+    *(ROOT / "jaxgen" / "decoding" / f"{name}.py" for name in STRATEGIES),
+    ROOT / "jaxgen" / "generation" / "fields.py",  # the table of all fields
+}
+# Callers of `generate`, which name its arguments as users do.
+CALLERS = {"chat", "cli", "planning"}
+
+
+@pytest.mark.parametrize(
+    "file", [each for each in FILES if each not in ROOMS and part(each) not in CALLERS], ids=relative
+)
+def test_only_the_rooms_of_a_mode_know_it(file: Path) -> None:
+    known = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            known |= {node.value} & (FIELDS_OF_MODES | RECORDED_BY_MODES)
+        for name in ("attr", "arg", "id"):
+            known |= {getattr(node, name, None)} & FIELDS_OF_MODES
+    assert not known
+
+
+def test_every_mode_has_a_room_in_each_wing() -> None:
+    hosts = {file.stem for file in (ROOT / "jaxgen" / "generation" / "modes").glob("*.py")}
+    assert hosts == STRATEGIES | {"__init__", "base", "beams"}
+
+
 @pytest.mark.parametrize("file", [file for file in FILES if part(file) != "convert"], ids=relative)
 def test_the_package_never_imports_the_converter(file: Path) -> None:
     assert not {name for name in imports(file) if name.startswith(("convert", "jaxgen.convert"))}

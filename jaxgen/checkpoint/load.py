@@ -27,10 +27,9 @@ from jaxgen.base import no_mesh, tensor_shards
 from jaxgen.checkpoint import float8, safetensors_file
 from jaxgen.checkpoint.files import CheckpointError, check_name, checkpoint_folder, holds, read_json, read_text
 from jaxgen.checkpoint.safetensors_file import DTYPES, STORED, Tensor
-from jaxgen.models import FAMILIES
+from jaxgen.models import FAMILIES, LoadedModel
 from jaxgen.models.family import Config, Family
 from jaxgen.models.int8 import Int8, quantised
-from jaxgen.models.llama import Llama
 
 MANIFEST = "jaxgen.json"
 NATIVE_FORMAT = 2
@@ -60,7 +59,7 @@ def load(
     mesh: Mesh | None = None,
     quantize: str | None = None,
     follow_links: bool = False,
-) -> Llama:
+) -> LoadedModel:
     """Loads a model from a Hugging Face folder (config.json and safetensors) or a folder written by `convert`.
 
     Args:
@@ -105,7 +104,7 @@ def load(
 
 def from_config(
     config: Any, key: jax.Array | int = 0, dtype: jax.typing.DTypeLike = "float32", quantize: str | None = None
-) -> Llama:
+) -> LoadedModel:
     """A model with random weights, normal with the config's `initializer_range`.
 
     Args:
@@ -141,7 +140,7 @@ def _abstract(family: Family, config: Config, generation_config: Any, mesh: Mesh
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _random_model(family: Family, config: Config, dtype: np.dtype, quantize: bool, key: jax.Array) -> Llama:
+def _random_model(family: Family, config: Config, dtype: np.dtype, quantize: bool, key: jax.Array) -> LoadedModel:
     model = jax.tree.map(lambda leaf: leaf.astype(dtype), family.build(config, nnx.Rngs(key)))
     return jax.tree.map(quantised, model) if quantize else model
 

@@ -7,7 +7,7 @@ import atexit
 import contextlib
 import weakref
 from collections.abc import Generator, Iterator
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import numpy as np
@@ -17,6 +17,7 @@ from jaxgen.generation.build import build_call, read_request
 from jaxgen.generation.call import PreparedCall
 from jaxgen.generation.custom_generate import call_custom, call_repository, check_custom_generate, own_arguments
 from jaxgen.generation.driver import UNWATCHED, WATCHED, collect, drive
+from jaxgen.generation.fields import GenerateKeywords
 from jaxgen.generation.memory import check_memory
 from jaxgen.generation.outputs import GenerateOutput
 from jaxgen.generation.request import Request, listed
@@ -42,7 +43,7 @@ def generate(
     key: Any = None,
     output_logprobs: bool = False,
     tokenizer: Any = None,
-    **kwargs: Any,
+    **kwargs: Unpack[GenerateKeywords],
 ) -> np.ndarray | GenerateOutput:
     """Continues each prompt: the arguments, and the tokens, of transformers 5.24 `generate`.
 

@@ -18,6 +18,7 @@ from jaxgen.buckets import row_bucket
 from jaxgen.generation.call import PreparedCall
 from jaxgen.generation.config import resolve
 from jaxgen.generation.decode_config import DecodeConfig
+from jaxgen.generation.fields import REFUSED_ARGUMENTS
 from jaxgen.generation.host_callbacks import HostFunctions
 from jaxgen.generation.inputs import Inputs, checked_inputs, checked_negatives, key_data
 from jaxgen.generation.modes import Mode, mode_for
@@ -30,8 +31,8 @@ from jaxgen.generation.user_warnings import warn_caller
 
 logger = logging.getLogger(__name__)
 
-# Arguments of transformers' `generate` that are yet to come; their neutral values are accepted.
-NOT_YET = frozenset("synced_gpus assistant_model custom_generate assistant_tokenizer".split())
+# Of these, `generate` itself acts on `custom_generate`, and `stream` and `prepare` cannot.
+_REFUSED = frozenset({*REFUSED_ARGUMENTS, "custom_generate"})
 
 
 def read_request(model: Model, request: Request) -> tuple[Mode, Inputs]:
@@ -104,11 +105,11 @@ def _supported(request: Request) -> dict[str, Any]:
     """The keywords that are fields of a GenerationConfig or inputs of the model."""
     keywords = _with_one_cache(request.keywords)
     asked = {**keywords, "synced_gpus": request.synced_gpus, "assistant_model": request.assistant_model}
-    for name in NOT_YET & asked.keys():
+    for name in _REFUSED & asked.keys():
         if asked[name] is not None and asked[name] is not False:
             raise ValueError(f"`{name}` is not supported. Leave it out.")
     # Permission for code of others concerns `custom_generate` alone.
-    return {name: value for name, value in keywords.items() if name not in {*NOT_YET, "trust_remote_code"}}
+    return {name: value for name, value in keywords.items() if name not in {*_REFUSED, "trust_remote_code"}}
 
 
 def _with_one_cache(kwargs: Mapping[str, Any]) -> dict[str, Any]:

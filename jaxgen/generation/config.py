@@ -162,6 +162,3 @@ def _refuse_unknown(others: Mapping[str, Any], fields: set[str]) -> None:
 
 
 _NAMES_OF_KEY = frozenset("prng_key rng rng_key rngs seed generator random_state".split())
-MODEL_INPUTS = frozenset(
-    "input_ids attention_mask position_ids cache past_key_values inputs_embeds logits_to_keep".split()
-)

@@ -165,7 +165,10 @@ def for_criterion(function: Callable[..., Any]) -> HostFunction:
         function = _with_tensors(function)
 
     def finished(input_ids: np.ndarray, scores: np.ndarray | None) -> np.ndarray:
-        return np.broadcast_to(np.asarray(function(input_ids, scores), bool), len(input_ids))
+        answers = np.asarray(function(input_ids, scores), bool)
+        if answers.shape not in ((), (len(input_ids),)):
+            raise ValueError(f"{function} returned shape {answers.shape}, but there are {len(input_ids)} rows.")
+        return np.broadcast_to(answers, len(input_ids))
 
     return finished
 

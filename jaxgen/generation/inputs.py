@@ -71,7 +71,7 @@ def checked_inputs(model: Model, inputs: Any, model_inputs: dict[str, Any], conf
     if inputs is not None and model_inputs.get("input_ids") is not None:
         raise ValueError("`inputs` and `input_ids` were both passed, and they mean the same. Pass one of them.")
     given = model_inputs.get("input_ids") if inputs is None else inputs
-    mask, past = model_inputs.get("attention_mask"), model_inputs.get("cache")
+    mask, past = _mask_array("attention_mask", model_inputs.get("attention_mask")), model_inputs.get("cache")
     if isinstance(past, lazy.torch_class("Cache")):
         past = PastKeyValues.from_transformers(model, past)
     embeddings = _embeddings(model_inputs.get("inputs_embeds"), model.hidden_size)
@@ -90,7 +90,7 @@ def checked_inputs(model: Model, inputs: Any, model_inputs: dict[str, Any], conf
     seen = 0 if past is None else _seen_columns(past, rows)
     if mask is not None:
         # With a cache the mask has all columns, and the ids have them all too or the new ones only.
-        shape = (rows, seen + columns) if np.shape(mask) == (rows, seen + columns) and embeddings is None else shape
+        shape = (rows, seen + columns) if mask.shape == (rows, seen + columns) and embeddings is None else shape
         mask = _mask("attention_mask", mask, shape)
     warn_about_padding(input_ids, mask, config, embeddings is not None)
     if mask is None:
@@ -183,10 +183,10 @@ def counted_positions(mask: np.ndarray) -> np.ndarray:
 def _token_ids(name: str, given: Any, vocab_size: int) -> np.ndarray:
     """int32 [B, P], each an id of the model."""
     ids = _array(name, given)
-    if not np.issubdtype(ids.dtype, np.integer):
-        raise ValueError(f"`{name}` has dtype {ids.dtype}, but token ids are integers. Tokenise the text first.")
     if ids.size == 0:
         raise ValueError(f"`{name}` has shape {ids.shape}, but every prompt needs at least one token.")
+    if not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(f"`{name}` has dtype {ids.dtype}, but token ids are integers. Tokenise the text first.")
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= vocab_size:
         raise ValueError(
@@ -196,10 +196,16 @@ def _token_ids(name: str, given: Any, vocab_size: int) -> np.ndarray:
     return ids.astype(np.int32)
 
 
-def _mask(name: str, given: Any, shape: tuple[int, int]) -> np.ndarray:
-    if np.ndim(given) > 2:
-        raise ValueError(f"`{name}` passed to `generate` must be 2D, but has {np.ndim(given)} dimensions.")
-    mask = _array(name, given)
+def _mask_array(name: str, given: Any) -> np.ndarray | None:
+    if given is None:
+        return None
+    array = _rectangular(name, given)
+    if array.ndim > 2:
+        raise ValueError(f"`{name}` passed to `generate` must be 2D, but has {array.ndim} dimensions.")
+    return _array(name, array)
+
+
+def _mask(name: str, mask: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     if mask.shape != shape:
         raise ValueError(f"`{name}` has shape {mask.shape}, but its ids have {shape}. They must be equal.")
     if not np.isin(mask, (0, 1)).all():
@@ -210,15 +216,19 @@ def _mask(name: str, given: Any, shape: tuple[int, int]) -> np.ndarray:
     return mask.astype(bool)
 
 
-def _array(name: str, given: Any) -> np.ndarray:
+def _rectangular(name: str, given: Any) -> np.ndarray:
     refuse_tracer(given)
     _refuse_text(name, given)
     if isinstance(given, Mapping):
         raise ValueError(f"`{name}` is a mapping of {list(given)}. Pass its parts: generate(model, **inputs).")
     try:
-        array = np.asarray(given)
+        return np.asarray(given)
     except ValueError as error:
         raise ValueError(f"`{name}` is no rectangular array ({error}). Pad the rows to one length.") from error
+
+
+def _array(name: str, given: Any) -> np.ndarray:
+    array = _rectangular(name, given)
     if array.ndim != 2:
         raise ValueError(
             f"`{name}` has shape {array.shape}, but must be [prompts, tokens]. Wrap a single prompt in a list."
@@ -291,7 +301,8 @@ def checked_negatives(model: Model, inputs: Inputs, given_ids: Any, given_mask: 
         if len(ids) != rows:
             raise ValueError(f"`negative_prompt_ids` has {len(ids)} rows, but there are {rows} prompts.")
         mask = np.ones(ids.shape, bool)
-    return ids, mask if given_mask is None else _mask("negative_prompt_attention_mask", given_mask, ids.shape)
+    given = _mask_array("negative_prompt_attention_mask", given_mask)
+    return ids, mask if given is None else _mask("negative_prompt_attention_mask", given, ids.shape)
 
 
 def key_data(key: Any, config: DecodeConfig, padded_rows: int, rows: int) -> Any:
@@ -309,6 +320,8 @@ def key_data(key: Any, config: DecodeConfig, padded_rows: int, rows: int) -> Any
     else:
         try:
             given = np.asarray(key)
+            if given.dtype == bool:
+                raise TypeError("True and False are not keys")
             seeds = np.vectorize(operator.index, otypes=[object])(given)
         except (TypeError, ValueError) as error:
             raise ValueError(f"`key`={key!r} is not a valid PRNG key. {advice}") from error

@@ -4,11 +4,14 @@ A family reads the keys of a config.json that transformers reads for it, and no 
 """
 
 from jaxgen.models.family import Family
-from jaxgen.models.llama import LLAMA
+from jaxgen.models.llama import LLAMA, Llama
 from jaxgen.models.llama_family import like_llama
 from jaxgen.models.mistral import MISTRAL
 from jaxgen.models.qwen2 import QWEN2
 from jaxgen.models.qwen3 import QWEN3
+
+# The class, or the classes, of all families: what `load` returns.
+LoadedModel = Llama
 
 FAMILIES: dict[str, Family] = {
     "llama": like_llama(LLAMA),

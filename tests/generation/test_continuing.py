@@ -467,7 +467,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "ids of other rows": (EMPTY, "`inputs_embeds` has 3 rows, but `input_ids` has 2"),
     "ragged embeddings": ({"inputs_embeds": [[[1.0] * 32], [[1.0] * 32] * 2]}, "`inputs_embeds` is no rectangular"),
     "positions beyond integers": ({"position_ids": MASK - 2**62}, "of less than"),
-    "a text for a tokenizer": ({"token_healing": True, "tokenizer": "x"}, "`tokenizer` must be a tokenizer, but is 'x'"),
+    "text for a tokenizer": ({"token_healing": True, "tokenizer": "x"}, "`tokenizer` must be a tokenizer, but is 'x'"),
     "positions of floats": ({"position_ids": MASK * 1.0}, "`position_ids` has dtype float64"),
     "no columns in a chunk": ({"prefill_chunk_size": 0}, "`prefill_chunk_size`=0 must be at least 1"),
     "chunks without a cache": ({"prefill_chunk_size": 2, "use_cache": False}, "Cannot use prefill chunking without a"),

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 from transformers import GenerationConfig
 
-from jaxgen.generation.config import Resolved, resolve
+from jaxgen.generation.config import resolve
+from jaxgen.generation.decode_config import DecodeConfig
 from jaxgen.generation.inputs import (
     Inputs,
     checked_inputs,
     checked_negatives,
     counted_positions,
     infer_attention_mask,
-    key_words,
-    pad_token_id_or_default,
+    key_data,
     refuse_tracer,
 )
 from jaxgen.generation.past_key_values import PastKeyValues
@@ -30,7 +30,7 @@ MASK = np.array([[0, 1, 1, 1], [1, 1, 1, 1]])
 EMBEDDINGS = np.arange(32, dtype=np.float32).reshape(2, 4, HIDDEN)
 
 
-def config(**fields: Any) -> Resolved:
+def config(**fields: Any) -> DecodeConfig:
     return resolve(GenerationConfig(), None, fields)[0]
 
 
@@ -67,7 +67,7 @@ def test_a_prompt_of_any_kind_becomes_ids_and_masks_under_either_name(kind: str)
         np.testing.assert_array_equal(found.input_ids, IDS)
         np.testing.assert_array_equal(found.attention_mask, np.ones_like(IDS))
         np.testing.assert_array_equal(found.text_mask, np.ones_like(IDS))
-        assert (found.fresh, found.position_ids, found.embeddings, found.past) == (4, None, None, None)
+        assert (found.num_new, found.position_ids, found.embeddings, found.past) == (4, None, None, None)
         assert found.plain
 
 
@@ -216,14 +216,14 @@ def test_positions_of_another_shape_or_size_are_refused(given: Any, message: str
 def test_behind_a_cache_the_ids_are_the_whole_text_or_the_new_ones(rows: int) -> None:
     past = cache(rows, 3)
     whole = read(IDS, cache=past)
-    assert (whole.fresh, whole.past) == (1, past) and not whole.plain
+    assert (whole.num_new, whole.past) == (1, past) and not whole.plain
     assert whole.attention_mask.shape == whole.text_mask.shape == (2, 4)
     masked = read(IDS, cache=past, attention_mask=MASK)
-    assert masked.fresh == 1
+    assert masked.num_new == 1
     np.testing.assert_array_equal(masked.attention_mask, MASK)
     mask = longer(MASK, 3)
     new = read(IDS, cache=past, attention_mask=mask)
-    assert new.fresh == 4
+    assert new.num_new == 4
     np.testing.assert_array_equal(new.attention_mask, mask)
     np.testing.assert_array_equal(new.text_mask, MASK)
 
@@ -247,7 +247,7 @@ def test_a_filled_cache_of_torch_is_read_and_an_empty_one_is_none() -> None:
     assert checked_inputs(model, IDS, {"cache": past}, config()).past is None
     past.update(torch.ones(2, 1, 3, 2), torch.zeros(2, 1, 3, 2), 0)
     found = checked_inputs(model, IDS, {"cache": past}, config())
-    assert found.past is not None and (found.fresh, found.past.get_seq_length()) == (1, 3)
+    assert found.past is not None and (found.num_new, found.past.get_seq_length()) == (1, 3)
 
 
 @pytest.mark.parametrize(
@@ -276,7 +276,7 @@ def test_embeddings_alone_are_a_prompt_without_text() -> None:
         assert (found.input_ids.shape, found.text_mask.shape) == ((2, 0), (2, 0))
         np.testing.assert_array_equal(found.embeddings, EMBEDDINGS)
         np.testing.assert_array_equal(found.attention_mask, np.ones((2, 4)))
-        assert found.fresh == 4 and not found.plain
+        assert found.num_new == 4 and not found.plain
 
 
 def test_embeddings_beside_ids_of_other_columns_have_a_mask_of_their_own() -> None:
@@ -291,7 +291,7 @@ def test_embeddings_beside_ids_of_other_columns_have_a_mask_of_their_own() -> No
 
 def test_behind_a_cache_the_embeddings_are_of_the_whole_text_and_the_new_ones_are_read() -> None:
     found = read(inputs_embeds=EMBEDDINGS, cache=cache(2, 3))
-    assert found.fresh == 1
+    assert found.num_new == 1
     np.testing.assert_array_equal(found.embeddings, EMBEDDINGS[:, 3:])
 
 
@@ -338,7 +338,7 @@ def test_what_is_traced_is_refused_wherever_it_is_passed(name: str) -> None:
 
 @pytest.mark.parametrize(("pad", "eos", "expected"), [(7, 2, 7), (0, 2, 0), (None, [5, 2], 5), (None, None, 0)])
 def test_padding_is_the_pad_the_first_eos_or_nothing_that_shows(pad: Any, eos: Any, expected: int) -> None:
-    assert pad_token_id_or_default(config(pad_token_id=pad, eos_token_id=eos)) == expected
+    assert config(pad_token_id=pad, eos_token_id=eos).fill_token_id == expected
 
 
 def test_a_negative_prompt_is_the_last_token_unless_one_is_given() -> None:
@@ -357,7 +357,7 @@ def test_a_negative_prompt_is_the_last_token_unless_one_is_given() -> None:
 
 
 def words(key: Any, rows: int = 2, padded_rows: int = 3, do_sample: bool = True) -> Any:
-    return key_words(key, config(do_sample=do_sample), padded_rows, rows)
+    return key_data(key, config(do_sample=do_sample), padded_rows, rows)
 
 
 @pytest.mark.parametrize(

@@ -206,7 +206,7 @@ def test_what_has_no_layers_is_refused_by_its_type() -> None:
 
 
 def lowered(past: PastKeyValues, mask: Any, rows: int = 6, slots: int = 8) -> Any:
-    return past.lower(model(), rows, slots, np.asarray(mask, bool))
+    return past.to_cache(model(), rows, slots, np.asarray(mask, bool))
 
 
 def test_the_columns_lie_in_the_first_slots_and_the_rest_is_room_that_nobody_attends(past: PastKeyValues) -> None:
@@ -252,4 +252,4 @@ def test_going_on_changes_nothing_of_the_cache_that_was_given(past: PastKeyValue
 )
 def test_a_model_with_another_cache_does_not_go_on_from_it(other: dict[str, Any], past: PastKeyValues) -> None:
     with pytest.raises(ValueError, match=ANOTHER):
-        past.lower(model(**other), 6, 8, np.ones((4, 3), bool))
+        past.to_cache(model(**other), 6, 8, np.ones((4, 3), bool))
