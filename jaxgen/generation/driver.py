@@ -108,10 +108,7 @@ def cache_sizes(model: Model, prepared: PreparedCall, weights: int) -> Generator
         if enough <= size:
             yield CacheSize(size, most_passes)
             return
-        passes = (
-            bisect.bisect(range(prepared.forward_passes), size, key=lambda new: strategy.cache_slots(columns, new + 1))
-            - 1
-        )
+        passes = bisect.bisect(range(most_passes), size, key=lambda new: strategy.cache_slots(columns, new + 1)) - 1
         yield CacheSize(size, passes)
 
 

@@ -103,8 +103,18 @@ def test_without_a_prompt_there_is_a_bos_for_each_row_of_the_mask() -> None:
         ([[5, VOCAB], [-1, 5]], "`input_ids` holds -1"),
         ([[5, VOCAB]], "`input_ids` holds 97, but ids of this model are 0 to 96"),
         ([[5, 2**40]], f"`input_ids` holds {2**40}"),
+        ([[], []], r"`input_ids` has shape \(2, 0\), but every prompt needs at least one token"),
     ],
-    ids=["an array of texts", "an array of objects", "bytes", "bools", "two odd ids", "the next id", "a large id"],
+    ids=[
+        "an array of texts",
+        "an array of objects",
+        "bytes",
+        "bools",
+        "two odd ids",
+        "the next id",
+        "a large id",
+        "no ids",
+    ],
 )
 def test_what_is_no_prompt_is_refused_with_what_it_holds(given: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -132,8 +142,10 @@ def test_a_mask_of_zeros_and_ones_is_a_mask_of_bools(dtype: type) -> None:
         (MASK[:, :3], r"`attention_mask` has shape \(2, 3\)"),
         (MASK[0], r"`attention_mask` has shape \(4,\)"),
         (np.ones((2, 1, 4, 4)), "`attention_mask` passed to `generate` must be 2D, but has 4 dimensions"),
+        ([[1] * 4, [1] * 3], "`attention_mask` is no rectangular array"),
+        (3, r"`attention_mask` has shape \(\), but must be \[prompts, tokens\]"),
     ],
-    ids=["a half", "minus one", "too few rows", "too few columns", "one row", "four dimensions"],
+    ids=["a half", "minus one", "too few rows", "too few columns", "one row", "four dimensions", "ragged", "a number"],
 )
 def test_what_is_no_mask_of_the_prompt_is_refused(mask: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -408,15 +420,25 @@ def test_two_small_numbers_are_a_key_for_each_of_two_prompts_and_none_for_one() 
 @pytest.mark.parametrize(
     ("key", "message"),
     [
-        ("seven", "`key`='seven' is no key"),
-        (0.5, "`key`=0.5 is no key"),
-        ([1, 2.0], r"`key`=\[1, 2.0\] is no key"),
-        ([[1], [2, 3]], r"`key`=\[\[1\], \[2, 3\]\] is no key"),
+        ("seven", "`key`='seven' is not a valid PRNG key"),
+        (True, "`key`=True is not a valid PRNG key"),
+        (0.5, "`key`=0.5 is not a valid PRNG key"),
+        ([1, 2.0], r"`key`=\[1, 2.0\] is not a valid PRNG key"),
+        ([[1], [2, 3]], r"`key`=\[\[1\], \[2, 3\]\] is not a valid PRNG key"),
         (jax.random.split(jax.random.key(0), 3), r"`key` has shape \(3,\), but there are 2 prompts"),
         (np.zeros((3, 2), np.uint32), r"`key` has shape \(3,\), but there are 2 prompts"),
         ([[1, 2], [3, 4]], r"`key` has shape \(2, 2\), but there are 2 prompts"),
     ],
-    ids=["text", "a float", "an int and a float", "ragged", "three keys", "three old keys", "a table of ints"],
+    ids=[
+        "text",
+        "a flag",
+        "a float",
+        "an int and a float",
+        "ragged",
+        "three keys",
+        "three old keys",
+        "a table of ints",
+    ],
 )
 def test_what_is_no_key_is_refused_with_its_value_or_its_shape(key: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):

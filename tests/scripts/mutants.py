@@ -287,15 +287,15 @@ MUTANTS = [
     Mutant(
         "jaxgen/generation/prompts.py",
         "padded_prompt, a last chunk that is not full",
-        "np.where(np.arange(fresh) < full * size, 0, padding)",
-        "np.where(np.arange(fresh) < 0, 0, padding)",
+        "np.where(np.arange(num_new) < full * size, 0, padding)",
+        "np.where(np.arange(num_new) < 0, 0, padding)",
         f"{REAL}a_long_prompt_in_chunks_gives_the_tokens_of_the_whole[150]",
     ),
     Mutant(
         "jaxgen/generation/prompts.py",
         "padded_prompt, a chunk of over 256 columns",
-        "full = (fresh - 1) // size",
-        "full = min(fresh // size, 1) - 1 + (size < 257)",
+        "full = (num_new - 1) // size",
+        "full = min(num_new // size, 1) - 1 + (size < 257)",
         f"{REAL}chunks_of_more_columns_than_have_their_scores_in_memory_give_the_same_tokens",
     ),
     Mutant(
@@ -307,7 +307,7 @@ MUTANTS = [
     ),
     Mutant(
         "jaxgen/generation/past_key_values.py",
-        "lower, a row for all prompts",
+        "to_cache, a row for all prompts",
         "np.arange(batch) if self.batch_size > 1 else 0",
         "np.arange(batch)",
         "tests/generation/test_continuing.py::test_one_prefix_serves_every_prompt_and_its_columns_are_read_once",
@@ -327,10 +327,10 @@ MUTANTS = [
         f"{REAL}a_cache_that_grows_behind_a_long_prompt_gives_the_same_tokens",
     ),
     Mutant(
-        "jaxgen/decoding/loop.py",
-        "grow, more than one layer",
-        "grown = _grow(replace(cache, layers=(pair,)), slots)",
-        "grown = _grow(replace(cache, layers=(grown.layers[0] if layers else pair,)), slots)",
+        CACHE,
+        "grow_by_parts, more than one layer",
+        "grown = grow(replace(self, layers=(pair,)), slots)",
+        "grown = grow(replace(self, layers=(grown.layers[0] if layers else pair,)), slots)",
         "tests/decoding/test_loop.py::test_growing_a_cache_frees_each_layer_of_the_old_one",
     ),
     Mutant(
@@ -365,7 +365,7 @@ MUTANTS = [
     Mutant(
         DRIVER,
         "cache_sizes, attentions",
-        'whole = 0, "attentions" in call.collect',
+        'whole = 0, "attentions" in prepared.collect',
         "whole = 0, False",
         f"{STAGES}a_cache_whose_attentions_are_asked_for_has_all_its_slots_from_the_start",
     ),
