@@ -169,6 +169,23 @@ def test_of_a_static_cache_the_columns_that_are_filled_are_taken() -> None:
 
 
 @pytest.mark.oracle
+def test_what_torch_does_to_its_cache_later_changes_no_copy_of_it() -> None:
+    import torch
+    import transformers
+
+    theirs = transformers.StaticCache(
+        config=transformers.LlamaConfig(num_hidden_layers=1, num_attention_heads=HEADS, hidden_size=HEADS * SIZE),
+        max_cache_len=5,  # all of them filled, so that nothing is cut: JAX could share the memory
+    )
+    keys = torch.arange(1, 1 + 2 * HEADS * 5 * SIZE, dtype=torch.float32).reshape(2, HEADS, 5, SIZE)
+    theirs.update(keys, -keys, 0)
+    found = PastKeyValues.from_transformers(model(1), theirs)
+    assert found is not None
+    theirs.reset()
+    np.testing.assert_array_equal(found[0][0], keys)
+
+
+@pytest.mark.oracle
 @pytest.mark.parametrize("other", [{"layers": 1}, {"layers": 3}, {"heads": 1}, {"heads": 4}, {"dtype": np.float16}])
 def test_a_cache_of_torch_of_another_model_is_refused(other: dict[str, Any]) -> None:
     import torch
