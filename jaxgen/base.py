@@ -1,7 +1,7 @@
-"""Core types: what a model, a cache and a decoding strategy are to the decode loop.
+"""Core types: the interfaces between models, caches, decoding strategies and the decode loop.
 
-The model column (`models/`, `kv_cache`, `checkpoint`) and the decode column (`decoding`, `sampling`, ...) never import
-each other. They meet through the Protocols of this file, so a test can put a transition table where a Llama would be.
+The model side (`models/`, `kv_cache`, `checkpoint/`) and the decoding side (`decoding/`, `processors/`) never import
+each other. They meet through the Protocols of this file, so a test can use a transition table in place of a Llama.
 
 Dimension letters, used in every docstring of the package:
 
@@ -17,8 +17,8 @@ Dimension letters, used in every docstring of the package:
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
-from typing import Any, Protocol, Self, TypeVar
+from dataclasses import Field, dataclass, field
+from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -30,17 +30,17 @@ from jaxgen.pytree import Bool, Float32, Int32, pytree
 
 @contextmanager
 def no_mesh() -> Iterator[None]:
-    """Sets the mesh of the caller's `jax.set_mesh` aside: arrays and programs then are where the model's weights are.
+    """Unsets the mesh of the caller's `jax.set_mesh`, so that new arrays are placed where the model's weights are.
 
-    JAX would spread what is made here over that mesh, and refuse to combine it with what is not. A `shard_map`, and
-    axes in a `jit` that XLA spreads by itself, stay as they are.
+    Otherwise JAX shards arrays made here over the caller's mesh, and then refuses to combine them with arrays that are
+    not on it. A `shard_map` stays in force, and so do the `Auto` axes of a `jit`.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    aside: AbstractContextManager[Any] = nullcontext()
+    aside: AbstractContextManager[object] = nullcontext()
     if not mesh.empty:
         try:
             aside = jax.set_mesh(None)
-        except ValueError:  # inside a `jit`
+        except ValueError:  # inside a `jit`, where `set_mesh` is not allowed
             if all(kind == AxisType.Explicit for kind in mesh.axis_types):
                 aside = jax.sharding.use_abstract_mesh(AbstractMesh((), ()))
     with aside:
@@ -48,17 +48,17 @@ def no_mesh() -> Iterator[None]:
 
 
 def as_last(vector: jax.Array, x: jax.Array) -> jax.Array:
-    """[D] with as many dimensions as `x` [..., D], for users whose JAX refuses to combine arrays of different ranks."""
+    """Reshapes [D] to the rank of `x` [..., D], for users of `jax_numpy_rank_promotion="raise"`."""
     return jnp.expand_dims(vector, tuple(range(x.ndim - 1)))
 
 
 def step_buffers(names: Iterable[str], steps: int, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-    """Zeros for what is recorded of each step, of the shapes that one step has."""
+    """Buffers of zeros, [steps, ...] each, for arrays that are recorded at every step and have these shapes there."""
     return {name: jnp.zeros((steps, *shapes[name].shape), shapes[name].dtype) for name in names}
 
 
 def write_step(buffers: dict[str, jax.Array], values: Mapping[str, jax.Array], step: jax.Array) -> dict[str, jax.Array]:
-    """The buffers, each [steps, ...], with one step's values."""
+    """The buffers, [steps, ...] each, with the values of one step written at index `step`."""
     return {
         name: lax.dynamic_update_index_in_dim(buffer, values[name], step, axis=0) for name, buffer in buffers.items()
     }
@@ -67,7 +67,7 @@ def write_step(buffers: dict[str, jax.Array], values: Mapping[str, jax.Array], s
 @pytree
 @dataclass(frozen=True)
 class Prompt:
-    """The text of a batch of prompts, as processors and strategies see it: in a bucket, padded on the left and below.
+    """A batch of prompts in its bucket, padded on the left and below; what processors and strategies see of it.
 
     ```
                  P = 8, length = 5
@@ -79,8 +79,8 @@ class Prompt:
     Attributes:
         input_ids: int32 [N, P]. The caller's prompt (its own padding included) in the last `length` columns.
         attention_mask: bool [N, P]. False on the caller's padding and on the bucket's.
-        length: int32 []. Tokens of each of the caller's prompts.
-        rows: int32 []. Rows of the caller's prompt; the rows below them belong to the bucket.
+        length: int32 []. Columns of the caller's prompts, their own padding included.
+        rows: int32 []. Rows of the caller's prompts; the rows below them belong to the bucket.
     """
 
     input_ids: Int32
@@ -89,7 +89,7 @@ class Prompt:
     rows: Int32
 
     def repeated(self, copies: int) -> "Prompt":
-        """Each row `copies` times."""
+        """The prompts with each row repeated: with 2 copies, rows a, b become a, a, b, b."""
         return Prompt(
             jnp.repeat(self.input_ids, copies, axis=0),
             jnp.repeat(self.attention_mask, copies, axis=0),
@@ -102,7 +102,10 @@ class Prompt:
         return jnp.where(jnp.arange(slots)[None] < self.length, self.moved_left(self.input_ids, slots), fill)
 
     def moved_left(self, array: jax.Array, slots: int) -> jax.Array:
-        """[N, S, ...] of [N, P, ...]: the prompt's columns from the left, what was before it and zeros after it."""
+        """[N, P, ...] -> [N, S, ...]: the prompt's columns first, then the columns of padding, then zeros."""
+        # . . . a b c d e    P = 8, length = 5
+        # a b c d e . . .    rolled by 5 - 8
+        # a b c d e . . . 0 0    padded to S = 10
         columns = array.shape[1]
         rolled = jnp.roll(array, self.length - columns, axis=1)
         return jnp.pad(rolled, ((0, 0), (0, slots - columns), *[(0, 0)] * (array.ndim - 2)))
@@ -111,20 +114,20 @@ class Prompt:
 @pytree
 @dataclass(frozen=True)
 class Prefill:
-    """What the forward pass over the prompt reads, for calls in which that is not just the prompt's tokens.
+    """The inputs of the prompt's forward pass, for calls that read more or less than the prompt's tokens.
 
-    It has M rows: the N of the prompt, and with guidance N negative prompts below them.
+    There are M rows: the N rows of the prompt, and with guidance N negative prompts below them.
 
     Attributes:
         inputs: int32 [M, T] tokens, or float [M, T, D] embeddings.
         attention_mask: bool [M, T]. False on padding.
         position_ids: int32 [M, T].
-        past: a cache of what comes before these T columns, with slots for them too; None if nothing does.
-        padding: int32 []. How many columns at the start of the forward pass, or of its last chunk, only fill a bucket.
-            May be None if there is no `past`.
-        full_chunks: int32 []. With a `chunk`, how many full ones come before the last, which is padded on the left.
-        guidance_scale: float32 []. Given exactly if there are negative prompts.
-        chunk: columns to read at a time, static; None for all at once.
+        past: the cache of earlier columns, with slots for these T columns too; None if there are no earlier columns.
+        padding: int32 []. Columns of bucket padding at the start of the forward pass, or with a `chunk` of its last
+            chunk. May be None if there is neither a `past` nor a `chunk`.
+        full_chunks: int32 []. With a `chunk`, how many chunks come before the last one, which alone is padded.
+        guidance_scale: float32 []. None if there are no negative prompts.
+        chunk: columns per forward pass, static; None to read all T at once.
     """
 
     inputs: jax.Array
@@ -140,13 +143,13 @@ class Prefill:
 @pytree
 @dataclass(frozen=True)
 class Call:
-    """A decode as data: all that `decode` takes besides the weights. `prepare` makes one.
+    """The arguments of a decode besides the weights, as one pytree. `prepare` makes one.
 
     Attributes:
-        prompt: the text.
+        prompt: the token ids.
         strategy: how tokens are chosen; it also holds the maximum length.
-        slots: S, static: P plus the most new tokens there is room for, whatever the strategy's maximum length.
-        prefill: what the model reads of the prompt, or before it; None for the prompt's tokens and nothing else.
+        slots: S, static: P plus the number of new tokens there is room for. The strategy's maximum length may be less.
+        prefill: the inputs of the prompt's forward pass; None if they are the prompt's tokens.
     """
 
     prompt: Prompt
@@ -160,12 +163,12 @@ class Call:
 
     @property
     def model_rows(self) -> int:
-        """M: the rows that the model reads of the prompt."""
+        """M: the rows of the prompt's forward pass."""
         return len(self.prompt.input_ids if self.prefill is None else self.prefill.attention_mask)
 
     @property
     def prompt_slots(self) -> int:
-        """The slots of the cache that the prompt takes: P or T, or all those of `past`."""
+        """The cache slots that are taken once the prompt is read: P or T, or all the slots of `past`."""
         if self.prefill is None:
             return self.prompt.input_ids.shape[1]
         past = self.prefill.past
@@ -173,16 +176,16 @@ class Call:
 
 
 class Cache(Protocol):
-    """What a model remembers of the columns seen so far, such as their keys and values: a pytree, never mutated."""
+    """A model's memory of the columns so far, such as their keys and values: a pytree, never mutated."""
 
     @property
     def branches(self) -> int:
-        """C: the continuations of each row that it holds; 1 until `branch` is called."""
+        """C: the continuations of each row that the cache holds; 1 until `branch` is called."""
         ...
 
     @property
     def slots(self) -> int:
-        """S: the columns that it has room for."""
+        """S: the columns that the cache has room for."""
         ...
 
     @property
@@ -192,7 +195,7 @@ class Cache(Protocol):
 
     @property
     def num_layers(self) -> int:
-        """The layers that `layer` knows; 0 for a cache that is not made of keys and values."""
+        """The number of layers with keys and values; 0 for a cache of another kind."""
         ...
 
     def layer(self, index: int) -> tuple[jax.Array, jax.Array]:
@@ -200,7 +203,7 @@ class Cache(Protocol):
         ...
 
     def with_layers(self, layers: tuple[tuple[jax.Array, jax.Array], ...]) -> Self:
-        """The same cache with other keys and values: of each layer a pair, [N, K, S, H]."""
+        """The same cache with other keys and values: one pair per layer, each [N, K, S, H]."""
         ...
 
     def grow(self, slots: int) -> Self:
@@ -208,26 +211,29 @@ class Cache(Protocol):
         ...
 
     def grow_by_parts(self, slots: int, grow: Callable[[Self, int], Self]) -> Self:
-        """The same outside of a program, without memory for two caches at once: this one is gone.
+        """As `grow`, called on the host, without memory for two caches at once: it deletes this cache's arrays.
 
         Args:
-            slots: to have.
-            grow: a compiled `grow`, for parts of the cache; what it was given can then be deleted.
+            slots: S of the new cache.
+            grow: a compiled `grow`, to be called on one part of the cache at a time.
         """
         ...
 
     def skip(self, columns: jax.Array) -> Self:
-        """The same cache, for a forward pass whose first int32 [] columns pad a bucket and are none of the text."""
+        """The same cache, for a forward pass whose first int32 [] columns are bucket padding and not part of the text.
+
+        The loop calls it before `Model.extend`, so that distances between columns do not count this padding.
+        """
         ...
 
     def take(self, rows: jax.Array) -> Self:
-        """The cache of int32 [M] rows of this one, in their order."""
+        """Gathers int32 [M] rows, as `batch_select_indices` of transformers' caches."""
         ...
 
     def select(self, rows: jax.Array, slots: jax.Array, valid: jax.Array, length: jax.Array) -> "Cache":
-        """A cache of int32 [M, S] slots of int32 [M] rows of this one, bool [M, S] of which may be attended.
+        """Gathers int32 [M, S] slots of int32 [M] rows; bool [M, S] says which of them may be attended.
 
-        The first int32 [] `length` of them hold columns; the others are room for more.
+        The first int32 [] `length` of the new slots hold columns; later ones are free.
         """
         ...
 
@@ -244,28 +250,31 @@ class BranchedCache(Cache, Protocol):
         ...
 
     def keep(self, chosen: jax.Array) -> Self:
-        """The cache whose branches all continue branch `chosen[n]`; only that one's last column is kept. int32 [N]."""
+        """The cache whose branches all continue branch `chosen[n]` of row n; int32 [N].
+
+        Of the last C columns only that branch's is kept.
+        """
         ...
 
 
 def tensor_shards(mesh: Mesh | AbstractMesh | None) -> int:
-    """Over how many devices heads and MLP units are spread."""
+    """The number of devices that heads and MLP units are sharded over."""
     return 1 if mesh is None else mesh.shape.get("tensor", 1)
 
 
 def row_shards(mesh: Mesh | None) -> int:
-    """Over how many devices rows are spread."""
+    """The number of devices that rows are sharded over."""
     return 1 if mesh is None else mesh.shape.get("data", 1)
 
 
 def rows_axis(mesh: Mesh, rows: int) -> str | None:
-    """The mesh axis of the rows of an array, or None if it cannot share them out evenly."""
+    """The mesh axis that the rows of an array are sharded over, or None if it does not divide them."""
     return "data" if row_shards(mesh) > 1 and rows % row_shards(mesh) == 0 else None
 
 
 AnyCache = TypeVar("AnyCache", bound=Cache)
 
-
+# Arrays of a forward pass besides its logits, by name: one [N, T, D] or [N, Q, T, S] per layer; see `Model.extend`.
 Internals = dict[str, tuple[jax.Array, ...]]
 
 
@@ -280,7 +289,7 @@ class Model(Protocol[AnyCache]):
 
     @property
     def mesh(self) -> Mesh | None:
-        """The devices that it is spread over, by the axes "data" and "tensor"; None for one device."""
+        """The mesh that it is sharded over, with the axes "data" and "tensor"; None for one device."""
         ...
 
     @property
@@ -295,7 +304,7 @@ class Model(Protocol[AnyCache]):
     def cache_bytes_per_token(self) -> int: ...
 
     def internals_bytes(self, name: str, columns: int, slots: int) -> int:
-        """Bytes that `extend` returns per row as one of its internals, for T columns that attend S slots."""
+        """Bytes per row of one of the internals of `extend`, for T columns that attend S slots."""
         ...
 
     def make_cache(self, rows: int, slots: int) -> AnyCache: ...
@@ -311,24 +320,27 @@ class Model(Protocol[AnyCache]):
         """One forward pass over the next T columns.
 
         Args:
-            input_ids: int32 [N, T], or float [N, T, D] to go in place of embedded tokens.
-            attention_mask: bool [N, T]. False where no later column may look.
-            position_ids: int32 [N, T], or None to go on counting.
+            input_ids: int32 [N, T], or float [N, T, D] embeddings. With branches T is C, one column for each branch.
+            attention_mask: bool [N, T]. False for columns that later columns may not attend.
+            position_ids: int32 [N, T], or None to continue counting.
             collect: which internals to return: "hidden_states", "attentions".
 
         Returns:
-            float32 [N, V] logits of the last column, or [N * C, V] of the C columns that continue the branches of a
-            cache; the cache, T columns longer; and the internals asked for:
-            `hidden_states`, one [N, T, D] more than there are layers, `attentions`, one [N, Q, T, S] per layer.
+            float32 [N, V] logits of the last column, or [N * C, V] of the last column of each branch; the cache, T
+            columns longer; and the internals asked for. `hidden_states` are [N, T, D] each, one more than there are
+            layers, `attentions` [N, Q, T, S] each, one per layer.
         """
         ...
 
 
-class LogitsProcessor:
+ProcessorState = TypeVar("ProcessorState")
+
+
+class LogitsProcessor(Generic[ProcessorState]):
     """A rule that changes the scores before a token is chosen: a pytree, whose numbers are traced.
 
-    Most rules are a `__call__`. One that would have to read the whole history at every step keeps a state instead, by
-    overriding `init` and `step`.
+    Most rules are only a `__call__`. A rule that would have to read all tokens at every step keeps a state instead, by
+    overriding `init` and `step`. It may name the type of its state: `class Rule(LogitsProcessor[jax.Array])`.
     """
 
     def __call__(self, input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array) -> jax.Array:
@@ -344,22 +356,53 @@ class LogitsProcessor:
         """
         raise NotImplementedError
 
-    def init(self, prompt: Prompt, vocab_size: int) -> Any:
-        """The state before the first step, a pytree; the prompt has its N rows already."""
+    def init(self, prompt: Prompt, vocab_size: int) -> ProcessorState | tuple[()]:
+        """The state before the first step, a pytree. The prompt's rows are repeated already, once for each text."""
         del prompt, vocab_size
         return ()
 
-    def step(self, input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array, state: Any) -> tuple[jax.Array, Any]:
-        """New scores and the next state."""
+    def step(
+        self, input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array, state: ProcessorState
+    ) -> tuple[jax.Array, ProcessorState]:
+        """New scores and the next state; arguments as of `__call__`."""
         return self(input_ids, scores, cur_len), state
 
-    def reorder(self, state: Any, rows: jax.Array) -> Any:
-        """The state after row n took over from row `rows[n]`; for arrays with N rows, or without dimensions."""
+    def reorder(self, state: ProcessorState, rows: jax.Array) -> ProcessorState:
+        """The state after row n continues row `rows[n]`, int32 [N], as in beam search.
+
+        Arrays of the state have a leading axis of N rows, or no dimensions; otherwise override this method.
+        """
         return jax.tree.map(lambda array: array[rows] if array.ndim else array, state)
 
 
+class StoppingCriterion(Protocol):
+    """Says which rows are finished: a callable pytree."""
+
+    def __call__(self, input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array, /) -> jax.Array:
+        """bool [N], or [] for all rows.
+
+        Args:
+            input_ids: int32 [N, S]. The prompt and the new tokens, of which the first `cur_len` columns are valid.
+            scores: float32 [N, V]. The processed scores of the last token.
+            cur_len: int32 [].
+        """
+        ...
+
+
+class EosCriterion(StoppingCriterion):
+    """The base class of `stopping_criteria.EosToken`, for this file to name."""
+
+    eos_token_id: Int32
+
+
+class LengthCriterion(StoppingCriterion):
+    """The base class of `stopping_criteria.MaxLength`."""
+
+    max_length: Int32
+
+
 class StrategyState(Protocol):
-    """What a strategy carries from step to step: a pytree."""
+    """The loop state of a strategy: a pytree."""
 
     @property
     def tokens(self) -> jax.Array:
@@ -372,37 +415,41 @@ class StrategyState(Protocol):
         ...
 
 
-class Strategy:
-    """How tokens are chosen. A pytree: numbers are traced, so a new number compiles nothing.
+State = TypeVar("State", bound=StrategyState)
 
-    The loop calls `start` once and `step` while `unfinished`. What a strategy has to say is in the methods that raise
-    here; the others fit one token per row and forward pass.
+
+class Strategy(Generic[State]):
+    """How tokens are chosen: a frozen dataclass and a pytree. Its numbers are traced, so a new number compiles nothing.
+
+    The loop calls `start` once, after the prompt's forward pass, and then `step` while `unfinished`. A subclass must
+    override the methods that raise here. The defaults of the others are for one token per row and forward pass.
 
     Attributes:
-        eos: finishes a text on an id; see `stopping_criteria.EosToken`.
+        eos: finishes a text on a token id; see `stopping_criteria.EosToken`.
         max_length: finishes all texts; see `stopping_criteria.MaxLength`.
-        processors: in the order they act.
-        stopping_criteria: more ways to finish.
+        processors: applied in this order.
+        stopping_criteria: the caller's own, besides the two above.
     """
 
-    eos: Any
-    max_length: Any
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]  # so that `dataclasses.replace` takes any strategy
+    eos: EosCriterion
+    max_length: LengthCriterion
     processors: tuple[LogitsProcessor, ...]
-    stopping_criteria: tuple[Any, ...]
+    stopping_criteria: tuple[StoppingCriterion, ...]
 
     @property
     def copies(self) -> int:
-        """How often each row is repeated after the prompt's forward pass: rows with caches of their own."""
+        """How often each row is repeated after the prompt's forward pass. Each copy gets its own rows of the cache."""
         return 1
 
     @property
     def branches(self) -> int:
-        """C: how often each row branches after the prompt's forward pass: continuations that share its cache."""
+        """C: how often each row branches after the prompt's forward pass. Branches share the rows of the cache."""
         return 1
 
     @property
     def log_probabilities(self) -> bool:
-        """Whether scores start as the log-softmax of the logits, and not as the logits."""
+        """Whether processors get the log-softmax of the logits, as in beam search, rather than the logits."""
         return False
 
     @property
@@ -411,58 +458,58 @@ class Strategy:
         return ()
 
     def cache_slots(self, columns: int, new_tokens: int) -> int:
-        """The slots that a prompt and so many new tokens take."""
+        """The cache slots for a prompt of `columns` columns and `new_tokens` new tokens."""
         return columns + new_tokens
 
     def forward_passes(self, new_tokens: int) -> int:
-        """How many follow the prompt's, for so many new tokens."""
-        return new_tokens - 1
+        """The number of forward passes after the prompt's that choose `new_tokens` tokens."""
+        return new_tokens - 1  # the prompt's forward pass chooses the first token
 
-    def init(self, prompt: Prompt, slots: int, vocab_size: int) -> Any:
-        """The state before the first token, for a buffer of S tokens per row, of rows that are not repeated yet."""
+    def init(self, prompt: Prompt, slots: int, vocab_size: int) -> State:
+        """The state before the first token, with S columns in the token buffer. The prompt is not repeated yet."""
         raise NotImplementedError
 
-    def start(self, prompt: Prompt, slots: int, logits: jax.Array, scores: jax.Array, internals: Internals) -> Any:
+    def start(self, prompt: Prompt, slots: int, logits: jax.Array, scores: jax.Array, internals: Internals) -> State:
         """The state after the prompt's forward pass, with the first token chosen.
 
         Args:
-            prompt: the text, [N, P].
+            prompt: [N, P].
             slots: S, the columns of the token buffer.
             logits: float32 [N, V]; rows are not repeated yet.
-            scores: float32 [N, V], for the processors: made of the logits, see `log_probabilities`, or guided.
+            scores: float32 [N, V], the input of the processors: logits, log-probabilities or guided scores.
             internals: of the prompt, see `needs`.
         """
         state = self.init(prompt, slots, logits.shape[1])
         logits, scores = (jnp.repeat(array, self.copies * self.branches, axis=0) for array in (logits, scores))
         return self.step(logits, scores, internals, state)
 
-    def step(self, logits: jax.Array, scores: jax.Array, internals: Internals, state: Any) -> Any:
+    def step(self, logits: jax.Array, scores: jax.Array, internals: Internals, state: State) -> State:
         """The state after a forward pass over `state.tokens`; logits and scores are float32 [N, V], or [N * C, V]."""
         raise NotImplementedError
 
-    def parents(self, state: Any) -> jax.Array | None:
-        """int32 [N, C]: which branch each one continues after a step; see `BranchedCache.reorder`."""
+    def parents(self, state: State) -> jax.Array | None:
+        """int32 [N, C]: the branch that each branch continues after a step; see `BranchedCache.reorder`."""
         del state
         return None
 
-    def chosen(self, state: Any) -> jax.Array | None:
-        """int32 [N]: the one branch that all of them continue after a step; see `BranchedCache.keep`."""
+    def chosen(self, state: State) -> jax.Array | None:
+        """int32 [N]: the one branch that all branches continue after a step; see `BranchedCache.keep`."""
         del state
         return None
 
-    def unfinished(self, state: Any) -> jax.Array:
-        """bool []. Whether any row still wants a token."""
+    def unfinished(self, state: State) -> jax.Array:
+        """bool []. Whether any row needs another token."""
         raise NotImplementedError
 
-    def text(self, state: Any) -> jax.Array | None:
+    def text(self, state: State) -> jax.Array | None:
         """int32 [N, S]. The prompts and their tokens so far; None if later steps may change them."""
         del state
         return None
 
-    def finalize(self, state: Any) -> Mapping[str, jax.Array]:
-        """The outputs by their Hugging Face names, and two more for the host.
+    def finalize(self, state: State) -> Mapping[str, jax.Array]:
+        """The outputs by their Hugging Face names, with two entries for the host.
 
-        `length` is int32 [], the columns that the prompt and the tokens of all steps take; `invalid` is bool [N], the
-        rows that met a NaN.
+        `length` is int32 []: the columns that the prompt and the tokens of all steps take. `invalid` is bool [N]: the
+        rows whose scores held a NaN, an infinity, or no finite number.
         """
         raise NotImplementedError

@@ -1,9 +1,15 @@
 """The KV cache: one pair of arrays per layer, written at one index that all rows share.
 
-Left padding is what makes the index a scalar: the newest token of every row sits in the same slot, so a step writes
-each layer with one `dynamic_update_slice`, which XLA does in place. The invariant: slot `s` of row `n` may be attended
-exactly if `valid[n, s]`, and slots at `length` and beyond are never valid. Those that are not hold finite numbers all
-the same: a weight of 0 times NaN is NaN, and to mask values at each step costs 6 % at batch 8 (CPU).
+```
+slot      0  1  2  3  4  5  6  7
+row 0     .  .  a  b  c  d  _  _      "." padding, not valid; "_" free, not valid
+row 1     e  f  g  h  i  j  _  _      length = 6: the next token of every row goes to slot 6
+```
+
+The index is a scalar because prompts are padded on the left: the newest tokens of all rows are in the same slot, and a
+step writes each layer with one `dynamic_update_slice`, which XLA does in place. Slot `s` of row `n` may be attended if
+and only if `valid[n, s]`, and slots from `length` on are never valid. Slots that are not valid still hold finite
+numbers: a weight of 0 times NaN is NaN, and masking the values at each step costs 6 % at batch 8 (CPU).
 """
 
 from collections.abc import Callable
@@ -24,17 +30,18 @@ from jaxgen.pytree import pytree
 class KVCache:
     """Keys and values of the columns seen so far.
 
-    The layout [N, K, S, H] keeps the products of attention free of transposed copies on CPU, GPU and TPU. Of N and K, a
-    dimension of size one is left out: XLA:CPU drops it from the products but not from the arrays the loop carries, and
-    then copies every layer at every step to reconcile the two (a batch of one, 192 slots: 4 times slower attention).
+    With the layout [N, K, S, H], attention needs no transposed copies on CPU, GPU and TPU. If N or K is 1, that
+    dimension is left out. XLA:CPU drops it from the products but not from the carry of the loop, and would copy every
+    layer at every step to convert between the two (a batch of one, 192 slots: 4 times slower attention).
 
     Attributes:
-        layers: one (keys, values) pair per layer, each [N, K, S, H] less its ones, in the model's dtype, keys rotated.
+        layers: one (keys, values) pair per layer, each [N, K, S, H] without dimensions N or K of size 1, in the model's
+            dtype. Keys are rotated.
         valid: bool [N, S]. Slots that later columns may attend.
-        length: int32 []. Columns written so far, which is the next slot to write.
+        length: int32 []. Slots written so far, which is also the next slot to write.
         position: int32 [N]. Position id of each row's next token.
-        columns: int32 [S]. Which column of the text each slot holds, up to a constant; less than any of them where
-            nothing is written. None for a model whose layers all look back without limit.
+        columns: int32 [S]. The column of the text in each slot, up to a constant; lower than all of these in free
+            slots. None if no layer of the model has a sliding window.
     """
 
     layers: tuple[tuple[jax.Array, jax.Array], ...]
@@ -61,7 +68,7 @@ class KVCache:
         head_dim: int,
         dtype: jax.typing.DTypeLike,
         windowed: bool = False,
-    ):
+    ) -> Self:
         # Zeros, not `jnp.empty`: since jax 0.11 the latter is uninitialised memory, which can hold NaN.
         shape = (*_without_ones(rows, heads), slots, head_dim)
         return cls(
@@ -73,7 +80,7 @@ class KVCache:
         )
 
     def placed(self, mesh: Mesh, rows: int, heads: int) -> Self:
-        """The cache spread over a mesh: rows over its axis "data", heads over "tensor"."""
+        """The cache sharded over a mesh: rows over its axis "data", heads over "tensor"."""
         axes = [axis for axis, size in zip((rows_axis(mesh, rows), "tensor"), (rows, heads), strict=True) if size > 1]
         spec = [axis if axis in mesh.shape else None for axis in axes]
         sharding = NamedSharding(mesh, PartitionSpec(*spec))
@@ -82,55 +89,66 @@ class KVCache:
     def extend(
         self, attention_mask: jax.Array, position_ids: jax.Array | None = None
     ) -> tuple["KVCache", jax.Array, jax.Array]:
-        """Makes room for T more columns; called once per forward pass, before the layers' `update`.
+        """Makes room for T more columns. Call it once per forward pass, before the layers' `update`.
 
-        Unless they are given, positions count the unmasked columns and are 0 on masked ones. The next token follows the
-        position of the last column, as in transformers 5.24: a right-padded row therefore continues at position 1.
+        By default positions count the unmasked columns, and masked columns have position 0. The next token follows the
+        position of the last column, as in transformers 5.24, so a right-padded row continues at position 1.
+
+        ```
+        slot      0 1 2 3 4 5         length = 2, T = 3, attention_mask of a row = 0 1 1
+        valid     1 1 0 1 1 0
+        column 0  1 1 0 0 0 0         the slots that the new columns attend: valid,
+        column 1  1 1 0 1 0 0         and not after their own slot (2, 3, 4)
+        column 2  1 1 0 1 1 0
+        ```
 
         Args:
             attention_mask: bool [N, T].
             position_ids: int32 [N, T].
 
         Returns:
-            The cache, int32 [N, T] position ids, and bool [N, T, S] saying which slots each column attends.
+            The cache, int32 [N, T] position ids, and bool [N, T, S], the slots that each column attends.
         """
         columns = attention_mask.shape[1]
         if position_ids is None:
             counted = self.position[:, None] + jnp.cumsum(attention_mask, axis=1, dtype=jnp.int32) - 1
             position_ids = jnp.where(attention_mask, counted, 0)
         valid = lax.dynamic_update_slice_in_dim(self.valid, attention_mask, self.length, axis=1)
-        own_slot = self.length + jnp.arange(columns)
-        causal = jnp.arange(valid.shape[1])[None] <= own_slot[:, None]
+        new_slots = self.length + jnp.arange(columns)
+        causal = jnp.arange(valid.shape[1])[None] <= new_slots[:, None]
         cache = replace(self, valid=valid, length=self.length + columns, position=position_ids[:, -1] + 1)
-        return cache._numbered(own_slot), position_ids, valid[:, None, :] & causal[None]
+        return cache._numbered(new_slots), position_ids, valid[:, None, :] & causal[None]
 
-    def _numbered(self, own_columns: jax.Array) -> Self:
-        """The cache whose last T slots hold int32 [T] columns."""
+    def _numbered(self, columns: jax.Array) -> Self:
+        """The cache with the columns of the last T slots set to int32 [T], if it keeps them."""
         if self.columns is None:
             return self
-        own = own_columns.astype(jnp.int32)
-        return replace(self, columns=lax.dynamic_update_slice_in_dim(self.columns, own, self.length - len(own), axis=0))
+        start = self.length - len(columns)
+        written = lax.dynamic_update_slice_in_dim(self.columns, columns.astype(jnp.int32), start, axis=0)
+        return replace(self, columns=written)
 
     def within(self, window: int, mask: jax.Array) -> jax.Array:
-        """Of the mask that `extend` gave with this cache, bool [N, T, S], the last `window` columns up to the own one.
+        """Limits the mask of `extend`, bool [N, T, S], to the last `window` columns of each column, itself included.
 
-        Counted are columns, as in transformers, and not positions: padding between two tokens parts them.
+        As in transformers, the distance is in columns and not in positions: padding between two tokens counts.
         """
         assert self.columns is not None, "made without `windowed`"
-        width = mask.shape[1]
-        own = lax.dynamic_slice_in_dim(self.columns, self.length - width, width)
-        return mask & (self.columns[None] > own[:, None] - window)[None]
+        num_new = mask.shape[1]
+        new_columns = lax.dynamic_slice_in_dim(self.columns, self.length - num_new, num_new)
+        return mask & (self.columns[None] > new_columns[:, None] - window)[None]
 
     def skip(self, columns: jax.Array) -> Self:
-        """The same cache, for a forward pass whose first int32 [] columns pad a bucket and are none of the text."""
-        # Slots number what comes next; what is there already moves up to it.
+        """See `base.Cache.skip`."""
+        # The next T slots are numbered by slot. With 2 columns of padding the older ones move up to close the gap:
+        #   slot      0  1  2  3  4  5  6        a b c, then . . d e
+        #   columns   2  3  4  3  4  5  6        d is 1 column after c, not 3
         return self if self.columns is None else replace(self, columns=self.columns + columns)
 
     def update(self, layer: int, keys: jax.Array, values: jax.Array) -> tuple[Self, jax.Array, jax.Array]:
-        """Writes one layer's [N, K, T, H] into the slots that `extend` made room for.
+        """Writes the [N, K, T, H] keys and values of one layer into the slots that `extend` made room for.
 
         Returns:
-            The cache, and all keys and values of the layer, each [N, K, S, H] less its ones.
+            The cache, and all keys and values of the layer as in `layers`.
         """
         rows, heads, columns, head_dim = keys.shape
         batch = _without_ones(rows, heads)
@@ -157,7 +175,7 @@ class KVCache:
         )
 
     def grow_by_parts(self, slots: int, grow: Callable[[Self, int], Self]) -> Self:
-        """See `base.Cache`: one layer grows after the other, and makes room for the next."""
+        """See `base.Cache.grow_by_parts`: layer by layer, each deleted once it has grown."""
         layers, grown = [], self
         for pair in self.layers:
             grown = grow(replace(self, layers=(pair,)), slots)
@@ -167,7 +185,7 @@ class KVCache:
         return replace(grown, layers=tuple(layers))
 
     def take(self, rows: jax.Array) -> Self:
-        """The cache of int32 [M] rows of this one, in their order."""
+        """See `base.Cache.take`."""
 
         def take(array: jax.Array) -> jax.Array:
             taken = array.reshape(len(self.valid), -1, *array.shape[-2:])[rows]
@@ -181,19 +199,26 @@ class KVCache:
         )
 
     def select(self, rows: jax.Array, slots: jax.Array, valid: jax.Array, length: jax.Array) -> "KVCache":
-        """A cache of chosen columns, one after the other; positions have to be given to what follows.
+        """Gathers slots of rows, such as the slots of one beam. Pass `position_ids` to the next forward pass.
+
+        ```
+        slot          0  1  2  3  4  5  6
+        row 0         a  b  c  d  e  _  _      slots = 0 1 3 5 6, length = 3
+        new row       a  b  d  _  _
+        ```
 
         Args:
             rows: int32 [M].
-            slots: int32 [M, S]. Of each of these rows, the slots to take, in their new order.
-            valid: bool [M, S]. Which of them later columns may attend: none from `length` on.
-            length: int32 []. How many of them are columns. The slots after these are room for more, whatever they hold.
+            slots: int32 [M, S]. The slots to gather from each of these rows, in their new order.
+            valid: bool [M, S]. The new slots that later columns may attend: none from `length` on.
+            length: int32 []. The number of columns among them. The new slots after these are free, whatever they hold.
         """
 
         def select(array: jax.Array) -> jax.Array:
-            whole = array.reshape(len(self.valid), -1, *array.shape[-2:])
-            heads = jnp.arange(whole.shape[1])[None, :, None]
-            taken = whole[rows[:, None, None], heads, slots[:, None]]
+            heads_apart = array.reshape(len(self.valid), -1, *array.shape[-2:])
+            heads = jnp.arange(heads_apart.shape[1])[None, :, None]
+            # Indices [M, 1, 1], [1, K, 1] and [M, 1, S] -> [M, K, S, H].
+            taken = heads_apart[rows[:, None, None], heads, slots[:, None]]
             return taken.reshape(*_without_ones(*taken.shape[:2]), *taken.shape[2:])
 
         numbers = jnp.arange(slots.shape[1], dtype=jnp.int32)
@@ -220,15 +245,15 @@ class KVCache:
         return len(self.layers)
 
     def with_layers(self, layers: tuple[tuple[jax.Array, jax.Array], ...]) -> Self:
-        """The same cache with other keys and values, each [N, K, S, H] with all its dimensions."""
+        """The same cache with other keys and values, each [N, K, S, H] with dimensions of size 1."""
         shaped = tuple(
-            (keys.reshape(own[0].shape), values.reshape(own[1].shape))
-            for own, (keys, values) in zip(self.layers, layers, strict=True)
+            (keys.reshape(old_keys.shape), values.reshape(old_values.shape))
+            for (old_keys, old_values), (keys, values) in zip(self.layers, layers, strict=True)
         )
         return replace(self, layers=shaped)
 
     def layer(self, index: int) -> tuple[jax.Array, jax.Array]:
-        """One layer's keys and values, each [N, K, S, H] with all its dimensions."""
+        """One layer's keys and values, each [N, K, S, H] with dimensions of size 1."""
         keys, values = self.layers[index]
         shape = (len(self.valid), -1, *keys.shape[-2:])
         return keys.reshape(shape), values.reshape(shape)
@@ -237,15 +262,29 @@ class KVCache:
 @pytree
 @dataclass(frozen=True)
 class BranchedCache(KVCache):
-    """The cache of C branches per row, such as beams, that share what is written.
+    """A cache with C branches per row, such as beams, which share the keys and values of their row.
 
-    A forward pass over C columns gives one to each branch, in C slots side by side. What a branch attends is its own
-    past: the prompt, and of the C slots of every step the one of its ancestor. A branch that continues another takes
-    over which slots those are, C x S bools a row, and no key or value ever moves.
+    A forward pass takes one column for each branch and writes them to C adjacent slots. A branch attends the prompt
+    and, of the C slots of each step, the slot of its ancestor. When a branch continues another one, it inherits its row
+    of `valid`, so `reorder` moves C x S bools per row and no keys or values:
+
+    ```
+                    prompt    step 0    step 1           C = 2
+    slot            0  1  2   3  4      5  6
+    holds           a  b  c   d  e      f  g
+    valid, branch 0 1  1  1   1  0      1  0             a b c d f
+    valid, branch 1 1  1  1   0  1      0  1             a b c e g
+                                                         reorder with parents [1, 1]:
+    valid, branch 0 1  1  1   0  1      0  1             a b c e g
+    valid, branch 1 1  1  1   0  1      0  1             a b c e g
+    ```
+
+    It has the methods of a `KVCache` with other shapes:
 
     Attributes:
+        layers, length, columns: as in `KVCache`.
         valid: bool [N, C, S]. Slots that the next column of each branch may attend.
-        position: int32 [N, C].
+        position: int32 [N, C]. Position id of each branch's next token.
     """
 
     @property
@@ -255,35 +294,51 @@ class BranchedCache(KVCache):
     def extend(
         self, attention_mask: jax.Array, position_ids: jax.Array | None = None
     ) -> tuple["BranchedCache", jax.Array, jax.Array]:
-        """As `KVCache.extend`, for int32 [N, C] columns that go one to each branch and do not attend each other."""
+        """As `KVCache.extend`, for [N, C] columns, one for each branch, which do not attend each other.
+
+        ```
+        slot            ...  length        C = 3: each branch attends its own new slot
+        branch 0        ...  1  0  0
+        branch 1        ...  0  1  0
+        branch 2        ...  0  0  1
+        ```
+        """
         if position_ids is None:
             position_ids = self.position
-        own = jnp.eye(self.branches, dtype=bool)[None] & attention_mask[:, None]
-        valid = lax.dynamic_update_slice_in_dim(self.valid, own, self.length, axis=2)
+        new_valid = jnp.eye(self.branches, dtype=bool)[None] & attention_mask[:, None]
+        valid = lax.dynamic_update_slice_in_dim(self.valid, new_valid, self.length, axis=2)
         cache = replace(self, valid=valid, length=self.length + self.branches, position=position_ids + 1)
-        if self.columns is not None:  # all of them continue the text by the same column
+        if self.columns is not None:  # the C slots hold the same column of the text, once for each branch
             cache = cache._numbered(jnp.full(self.branches, self.columns.max() + 1))
         return cache, position_ids, valid
 
     def reorder(self, parents: jax.Array) -> Self:
         """The cache whose branch c continues branch `parents[n, c]` of row n; int32 [N, C]."""
-        valid, position = jax.vmap(lambda row, places: (row[0][places], row[1][places]))(
-            (self.valid, self.position), parents
-        )
+
+        def gather(valid: jax.Array, position: jax.Array, parents: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return valid[parents], position[parents]
+
+        valid, position = jax.vmap(gather)(self.valid, self.position, parents)
         return replace(self, valid=valid, position=position)
 
     def keep(self, chosen: jax.Array) -> Self:
         """The cache whose branches all continue branch `chosen[n]` of row n; int32 [N].
 
-        Of the C columns written last, the chosen one moves to the first of their slots, and the others are free again.
+        Of the last C columns, the chosen one moves to the first of their slots, and the others are free again:
+
+        ```
+        slot           0  1  2  3  4  5        C = 3, start = 3, length = 6, chosen = 1
+        before         a  b  c  x  y  z
+        after          a  b  c  y  _  _        length = 4, and slot 3 is valid for all branches
+        ```
         """
         start = self.length - self.branches
 
         def keep(array: jax.Array) -> jax.Array:
-            written = lax.dynamic_slice_in_dim(array, start, self.branches, axis=-2)
-            columns = written.reshape(len(chosen), -1, *written.shape[-2:])
+            last = lax.dynamic_slice_in_dim(array, start, self.branches, axis=-2)
+            columns = last.reshape(len(chosen), -1, *last.shape[-2:])  # [N, K, C, H]
             kept = jnp.take_along_axis(columns, chosen[:, None, None, None], axis=2)
-            return lax.dynamic_update_slice_in_dim(array, kept.reshape(*written.shape[:-2], 1, -1), start, axis=-2)
+            return lax.dynamic_update_slice_in_dim(array, kept.reshape(*last.shape[:-2], 1, -1), start, axis=-2)
 
         slots = jnp.arange(self.valid.shape[2])[None, None]
         return replace(
@@ -295,4 +350,5 @@ class BranchedCache(KVCache):
 
 
 def _without_ones(*sizes: int) -> tuple[int, ...]:
+    """The sizes that are not 1; see `KVCache`."""
     return tuple(size for size in sizes if size > 1)

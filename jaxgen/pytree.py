@@ -1,7 +1,7 @@
-"""Dataclasses as pytrees, whose fields say what is static and which dtype a number has."""
+"""Dataclasses as pytrees. A field says whether it is static, and which dtype its numbers have."""
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_origin
 
@@ -12,15 +12,15 @@ from jax.tree_util import GetAttrKey, register_pytree_with_keys
 AnyClass = TypeVar("AnyClass", bound=type)
 
 
-# Fields of these types hold numbers of one dtype: what Python or NumPy gives becomes a NumPy array of it when the node
-# is made. The dispatch of a program moves such a leaf to the device; `jnp` would take a dispatch of its own.
+# Fields of these types hold numbers of one dtype: Python and NumPy values become NumPy arrays of it in `__init__`. Not
+# JAX arrays, since each would take a dispatch of its own; NumPy leaves go to the device with the program's arguments.
 if TYPE_CHECKING:
 
     class Number:
-        """What is given may be of any of these types, and what is read has the methods of an array."""
+        """Accepts any of these types; reads as an array."""
 
-        def __get__(self, node: Any, owner: Any) -> jax.Array: ...
-        def __set__(self, node: Any, value: "jax.typing.ArrayLike | Sequence[int]") -> None: ...
+        def __get__(self, node: object, owner: object) -> jax.Array: ...
+        def __set__(self, node: object, value: "jax.typing.ArrayLike | Sequence[int]") -> None: ...
 
     Bool = Float32 = Int32 = UInt32 = Number
 else:
@@ -30,8 +30,8 @@ else:
     UInt32 = Annotated[jax.Array, np.uint32]
 
 
-def _dtype(declared: Any) -> Any:
-    """The dtype of a field's type, or None."""
+def _dtype(declared: Any) -> type[np.generic] | None:
+    """The dtype of a field's type, such as `Int32` or `Int32 | None`; None for other types."""
     return next(
         (each.__metadata__[0] for each in (declared, *get_args(declared)) if get_origin(each) is Annotated), None
     )
@@ -40,22 +40,23 @@ def _dtype(declared: Any) -> Any:
 def pytree(cls: AnyClass) -> AnyClass:
     """Registers a dataclass as a pytree; fields with the metadata `static=True` are part of its structure.
 
-    Unlike `jax.tree_util.register_dataclass`, whose nodes of different classes compare equal (jax 0.10 to 0.12) when
-    their fields do: `jit` then now and then runs the program of the other class, say of `TopP` for `MinP`.
+    This replaces `jax.tree_util.register_dataclass`, whose tree structures of two classes compare equal (jax 0.10 to
+    0.12) if their fields do. `jit` then sometimes runs the program of the other class, such as `TopP` for `MinP`.
     """
     static = tuple(each.name for each in fields(cls) if each.metadata.get("static"))
     dynamic = tuple(each.name for each in fields(cls) if not each.metadata.get("static"))
     dtypes = {each.name: dtype for each in fields(cls) if (dtype := _dtype(each.type))}
     keys = tuple(map(GetAttrKey, dynamic))
 
-    def flatten(node: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    def flatten(node: object) -> tuple[tuple[object, ...], tuple[Hashable, ...]]:
         return tuple(getattr(node, name) for name in dynamic), tuple(getattr(node, name) for name in static)
 
-    def flatten_with_keys(node: Any) -> tuple[tuple[tuple[Any, Any], ...], tuple[Any, ...]]:
+    def flatten_with_keys(node: object) -> tuple[tuple[tuple[Hashable, object], ...], tuple[Hashable, ...]]:
         children, aux = flatten(node)
         return tuple(zip(keys, children, strict=True)), aux
 
-    def unflatten(aux: tuple[Any, ...], children: Iterable[Any]) -> Any:
+    def unflatten(aux: tuple[Hashable, ...], children: Iterable[object]) -> object:
+        # Not by `__init__`: JAX also puts tracers, specs and other objects where numbers were.
         node = object.__new__(cls)
         vars(node).update(zip(dynamic, children, strict=True), **dict(zip(static, aux, strict=True)))
         return node
@@ -64,9 +65,10 @@ def pytree(cls: AnyClass) -> AnyClass:
         made = cls.__init__
 
         @functools.wraps(made)
-        def init(node: Any, *args: Any, **kwargs: Any) -> None:
+        def init(node: object, *args: object, **kwargs: object) -> None:
             made(node, *args, **kwargs)
             for name, dtype in dtypes.items():
+                # Arrays of JAX, tracers, None and placeholders stay as they are.
                 if isinstance(value := getattr(node, name), (bool, int, float, list, tuple, np.ndarray, np.generic)):
                     vars(node)[name] = np.asarray(value, dtype)
 

@@ -1,23 +1,43 @@
-"""Beam search and beam sampling: same as transformers 5.24 `GenerationMixin._beam_search`, state for state.
+"""Beam search and beam sampling: same as transformers 5.24 `GenerationMixin._beam_search`, with the same state.
 
-Every prompt has b running beams, which grow, and b finished ones, which wait for better ones to replace them. The
-prompt's forward pass runs once for all its beams, and every other one takes b columns per prompt; see
-`kv_cache.BranchedCache`.
+Every prompt has b running beams, which grow, and b finished beams, until better ones replace them. The prompt's forward
+pass runs once for all its beams. Each later one takes b columns per prompt; see `kv_cache.BranchedCache`.
+
+One step of one prompt, with b = 2 beams and W = 4 candidates:
+
+```
+running beams        scores of all continuations      the W best candidates      with eos     without eos
+"the cat"  -1.0      [b * V], summed with the beam    "the cat sat"     -1.5                  running 0
+"a dog"    -1.2      they continue                    "a dog."          -1.7     finished
+                                                      "a dog ran"       -1.9                  running 1
+                                                      "the cat."        -2.0     dropped: not among the first b
+```
+
+A candidate that is finished is ranked with the finished beams, of which the best b are kept.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxgen.base import Internals, LogitsProcessor, Prompt, Strategy, step_buffers, write_step
+from jaxgen.base import (
+    EosCriterion,
+    Internals,
+    LengthCriterion,
+    LogitsProcessor,
+    Prompt,
+    StoppingCriterion,
+    Strategy,
+    step_buffers,
+    write_step,
+)
 from jaxgen.decoding.beams import NEVER, Beams, take
 from jaxgen.decoding.gumbel import gumbel, row_keys
 from jaxgen.processors.logits_process import process, reorder
-from jaxgen.processors.stopping_criteria import EosToken, MaxLength, any_of
+from jaxgen.processors.stopping_criteria import any_of
 from jaxgen.processors.top_k import highest_few
 from jaxgen.pytree import Bool, Float32, Int32, pytree
 
@@ -25,20 +45,20 @@ from jaxgen.pytree import Bool, Float32, Int32, pytree
 @pytree
 @dataclass(frozen=True)
 class BeamState:
-    """The beams of a decode, and what is kept beside them.
+    """The state of a beam search.
 
     Attributes:
-        running: the b beams that grow, the best first.
-        finished: the best b finished ones so far; before there are b of them, also placeholders that are not.
+        running: the b beams that grow, best first.
+        finished: the best b finished beams so far, filled up with placeholders whose `finished` is False.
         cur_len: int32 []. Valid columns of the running beams.
         prompt_length: int32 []. Columns of the caller's prompt.
         rows: int32 []. Rows of the caller's prompt.
         tokens: int32 [B * b]. The last column of the running beams.
-        parents: int32 [B, b]. The running beam that each one continued.
-        improvable: bool [B]. Whether a running beam may still beat a finished one; once False, it stays so.
-        ended: bool []. Whether no prompt wants another token.
+        parents: int32 [B, b]. The running beam that each running beam continues.
+        improvable: bool [B]. Whether a running beam may still beat a finished one. Once False, it stays False.
+        ended: bool []. Whether no prompt needs another token.
         invalid: bool [B]. Prompts whose scores held a NaN, an infinity, or no finite number.
-        keys: uint32 [B, 2], or None if nothing is drawn.
+        keys: uint32 [B, 2], or None without sampling.
         processors: the states of the processors.
         recorded: the outputs asked for, in buffers with a leading axis of steps.
     """
@@ -54,34 +74,34 @@ class BeamState:
     ended: jax.Array
     invalid: jax.Array
     keys: jax.Array | None
-    processors: tuple[Any, ...]
+    processors: tuple[object, ...]
     recorded: dict[str, jax.Array]
 
 
 @pytree
 @dataclass(frozen=True)
-class BeamSearch(Strategy):
-    """Keeps the b likeliest continuations of each prompt, or with a `key` some at random.
+class BeamSearch(Strategy[BeamState]):
+    """Keeps the b most likely continuations of each prompt, or samples them if there is a `key`.
 
     Attributes:
-        eos, max_length: when a beam is finished.
-        fill: int32 []. What follows the end of a beam.
-        length_penalty: float32 []. The power of the number of tokens by which a finished beam's score is divided.
+        eos, max_length: finish a beam; see `EosToken` and `MaxLength`.
+        fill: int32 []. The token after the end of a beam.
+        length_penalty: float32 []. A finished beam's score is divided by its number of tokens to this power.
         stop_when_full: bool []. `early_stopping=True`: a prompt is done as soon as it has b finished beams.
-        assume_longest: bool []. `early_stopping="never"` with a positive penalty: running beams are judged by what they
-            might score at `longest`, not by what they score now.
-        longest: int32 []. The columns that a beam may have.
+        assume_longest: bool []. `early_stopping="never"` with a positive penalty: a running beam is compared by its
+            score at the length `longest`, not at its present length.
+        longest: int32 []. The maximum columns of a beam.
         key: None, or as `Sample.key`.
-        processors: in the order they act, on log-probabilities; see `logits_process`.
-        stopping_criteria: more ways to finish, called with all candidates as (input_ids [B * W, S], scores [B * b, V],
+        processors: applied to log-probabilities in this order; see `logits_process`.
+        stopping_criteria: the caller's own, called with all candidates as (input_ids [B * W, S], scores [B * b, V],
             cur_len).
         num_beams: b, static.
-        num_candidates: W, static: the continuations of a prompt among which beams finish or go on running.
-        outputs: what to record of every step, static: "scores", "logits", "parents".
+        num_candidates: W, static: the candidates of a prompt, among which beams finish or go on running.
+        outputs: the arrays to record at every step, static: "scores", "logits", "parents".
     """
 
-    eos: EosToken
-    max_length: MaxLength
+    eos: EosCriterion
+    max_length: LengthCriterion
     fill: Int32
     length_penalty: Float32
     stop_when_full: Bool
@@ -89,7 +109,7 @@ class BeamSearch(Strategy):
     longest: Int32
     key: jax.Array | None = None
     processors: tuple[LogitsProcessor, ...] = ()
-    stopping_criteria: tuple[Any, ...] = ()
+    stopping_criteria: tuple[StoppingCriterion, ...] = ()
     num_beams: int = field(default=2, metadata={"static": True})
     num_candidates: int = field(default=4, metadata={"static": True})
     outputs: tuple[str, ...] = field(default=(), metadata={"static": True})
@@ -109,12 +129,12 @@ class BeamSearch(Strategy):
         rows, columns = prompt.input_ids.shape
         unused = jnp.arange(rows) >= prompt.rows  # rows of the bucket
         beams = Beams.of_prompts(prompt, slots, self.fill, self.num_beams)
-        of_vocabulary = jax.ShapeDtypeStruct((rows * self.num_beams, vocab_size), jnp.float32)
-        of_beams = jax.ShapeDtypeStruct((rows, self.num_beams), jnp.int32)
-        shapes = {"scores": of_vocabulary, "logits": of_vocabulary, "parents": of_beams}
+        per_token = jax.ShapeDtypeStruct((rows * self.num_beams, vocab_size), jnp.float32)
+        per_beam = jax.ShapeDtypeStruct((rows, self.num_beams), jnp.int32)
+        shapes = {"scores": per_token, "logits": per_token, "parents": per_beam}
         repeated = prompt.repeated(self.num_beams)
         return BeamState(
-            # Only the first beam counts at first: the others would choose the same tokens again.
+            # All beams start as copies of the prompt. Only the first one may win, or all would choose the same tokens.
             running=replace(beams, scores=beams.scores.at[:, 1:].set(NEVER)),
             finished=replace(beams, scores=beams.scores + NEVER, finished=beams.finished | unused[:, None]),
             cur_len=prompt.length,
@@ -139,9 +159,10 @@ class BeamSearch(Strategy):
         flat = candidates.sequences.reshape(-1, candidates.sequences.shape[2])
         hits = any_of(criteria, flat, scores, state.cur_len + 1).reshape(candidates.scores.shape)
 
-        alive = candidates.scores + jnp.where(hits, NEVER, 0)
-        _, best = lax.top_k(alive, self.num_beams)
-        running = replace(candidates, scores=alive).take(best)
+        # Candidates that go on running: the best b of the W, the finished ones last.
+        running_scores = candidates.scores + jnp.where(hits, NEVER, 0)
+        _, best = lax.top_k(running_scores, self.num_beams)
+        running = replace(candidates, scores=running_scores).take(best)
         parents = take(sources, best)
         finished = self._finish(replace(candidates, finished=hits), state)
         improvable = state.improvable & self._improvable(running, finished, state)
@@ -149,6 +170,7 @@ class BeamSearch(Strategy):
         unused = (jnp.arange(len(hits)) >= state.rows)[:, None]
         full = (finished.finished | unused).all() & self.stop_when_full
         tokens = lax.dynamic_index_in_dim(running.sequences, state.cur_len, axis=2, keepdims=False).reshape(-1)
+        # Beam c of prompt p is row p * b + c of the scores: parents [[1, 1], [0, 1]] are rows [1, 1, 2, 3].
         rows = (jnp.arange(len(parents))[:, None] * self.num_beams + parents).reshape(-1)
         values = {"scores": scores, "logits": logits, "parents": parents}
         return BeamState(
@@ -168,42 +190,44 @@ class BeamSearch(Strategy):
         )
 
     def _candidates(self, scores: jax.Array, state: BeamState) -> tuple[Beams, jax.Array, jax.Array]:
-        """W continuations of each prompt, the best first.
+        """W continuations of each prompt, best first.
 
         Returns:
-            The continuations, int32 [B, W] the running beams they continue, and bool [B] prompts with invalid scores.
+            The candidates, int32 [B, W] the running beams that they continue, and bool [B] prompts with invalid scores.
         """
         running = state.running
         vocab_size = scores.shape[1]
         step = state.cur_len - state.prompt_length
+        # [B * b, V] -> [B, b * V]: index i of a row is token i % V after beam i // V.
         totals = scores.reshape(*running.scores.shape, vocab_size) + running.scores[:, :, None]
         totals = totals.reshape(len(running.scores), -1)
         if state.keys is None:
-            values, places, invalid = highest_few(totals, self.num_candidates)
+            values, indices, invalid = highest_few(totals, self.num_candidates)
         else:
             noise = gumbel(state.keys, step, jnp.broadcast_to(jnp.arange(totals.shape[1]), totals.shape))
-            _, places, invalid = highest_few(totals + noise, self.num_candidates)
-            drawn = jnp.take_along_axis(totals, places, axis=1)
-            values, order = lax.top_k(drawn, self.num_candidates)
-            places = jnp.take_along_axis(places, order, axis=1)
-        sources, tokens = places // vocab_size, places % vocab_size
+            _, indices, invalid = highest_few(totals + noise, self.num_candidates)
+            # They come in the order of their noisy totals; transformers sorts its samples by score.
+            sampled = jnp.take_along_axis(totals, indices, axis=1)
+            values, order = lax.top_k(sampled, self.num_candidates)
+            indices = jnp.take_along_axis(indices, order, axis=1)
+        sources, tokens = indices // vocab_size, indices % vocab_size
         rows = jnp.arange(len(sources))[:, None] * self.num_beams + sources
         return running.extend(sources, tokens, values, rows, state.cur_len, step), sources, invalid
 
     def _finish(self, candidates: Beams, state: BeamState) -> Beams:
-        """The best of the finished beams and of the candidates that are finished; only the first b may be."""
+        """The best b of the finished beams and the finished candidates, of which only the first b count."""
         new_tokens = (state.cur_len + 1 - state.prompt_length).astype(jnp.float32)
         just_finished = candidates.finished & (jnp.arange(self.num_candidates) < self.num_beams)[None]
         full = state.finished.finished.all(axis=1, keepdims=True) & self.stop_when_full
         scores = candidates.scores / new_tokens**self.length_penalty
-        # One after the other, as transformers adds them: what stays unfinished is ranked by these sums.
+        # Three separate additions, as in transformers: these sums rank the placeholders.
         scores = scores + jnp.where(full, NEVER, 0)
         scores = scores + jnp.where(state.improvable[:, None], 0, NEVER)
         scores = scores + jnp.where(just_finished, 0, NEVER)
         return state.finished.beside(replace(candidates, scores=scores, finished=just_finished)).best(self.num_beams)
 
     def _improvable(self, running: Beams, finished: Beams, state: BeamState) -> jax.Array:
-        """bool [B]: whether the best running beam may still beat the worst finished one, or there are not b of them."""
+        """bool [B]: whether the best running beam may still beat a finished beam or replace a placeholder."""
         columns = jnp.where(self.assume_longest, self.longest, state.cur_len + 1)
         new_tokens = (columns - state.prompt_length).astype(jnp.float32)
         best = running.scores[:, :1] / new_tokens**self.length_penalty
@@ -217,7 +241,7 @@ class BeamSearch(Strategy):
         return ~state.ended
 
     def finalize(self, state: BeamState) -> Mapping[str, jax.Array]:
-        """See `base.Strategy.finalize`; of all b beams of each prompt, the best first, and what is recorded.
+        """See `base.Strategy.finalize`; all b beams of each prompt, best first, and the recorded arrays.
 
         `sequences` is [B, b, S], `sequences_scores` [B, b] and `beam_indices` [B, b, S - P].
         """

@@ -1,4 +1,4 @@
-"""Sequences of each prompt with their scores: what the strategies that keep several of them share."""
+"""Beams, several scored sequences per prompt: shared by the two beam searches."""
 
 from dataclasses import dataclass, replace
 from typing import Self
@@ -10,20 +10,19 @@ from jax import lax
 from jaxgen.base import Prompt
 from jaxgen.pytree import pytree
 
-NEVER = -1e9  # transformers' score of what must not be chosen
+NEVER = -1e9  # transformers adds this to scores that must not win
 
 
 @pytree
 @dataclass(frozen=True)
 class Beams:
-    """Some sequences of each prompt, m of them.
+    """m sequences of each prompt.
 
     Attributes:
         sequences: int32 [B, m, S].
-        scores: float32 [B, m]. Of running beams the sum of log-probabilities, of finished ones divided by a power of
-            the number of tokens.
-        beam_indices: int32 [B, m, S - P]. The row of a step's scores that each new token was chosen in, -1 where there
-            is none.
+        scores: float32 [B, m]. The sum of log-probabilities; for finished beams divided by a power of their length.
+        beam_indices: int32 [B, m, S - P]. For each new token, the row of its step's scores that it was chosen from; -1
+            after the last token.
         finished: bool [B, m].
     """
 
@@ -34,7 +33,7 @@ class Beams:
 
     @classmethod
     def of_prompts(cls, prompt: Prompt, slots: int, fill: jax.Array, beams: int) -> Self:
-        """Each prompt as often as it has beams, with scores of 0, and `fill` in the columns to come."""
+        """Copies of each prompt, one per beam, with scores of 0 and `fill` in the columns of new tokens."""
         rows, columns = prompt.input_ids.shape
         sequences = jnp.broadcast_to(prompt.left_aligned(slots, fill)[:, None], (rows, beams, slots))
         return cls(
@@ -44,16 +43,16 @@ class Beams:
             jnp.zeros((rows, beams), bool),
         )
 
-    def take(self, places: jax.Array) -> Self:
-        """The beams at int32 [B, m] places."""
-        return jax.tree.map(lambda array: take(array, places), self)
+    def take(self, indices: jax.Array) -> Self:
+        """Gathers beams at int32 [B, m] indices."""
+        return jax.tree.map(lambda array: take(array, indices), self)
 
     def beside(self, others: Self) -> Self:
-        """All of both, these first."""
+        """Both sets of beams concatenated, these first."""
         return jax.tree.map(lambda x, y: jnp.concatenate([x, y], axis=1), self, others)
 
     def best(self, count: int) -> Self:
-        """Those with the highest scores, falling; of equals the first."""
+        """The beams with the `count` highest scores, best first; of equal scores the first."""
         return self.take(lax.top_k(self.scores, count)[1])
 
     def extend(
@@ -65,13 +64,20 @@ class Beams:
         cur_len: jax.Array,
         step: jax.Array,
     ) -> Self:
-        """Continuations, W of each prompt.
+        """W continuations of each prompt by one token.
+
+        ```
+        beams        sources    tokens    continuations
+        0: a b . .   1          z         c d z .         cur_len = 2
+        1: c d . .   0          y         a b y .
+                     1          x         c d x .
+        ```
 
         Args:
-            sources: int32 [B, W]. The beams that they continue.
-            tokens: int32 [B, W]. What they are continued with, in column `cur_len`.
+            sources: int32 [B, W]. The beams to continue.
+            tokens: int32 [B, W]. Written to column `cur_len`.
             scores: float32 [B, W].
-            rows: int32 [B, W]. The rows of the step's scores that the tokens were chosen in.
+            rows: int32 [B, W]. The rows of the step's scores that the tokens were chosen from.
             cur_len: int32 []. Valid columns of the beams.
             step: int32 []. New tokens so far.
         """
@@ -85,6 +91,6 @@ class Beams:
         )
 
 
-def take(array: jax.Array, places: jax.Array) -> jax.Array:
-    """[B, m, ...] of [B, n, ...], at int32 [B, m] places."""
-    return jax.vmap(lambda row, place: row[place])(array, places)
+def take(array: jax.Array, indices: jax.Array) -> jax.Array:
+    """Gathers along the second axis: [B, n, ...] at int32 [B, m] -> [B, m, ...]."""
+    return jax.vmap(lambda row, index: row[index])(array, indices)

@@ -1,21 +1,37 @@
 """Contrastive search: the tokens of transformers 4.41 `GenerationMixin._contrastive_search`.
 
-Of the likeliest next tokens, the one is chosen that is likely and yet unlike what is there already, by the cosine of
-their last hidden states (Su et al. 2022, arXiv 2202.06417). The model therefore sees all candidates of a step, as
-branches of their row, before one is chosen and the others are forgotten; see `kv_cache.BranchedCache`.
+Each step has C candidates, the most likely next tokens. The winner is likely and also unlike the tokens so far, by the
+cosine of their last hidden states (Su et al. 2022, arXiv 2202.06417). The model therefore runs on all candidates, as
+branches of their row, before one of them is chosen and the others are dropped; see `kv_cache.BranchedCache`.
+
+```
+forward pass over      chooses                   and proposes
+the prompt             -                         C candidates for the first token
+these C candidates     the first token           C candidates for the second token
+...
+```
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxgen.base import Internals, LogitsProcessor, Prompt, Strategy, step_buffers, write_step
+from jaxgen.base import (
+    EosCriterion,
+    Internals,
+    LengthCriterion,
+    LogitsProcessor,
+    Prompt,
+    StoppingCriterion,
+    Strategy,
+    step_buffers,
+    write_step,
+)
 from jaxgen.processors.logits_process import process
-from jaxgen.processors.stopping_criteria import EosToken, MaxLength, any_of
+from jaxgen.processors.stopping_criteria import any_of
 from jaxgen.processors.top_k import highest_few
 from jaxgen.pytree import Float32, Int32, pytree
 
@@ -23,19 +39,19 @@ from jaxgen.pytree import Float32, Int32, pytree
 @pytree
 @dataclass(frozen=True)
 class ContrastiveState:
-    """The token buffer of a decode, the candidates for its next column, and what they are compared with.
+    """The token buffer, the candidates for its next column, and the hidden states that they are compared with.
 
     Attributes:
         sequences: int32 [N, S]. The caller's prompt from column 0, then the new tokens.
         cur_len: int32 []. Valid columns of `sequences`.
         prompt_length: int32 []. Columns of the caller's prompt.
-        tokens: int32 [N * C]. The candidates, which the model sees next.
+        tokens: int32 [N * C]. The candidates, the next input of the model.
         probabilities: float32 [N, C]. Of the candidates.
-        scores: float32 [N, V]. That made them likely; None if no criterion asks for them.
-        chosen: int32 [N]. Which of the candidates before these was taken.
+        scores: float32 [N, V]. The scores that the candidates were taken from; None if no criterion needs them.
+        chosen: int32 [N]. The index, among the candidates of the step before, of the one that was chosen.
         context: float32 [N, S, D]. The last hidden states of the columns of `sequences`, as unit vectors.
-        compared: bool [N, S]. Which of them count: not those of padding, nor of columns to come.
-        finished: bool [N]. Rows that ask for no more tokens; the bucket's rows from the start.
+        compared: bool [N, S]. The columns to compare with: not padding, and not columns of later tokens.
+        finished: bool [N]. Rows that need no more tokens; rows of the bucket are finished from the start.
         invalid: bool [N]. Rows whose scores held a NaN, an infinity, or no finite number before they were finished.
         processors: the states of the processors.
         recorded: the outputs asked for, in buffers with a leading axis of steps.
@@ -52,28 +68,28 @@ class ContrastiveState:
     compared: jax.Array
     finished: jax.Array
     invalid: jax.Array
-    processors: tuple[Any, ...]
+    processors: tuple[object, ...]
     recorded: dict[str, jax.Array]
 
 
 @pytree
 @dataclass(frozen=True)
-class ContrastiveSearch(Strategy):
+class ContrastiveSearch(Strategy[ContrastiveState]):
     """Chooses the best candidate by (1 - penalty_alpha) * probability - penalty_alpha * highest cosine.
 
     Attributes:
-        eos, max_length, pad_token_id, processors, stopping_criteria: as of `Sample`.
+        eos, max_length, pad_token_id, processors, stopping_criteria: as in `Sample`.
         penalty_alpha: float32 [], in [0, 1].
         top_k: C, static: the candidates of a step.
-        outputs: what to record of every step, static: "scores", "logits", "chosen".
+        outputs: the arrays to record at every step, static: "scores", "logits", "chosen".
     """
 
-    eos: EosToken
-    max_length: MaxLength
+    eos: EosCriterion
+    max_length: LengthCriterion
     pad_token_id: Int32 | None
     penalty_alpha: Float32
     processors: tuple[LogitsProcessor, ...] = ()
-    stopping_criteria: tuple[Any, ...] = ()
+    stopping_criteria: tuple[StoppingCriterion, ...] = ()
     top_k: int = field(default=4, metadata={"static": True})
     outputs: tuple[str, ...] = field(default=(), metadata={"static": True})
 
@@ -86,19 +102,19 @@ class ContrastiveSearch(Strategy):
         return ("hidden_states",)
 
     def cache_slots(self, columns: int, new_tokens: int) -> int:
-        return columns + new_tokens + self.top_k - 1  # candidates that are not taken lie beyond the last column
+        return columns + new_tokens + self.top_k - 1  # the last step writes C columns, of which one is kept
 
     def forward_passes(self, new_tokens: int) -> int:
-        return new_tokens  # a token is chosen only after the model has seen it
+        return new_tokens  # one more than usual: a token is chosen only after the model has run on it
 
     def start(
         self, prompt: Prompt, slots: int, logits: jax.Array, scores: jax.Array, internals: Internals
     ) -> ContrastiveState:
         rows, columns = prompt.input_ids.shape
         vocab_size = logits.shape[1]
-        of_vocabulary = jax.ShapeDtypeStruct((rows, vocab_size), jnp.float32)
-        of_rows = jax.ShapeDtypeStruct((rows,), jnp.int32)
-        shapes = {"scores": of_vocabulary, "logits": of_vocabulary, "chosen": of_rows}
+        per_token = jax.ShapeDtypeStruct((rows, vocab_size), jnp.float32)
+        per_row = jax.ShapeDtypeStruct((rows,), jnp.int32)
+        shapes = {"scores": per_token, "logits": per_token, "chosen": per_row}
 
         state = ContrastiveState(
             sequences=prompt.left_aligned(slots, 0),
@@ -113,7 +129,7 @@ class ContrastiveSearch(Strategy):
             finished=jnp.arange(rows) >= prompt.rows,
             invalid=jnp.zeros(rows, bool),
             processors=tuple(processor.init(prompt, vocab_size) for processor in self.processors),
-            # One step more than there are tokens: the last one proposes candidates that nobody wants.
+            # One more step than tokens: the last step proposes candidates that are not used.
             recorded=step_buffers(self.outputs, slots - columns + 1, shapes),
         )
         return self._propose(logits, scores, state)
@@ -124,9 +140,9 @@ class ContrastiveSearch(Strategy):
         rows = len(state.sequences)
         hidden = _unit(internals["hidden_states"][-1])
         cosines = jnp.einsum("ncd,nsd->ncs", hidden, state.context)
-        likeness = jnp.where(state.compared[:, None], cosines, -jnp.inf).max(axis=2)
-        ranking = (1 - self.penalty_alpha) * state.probabilities - self.penalty_alpha * likeness
-        # What is forbidden stays so, also where less than C tokens are allowed; transformers lets it compete.
+        similarity = jnp.where(state.compared[:, None], cosines, -jnp.inf).max(axis=2)
+        ranking = (1 - self.penalty_alpha) * state.probabilities - self.penalty_alpha * similarity
+        # Where fewer than C tokens are allowed, the other candidates have probability 0. In transformers they may win.
         chosen = jnp.argmax(jnp.where(state.probabilities > 0, ranking, -jnp.inf), axis=1).astype(jnp.int32)
 
         candidates = state.tokens.reshape(rows, self.top_k)
@@ -135,20 +151,21 @@ class ContrastiveSearch(Strategy):
             tokens = jnp.where(state.finished[:, None], self.pad_token_id, tokens)
         write = lax.dynamic_update_slice_in_dim
         sequences = write(state.sequences, tokens, state.cur_len, axis=1)
-        empty = jnp.zeros((rows, 0), jnp.float32)
-        before = empty if state.scores is None else state.scores  # only callers' criteria look at them
+        # Only the caller's criteria read the scores that the token was chosen from.
+        token_scores = jnp.zeros((rows, 0), jnp.float32) if state.scores is None else state.scores
         criteria = self.eos, self.max_length, *self.stopping_criteria
-        finished = state.finished | any_of(criteria, sequences, before, state.cur_len + 1)
-        own = jnp.take_along_axis(hidden, chosen[:, None, None], axis=1)
+        finished = state.finished | any_of(criteria, sequences, token_scores, state.cur_len + 1)
+        chosen_hidden = jnp.take_along_axis(hidden, chosen[:, None, None], axis=1)
         following = replace(
             state,
             sequences=sequences,
             cur_len=state.cur_len + 1,
             chosen=chosen,
-            context=write(state.context, own, state.cur_len, axis=1),
+            context=write(state.context, chosen_hidden, state.cur_len, axis=1),
             compared=write(state.compared, jnp.ones((rows, 1), bool), state.cur_len, axis=1),
             finished=finished,
         )
+        # [N * C, V] -> [N, V]: the next candidates come after the chosen one.
         logits, scores = (
             jnp.take_along_axis(array.reshape(rows, self.top_k, -1), chosen[:, None, None], axis=1)[:, 0]
             for array in (logits, scores)
@@ -156,7 +173,7 @@ class ContrastiveSearch(Strategy):
         return self._propose(logits, scores, following)
 
     def _propose(self, logits: jax.Array, scores: jax.Array, state: ContrastiveState) -> ContrastiveState:
-        """The state with the candidates that the scores of the last column, float32 [N, V], make likeliest."""
+        """The state with the C most likely next tokens, by the scores of the last column, float32 [N, V]."""
         scores, states = process(self.processors, state.sequences, scores, state.cur_len, state.processors)
         highest, tokens, invalid = highest_few(scores, self.top_k)
         values = {"scores": scores, "logits": logits, "chosen": state.chosen}
@@ -182,12 +199,12 @@ class ContrastiveSearch(Strategy):
     def finalize(self, state: ContrastiveState) -> Mapping[str, jax.Array]:
         """See `base.Strategy.finalize`; with the recorded outputs, [steps, N, V].
 
-        `chosen` is [steps, N]: which of its candidates, that came before, a step started from.
+        `chosen` is [steps, N]: the index of the candidate that a step chose before it proposed the next ones.
         """
         return {"sequences": state.sequences, "length": state.cur_len, "invalid": state.invalid, **state.recorded}
 
 
 def _unit(vectors: jax.Array) -> jax.Array:
-    """float32 [..., D] of length 1."""
+    """Vectors [..., D] normalised to length 1, in float32; zeros stay zeros."""
     wide = vectors.astype(jnp.float32)
     return wide * lax.rsqrt(jnp.maximum((wide * wide).sum(axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny))

@@ -1,21 +1,36 @@
 """Diverse beam search: the sequences of transformers 4.41 `GenerationMixin._group_beam_search`.
 
-The b beams of each prompt form G groups of g, which search one after the other within a step, and tokens that the
-groups before have just chosen cost a group a penalty (Vijayakumar et al. 2016, arXiv 1610.02424). Each group has
-finished beams and an end of its own. The prompt's forward pass runs once; see `kv_cache.BranchedCache`.
+The b beams of each prompt form G groups of g beams. Within a step the groups search one after the other, and a token
+that earlier groups have just chosen costs a penalty (Vijayakumar et al. 2016, arXiv 1610.02424). Each group has its own
+finished beams and ends by itself. The prompt's forward pass runs once; see `kv_cache.BranchedCache`.
+
+```
+row of a prompt    0   1   2   3   4   5       b = 6, G = 3, g = 2
+group              0   0   1   1   2   2
+```
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxgen.base import Internals, LogitsProcessor, Prompt, Strategy, step_buffers, write_step
+from jaxgen.base import (
+    EosCriterion,
+    Internals,
+    LengthCriterion,
+    LogitsProcessor,
+    Prompt,
+    StoppingCriterion,
+    Strategy,
+    step_buffers,
+    write_step,
+)
 from jaxgen.decoding.beams import NEVER, Beams, take
 from jaxgen.processors.logits_process import process, reorder
-from jaxgen.processors.stopping_criteria import EosToken, MaxLength, any_of
+from jaxgen.processors.stopping_criteria import any_of
 from jaxgen.processors.top_k import highest_few
 from jaxgen.pytree import Bool, Float32, Int32, pytree
 
@@ -27,30 +42,30 @@ class Group:
 
     Attributes:
         running: the g beams that grow.
-        finished: the best g finished ones so far, with placeholders that are not.
-        done: bool [B]. Prompts that want no more tokens of this group; those of the bucket from the start.
+        finished: the best g finished beams so far, filled up with placeholders whose `finished` is False.
+        done: bool [B]. Prompts that need no more tokens from this group; rows of the bucket are done from the start.
         processors: the states of the processors.
     """
 
     running: Beams
     finished: Beams
     done: jax.Array
-    processors: tuple[Any, ...]
+    processors: tuple[object, ...]
 
 
 @pytree
 @dataclass(frozen=True)
 class GroupState:
-    """The groups of a decode, and what is kept beside them.
+    """The state of a group beam search.
 
     Attributes:
-        groups: G of them.
+        groups: the G groups.
         cur_len: int32 []. Valid columns of the running beams.
         prompt_length: int32 []. Columns of the caller's prompt.
         rows: int32 []. Rows of the caller's prompt.
         tokens: int32 [B * b]. The last column of the running beams.
-        parents: int32 [B, b]. The running beam that each one continued.
-        ended: bool []. Whether no prompt wants another token.
+        parents: int32 [B, b]. The running beam that each running beam continues, 0 to b - 1.
+        ended: bool []. Whether no prompt needs another token.
         invalid: bool [B]. Prompts whose scores held a NaN, an infinity, or no finite number.
         recorded: the outputs asked for, in buffers with a leading axis of steps.
     """
@@ -68,25 +83,26 @@ class GroupState:
 
 @pytree
 @dataclass(frozen=True)
-class GroupBeamSearch(Strategy):
+class GroupBeamSearch(Strategy[GroupState]):
     """Keeps likely continuations of each prompt that differ from one another.
 
     Attributes:
-        eos, max_length: when a beam is finished, and when all are.
-        pad_token_id: int32 []. What follows the end of a beam.
-        last_token: int32 []. Stands for whatever eos ended a beam: the first of them, as in transformers 4.41.
-        diversity_penalty: float32 []. Taken from a token's score for each time that the groups before chose it.
-        length_penalty: float32 []. As of `BeamSearch`, like `stop_when_full`, `assume_longest` and `longest`.
-        processors: in the order they act, on log-probabilities of one group at a time; see `logits_process`.
-        stopping_criteria: the decode ends when they finish all running beams at once.
+        eos: finishes a beam; see `EosToken`.
+        max_length: ends the decode; see `MaxLength`.
+        pad_token_id: int32 []. The token after the end of a beam.
+        last_token: int32 []. Written in place of whichever eos ended a beam: the first eos, as in transformers 4.41.
+        diversity_penalty: float32 []. Subtracted from a token's score for each time that earlier groups chose it.
+        length_penalty, stop_when_full, assume_longest, longest: as in `BeamSearch`.
+        processors: applied to log-probabilities of one group at a time, in this order; see `logits_process`.
+        stopping_criteria: the caller's own. The decode ends when they finish all running beams at once.
         num_beams: b, static.
         num_beam_groups: G, static.
-        num_candidates: W, static: the continuations of a group among which beams finish or go on running.
-        outputs: what to record of every step, static: "scores", "logits", "parents".
+        num_candidates: W, static: the candidates of a group, among which beams finish or go on running.
+        outputs: the arrays to record at every step, static: "scores", "logits", "parents".
     """
 
-    eos: EosToken
-    max_length: MaxLength
+    eos: EosCriterion
+    max_length: LengthCriterion
     pad_token_id: Int32
     last_token: Int32
     diversity_penalty: Float32
@@ -95,7 +111,7 @@ class GroupBeamSearch(Strategy):
     assume_longest: Bool
     longest: Int32
     processors: tuple[LogitsProcessor, ...] = ()
-    stopping_criteria: tuple[Any, ...] = ()
+    stopping_criteria: tuple[StoppingCriterion, ...] = ()
     num_beams: int = field(default=4, metadata={"static": True})
     num_beam_groups: int = field(default=2, metadata={"static": True})
     num_candidates: int = field(default=4, metadata={"static": True})
@@ -122,15 +138,15 @@ class GroupBeamSearch(Strategy):
         beams = Beams.of_prompts(prompt, slots, self.pad_token_id, self.group_size)
         repeated = prompt.repeated(self.group_size)
         group = Group(
-            # Only the first beam counts at first: the others would choose the same tokens again.
+            # All beams start as copies of the prompt. Only the first one may win, or all would choose the same tokens.
             running=replace(beams, scores=beams.scores.at[:, 1:].set(NEVER)),
             finished=replace(beams, scores=jnp.full_like(beams.scores, -jnp.inf)),
             done=jnp.arange(rows) >= prompt.rows,
             processors=tuple(processor.init(repeated, vocab_size) for processor in self.processors),
         )
-        of_vocabulary = jax.ShapeDtypeStruct((rows * self.num_beams, vocab_size), jnp.float32)
-        of_beams = jax.ShapeDtypeStruct((rows, self.num_beams), jnp.int32)
-        shapes = {"scores": of_vocabulary, "logits": of_vocabulary, "parents": of_beams}
+        per_token = jax.ShapeDtypeStruct((rows * self.num_beams, vocab_size), jnp.float32)
+        per_beam = jax.ShapeDtypeStruct((rows, self.num_beams), jnp.int32)
+        shapes = {"scores": per_token, "logits": per_token, "parents": per_beam}
         return GroupState(
             groups=(group,) * self.num_beam_groups,
             cur_len=prompt.length,
@@ -145,20 +161,17 @@ class GroupBeamSearch(Strategy):
 
     def step(self, logits: jax.Array, scores: jax.Array, internals: Internals, state: GroupState) -> GroupState:
         by_group = scores.reshape(-1, self.num_beam_groups, self.group_size, scores.shape[1])
-        chosen = jnp.zeros(
-            (len(by_group), scores.shape[1]), jnp.float32
-        )  # how often each token was, by the groups before
-        found = []
-        for place in range(self.num_beam_groups):
-            penalised = by_group[:, place] - self.diversity_penalty * chosen[:, None]
-            found.append(self._search(place, penalised, state))
-            chosen = chosen.at[jnp.arange(len(chosen))[:, None], found[-1].tokens].add(1)
+        counts = jnp.zeros((len(by_group), scores.shape[1]), jnp.float32)  # of each token, chosen by earlier groups
+        steps: list[_GroupStep] = []
+        for index in range(self.num_beam_groups):
+            penalised = by_group[:, index] - self.diversity_penalty * counts[:, None]
+            steps.append(self._search(index, penalised, state))
+            counts = counts.at[jnp.arange(len(counts))[:, None], steps[-1].tokens].add(1)
 
-        tokens, parents = (
-            jnp.concatenate([getattr(each, name) for each in found], 1) for name in ("tokens", "parents")
-        )
-        processed = jnp.concatenate([each.scores for each in found], axis=1).reshape(scores.shape)
-        groups = tuple(each.group for each in found)
+        tokens = jnp.concatenate([step.tokens for step in steps], axis=1)
+        parents = jnp.concatenate([step.parents for step in steps], axis=1)
+        processed = jnp.concatenate([step.scores for step in steps], axis=1).reshape(scores.shape)
+        groups = tuple(step.group for step in steps)
         sequences = jnp.concatenate([group.running.sequences for group in groups], axis=1)
         sequences = sequences.reshape(len(scores), -1)
         unused = jnp.repeat(jnp.arange(len(by_group)) >= state.rows, self.num_beams)
@@ -173,37 +186,40 @@ class GroupBeamSearch(Strategy):
             tokens=tokens.reshape(-1),
             parents=parents,
             ended=jnp.stack([group.done for group in groups]).all() | hits.all(),
-            invalid=state.invalid | jnp.stack([each.invalid for each in found]).any(axis=0),
+            invalid=state.invalid | jnp.stack([step.invalid for step in steps]).any(axis=0),
             recorded=write_step(state.recorded, values, state.cur_len - state.prompt_length),
         )
 
-    def _search(self, place: int, scores: jax.Array, state: GroupState) -> "_Found":
+    def _search(self, index: int, scores: jax.Array, state: GroupState) -> "_GroupStep":
         """One step of one group, from its float32 [B, g, V] penalised log-probabilities."""
-        group, size, first = state.groups[place], self.group_size, place * self.group_size
+        group, size, first = state.groups[index], self.group_size, index * self.group_size
         running, vocab_size = group.running, scores.shape[2]
         sequences = running.sequences.reshape(-1, running.sequences.shape[2])
         scores, states = process(
             self.processors, sequences, scores.reshape(-1, vocab_size), state.cur_len, group.processors
         )
         scores = scores.reshape(-1, size, vocab_size)
+        # [B, g * V]: index i of a row is token i % V after beam i // V of the group.
         totals = (scores + running.scores[:, :, None]).reshape(len(scores), -1)
-        values, places, invalid = highest_few(totals, self.num_candidates)
-        sources, tokens = places // vocab_size, places % vocab_size
+        values, indices, invalid = highest_few(totals, self.num_candidates)
+        sources, tokens = indices // vocab_size, indices % vocab_size
         ends = (tokens[:, :, None] == self.eos.eos_token_id[None, None]).any(axis=2)
         tokens = jnp.where(ends, self.last_token, tokens)
+        # Beam `first + c` of prompt p is row p * b + first + c of the step's scores.
         rows = jnp.arange(len(scores))[:, None] * self.num_beams + first + sources
         step = state.cur_len - state.prompt_length
         candidates = running.extend(sources, tokens, values, rows, state.cur_len, step)
 
-        # The first g that do not end go on, in the place of all beams of a prompt that is done: padding.
+        # The first g candidates without an eos go on: ends [F, T, F, F] -> argsort [0, 2, 3, 1] -> candidates 0 and 2.
+        # In a prompt that is done, every beam continues itself with padding instead.
         going_on = jnp.argsort(ends, axis=1, stable=True)[:, :size]
         done = group.done[:, None]
-        own = jnp.broadcast_to(jnp.arange(size), going_on.shape)
+        same_beam = jnp.broadcast_to(jnp.arange(size), going_on.shape)
         next_tokens = jnp.where(done, self.pad_token_id, take(tokens, going_on))
-        local = jnp.where(done, own, take(sources, going_on))
-        rows = jnp.arange(len(scores))[:, None] * self.num_beams + first + local
+        parents = jnp.where(done, same_beam, take(sources, going_on))
+        rows = jnp.arange(len(scores))[:, None] * self.num_beams + first + parents
         continued = running.extend(
-            local, next_tokens, jnp.where(done, 0, take(values, going_on)), rows, state.cur_len, step
+            parents, next_tokens, jnp.where(done, 0, take(values, going_on)), rows, state.cur_len, step
         )
 
         finishes = ends & (jnp.arange(self.num_candidates) < size)[None] & ~done
@@ -211,18 +227,19 @@ class GroupBeamSearch(Strategy):
         best = values[:, 0] / self._new_tokens(state).astype(jnp.float32) ** self.length_penalty
         hopeless = finished.scores[:, -1] >= best
         is_done = group.done | (finished.finished.all(axis=1) & (self.stop_when_full | hopeless))
-        prompts = jnp.arange(len(scores))[:, None] * size + local
-        states = reorder(self.processors, states, prompts.reshape(-1))
+        # The processors see one group at a time, so their rows are [B * g].
+        processor_rows = jnp.arange(len(scores))[:, None] * size + parents
+        states = reorder(self.processors, states, processor_rows.reshape(-1))
         following = Group(running=continued, finished=finished, done=is_done, processors=states)
-        return _Found(following, next_tokens, first + local, scores, invalid & ~group.done)
+        return _GroupStep(following, next_tokens, first + parents, scores, invalid & ~group.done)
 
     def _scored(self, beams: Beams, finished: jax.Array, new_tokens: jax.Array) -> Beams:
-        """The beams with the scores of finished ones; -inf where they are not."""
+        """The beams with the scores of finished beams, and -inf for beams that are not `finished`."""
         scores = beams.scores / new_tokens.astype(jnp.float32) ** self.length_penalty
         return replace(beams, scores=jnp.where(finished, scores, -jnp.inf), finished=finished)
 
     def _new_tokens(self, state: GroupState) -> jax.Array:
-        """int32 []: by how many tokens a running beam's hope is judged."""
+        """int32 []: the number of tokens at which a running beam is compared with the finished ones."""
         return jnp.where(self.assume_longest, self.longest, state.cur_len + 1) - state.prompt_length
 
     def parents(self, state: GroupState) -> jax.Array:
@@ -232,11 +249,12 @@ class GroupBeamSearch(Strategy):
         return ~state.ended
 
     def finalize(self, state: GroupState) -> Mapping[str, jax.Array]:
-        """As `BeamSearch.finalize`: of all b beams of each prompt, the best first, whatever group they are from."""
+        """As `BeamSearch.finalize`: all b beams of each prompt, best first, groups mixed."""
         final = []
         for group in state.groups:
-            open_ones = jnp.broadcast_to(~group.done[:, None], group.running.scores.shape)
-            running = self._scored(group.running, open_ones, state.cur_len - state.prompt_length)
+            # At the maximum length, running beams of prompts that are not done compete with the finished ones.
+            not_done = jnp.broadcast_to(~group.done[:, None], group.running.scores.shape)
+            running = self._scored(group.running, not_done, state.cur_len - state.prompt_length)
             final.append(group.finished.beside(running).best(self.group_size))
         beams = final[0]
         for others in final[1:]:
@@ -252,7 +270,7 @@ class GroupBeamSearch(Strategy):
         }
 
 
-class _Found(NamedTuple):
+class _GroupStep(NamedTuple):
     """A step of one group: its state, int32 [B, g] tokens and parents, float32 [B, g, V] scores, bool [B] invalid."""
 
     group: Group

@@ -1,6 +1,6 @@
-"""The noise of a draw: adding it to log-probabilities makes the highest one a sample (Gumbel-max).
+"""Gumbel noise for sampling: after adding it to log-probabilities, the argmax is a sample (Gumbel-max).
 
-The m highest are then a sample of m without replacement, in the order of a sequential draw (Vieira 2014).
+The m highest sums are m samples without replacement, in the order of drawing them one by one (Vieira 2014).
 """
 
 import jax
@@ -15,35 +15,37 @@ def row_keys(key: jax.Array, prompts: int, copies: int) -> jax.Array:
         words = key
     elif not jnp.issubdtype(key.dtype, jnp.integer):
         raise ValueError(f"`key` has dtype {key.dtype}. Pass an int, a jax.random key, or one of either per prompt.")
-    else:  # ints, in two words as `inputs.key_words` splits them
+    else:  # an int becomes its high and its low word, as on the host; ints of 32 bits are sign-extended
         high = key >> 32 if key.dtype.itemsize > 4 else jnp.where(key < 0, -1, 0)
         words = jnp.stack([high.astype(jnp.uint32), key.astype(jnp.uint32)], axis=-1)
     base = jax.random.wrap_key_data(words[..., :2], impl="threefry2x32")
     fold = jax.random.fold_in
-    places = jnp.arange(prompts) if base.ndim == 0 else jnp.zeros(prompts, jnp.int32)
-    by_prompt = jax.vmap(fold, (None if base.ndim == 0 else 0, 0))(base, places)
+    # A prompt with its own key gets the samples of a batch of one, wherever it is in the batch.
+    indices = jnp.arange(prompts) if base.ndim == 0 else jnp.zeros(prompts, jnp.int32)
+    by_prompt = jax.vmap(fold, (None if base.ndim == 0 else 0, 0))(base, indices)
     by_row = jax.vmap(jax.vmap(fold, (None, 0)), (0, None))(by_prompt, jnp.arange(copies))
     return jax.random.key_data(by_row).reshape(-1, 2)
 
 
-def gumbel(keys: jax.Array, step: jax.Array, columns: jax.Array) -> jax.Array:
-    """float32 [N, W] of standard Gumbel noise, one Threefry block for each row's key, the step and the column.
+def gumbel(keys: jax.Array, step: jax.Array, token_ids: jax.Array) -> jax.Array:
+    """float32 [N, W] of standard Gumbel noise, a Threefry block for each key, step and token id.
 
     Args:
         keys: uint32 [N, 2].
         step: int32 []. Tokens generated so far.
-        columns: int32 [N, W].
+        token_ids: int32 [N, W], or for beams indices into [b * V].
     """
-    bits = _threefry(keys[:, :1], keys[:, 1:], step.astype(jnp.uint32), columns.astype(jnp.uint32))
-    # All 32 bits, so that the highest noise, which decides, is the finest; below 1, so that none is -inf.
+    bits = _threefry(keys[:, :1], keys[:, 1:], step.astype(jnp.uint32), token_ids.astype(jnp.uint32))
+    # The largest noise decides, so it comes from the smallest `uniform`, where float32 has the most values. At 1 the
+    # noise would be -inf.
     uniform = jnp.minimum((bits.astype(jnp.float32) + 0.5) * 2.0**-32, 1 - 2.0**-24)
     return -jnp.log(-jnp.log1p(-uniform))
 
 
 def _threefry(key_0: jax.Array, key_1: jax.Array, counter_0: jax.Array, counter_1: jax.Array) -> jax.Array:
-    """uint32: the first word of Threefry-2x32 with 20 rounds (Salmon et al. 2011), of words that broadcast.
+    """uint32: the first word of Threefry-2x32 with 20 rounds (Salmon et al. 2011). The arguments broadcast.
 
-    Same as jax's primitive, whose rolled loops XLA:CPU does not fuse: 18 times slower for 8 x 128k.
+    Same bits as jax's primitive, whose rolled loops XLA:CPU does not fuse: 18 times slower for 8 x 128k.
     """
     keys = (key_0, key_1, key_0 ^ key_1 ^ jnp.uint32(0x1BD11BDA))
     a, b = counter_0 + key_0, counter_1 + key_1

@@ -1,12 +1,12 @@
-"""The decode engine: prefill -> advance (one `lax.while_loop`) -> finalize.
+"""The decode loop: prefill -> advance (one `lax.while_loop`) -> finalize.
 
-Everything a call needs is an argument: the weights, the strategy and the state are pytrees, so the compile key is their
-structure and shapes. A new temperature, stop set or length is new data for the same program.
+The weights, the strategy and the state are pytrees and arguments of the programs, so the compile key is their structure
+and shapes. A new temperature, set of eos ids or length is new data for the same program.
 
-`decode` is the pure composition, for use inside the caller's own `jit`, `vmap` or `shard_map`. `generate` dispatches
-the jitted `prefill` and `advance`: a new prompt bucket then recompiles the prefill only, and the same `advance` serves
-a whole call or a chunk of it, since the number of steps is traced. Between chunks the cache may `grow`: attention reads
-every slot there is, so a cache with room for the longest text would be paid for from the first token on.
+`decode` composes the three as a pure function, for use inside the caller's own `jit`, `vmap` or `shard_map`. `generate`
+dispatches the jitted `prefill` and `advance`. A new prompt bucket then recompiles the prefill only, and calls of any
+length share `advance`, since the number of steps is traced. Between chunks of steps the cache may `grow`: attention
+reads all slots, so that a cache with room for the longest text would make every step as slow as the last one.
 """
 
 import functools
@@ -21,7 +21,18 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxgen.base import AnyCache, Cache, Call, Internals, Model, Strategy, StrategyState, no_mesh
+from jaxgen.base import (
+    AnyCache,
+    BranchedCache,
+    Cache,
+    Call,
+    Internals,
+    Model,
+    Prefill,
+    Strategy,
+    StrategyState,
+    no_mesh,
+)
 from jaxgen.pytree import pytree
 
 logger = logging.getLogger(__name__)
@@ -30,14 +41,22 @@ logger = logging.getLogger(__name__)
 @pytree
 @dataclass(frozen=True)
 class DecodeState:
-    """What the loop carries: the model's cache, the strategy's own state, and the internals asked for.
+    """The carry of the loop: the model's cache, the state of the strategy, and the internals asked for.
 
     Attributes:
+        cache: of the model's rows.
+        inner: the state of the strategy.
         steps: int32 []. Forward passes since the prompt's.
-        guidance_scale: float32 []. If given, the model reads every token twice: behind its prompt in the upper half of
-            the batch, behind the negative prompt in the lower. The strategy sees one half.
+        guidance_scale: float32 [], or None. With guidance the model's batch has two halves, and every token is in both:
+
+            ```
+            model's row     0      1      2       3                4                5
+                            row 0  row 1  row 2   row 0, negative  row 1, negative  row 2, negative
+            ```
+
+            The strategy sees the upper half, with guided scores.
         prompt_internals: of the prompt's forward pass, as `Model.extend` returns them.
-        step_internals: of the passes since, in buffers with a leading axis of steps.
+        step_internals: of the later forward passes, in buffers with a leading axis of steps.
     """
 
     cache: Cache
@@ -51,12 +70,12 @@ class DecodeState:
 @pytree
 @dataclass(frozen=True)
 class Progress:
-    """What the host may look at while further steps run on the state itself, which is donated to them.
+    """Arrays for the host to read while further steps run. The state itself is donated to those steps.
 
     Attributes:
         length: int32 []. Columns of the prompt and the tokens of all steps so far.
-        unfinished: bool []. Whether any row still wants a token.
-        text: int32 [N, S]. The prompts and their tokens so far; None where later steps may change them, as with beams.
+        unfinished: bool []. Whether any row needs another token.
+        text: int32 [N, S]. The prompts and their tokens so far; None if later steps may change them, as with beams.
     """
 
     length: jax.Array
@@ -64,16 +83,16 @@ class Progress:
     text: jax.Array | None
 
 
-def decode(model: Model, call: Call) -> Mapping[str, Any]:
+def decode(model: Model, call: Call) -> Mapping[str, jax.Array]:
     """Decodes until every row is finished, as a pure function without a jit inside.
 
     Args:
         model: the weights, a pytree.
-        call: a pytree: from `prepare`, or made of a `Prompt`, a strategy and a number of slots.
+        call: a pytree, from `prepare` or made of a `Prompt`, a strategy and a number of slots.
 
     Returns:
-        The strategy's outputs: `sequences` int32 [N * R, S], of which the first `length` columns count, and more by
-        strategy.
+        The strategy's outputs: `sequences` int32 [N * R, S], of which the first `length` columns are valid, and others
+        that depend on the strategy.
 
     Raises:
         ValueError: if `slots` leaves no room for a token.
@@ -90,22 +109,22 @@ def decode(model: Model, call: Call) -> Mapping[str, Any]:
         return finalize(call.strategy, _advance(model, state, call.strategy, n_steps))
 
 
-def finalize(strategy: Strategy, state: DecodeState) -> Mapping[str, Any]:
-    """The outputs of a decode that is over, by their Hugging Face names."""
+def finalize(strategy: Strategy, state: DecodeState) -> Mapping[str, jax.Array]:
+    """The outputs of a finished decode, by their Hugging Face names."""
     return strategy.finalize(state.inner)
 
 
 def _prefill(model: Model, call: Call, collect: tuple[str, ...] = (), cache_slots: int | None = None) -> DecodeState:
-    """One forward pass over the prompt; the first token of every row is chosen.
+    """Runs the forward pass over the prompt and chooses the first token of every row.
 
-    The prompt attends to its own columns only: the cache starts with P slots and grows afterwards, to `cache_slots` or
-    to all that the strategy may need. Its rows are repeated, or branch, only after that: several sequences of one
-    prompt pay for it once.
+    The cache has P slots during this pass, so that attention reads no empty slots, and grows afterwards to
+    `cache_slots`, or to the most that the strategy can need. Its rows are repeated or branch only after the pass, so
+    that several sequences of one prompt share it.
     """
     strategy, new_tokens = call.strategy, call.slots - call.prompt.input_ids.shape[1]
     logits, cache, internals = _read(model, call, _both(collect, strategy))
-    logits, scores, own = _guided(strategy, call.guidance_scale, logits, internals)
-    inner = strategy.start(call.prompt, call.slots, logits, scores, own)
+    logits, scores, guided_internals = _guided(strategy, call.guidance_scale, logits, internals)
+    inner = strategy.start(call.prompt, call.slots, logits, scores, guided_internals)
     if strategy.copies > 1:
         cache = cache.take(jnp.repeat(jnp.arange(call.model_rows), strategy.copies))
     cache = cache.grow(cache_slots or strategy.cache_slots(call.prompt_slots, new_tokens))
@@ -113,6 +132,7 @@ def _prefill(model: Model, call: Call, collect: tuple[str, ...] = (), cache_slot
         cache = cache.branch(strategy.branches)
     buffers: Internals = {}
     if collect:
+        # The shapes of one step's internals depend on the cache as it is now: grown and branched.
         step = jax.eval_shape(lambda: _extend(model, cache, inner.tokens, call.guidance_scale, collect)[2])
         buffers = jax.tree.map(lambda x: jnp.zeros((new_tokens, *x.shape), x.dtype), step)
     prompt_internals = {name: internals[name] for name in collect}
@@ -120,40 +140,56 @@ def _prefill(model: Model, call: Call, collect: tuple[str, ...] = (), cache_slot
 
 
 def _read(model: Model, call: Call, collect: tuple[str, ...]) -> tuple[jax.Array, Cache, Internals]:
-    """The forward pass over the prompt; internals are of the last chunk."""
+    """The forward pass over the prompt, in one piece or in chunks; logits and internals are of the last chunk."""
     if (prefill := call.prefill) is None:
         cache = model.make_cache(*call.prompt.input_ids.shape)
         return model.extend(cache, call.prompt.input_ids, call.prompt.attention_mask.astype(bool), None, collect)
     inputs, mask = prefill.inputs, prefill.attention_mask.astype(bool)
     cache = model.make_cache(*mask.shape) if prefill.past is None else prefill.past
-    padding: Any = prefill.padding
+    padding = prefill.padding
     if (size := prefill.chunk) is None:
         cache = cache if padding is None else cache.skip(padding)
         return model.extend(cache, inputs, mask, prefill.position_ids, collect)
+    return _read_chunks(model, cache, prefill, size, collect)
 
-    def chunk(number: Any, cache: Cache) -> tuple[jax.Array, Cache, Internals]:
-        def part(columns: Any) -> jax.Array:
+
+def _read_chunks(
+    model: Model, cache: Cache, prefill: Prefill, size: int, collect: tuple[str, ...]
+) -> tuple[jax.Array, Cache, Internals]:
+    """The forward passes over chunks of `size` columns, the last one padded on the left.
+
+    ```
+    chunk             0            1            2       size = 4, full_chunks = 2, padding = 3
+                  a  b  c  d   e  f  g  h   .  .  .  i
+    cache slots   0  1  2  3   4  5  6  7   8  9 10 11  "." is not valid
+    ```
+    """
+    padding, full_chunks = prefill.padding, prefill.full_chunks
+    assert padding is not None and full_chunks is not None, "a prefill in chunks needs both"
+    inputs, mask, position_ids = prefill.inputs, prefill.attention_mask.astype(bool), prefill.position_ids
+
+    def chunk(number: jax.Array, cache: Cache) -> tuple[jax.Array, Cache, Internals]:
+        def part(columns: jax.Array) -> jax.Array:
             return lax.dynamic_slice_in_dim(columns, number * size, size, axis=1)
 
-        cache = cache.skip(jnp.where(number < full, 0, padding))
-        return model.extend(cache, part(inputs), part(mask), part(prefill.position_ids), collect)
+        cache = cache.skip(jnp.where(number < full_chunks, 0, padding))
+        return model.extend(cache, part(inputs), part(mask), part(position_ids), collect)
 
-    # All of them in one loop, which therefore has to start with what the last one leaves: the layers compile once.
-    full: Any = prefill.full_chunks
+    # One loop over all chunks, so that the layers compile once. Its carry starts with zeros for the results of a chunk.
     logits, _, internals = jax.eval_shape(chunk, jnp.int32(0), cache)
-    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (logits, internals))
-    start = (nothing[0], cache, nothing[1])
-    return lax.fori_loop(0, full + 1, lambda number, last: chunk(number, last[1]), start)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (logits, internals))
+    start = (zeros[0], cache, zeros[1])
+    return lax.fori_loop(0, full_chunks + 1, lambda number, last: chunk(number, last[1]), start)
 
 
 def _advance(
     model: Model, state: DecodeState, strategy: Strategy, n_steps: jax.Array, collect: tuple[str, ...] = ()
 ) -> DecodeState:
-    """Chooses up to `n_steps` (traced) more tokens per row; stops early when every row is finished."""
-    last = state.steps + n_steps
+    """Chooses up to `n_steps` (traced) more tokens per row; stops early once every row is finished."""
+    end = state.steps + n_steps
 
     def unfinished(state: DecodeState) -> jax.Array:
-        return (state.steps < last) & strategy.unfinished(state.inner)
+        return (state.steps < end) & strategy.unfinished(state.inner)
 
     def step(state: DecodeState) -> DecodeState:
         scale = state.guidance_scale
@@ -162,27 +198,33 @@ def _advance(
         buffers = jax.tree.map(write, state.step_internals, {name: internals[name] for name in collect})
         inner = strategy.step(*_guided(strategy, scale, logits, internals), state.inner)
         if strategy.branches > 1:
-            cache = _branched_on(cache, strategy, inner, scale)
+            cache = _reordered(cache, strategy, inner, scale)
         return DecodeState(cache, inner, state.steps + 1, scale, state.prompt_internals, buffers)
 
     return lax.while_loop(unfinished, step, state)
 
 
 def _both(collect: tuple[str, ...], strategy: Strategy) -> tuple[str, ...]:
-    """The internals to compute: those to return, and those the strategy reads."""
+    """The internals to compute: the ones to return and the ones that the strategy reads."""
     return tuple(dict.fromkeys((*collect, *strategy.needs)))
 
 
 def _extend(
-    model: Model, cache: Any, tokens: jax.Array, guidance_scale: jax.Array | None, collect: tuple[str, ...]
+    model: Model, cache: Cache, tokens: jax.Array, guidance_scale: jax.Array | None, collect: tuple[str, ...]
 ) -> tuple[jax.Array, Any, Internals]:
-    """One forward pass over int32 [N] tokens, or over [N * C], one for each branch; with guidance over 2N rows."""
+    """One forward pass over int32 [N] tokens, or [N * C] with branches. With guidance the model has 2N rows.
+
+    Returns:
+        Logits, the cache, a `BranchedCache` if `cache` is one, and internals.
+    """
     columns = _for_both_halves(tokens, guidance_scale).reshape(-1, cache.branches)
     return model.extend(cache, columns, jnp.ones_like(columns, bool), None, collect)
 
 
-def _branched_on(cache: Any, strategy: Strategy, inner: StrategyState, guidance_scale: jax.Array | None) -> Any:
-    """The cache of branches after a step: each continues one of those before it."""
+def _reordered(
+    cache: BranchedCache, strategy: Strategy, inner: StrategyState, guidance_scale: jax.Array | None
+) -> BranchedCache:
+    """The cache after a step, with every branch continuing the branch that the strategy chose for it."""
     if (parents := strategy.parents(inner)) is not None:
         cache = cache.reorder(_for_both_halves(parents, guidance_scale))
     if (chosen := strategy.chosen(inner)) is not None:
@@ -191,17 +233,17 @@ def _branched_on(cache: Any, strategy: Strategy, inner: StrategyState, guidance_
 
 
 def _for_both_halves(array: jax.Array, guidance_scale: jax.Array | None) -> jax.Array:
-    """An array of N rows for the N rows of the model, or with guidance for its 2N."""
+    """An array of N rows as one for the model's rows: the same, or with guidance twice, [2N, ...]."""
     return array if guidance_scale is None else jnp.concatenate([array, array])
 
 
 def _guided(
     strategy: Strategy, guidance_scale: jax.Array | None, logits: jax.Array, internals: Internals
 ) -> tuple[jax.Array, jax.Array, Internals]:
-    """What a strategy sees of a forward pass: logits, the scores that the processors start from, and internals.
+    """The logits, the processors' input scores and the internals, for a strategy that does not know of guidance.
 
-    Guidance is that of transformers 5.24 `UnbatchedClassifierFreeGuidanceLogitsProcessor`, but the negative prompts are
-    the lower half of the batch, so that the weights are read once.
+    Same as transformers 5.24 `UnbatchedClassifierFreeGuidanceLogitsProcessor`, except that the negative prompts are the
+    lower half of the batch, so that the weights are read once.
     """
     if guidance_scale is None:
         return logits, jax.nn.log_softmax(logits) if strategy.log_probabilities else logits, internals
@@ -217,7 +259,7 @@ _compile_counts: Counter[str] = Counter()
 def compile_counts() -> dict[str, int]:
     """How many programs this process has built for `generate` so far: {"prefill": ..., "advance": ..., "grow": ...}.
 
-    A call that leaves the figures alone compiled nothing.
+    If a call does not change these numbers, it compiled nothing.
     """
     return {name: _compile_counts[name] for name in ("prefill", "advance", "grow")}
 
@@ -232,7 +274,7 @@ def _count(name: str) -> None:
 def prefill(
     model: Model, call: Call, collect: tuple[str, ...] = (), cache_slots: int | None = None
 ) -> tuple[DecodeState, Progress]:
-    """The first program of a call: reads the prompt and chooses the first token, see `_prefill`."""
+    """The first program of a call: reads the prompt and chooses the first token. See `_prefill`."""
     _count("prefill")
     state = _prefill(model, call, collect, cache_slots)
     return state, _progress(call.strategy, state)
@@ -242,7 +284,7 @@ def prefill(
 def advance(
     model: Model, state: DecodeState, strategy: Strategy, n_steps: jax.Array, collect: tuple[str, ...] = ()
 ) -> tuple[DecodeState, Progress]:
-    """The second program of a call: up to `n_steps` more tokens, see `_advance`. The state given to it is gone."""
+    """The second program of a call: chooses up to `n_steps` more tokens. `state` is donated. See `_advance`."""
     _count("advance")
     state = _advance(model, state, strategy, n_steps, collect)
     return state, _progress(strategy, state)
@@ -259,7 +301,7 @@ def _grow(cache: AnyCache, slots: int) -> AnyCache:
 
 
 def grow(cache: AnyCache, slots: int) -> AnyCache:
-    """The same cache with `slots` slots; the old one is gone."""
+    """The same cache with `slots` slots. The arrays of the old one are deleted."""
     return cache.grow_by_parts(slots, _grow)
 
 
@@ -268,24 +310,24 @@ _built_at_last_look = 0
 
 
 def drop_programs_if_many() -> None:
-    """Keeps a process of many shapes alive on Linux: drops all programs when they take half of its memory maps.
+    """On Linux, drops all programs once the process uses half of the memory maps that it may have.
 
-    On the CPU a program takes 300 to 800 maps, a process may have 65,530 by default, and where there are no more, XLA
-    aborts it. Programs that are needed again are compiled again.
+    On the CPU a program takes 300 to 800 maps. A process may have 65,530 by default, and XLA aborts the process when
+    there are none left. Dropped programs are compiled again when they are needed.
     """
     global _built_at_last_look
     built = sum(_compile_counts.values())
-    if built < _built_at_last_look + 8 or not _MAPS.exists():  # looking takes milliseconds
+    if built < _built_at_last_look + 8 or not _MAPS.exists():  # counting the maps takes milliseconds
         return
     _built_at_last_look = built
     used, most = _MAPS.read_bytes().count(b"\n"), int(_MOST_MAPS.read_text())
     if used > most // 2:
         logger.warning(
             "%d of the %d memory maps that Linux allows this process are in use, so jaxgen drops its programs. "
-            "Calls of fewer different shapes and options compile less; `sysctl vm.max_map_count` raises the limit.",
+            "Calls with fewer different shapes and options compile less; `sysctl vm.max_map_count` raises the limit.",
             used,
             most,
         )
-        jitted: Any = (prefill, advance, _grow)
-        for programs in jitted:
-            programs.clear_cache()
+        jitted: Any = (prefill, advance, _grow)  # jax does not declare `clear_cache`
+        for function in jitted:
+            function.clear_cache()

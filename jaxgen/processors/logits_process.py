@@ -1,14 +1,14 @@
-"""Rules that change the scores before a token is chosen: one dataclass each, in Hugging Face's order.
+"""Logits processors: rules that change the scores before a token is chosen.
 
-Same results as the classes of transformers 5.24 `generation/logits_process.py`, whose names they carry without their
-suffixes. Numbers are leaves of pytrees, so a new penalty or threshold compiles nothing; lists of ids become masks
-[V], which a program takes whatever their length. The rules of sampling (`Warper`) look at scores alone, not at which
-token has them, so they also run on the few candidates of a draw; see `sampling`.
+Same results as the classes of transformers 5.24 `generation/logits_process.py`. The names are the same without the
+suffixes. Numbers are leaves of pytrees, so a new penalty or threshold compiles nothing. Lists of token ids become masks
+[V], so that lists of any length share a program. Warpers look only at the scores and not at their tokens, so they can
+also run on the few candidates of a sample; see `decoding.sampling`.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +18,11 @@ from jax import lax
 from jaxgen.base import LogitsProcessor, Prompt
 from jaxgen.buckets import bucket
 from jaxgen.processors.top_k import highest_few
-from jaxgen.pytree import Float32, Int32, pytree
+from jaxgen.pytree import Bool, Float32, Int32, pytree
 
 
-def token_mask(token_ids: Iterable[int], vocab_size: int) -> Any:
-    """bool [V], True on the ids; ids outside the vocabulary are nobody's."""
+def token_mask(token_ids: Iterable[int], vocab_size: int) -> np.ndarray:
+    """bool [V], True at the token ids. Ids outside the vocabulary are ignored."""
     mask = np.zeros(vocab_size, bool)
     mask[[token for token in token_ids if 0 <= token < vocab_size]] = True
     return mask
@@ -33,18 +33,18 @@ def process(
     input_ids: jax.Array,
     scores: jax.Array,
     cur_len: jax.Array,
-    states: Sequence[Any],
-) -> tuple[jax.Array, tuple[Any, ...]]:
-    """The scores after all processors, float32 [N, V], and the next states of those; see `LogitsProcessor`."""
-    following = []
+    states: Sequence[object],
+) -> tuple[jax.Array, tuple[object, ...]]:
+    """The scores after all processors, float32 [N, V], and the processors' next states; see `LogitsProcessor`."""
+    new_states = []
     for processor, state in zip(processors, states, strict=True):
         scores, state = processor.step(input_ids, scores, cur_len, state)
-        following.append(state)
-    return scores, tuple(following)
+        new_states.append(state)
+    return scores, tuple(new_states)
 
 
-def reorder(processors: Sequence[LogitsProcessor], states: Sequence[Any], rows: jax.Array) -> tuple[Any, ...]:
-    """The states after row n took over from row `rows[n]`; int32 [N]."""
+def reorder(processors: Sequence[LogitsProcessor], states: Sequence[object], rows: jax.Array) -> tuple[object, ...]:
+    """The processors' states after row n continues row `rows[n]`; int32 [N]."""
     return tuple(processor.reorder(state, rows) for processor, state in zip(processors, states, strict=True))
 
 
@@ -53,10 +53,20 @@ def reorder(processors: Sequence[LogitsProcessor], states: Sequence[Any], rows: 
 class SequenceBias(LogitsProcessor):
     """Adds a bias to the token that would complete a sequence. `SequenceBiasLogitsProcessor`; -inf forbids a sequence.
 
+    The sequences (5,), (7, 8) and (1, 2, 3), in a bucket of M = 4 and T = 4:
+
+    ```
+    single[5] = bias        prefixes             last        a row that ends with  1 2
+                            -1  -1  -1   7       8           gets the bias of the second sequence on token 3:
+                            -1  -1   1   2       3           its last T tokens equal the prefix where it is not -1
+                            -1  -1  -1  -1       V           V is outside of the vocabulary, so nothing is added
+                            -1  -1  -1  -1       V
+    ```
+
     Attributes:
         single: float32 [V]. The biases of sequences of one token.
-        prefixes: int32 [M, T]. All tokens of the longer sequences but the last, right-aligned; -1 matches anything.
-        last: int32 [M]. The last tokens; V in unused places.
+        prefixes: int32 [M, T]. The longer sequences without their last tokens, right-aligned; -1 matches any token.
+        last: int32 [M]. The last tokens of the longer sequences; V in unused rows.
         biases: float32 [M].
     """
 
@@ -67,7 +77,7 @@ class SequenceBias(LogitsProcessor):
 
     @classmethod
     def build(cls, sequences: Mapping[tuple[int, ...], float], vocab_size: int) -> Self:
-        """From the biases by sequence. The number and the length of the sequences are rounded up."""
+        """From the biases by sequence. M and T are rounded up, so that other sequences reuse the program."""
         single = np.zeros(vocab_size, np.float32)
         for sequence, bias in sequences.items():
             if len(sequence) == 1:
@@ -86,8 +96,9 @@ class SequenceBias(LogitsProcessor):
     def __call__(self, input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array) -> jax.Array:
         bias = jnp.broadcast_to(self.single, scores.shape)
         if len(self.last):
-            places = cur_len - self.prefixes.shape[1] + jnp.arange(self.prefixes.shape[1])
-            recent = jnp.where(places[None] >= 0, jnp.take(input_ids, places, axis=1, mode="clip"), -2)
+            # The last T columns, cur_len - T to cur_len - 1. Before column 0 there is -2, which only -1 matches.
+            columns = cur_len - self.prefixes.shape[1] + jnp.arange(self.prefixes.shape[1])
+            recent = jnp.where(columns[None] >= 0, jnp.take(input_ids, columns, axis=1, mode="clip"), -2)
             prefixes = self.prefixes[None]
             matches = ((prefixes == -1) | (recent[:, None] == prefixes)).all(axis=-1)
             bias = bias.at[:, self.last].add(jnp.where(matches, self.biases[None], 0), mode="drop")
@@ -96,11 +107,11 @@ class SequenceBias(LogitsProcessor):
 
 @pytree
 @dataclass(frozen=True)
-class RepetitionPenalty(LogitsProcessor):
-    """Makes tokens less likely that are in the row already. `RepetitionPenaltyLogitsProcessor`.
+class RepetitionPenalty(LogitsProcessor[jax.Array]):
+    """Penalises tokens that are already in the row. `RepetitionPenaltyLogitsProcessor`.
 
-    The tokens of each row are carried as a mask [N, V]: reading all columns again would cost more with each step.
-    Padding before the prompt does not count; masked columns after its first token do, as in transformers.
+    The state is a mask [N, V] of each row's tokens: reading all columns again would cost more with each step. Padding
+    before the prompt does not count. Masked columns after its first token do, as in transformers.
 
     Attributes:
         penalty: float32 []. Above 1 discourages.
@@ -117,15 +128,16 @@ class RepetitionPenalty(LogitsProcessor):
     def step(
         self, input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array, state: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        last = jnp.where(cur_len > 0, input_ids[:, cur_len - 1], scores.shape[1])  # of embeddings there is no text
+        # A prompt of embeddings alone has no tokens, so `cur_len` is 0 in the first step and nothing is marked.
+        last = jnp.where(cur_len > 0, input_ids[:, cur_len - 1], scores.shape[1])
         state = state.at[jnp.arange(len(scores)), last].set(True, mode="drop")
         return _penalise(scores, state, self.penalty), state
 
 
 @pytree
 @dataclass(frozen=True)
-class EncoderRepetitionPenalty(LogitsProcessor):
-    """Makes the tokens of the prompt more likely. `EncoderRepetitionPenaltyLogitsProcessor`; padding counts too.
+class EncoderRepetitionPenalty(LogitsProcessor[jax.Array]):
+    """Makes tokens of the prompt more likely. `EncoderRepetitionPenaltyLogitsProcessor`; padding counts too.
 
     Attributes:
         penalty: float32 []. Above 1 encourages.
@@ -145,6 +157,7 @@ class EncoderRepetitionPenalty(LogitsProcessor):
 def _seen(prompt: Prompt, first: jax.Array, vocab_size: int) -> jax.Array:
     """bool [N, V]: the tokens of each prompt from column `first` ([N, 1] or []) on."""
     rows, columns = prompt.input_ids.shape
+    # Earlier columns become token V, which the scatter drops.
     ids = jnp.where(jnp.arange(columns)[None] >= first, prompt.input_ids, vocab_size)
     return jnp.zeros((rows, vocab_size), bool).at[jnp.arange(rows)[:, None], ids].set(True, mode="drop")
 
@@ -156,7 +169,7 @@ def _penalise(scores: jax.Array, mask: jax.Array, penalty: jax.Array) -> jax.Arr
 @pytree
 @dataclass(frozen=True)
 class NoRepeatNGram(LogitsProcessor):
-    """Forbids n-grams that are in the row already, padding included. `NoRepeatNGramLogitsProcessor`.
+    """Forbids n-grams that are already in the row, padding included. `NoRepeatNGramLogitsProcessor`.
 
     Attributes:
         size: n, static.
@@ -170,7 +183,7 @@ class NoRepeatNGram(LogitsProcessor):
 
 @pytree
 @dataclass(frozen=True)
-class EncoderNoRepeatNGram(LogitsProcessor):
+class EncoderNoRepeatNGram(LogitsProcessor[jax.Array]):
     """Forbids n-grams that are in the prompt, padding included. `EncoderNoRepeatNGramLogitsProcessor`.
 
     Attributes:
@@ -189,12 +202,24 @@ class EncoderNoRepeatNGram(LogitsProcessor):
 
 
 def _forbid_ngrams(input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array, size: int, end: jax.Array) -> jax.Array:
-    """Forbids the n-grams that end before column `end`: those whose first n - 1 tokens are the row's last ones."""
+    """Forbids tokens that would repeat an n-gram of the columns before `end`.
+
+    With n = 3, the row ends with b c, and an n-gram that starts so is in columns 1 to 3:
+
+    ```
+    column          0  1  2  3  4  5  6
+    token           a  b  c  d  a  b  c      cur_len = 7
+    rolled by 1     c  a  b  c  d  a  b      equal to the last token c in columns 0 and 3
+    rolled by 2     b  c  a  b  c  d  a      equal to the one before, b, in columns 0 and 3
+    completes       -  -  *  *  *  *  *      columns from n - 1 on; only 3 passes all tests, so d is forbidden
+    ```
+    """
     columns = jnp.arange(input_ids.shape[1])
     completes = jnp.broadcast_to((columns >= size - 1) & (columns < end), input_ids.shape)
     for back in range(1, size):
         recent = lax.dynamic_slice_in_dim(input_ids, cur_len - back, 1, axis=1)
         completes &= jnp.roll(input_ids, back, axis=1) == recent
+    # All other columns become token V, which the scatter drops.
     forbidden = jnp.where(completes, input_ids, scores.shape[1])
     return scores.at[jnp.arange(len(scores))[:, None], forbidden].set(-jnp.inf, mode="drop")
 
@@ -202,7 +227,7 @@ def _forbid_ngrams(input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array, 
 @pytree
 @dataclass(frozen=True)
 class MinLength(LogitsProcessor):
-    """Forbids the end of a text before a length. `MinLengthLogitsProcessor`, `MinNewTokensLengthLogitsProcessor`.
+    """Forbids eos tokens before a length. `MinLengthLogitsProcessor`, `MinNewTokensLengthLogitsProcessor`.
 
     Attributes:
         min_length: int32 []. Columns, the prompt included.
@@ -210,7 +235,7 @@ class MinLength(LogitsProcessor):
     """
 
     min_length: Int32
-    eos: jax.Array
+    eos: Bool
 
     def __call__(self, input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array) -> jax.Array:
         return jnp.where((self.eos & (cur_len < self.min_length))[None], -jnp.inf, scores)
@@ -219,15 +244,15 @@ class MinLength(LogitsProcessor):
 @pytree
 @dataclass(frozen=True)
 class ForceTokensAt(LogitsProcessor):
-    """Allows some tokens only, at one length. `ForcedBOSTokenLogitsProcessor`, `ForcedEOSTokenLogitsProcessor`.
+    """Allows only some tokens at one length. `ForcedBOSTokenLogitsProcessor`, `ForcedEOSTokenLogitsProcessor`.
 
     Attributes:
-        length: int32 []. Columns before the forced one, the prompt included.
+        length: int32 []. Columns before the forced token, the prompt included.
         forced: bool [V].
     """
 
     length: Int32
-    forced: jax.Array
+    forced: Bool
 
     def __call__(self, input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array) -> jax.Array:
         return jnp.where(cur_len == self.length, jnp.where(self.forced[None], 0.0, -jnp.inf), scores)
@@ -245,17 +270,17 @@ class InfNanRemove(LogitsProcessor):
 @pytree
 @dataclass(frozen=True)
 class ExponentialDecayLengthPenalty(LogitsProcessor):
-    """Makes the end of a text likelier with each token after a start. `ExponentialDecayLengthPenalty`.
+    """Makes eos tokens more likely with each token after a start. `ExponentialDecayLengthPenalty`.
 
     Attributes:
-        start: int32 []. Columns without a change, the prompt included.
+        start: int32 []. Columns up to which nothing changes, the prompt included.
         factor: float32 [].
         eos: bool [V].
     """
 
     start: Int32
     factor: Float32
-    eos: jax.Array
+    eos: Bool
 
     def __call__(self, input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array) -> jax.Array:
         late = jnp.maximum(cur_len - self.start, 0)
@@ -272,7 +297,7 @@ class SuppressTokens(LogitsProcessor):
         suppressed: bool [V].
     """
 
-    suppressed: jax.Array
+    suppressed: Bool
 
     def __call__(self, input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array) -> jax.Array:
         return jnp.where(self.suppressed[None], -jnp.inf, scores)
@@ -289,7 +314,7 @@ class SuppressTokensAtBegin(LogitsProcessor):
     """
 
     begin: Int32
-    suppressed: jax.Array
+    suppressed: Bool
 
     def __call__(self, input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array) -> jax.Array:
         return jnp.where(self.suppressed[None] & (cur_len == self.begin), -jnp.inf, scores)
@@ -301,7 +326,7 @@ class Temperature(LogitsProcessor):
     """Divides the scores. `TemperatureLogitsWarper`.
 
     Attributes:
-        temperature: float32 []. Below 1 sharpens.
+        temperature: float32 []. Below 1 makes likely tokens more likely.
     """
 
     temperature: Float32
@@ -311,24 +336,24 @@ class Temperature(LogitsProcessor):
 
 
 class Warper(LogitsProcessor):
-    """A rule of sampling that sees scores alone: of the whole vocabulary, or of all its tokens with a chance.
+    """A processor that reads only the scores: of the whole vocabulary, or of all tokens that may still be sampled.
 
-    Among equal scores the column decides, so candidates come in the order of their columns. Rules that keep at least
-    some tokens, `min_tokens_to_keep` (static), keep one without beams and one more than there are eos ids with them.
+    Ties are broken by column, so candidates are sorted by token id. `min_tokens_to_keep` (static) is 1, or with beams
+    one more than there are eos ids.
     """
 
     def __call__(self, input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array) -> jax.Array:
         return self.warp(scores)
 
     def warp(self, scores: jax.Array) -> jax.Array:
-        """float32 [N, V] or [N, W] -> the same with -inf where a token is ruled out."""
+        """float32 [N, V] or [N, W] -> the same shape, with -inf for tokens that are removed."""
         raise NotImplementedError
 
 
 @pytree
 @dataclass(frozen=True)
 class TopH(Warper):
-    """Keeps the likeliest tokens up to a share of their entropy (top-H decoding). `TopHLogitsWarper`.
+    """Keeps the most likely tokens up to a share of their entropy (top-H decoding). `TopHLogitsWarper`.
 
     Attributes:
         top_h: float32 [], in (0, 1].
@@ -340,7 +365,8 @@ class TopH(Warper):
         highest, columns = lax.top_k(scores, min(100, scores.shape[1]))
         log_p = jax.nn.log_softmax(highest)
         p = jnp.exp(log_p)
-        # torch takes the entropy with the smallest float for -inf; the terms of probability 0 are NaN, and not kept.
+        # In the entropy torch replaces -inf by the lowest float. In the cumulative sum, terms of probability 0 are NaN,
+        # and the comparison drops them.
         entropy = -jnp.sum(p * jnp.maximum(log_p, jnp.finfo(jnp.float32).min), axis=1, keepdims=True)
         kept = (jnp.cumsum(-p * log_p, axis=1) <= entropy * self.top_h) & (p > 0)
         kept = kept.at[:, 0].set(True)
@@ -351,10 +377,10 @@ class TopH(Warper):
 @pytree
 @dataclass(frozen=True)
 class TopK(Warper):
-    """Keeps the k highest scores and all that equal the last of them. `TopKLogitsWarper`.
+    """Keeps the k highest scores and all scores equal to the k-th. `TopKLogitsWarper`.
 
     Attributes:
-        top_k: int32 []. From the vocabulary's size on, everything is kept.
+        top_k: int32 []. From V on, all tokens are kept.
     """
 
     top_k: Int32
@@ -371,10 +397,10 @@ class TopK(Warper):
 @pytree
 @dataclass(frozen=True)
 class TopP(Warper):
-    """Keeps the likeliest tokens that together reach a probability (nucleus sampling). `TopPLogitsWarper`.
+    """Keeps the most likely tokens that together reach a probability (nucleus sampling). `TopPLogitsWarper`.
 
     Attributes:
-        top_p: float32 []. From 1 on, everything is kept.
+        top_p: float32 []. From 1 on, all tokens are kept.
     """
 
     top_p: Float32
@@ -386,22 +412,32 @@ class TopP(Warper):
     def keep_nucleus(
         self, scores: jax.Array, rest: jax.Array | float = -jnp.inf, columns: jax.Array | None = None
     ) -> jax.Array:
-        """As `warp`, for scores beside which there are less likely ones, whose logsumexp is `rest` [N, 1].
+        """As `warp`, also for candidates.
 
-        At most 128 scores may be those of int32 [N, W] `columns` in any order.
+        As in transformers, probabilities are summed from the lowest up, and tokens where the sum is over 1 - p are kept:
 
-        Rising probabilities are summed, as in transformers, and where the sum passes 1 - p the nucleus begins. Of equal
-        scores at its border, those of the higher columns are in it.
+        ```
+        probabilities   0.5  0.2  0.2  0.1        p = 0.6
+        sums            1.0  0.3  0.5  0.1        over 0.4: the first and the third
+        ```
+
+        Of equal probabilities, the lower column is summed first, so the higher column is kept first.
+
+        Args:
+            scores: float32 [N, V], or [N, W] of candidates.
+            rest: float32 [N, 1]. The logsumexp of the scores that are not candidates, all lower than theirs.
+            columns: int32 [N, W]. The token ids of at most 128 candidates, in any order; None if they are sorted.
         """
         total = jnp.logaddexp(jax.nn.logsumexp(scores, axis=1, keepdims=True), rest)
         p, below = jnp.exp(scores - total), jnp.exp(rest - total)
         columns = jnp.arange(scores.shape[1])[None] if columns is None else columns
         if scores.shape[1] <= 128:
-            mass = _rising_mass_of_few(scores, columns, p, below)
+            mass = _cumulative_by_pairs(scores, columns, p, below)
         else:
-            mass = _rising_mass_at_border(scores, p, below, 1 - self.top_p)
+            mass = _cumulative_at_border(scores, p, below, 1 - self.top_p)
         kept = mass > 1 - self.top_p
         if self.min_tokens_to_keep == 1:
+            # Of the highest scores the one in the last column: the sums above keep it first.
             last = jnp.max(jnp.where(scores == scores.max(axis=1, keepdims=True), columns, 0), axis=1, keepdims=True)
             kept |= columns == last
         else:
@@ -409,20 +445,24 @@ class TopP(Warper):
         return jnp.where(kept, scores, -jnp.inf)
 
 
-def _rising_mass_of_few(scores: jax.Array, columns: jax.Array, p: jax.Array, below: jax.Array | float) -> jax.Array:
-    """float [N, W]: `below` plus the probabilities of each score and the lower ones, by comparing all pairs."""
+def _cumulative_by_pairs(scores: jax.Array, columns: jax.Array, p: jax.Array, below: jax.Array) -> jax.Array:
+    """float [N, W]: the probability of each token and all lower ones, plus `below`, by comparing all pairs."""
     this, other = scores[:, :, None], scores[:, None, :]
     lower = (other < this) | ((other == this) & (columns[:, None, :] <= columns[:, :, None]))
     return below + jnp.where(lower, p[:, None, :], 0).sum(axis=2)
 
 
-def _rising_mass_at_border(scores: jax.Array, p: jax.Array, below: jax.Array | float, limit: jax.Array) -> jax.Array:
-    """As `_rising_mass_of_few` at the score where the mass passes `limit`, 0 below it and infinite above."""
+def _cumulative_at_border(scores: jax.Array, p: jax.Array, below: jax.Array, limit: jax.Array) -> jax.Array:
+    """As `_cumulative_by_pairs` for the tokens at the border, the score where the sum passes `limit`.
+
+    Tokens with lower scores get 0, tokens with higher scores infinity.
+    """
     bits = _ordered_bits(scores)
 
     def mass_below(x: jax.Array) -> jax.Array:
         return below + jnp.where(bits < x, p, 0).sum(axis=1, keepdims=True)
 
+    # The lowest score with a sum over the limit; or the highest score, if rounding keeps all sums below the limit.
     border = jnp.minimum(_highest_that(lambda x: mass_below(x) <= limit, len(scores)), bits.max(axis=1, keepdims=True))
     equal = bits == border
     at_border = mass_below(border) + jnp.cumsum(equal, axis=1).astype(p.dtype) * p
@@ -430,20 +470,22 @@ def _rising_mass_at_border(scores: jax.Array, p: jax.Array, below: jax.Array | f
 
 
 def _ordered_bits(scores: jax.Array) -> jax.Array:
-    """uint32 in the order of the float32 scores."""
+    """uint32 that compare as the float32 scores do."""
     bits = lax.bitcast_convert_type(jnp.where(scores == 0, 0.0, scores), jnp.uint32)  # -0 equals 0
+    # Bits of positive floats rise with the float, bits of negative floats fall: set the sign bit, or flip all bits.
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
 
 def _highest_that(holds: Callable[[jax.Array], jax.Array], rows: int) -> jax.Array:
-    """uint32 [N, 1]: the highest number that `holds`, by bisection, for a test that holds up to some number.
+    """uint32 [N, 1]: the highest number for which `holds` is True, if it is True for all lower numbers too.
 
-    32 passes over a vocabulary instead of sorting it: on XLA:CPU 20 times faster (8 x 128k), and quicker to compile.
+    It decides bit by bit, from the highest down. These 32 passes over a vocabulary are 20 times faster than sorting it
+    on XLA:CPU (8 x 128k), and compile faster.
     """
 
-    def decide(place: jax.Array, found: jax.Array) -> jax.Array:
-        higher = found | jnp.uint32(1) << jnp.uint32(31 - place)
-        return jnp.where(holds(higher), higher, found)
+    def decide(bit: jax.Array, number: jax.Array) -> jax.Array:
+        higher = number | jnp.uint32(1) << jnp.uint32(31 - bit)
+        return jnp.where(holds(higher), higher, number)
 
     return lax.fori_loop(0, 32, decide, jnp.zeros((rows, 1), jnp.uint32))
 
@@ -451,7 +493,7 @@ def _highest_that(holds: Callable[[jax.Array], jax.Array], rows: int) -> jax.Arr
 @pytree
 @dataclass(frozen=True)
 class MinP(Warper):
-    """Keeps tokens at least a share as likely as the likeliest. `MinPLogitsWarper`.
+    """Keeps tokens whose probability is at least a share of the highest probability. `MinPLogitsWarper`.
 
     Attributes:
         min_p: float32 [], in [0, 1].
@@ -469,7 +511,7 @@ class MinP(Warper):
 @pytree
 @dataclass(frozen=True)
 class Typical(Warper):
-    """Keeps the tokens whose surprise is closest to the expected one (typical sampling). `TypicalLogitsWarper`.
+    """Keeps the tokens whose -log p is closest to the entropy (typical sampling). `TypicalLogitsWarper`.
 
     Attributes:
         typical_p: float32 [], in (0, 1). The probability to reach.
@@ -487,7 +529,8 @@ class Typical(Warper):
         mass = jnp.cumsum(jnp.take_along_axis(p, order, axis=1), axis=1)
         last = jnp.minimum((mass < self.typical_p).sum(axis=1, keepdims=True), scores.shape[1] - 1)
         farthest = jnp.take_along_axis(distance, jnp.take_along_axis(order, last, axis=1), axis=1)
-        # The closest stay whatever happens, as when all others tie with them at an infinite distance.
+        # `farthest` is the distance of the last token needed to reach `typical_p`. The closest tokens are always kept,
+        # also where distances are infinite.
         closest = order[:, : self.min_tokens_to_keep]
         kept = (distance <= farthest).at[jnp.arange(len(scores))[:, None], closest].set(True)
         return jnp.where(kept, scores, -jnp.inf)
@@ -496,7 +539,7 @@ class Typical(Warper):
 @pytree
 @dataclass(frozen=True)
 class Epsilon(Warper):
-    """Keeps tokens of at least a probability, and the likeliest (epsilon sampling). `EpsilonLogitsWarper`.
+    """Keeps tokens with at least a given probability, and the most likely (epsilon sampling). `EpsilonLogitsWarper`.
 
     Attributes:
         epsilon: float32 [], in (0, 1).
@@ -512,7 +555,7 @@ class Epsilon(Warper):
 @pytree
 @dataclass(frozen=True)
 class Eta(Warper):
-    """Keeps tokens of a probability that falls with the entropy, and the likeliest (eta sampling). `EtaLogitsWarper`.
+    """As `Epsilon`, with a lower limit where the entropy is high (eta sampling). `EtaLogitsWarper`.
 
     Attributes:
         epsilon: float32 [], in (0, 1).
@@ -529,12 +572,13 @@ class Eta(Warper):
 
 
 def _cut_below(scores: jax.Array, probability: jax.Array, count: int) -> jax.Array:
+    """Removes tokens below a probability, except the `count` most likely ones."""
     cut = (jax.nn.softmax(scores) < probability) & (scores < _lowest_of_highest(scores, count))
     return jnp.where(cut, -jnp.inf, scores)
 
 
 def _lowest_of_highest(scores: jax.Array, count: int) -> jax.Array:
-    """float32 [N, 1]: the last of the `count` highest scores of each row."""
+    """float32 [N, 1]: the lowest of the `count` highest scores of each row."""
     if count == 1:
         return scores.max(axis=1, keepdims=True)
     return highest_few(scores, min(count, scores.shape[1]))[0][:, -1:]
@@ -556,10 +600,10 @@ class Custom(LogitsProcessor):
 
     Attributes:
         function: a callable pytree: the caller's own, or a function in a `jax.tree_util.Partial`.
-        kind: its class, static; see `base.pytree`.
+        kind: its class, static: JAX compares pytrees of two classes as equal, see `pytree.pytree`.
     """
 
-    function: Any
+    function: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
     kind: type = field(metadata={"static": True})
 
     def __call__(self, input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array) -> jax.Array:

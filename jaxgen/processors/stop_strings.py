@@ -1,16 +1,24 @@
-"""Stop strings as array maths over tokens: which tokens may end a string, and which may come before them.
+"""Stop strings, matched on token ids with lookup tables.
 
-Same as transformers 5.24 `StopStringCriteria`, whose idea is to match backwards. The last token has to overlap the end
-of the string, by some characters. Each token before it has to fit at the place that the tokens after it have reached,
-counted from the end of the string, until its beginning is reached or passed. All that depends on a token alone is
-looked up in a table [V]. A string may begin in the prompt, but its end has to be in the newest token.
+Same as transformers 5.24 `StopStringCriteria`, which matches backwards. The newest token has to overlap the end of the
+string. Each token before it has to fit where the tokens after it begin, counted in characters from the end of the
+string, until the beginning of the string is reached or passed. Everything that depends on one token is looked up in
+tables with V rows. A string may begin in the prompt, but has to end in the newest token.
+
+```
+text           ... "so"   "me st"   "op!!"      stop string "stop", of 4 characters
+overlap                             2           "op!!" may begin with the last 2 characters of the string
+reached            9      7         2           2, then 2 + 5, then 7 + 2 characters from its end
+fits                      yes                   "me st" may end where 2 characters of the string follow
+                          7 >= 4                the beginning is passed: the row is finished
+```
 """
 
 import re
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +28,18 @@ from jaxgen import lazy
 from jaxgen.buckets import bucket
 from jaxgen.pytree import Int32, pytree
 
-_NO_PLACE = -1  # fills the tables: no sum of lengths equals it, and no overlap is negative
-_MIN_STRINGS, _MIN_NUMBERS, _MIN_WINDOW = 2, 6, 16  # usual stop strings share a program
+_PADDING = -1  # of the tables: never equal to a sum of lengths, and not a valid overlap
+_MIN_STRINGS, _MIN_NUMBERS, _MIN_WINDOW = 2, 6, 16  # sizes of the tables, so that usual stop strings share a program
+
+
+class Tokenizer(Protocol):
+    """The methods of a transformers tokenizer that are called here."""
+
+    def __len__(self) -> int: ...
+    def __call__(self, text: str, *, add_special_tokens: bool) -> Mapping[str, list[int]]: ...
+    def get_vocab(self) -> dict[str, int]: ...
+    def convert_ids_to_tokens(self, ids: list[int]) -> list[str]: ...
+    def convert_tokens_to_string(self, tokens: list[str]) -> str: ...
 
 
 @pytree
@@ -29,14 +47,15 @@ _MIN_STRINGS, _MIN_NUMBERS, _MIN_WINDOW = 2, 6, 16  # usual stop strings share a
 class StopStrings:
     """Finishes a row on the token that completes one of M strings.
 
-    Characters are those of the strings, or bytes with tokenizers that work on bytes.
+    Lengths are in characters, or in bytes for tokenizers that work on bytes. Row V of the tables is for columns before
+    the text. Tables are padded with -1.
 
     Attributes:
-        overlaps: int16 [V + 1, M, E]. With how many of the last characters of a string a token may begin.
-        places: int16 [V + 1, M, T]. How many characters of a string may come after a token within it.
-        lengths: int32 [V + 1]. Characters of a token.
-        targets: int32 [M]. Characters of a string.
-        window: static: the tokens that a string can take at the most.
+        overlaps: int16 [V + 1, M, E]. The numbers of last characters of a string that a token may begin with.
+        places: int16 [V + 1, M, T]. The numbers of characters of a string that may follow a token in it.
+        lengths: int32 [V + 1]. Length of each token.
+        targets: int32 [M]. Length of each string; 2**30 in unused places.
+        window: static: the maximum number of tokens in a string.
     """
 
     overlaps: jax.Array
@@ -46,29 +65,29 @@ class StopStrings:
     window: int = field(metadata={"static": True})
 
     @classmethod
-    def build(cls, strings: Sequence[str], tokenizer: Any, vocab_size: int) -> "StopStrings":
+    def build(cls, strings: Sequence[str], tokenizer: Tokenizer, vocab_size: int) -> "StopStrings":
         """From the strings and the tokens. The sizes of the tables are rounded up.
 
-        The last ones of each tokenizer are kept: a large vocabulary takes a second to go through.
+        The last 8 results are cached for each tokenizer, since scanning a large vocabulary takes a second.
 
         Raises:
             ValueError: if no token overlaps the end of any string.
         """
-        kept = _vocabulary(tokenizer).kept
+        cache = _vocabulary(tokenizer).cache
         key = tuple(strings), vocab_size
-        if key not in kept:
-            kept[key] = cls._build(strings, tokenizer, vocab_size)
-            if len(kept) > 8:
-                del kept[next(iter(kept))]
-        return kept[key]
+        if key not in cache:
+            cache[key] = cls._build(strings, tokenizer, vocab_size)
+            if len(cache) > 8:
+                del cache[next(iter(cache))]
+        return cache[key]
 
     @classmethod
-    def _build(cls, strings: Sequence[str], tokenizer: Any, vocab_size: int) -> "StopStrings":
+    def _build(cls, strings: Sequence[str], tokenizer: Tokenizer, vocab_size: int) -> "StopStrings":
         vocabulary = _vocabulary(tokenizer)
         decoded = vocabulary.decoded
-        wanted = [string.encode() if vocabulary.in_bytes else string for string in strings]
+        wanted = [_as_characters(string.encode()) if vocabulary.in_bytes else string for string in strings]
         rows = max(vocab_size, max(decoded, default=0) + 1)
-        lengths = np.full(rows + 1, _NO_PLACE, np.int32)
+        lengths = np.full(rows + 1, _PADDING, np.int32)
         for token, text in decoded.items():
             lengths[token] = len(text)
         overlaps, places = zip(*(_matches(decoded, string) for string in wanted), strict=True)
@@ -78,78 +97,93 @@ class StopStrings:
                 f"string(s), {[*strings]}: no token of this tokenizer ends them. This is most often caused by the stop "
                 "strings containing unusual characters that are not in the tokenizer vocabulary."
             )
-        places_for = bucket(max(len(wanted), _MIN_STRINGS))
+        size = bucket(max(len(wanted), _MIN_STRINGS))
         return cls(
             overlaps=_table(overlaps, rows),
             places=_table(places, rows),
             lengths=lengths,
-            targets=[*map(len, wanted), *[2**30] * (places_for - len(wanted))],
+            targets=[*map(len, wanted), *[2**30] * (size - len(wanted))],
             window=bucket(max(_MIN_WINDOW, *map(len, wanted))),
         )
 
     def __call__(self, input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array) -> jax.Array:
-        """bool [N] for int32 [N, S] tokens of which `cur_len` columns are valid."""
+        """bool [N]; see `base.StoppingCriterion`."""
         columns = cur_len - 1 - jnp.arange(min(self.window, input_ids.shape[1]))  # the newest token first
-        nobody = len(self.lengths) - 1
-        tokens = jnp.where(columns[None] >= 0, jnp.take(input_ids, columns, axis=1, mode="clip"), nobody)
+        no_token = len(self.lengths) - 1
+        tokens = jnp.where(columns[None] >= 0, jnp.take(input_ids, columns, axis=1, mode="clip"), no_token)
         ends = self.overlaps[tokens[:, 0]].astype(jnp.int32)  # [N, M, E]
         earlier = jnp.cumsum(self.lengths[tokens[:, 1:]], axis=1)
-        # How far each token reaches, for each way in which the newest may overlap the end.
-        reached = jnp.concatenate(
-            [ends[:, None], ends[:, None] + earlier[:, :, None, None]], axis=1
-        )  # [N, window, M, E]
+        # [N, window, M, E]: the characters from the end of the string to the beginning of each token, for each overlap.
+        reached = jnp.concatenate([ends[:, None], ends[:, None] + earlier[:, :, None, None]], axis=1)
+        # A token fits if one of its places is where the token after it begins; the newest one if it overlaps at all.
         fits = (reached[:, :-1, :, None] == self.places[tokens[:, 1:]][..., None].astype(jnp.int32)).any(axis=3)
         fits = jnp.concatenate([ends[:, None] > 0, fits], axis=1)
         so_far = jnp.cumprod(fits, axis=1).astype(bool)
         return ((reached >= self.targets[None, None, :, None]) & so_far).any(axis=(1, 2, 3))
 
 
-def _table(strings: Sequence[dict[int, list[int]]], rows: int) -> Any:
-    """int16 [V + 1, M, T] of the numbers of each token for each string."""
+Numbers = dict[int, list[int]]  # by token id
+
+
+def _table(strings: Sequence[Numbers], rows: int) -> jax.Array:
+    """int16 [V + 1, M, T] of the numbers of each token, for each string."""
     most = max((len(numbers) for string in strings for numbers in string.values()), default=1)
     shape = rows + 1, bucket(max(len(strings), _MIN_STRINGS)), bucket(max(most, _MIN_NUMBERS))
-    table = np.full(shape, _NO_PLACE, np.int16)
-    for place, string in enumerate(strings):
+    table = np.full(shape, _PADDING, np.int16)
+    for index, string in enumerate(strings):
         for token, numbers in string.items():
-            table[token, place, : len(numbers)] = numbers
-    with jax.ensure_compile_time_eval():  # kept for other calls, whoever traces this one
+            table[token, index, : len(numbers)] = numbers
+    with jax.ensure_compile_time_eval():  # an array and not a tracer, since it is cached for other calls
         return jnp.asarray(table)
 
 
-Numbers = dict[int, list[int]]
+def _matches(decoded: Mapping[int, str], string: str) -> tuple[Numbers, Numbers]:
+    """Overlaps and places of the tokens that can be part of a string; see `StopStrings`.
 
-
-def _matches(decoded: dict[int, Any], string: Any) -> tuple[Numbers, Numbers]:
-    """Of the tokens that can be part of a string: their overlaps with its end, and their places within it."""
-    overlaps, places = {}, {}
+    For "stop", "op!" has the overlap 2, and "st" has the place 2: the 2 characters of "op" follow it.
+    """
+    overlaps: Numbers = {}
+    places: Numbers = {}
     characters, size = set(string), len(string)
     for token, text in decoded.items():
         if not text or not (text[0] in characters or text[-1] in characters or string in text):
             continue
-        # The token up to its k-th character ends as the string does, or is the end of it.
+        # The first k characters of the token end with the string, or are the end of the string.
         ends = (min(k, size) for k in range(1, len(text) + 1) if text[:k].endswith(string[-min(k, size) :]))
-        # What is left of the string before a place ends with the token, or is an end of the token.
+        # The string without its last i characters ends with the token, or the token ends with it.
         within = (i for i in range(1, size) if text.endswith(string[max(0, size - i - len(text)) : size - i]))
-        for found, numbers in ((overlaps, ends), (places, within)):
+        for table, numbers in ((overlaps, ends), (places, within)):
             if numbers := list(dict.fromkeys(numbers)):
-                found[token] = numbers
+                table[token] = numbers
     return overlaps, places
 
 
 @dataclass(frozen=True)
 class _Vocabulary:
-    """What every token of a tokenizer reads as, in bytes if it works on bytes, and what was built from that."""
+    """The text of every token of a tokenizer, and a cache of the stop strings built from it.
+
+    Attributes:
+        size: of the tokenizer when it was read: it may grow by `add_tokens`.
+        decoded: the text of each token id. If `in_bytes`, one character for each byte, see `_as_characters`.
+        in_bytes: whether the tokenizer works on bytes.
+        cache: by strings and vocabulary size.
+    """
 
     size: int
-    decoded: dict[int, Any]
+    decoded: dict[int, str]
     in_bytes: bool
-    kept: dict[tuple[tuple[str, ...], int], StopStrings]
+    cache: dict[tuple[tuple[str, ...], int], StopStrings]
 
 
-_vocabularies: weakref.WeakKeyDictionary[Any, _Vocabulary] = weakref.WeakKeyDictionary()
+_vocabularies: weakref.WeakKeyDictionary[Tokenizer, _Vocabulary] = weakref.WeakKeyDictionary()
 
 
-def _vocabulary(tokenizer: Any) -> _Vocabulary:
+def _as_characters(text: bytes) -> str:
+    """The bytes as one character each, so that all texts are strings; tokens may split UTF-8 characters."""
+    return text.decode("latin-1")
+
+
+def _vocabulary(tokenizer: Tokenizer) -> _Vocabulary:
     if not all(callable(getattr(tokenizer, name, None)) for name in ("get_vocab", "convert_tokens_to_string")):
         raise ValueError(
             f"`tokenizer`={tokenizer!r} must be the model's tokenizer, from AutoTokenizer.from_pretrained."
@@ -162,8 +196,8 @@ def _vocabulary(tokenizer: Any) -> _Vocabulary:
     return known
 
 
-def _byte_form(tokenizer: Any) -> str | None:
-    """How tokens stand for bytes: "ByteFallback" (<0x0A>), "ByteLevel" (a character for each), or not at all."""
+def _byte_form(tokenizer: Tokenizer) -> str | None:
+    """How tokens represent bytes: "ByteFallback" (<0x0A>), "ByteLevel" (one character per byte), or None."""
     decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
     if decoder is None:
         return None
@@ -174,24 +208,25 @@ def _byte_form(tokenizer: Any) -> str | None:
     )
 
 
-def _decoded(tokenizer: Any, form: str | None) -> dict[int, Any]:
-    # A token by itself may lose the space it begins with, so it is read after others, which are then taken off.
+def _decoded(tokenizer: Tokenizer, form: str | None) -> dict[int, str]:
+    """The text of each token id; see `_Vocabulary`."""
+    # Decoded alone, a token may lose its leading space. So it is decoded after other tokens, whose text is then removed.
     before = "abcdef"
     base = tokenizer.convert_ids_to_tokens(tokenizer(before, add_special_tokens=False)["input_ids"])
     characters = lazy.byte_characters() if form == "ByteLevel" else {}
-    decoded: dict[int, Any] = {}
-    for token, number in tokenizer.get_vocab().items():
+    decoded: dict[int, str] = {}
+    for token, token_id in tokenizer.get_vocab().items():
         if form == "ByteLevel" and all(character in characters for character in token):
-            decoded[number] = bytes(characters[character] for character in token)
+            decoded[token_id] = _as_characters(bytes(characters[character] for character in token))
         elif form == "ByteFallback" and re.fullmatch("<0x[0-9a-fA-F]{2}>", token):
-            decoded[number] = bytes([int(token[3:5], 16)])
+            decoded[token_id] = _as_characters(bytes([int(token[3:5], 16)]))
         else:
             text = tokenizer.convert_tokens_to_string([*base, token])
             if before not in text:
                 raise ValueError(
-                    f"`stop_strings` need to know how each token reads, but this `tokenizer` reads {[*base, token]} as "
-                    f"{text!r}: it cannot spell {before!r}. Use a criterion of your own."
+                    f"`stop_strings` need the text of each token, but this `tokenizer` decodes {[*base, token]} as "
+                    f"{text!r}: it cannot spell {before!r}. Pass a criterion of your own as `stopping_criteria`."
                 )
             text = text[text.index(before) + len(before) :]
-            decoded[number] = text if form is None else text.encode()
+            decoded[token_id] = text if form is None else _as_characters(text.encode())
     return decoded

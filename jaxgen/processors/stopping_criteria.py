@@ -1,21 +1,24 @@
-"""When a row is finished: array maths over the tokens so far, same as transformers 5.24 `stopping_criteria.py`."""
+"""Stopping criteria, which say when a row is finished; same as transformers 5.24 `stopping_criteria.py`."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Self
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxgen.base import EosCriterion, LengthCriterion, StoppingCriterion
 from jaxgen.buckets import bucket
 from jaxgen.pytree import Int32, pytree
 
-_MIN_IDS = 8  # most models have one to three ids that end a text; all of them share a program
+_MIN_IDS = 8  # most models have one to three eos ids; this way they all share a program
 
 
-def any_of(criteria: Iterable[Any], input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array) -> jax.Array:
-    """bool [N]: the rows of int32 [N, S] tokens, of which `cur_len` columns are valid, that any criterion finishes."""
+def any_of(
+    criteria: Iterable[StoppingCriterion], input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array
+) -> jax.Array:
+    """bool [N]: the rows that at least one criterion finishes; arguments as of `base.StoppingCriterion`."""
     finished = jnp.zeros(len(input_ids), bool)
     for criterion in criteria:
         finished |= criterion(input_ids, scores, cur_len)
@@ -24,31 +27,31 @@ def any_of(criteria: Iterable[Any], input_ids: jax.Array, scores: jax.Array, cur
 
 @pytree
 @dataclass(frozen=True)
-class EosToken:
-    """Finishes a row on an end-of-sequence id. Same as transformers 5.24 `EosTokenCriteria`.
+class EosToken(EosCriterion):
+    """Finishes a row on an eos token. Same as transformers 5.24 `EosTokenCriteria`.
 
     Attributes:
-        eos_token_id: int32 [E]. Unused places hold -1, which no token equals.
+        eos_token_id: int32 [E], padded with -1, which no token equals.
     """
 
     eos_token_id: Int32
 
     @classmethod
     def build(cls, token_ids: Iterable[int], vocab_size: int) -> Self:
-        """From the ids among these that a model can produce. Their number is rounded up."""
+        """From the ids that are in the vocabulary. E is rounded up, so that other ids reuse the program."""
         ids = [token for token in token_ids if 0 <= token < vocab_size]
-        places = bucket(max(_MIN_IDS, len(ids)))
-        return cls([*ids, *[-1] * (places - len(ids))])
+        size = bucket(max(_MIN_IDS, len(ids)))
+        return cls([*ids, *[-1] * (size - len(ids))])
 
     def __call__(self, input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array) -> jax.Array:
-        """bool [N] for int32 [N, S] tokens of which `cur_len` columns are valid; `scores` [N, V] chose the last."""
+        """bool [N]; see `base.StoppingCriterion`."""
         last = lax.dynamic_slice_in_dim(input_ids, cur_len - 1, 1, axis=1)
         return (last == self.eos_token_id[None]).any(axis=1)
 
 
 @pytree
 @dataclass(frozen=True)
-class MaxLength:
+class MaxLength(LengthCriterion):
     """Finishes every row at a length. Same as transformers 5.24 `MaxLengthCriteria`.
 
     Attributes:
@@ -58,7 +61,7 @@ class MaxLength:
     max_length: Int32
 
     def __call__(self, input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array) -> jax.Array:
-        """bool []."""
+        """bool []; see `base.StoppingCriterion`."""
         return cur_len >= self.max_length
 
 
@@ -69,10 +72,10 @@ class CustomCriterion:
 
     Attributes:
         function: a callable pytree: the caller's own, or a function in a `jax.tree_util.Partial`.
-        kind: its class, static; see `base.pytree`.
+        kind: its class, static: JAX compares pytrees of two classes as equal, see `pytree.pytree`.
     """
 
-    function: Any
+    function: StoppingCriterion
     kind: type = field(metadata={"static": True})
 
     def __call__(self, input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array) -> jax.Array:

@@ -1,17 +1,21 @@
-"""The highest of many scores, without sorting them or visiting most of them twice."""
+"""Top-k and argmax over large vocabularies, by the maxima of blocks instead of by sorting."""
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-_BLOCK = 64  # columns whose maximum stands for them in a search
+_BLOCK = 64  # scores per block
 
 
 def highest_few(scores: jax.Array, count: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The highest scores of each row, falling, their columns, each [N, count], and bool [N] rows that are invalid.
+    """The `count` highest scores of each row.
 
-    They lie in the `count` blocks with the highest maxima, so most of the vocabulary is only read once. The barriers
-    keep XLA from computing the scores again for each use, and the maxima of blocks again for that of a row.
+    They are in the `count` blocks with the highest maxima, so most of the vocabulary is read only once. The barriers
+    keep XLA from computing the scores again for each use, and the maxima of blocks again for the maximum of a row.
+
+    Returns:
+        The scores in descending order and their column indices, each [N, count], and bool [N] rows that are invalid:
+        with a NaN, an infinity or no finite score.
     """
     scores = lax.optimization_barrier(scores)
     blocks = in_blocks(scores)
@@ -20,21 +24,22 @@ def highest_few(scores: jax.Array, count: int) -> tuple[jax.Array, jax.Array, ja
     if blocks.shape[1] <= 2 * count:
         return *_top_k(scores, count), invalid
     _, best = lax.top_k(maxima, count)
+    # Block b holds columns 64 * b to 64 * b + 63; both arrays are [N, count * 64], block after block.
     columns = best[:, :, None] * _BLOCK + jnp.arange(_BLOCK)[None, None]
     values = jnp.take_along_axis(blocks, best[:, :, None], axis=1).reshape(len(scores), -1)
-    values, places = _top_k(values, count)
-    return values, jnp.take_along_axis(columns.reshape(len(scores), -1), places, axis=1), invalid
+    values, indices = _top_k(values, count)
+    return values, jnp.take_along_axis(columns.reshape(len(scores), -1), indices, axis=1), invalid
 
 
 def _top_k(scores: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-    # Without the barriers XLA:CPU turns a slice of the result into a sort of the whole: 5.5 ms instead of 0.9. One for
-    # each, as a barrier for both makes it crash where scores are spread over devices (jax 0.10).
-    values, places = lax.top_k(scores, count)
-    return lax.optimization_barrier(values), lax.optimization_barrier(places)
+    # Without the barriers XLA:CPU turns a slice of the result into a full sort: 5.5 ms instead of 0.9. One barrier for
+    # both arrays makes it crash if scores are sharded over devices (jax 0.10).
+    values, indices = lax.top_k(scores, count)
+    return lax.optimization_barrier(values), lax.optimization_barrier(indices)
 
 
 def first_highest(scores: jax.Array) -> jax.Array:
-    """int32 [N]: the argmax of each row, NaN counting as the greatest; in two steps 5 times faster on XLA:CPU."""
+    """int32 [N]: the argmax of each row, with NaN the highest. Its two steps are 5 times faster on XLA:CPU."""
     blocks = in_blocks(scores)
     if blocks.shape[1] <= 2 * _BLOCK:
         return jnp.argmax(scores, axis=1).astype(jnp.int32)
@@ -44,6 +49,6 @@ def first_highest(scores: jax.Array) -> jax.Array:
 
 
 def in_blocks(scores: jax.Array) -> jax.Array:
-    """float32 [N, V / 64, 64], filled up with -inf."""
+    """float32 [N, V] -> [N, V / 64, 64], padded with -inf."""
     rows, columns = scores.shape
     return jnp.pad(scores, ((0, 0), (0, -columns % _BLOCK)), constant_values=-jnp.inf).reshape(rows, -1, _BLOCK)

@@ -200,8 +200,8 @@ MUTANTS = [
     Mutant(
         SAMPLING,
         "_candidates, equal scores beyond the window",
-        "alone = (edge < last) | (last == -jnp.inf) | (window == scores.shape[1])",
-        "alone = jnp.ones_like(edge, bool)",
+        "separate = (edge < last) | (last == -jnp.inf) | (window == scores.shape[1])",
+        "separate = jnp.ones_like(edge, bool)",
         "tests/decoding/test_sampling.py::test_a_draw_from_few_candidates_is_the_draw_from_all",
     ),
     Mutant(
@@ -213,21 +213,21 @@ MUTANTS = [
     ),
     Mutant(
         RULES,
-        "_rising_mass_at_border, over 128 scores",
+        "_cumulative_at_border, over 128 scores",
         "return jnp.where(equal, at_border, jnp.where(bits > border, jnp.inf, 0))",
         "return jnp.full_like(p, jnp.inf)",
         f"{KEEPS}[a wide nucleus-129]",
     ),
     Mutant(
         RULES,
-        "_rising_mass_at_border, in a draw",
+        "_cumulative_at_border, in a draw",
         "return jnp.where(equal, at_border, jnp.where(bits > border, jnp.inf, 0))",
         "return jnp.full_like(p, jnp.inf)",
         f"{REAL}draws_from_a_thousand_tokens_equal_transformers_with_the_same_noise",
     ),
     Mutant(
         RULES,
-        "_rising_mass_at_border, equal scores",
+        "_cumulative_at_border, equal scores",
         "jnp.cumsum(equal, axis=1).astype(p.dtype) * p",
         "equal.sum(axis=1, keepdims=True).astype(p.dtype) * p",
         "tests/processors/test_logits_process.py::test_of_many_equal_scores_top_p_removes_those_of_the_lower_columns",
@@ -257,8 +257,8 @@ MUTANTS = [
     Mutant(
         "jaxgen/processors/stopping_criteria.py",
         "EosToken, over 8 ids",
-        "[*ids, *[-1] * (places - len(ids))]",
-        "[*ids[:8], *[-1] * (places - len(ids[:8]))]",
+        "[*ids, *[-1] * (size - len(ids))]",
+        "[*ids[:8], *[-1] * (size - len(ids[:8]))]",
         "tests/generation/test_continuing.py::"
         "test_other_turns_on_a_cache_equal_transformers[greedy with an eos-the whole text]",
     ),
@@ -272,14 +272,14 @@ MUTANTS = [
     Mutant(
         "jaxgen/processors/stop_strings.py",
         "_table, over 6 numbers",
-        "table[token, place, : len(numbers)] = numbers",
-        "table[token, place, : len(numbers[:6])] = numbers[:6]",
+        "table[token, index, : len(numbers)] = numbers",
+        "table[token, index, : len(numbers[:6])] = numbers[:6]",
         "tests/processors/test_stop_strings.py::test_many_long_strings_and_those_of_one_character_stop_where_those_of_transformers_do",
     ),
     # ---- Prompts and caches ----
     Mutant(
         "jaxgen/decoding/loop.py",
-        "_read, several chunks",
+        "_read_chunks, several chunks",
         "columns, number * size, size, axis=1)",
         "columns, 0 * size, size, axis=1)",
         f"{REAL}a_long_prompt_in_chunks_gives_the_tokens_of_the_whole[256]",
