@@ -9,7 +9,7 @@ Dimension letters, used in every docstring of the package:
     P  prompt columns                   S  cache slots, and columns of the token buffer
     T  columns of one forward pass      E  end-of-sequence ids
     V  vocabulary                       D  hidden size              I  MLP size
-    W  candidates of one draw           M  sequences of a rule      R  returned sequences per prompt
+    W  candidates of one step           M  sequences of a rule      R  returned sequences per prompt
     C  branches of a row, such as beams
     Q  query heads                      K  key-value heads          G  query heads per key-value head (Q = K * G)
     H  head dimension
@@ -47,7 +47,7 @@ def no_mesh() -> Iterator[None]:
         yield
 
 
-def as_last(vector: jax.Array, x: jax.Array) -> jax.Array:
+def as_last(vector: jax.typing.ArrayLike, x: jax.Array) -> jax.Array:
     """Reshapes [D] to the rank of `x` [..., D], for users of `jax_numpy_rank_promotion="raise"`."""
     return jnp.expand_dims(vector, tuple(range(x.ndim - 1)))
 
@@ -72,7 +72,7 @@ class Prompt:
     ```
                  P = 8, length = 5
     row 0     .  .  .  a  b  c  d  e      "." is padding of the bucket,
-    row 1     .  .  .  -  -  f  g  h      "-" is the caller's own,
+    row 1     .  .  .  -  -  f  g  h      "-" is padding of the caller,
     row 2     .  .  .  .  .  .  .  .      rows = 2
     ```
 
@@ -480,6 +480,7 @@ class Strategy(Generic[State]):
             internals: of the prompt, see `needs`.
         """
         state = self.init(prompt, slots, logits.shape[1])
+        # Rows a, b become a, a, b, b: the copies, or the branches, of a prompt are neighbours, as in the cache.
         logits, scores = (jnp.repeat(array, self.copies * self.branches, axis=0) for array in (logits, scores))
         return self.step(logits, scores, internals, state)
 

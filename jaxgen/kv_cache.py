@@ -81,6 +81,7 @@ class KVCache:
 
     def placed(self, mesh: Mesh, rows: int, heads: int) -> Self:
         """The cache sharded over a mesh: rows over its axis "data", heads over "tensor"."""
+        # One axis per dimension that the arrays have: N and K of size 1 are left out of them.
         axes = [axis for axis, size in zip((rows_axis(mesh, rows), "tensor"), (rows, heads), strict=True) if size > 1]
         spec = [axis if axis in mesh.shape else None for axis in axes]
         sharding = NamedSharding(mesh, PartitionSpec(*spec))
@@ -114,6 +115,7 @@ class KVCache:
             counted = self.position[:, None] + jnp.cumsum(attention_mask, axis=1, dtype=jnp.int32) - 1
             position_ids = jnp.where(attention_mask, counted, 0)
         valid = lax.dynamic_update_slice_in_dim(self.valid, attention_mask, self.length, axis=1)
+        # All rows have the same slots, so the causal mask, [T, S], is the same for all rows.
         new_slots = self.length + jnp.arange(columns)
         causal = jnp.arange(valid.shape[1])[None] <= new_slots[:, None]
         cache = replace(self, valid=valid, length=self.length + columns, position=position_ids[:, -1] + 1)
@@ -188,6 +190,7 @@ class KVCache:
         """See `base.Cache.take`."""
 
         def take(array: jax.Array) -> jax.Array:
+            # With N and K of size 1 for the gather, then without them if they are 1 in the result.
             taken = array.reshape(len(self.valid), -1, *array.shape[-2:])[rows]
             return taken.reshape(*_without_ones(*taken.shape[:2]), *array.shape[-2:])
 
@@ -233,7 +236,7 @@ class KVCache:
     def branch(self, branches: int) -> "BranchedCache":
         """A cache of C branches that each continue a row; see `BranchedCache`."""
         return BranchedCache(
-            layers=self.layers,
+            layers=self.layers,  # shared by the branches, not copied
             valid=jnp.repeat(self.valid[:, None], branches, axis=1),
             length=self.length,
             position=jnp.repeat(self.position[:, None], branches, axis=1),
@@ -344,6 +347,7 @@ class BranchedCache(KVCache):
         return replace(
             self,
             layers=tuple((keep(keys), keep(values)) for keys, values in self.layers),
+            # All branches attend the same slots before `start`, unless there was a `reorder`.
             valid=(self.valid & (slots < start)) | (slots == start),
             length=start + 1,
         )

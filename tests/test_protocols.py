@@ -3,7 +3,6 @@
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +55,7 @@ class StateCache:
     def grow(self, slots: int) -> "StateCache":
         return replace(self, valid=jnp.pad(self.valid, (*[(0, 0)] * (self.valid.ndim - 1), (0, slots - self.slots))))
 
-    def grow_by_parts(self, slots: int, grow: Callable[[Any, int], Any]) -> "StateCache":
+    def grow_by_parts(self, slots: int, grow: Callable[["StateCache", int], "StateCache"]) -> "StateCache":
         return grow(self, slots)
 
     def skip(self, columns: jax.Array) -> "StateCache":
@@ -161,14 +160,14 @@ def model() -> Recurrent:
 PROMPTS, MASK = [[0, 1, 2], [3, 4, 1]], [[0, 1, 1], [1, 1, 1]]
 
 
-def test_greedy_tokens_are_the_likeliest_ones_in_a_padded_batch(model: Any) -> None:
+def test_greedy_tokens_are_the_likeliest_ones_in_a_padded_batch(model: Recurrent) -> None:
     found = jaxgen.generate(model, PROMPTS, attention_mask=MASK, max_new_tokens=6)
     assert found.shape == (2, 9)
     assert_greedy(model, found[0, 1:].tolist(), 2)
     assert_greedy(model, found[1].tolist(), 3)
 
 
-def test_enough_beams_find_the_likeliest_of_all_continuations(model: Any) -> None:
+def test_enough_beams_find_the_likeliest_of_all_continuations(model: Recurrent) -> None:
     found = jaxgen.generate(
         model, PROMPTS, attention_mask=MASK, max_new_tokens=3, num_beams=VOCAB**2, return_dict_in_generate=True
     )
@@ -178,7 +177,7 @@ def test_enough_beams_find_the_likeliest_of_all_continuations(model: Any) -> Non
         assert found.sequences[row, -len(best) :].tolist() == best
 
 
-def test_a_sample_does_not_depend_on_batch_mates_or_chunks(model: Any) -> None:
+def test_a_sample_does_not_depend_on_batch_mates_or_chunks(model: Recurrent) -> None:
     options = {"max_new_tokens": 20, "do_sample": True}
     together = jaxgen.generate(model, PROMPTS, attention_mask=MASK, key=[7, 8], num_return_sequences=2, **options)
     alone = jaxgen.generate(model, [PROMPTS[1]], key=[8], num_return_sequences=2, **options)
@@ -188,7 +187,7 @@ def test_a_sample_does_not_depend_on_batch_mates_or_chunks(model: Any) -> None:
     np.testing.assert_array_equal(np.concatenate([*chunks], axis=1), together[:, 3:])
 
 
-def test_texts_that_outgrow_the_first_cache_go_on(model: Any) -> None:
+def test_texts_that_outgrow_the_first_cache_go_on(model: Recurrent) -> None:
     before = jaxgen.compile_counts()["grow"]
     found = jaxgen.generate(model, PROMPTS, attention_mask=MASK, max_new_tokens=500)
     assert jaxgen.compile_counts()["grow"] > before
@@ -196,12 +195,12 @@ def test_texts_that_outgrow_the_first_cache_go_on(model: Any) -> None:
 
 
 @pytest.mark.parametrize("chunk", [None, 2])
-def test_a_prompt_read_in_chunks_leaves_the_same_state(chunk: int | None, model: Any) -> None:
+def test_a_prompt_read_in_chunks_leaves_the_same_state(chunk: int | None, model: Recurrent) -> None:
     found = jaxgen.generate(model, [[0, 1, 2, 3, 4]], max_new_tokens=5, prefill_chunk_size=chunk)
     assert_greedy(model, found[0].tolist(), 5)
 
 
-def test_a_state_is_no_cache_to_be_looked_into(model: Any) -> None:
+def test_a_state_is_no_cache_to_be_looked_into(model: Recurrent) -> None:
     cache = jaxgen.generate(model, PROMPTS, max_new_tokens=3, return_dict_in_generate=True).cache
     assert len(cache) == 0 and cache.get_seq_length() == 5
     with pytest.raises(ValueError, match="a state cannot be cut into columns"):

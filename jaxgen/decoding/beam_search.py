@@ -151,7 +151,7 @@ class BeamSearch(Strategy[BeamState]):
         )
 
     def step(self, logits: jax.Array, scores: jax.Array, internals: Internals, state: BeamState) -> BeamState:
-        sequences = state.running.sequences.reshape(len(scores), -1)
+        sequences = state.running.sequences.reshape(len(scores), -1)  # [B, b, S] -> [B * b, S], as the scores
         scores, states = process(self.processors, sequences, scores, state.cur_len, state.processors)
 
         candidates, sources, invalid = self._candidates(scores, state)
@@ -182,6 +182,7 @@ class BeamSearch(Strategy[BeamState]):
             tokens=tokens,
             parents=parents,
             improvable=improvable,
+            # As transformers' `_beam_search_has_unfinished_sequences`, for all prompts at once.
             ended=~improvable.any() | full | (hits | unused).all(),
             invalid=state.invalid | (invalid & state.improvable),
             keys=state.keys,

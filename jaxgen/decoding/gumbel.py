@@ -18,6 +18,7 @@ def row_keys(key: jax.Array, prompts: int, copies: int) -> jax.Array:
     else:  # an int becomes its high and its low word, as on the host; ints of 32 bits are sign-extended
         high = key >> 32 if key.dtype.itemsize > 4 else jnp.where(key < 0, -1, 0)
         words = jnp.stack([high.astype(jnp.uint32), key.astype(jnp.uint32)], axis=-1)
+    # Keys of other generators have 4 words, of which the first 2 are used.
     base = jax.random.wrap_key_data(words[..., :2], impl="threefry2x32")
     fold = jax.random.fold_in
     # A prompt with its own key gets the samples of a batch of one, wherever it is in the batch.

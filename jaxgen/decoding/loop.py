@@ -125,6 +125,7 @@ def _prefill(model: Model, call: Call, collect: tuple[str, ...] = (), cache_slot
     logits, cache, internals = _read(model, call, _both(collect, strategy))
     logits, scores, guided_internals = _guided(strategy, call.guidance_scale, logits, internals)
     inner = strategy.start(call.prompt, call.slots, logits, scores, guided_internals)
+    # Copied while it has P slots and not yet S. Branches share the grown cache.
     if strategy.copies > 1:
         cache = cache.take(jnp.repeat(jnp.arange(call.model_rows), strategy.copies))
     cache = cache.grow(cache_slots or strategy.cache_slots(call.prompt_slots, new_tokens))
@@ -197,6 +198,7 @@ def _advance(
         write = functools.partial(lax.dynamic_update_index_in_dim, index=state.steps, axis=0)
         buffers = jax.tree.map(write, state.step_internals, {name: internals[name] for name in collect})
         inner = strategy.step(*_guided(strategy, scale, logits, internals), state.inner)
+        # Each branch has written its column. Which branches go on is known only now.
         if strategy.branches > 1:
             cache = _reordered(cache, strategy, inner, scale)
         return DecodeState(cache, inner, state.steps + 1, scale, state.prompt_internals, buffers)
@@ -247,8 +249,9 @@ def _guided(
     """
     if guidance_scale is None:
         return logits, jax.nn.log_softmax(logits) if strategy.log_probabilities else logits, internals
-    guided, negative = jnp.split(jax.nn.log_softmax(logits), 2)
-    scores = guidance_scale * (guided - negative) + negative
+    # [2N, V] -> [N, V] of the prompts and [N, V] of the negative prompts.
+    conditional, unconditional = jnp.split(jax.nn.log_softmax(logits), 2)
+    scores = guidance_scale * (conditional - unconditional) + unconditional
     logits, internals = jax.tree.map(lambda array: array[: len(array) // 2], (logits, internals))
     return logits, scores, internals
 

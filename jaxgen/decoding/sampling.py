@@ -125,6 +125,7 @@ class Sample(Strategy[SampleState]):
             invalid |= ~jnp.isfinite(in_blocks(logits).max(axis=(1, 2)))  # warpers may drop a NaN
         recorded = self._record(logits, scores, tokens, log_p, state)
 
+        # After `_record`: the log-probabilities are of the chosen tokens, not of padding.
         if self.pad_token_id is not None:
             tokens = jnp.where(state.finished, self.pad_token_id, tokens)
         sequences = lax.dynamic_update_slice_in_dim(state.sequences, tokens[:, None], state.cur_len, axis=1)
@@ -256,6 +257,7 @@ def _candidates(scores: jax.Array, top_k: TopK, warpers: list[Warper], finished:
     limited = top_k.top_k <= window
 
     values, token_ids, invalid = highest_few(scores, window)
+    # The k-th highest score; only used if top_k is within the window.
     last = lax.dynamic_slice_in_dim(values, jnp.clip(top_k.top_k, 1, window) - 1, 1, axis=1)
     edge = values[:, -1:]
 
@@ -272,6 +274,7 @@ def _candidates(scores: jax.Array, top_k: TopK, warpers: list[Warper], finished:
     separate, rest = lax.cond(limited | (top_p >= 1), nothing_outside, outside, scores)
     total = jnp.logaddexp(jax.nn.logsumexp(values, axis=1, keepdims=True), rest)
     enough = limited | ((top_k.top_k >= vocab_size) & (top_p < 1) & (jnp.exp(rest - total) <= 1 - top_p))
+    # Finished and invalid rows take any token, so that they do not send the whole batch to the slow path.
     complete = (separate & enough)[:, 0] | finished | invalid
 
     if warpers:  # they break ties by the order of the token ids

@@ -1,6 +1,6 @@
 """The registry of model families: `model_type` of a config.json -> how to build and fill that model.
 
-A family reads the keys of a config.json that transformers reads for it, and no others: see `config_keys`.
+A family reads the same keys of a config.json as transformers; see `config_keys`.
 """
 
 from jaxgen.models.family import Family
@@ -10,7 +10,7 @@ from jaxgen.models.mistral import MISTRAL
 from jaxgen.models.qwen2 import QWEN2
 from jaxgen.models.qwen3 import QWEN3
 
-# The class, or the classes, of all families: what `load` returns.
+# The return type of `load`: the class of the models of all families.
 LoadedModel = Llama
 
 FAMILIES: dict[str, Family] = {

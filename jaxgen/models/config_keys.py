@@ -1,20 +1,19 @@
-"""Which keys of a `config.json` count: one policy for all families.
+"""Which keys of a `config.json` affect the computation: one policy for all families.
 
-A key can change the computation only if transformers reads it, in the classes of the family or in the code that all of
-its models share. So every key is of one of these kinds:
+A key can change the computation only if transformers reads it, in the classes of the family or in the code that all
+models share. So there are three kinds of keys:
 
-- the family implements it;
-- it is in `READ_BY_TRANSFORMERS`: the shared code reads it and jaxgen does not implement it. A value that changes
-  something is refused;
-- nobody reads it. The folder loads as it does in transformers, and one warning lists such keys.
+- keys that the family implements;
+- keys in `READ_BY_TRANSFORMERS`, which the shared code reads and jaxgen does not implement. Values that would change
+  the computation are refused;
+- keys that are not read. The folder loads as it does in transformers, and one warning lists them.
 
-A test records which keys the installed transformers reads, so that a key it begins to read does not go unnoticed.
+A test records which keys the installed transformers reads, and fails when a new version reads another one.
 """
 
 from collections.abc import Collection, Mapping
-from typing import Any
 
-# Read elsewhere, or bookkeeping: nobody needs to hear of them.
+# Read elsewhere, or bookkeeping: left out of the warning.
 NO_EFFECT = frozenset(
     "model_type architectures dtype torch_dtype transformers_version _name_or_path name_or_path _commit_hash use_cache "
     "attention_dropout bos_token_id eos_token_id pad_token_id return_dict id2label label2id chunk_size_feed_forward "
@@ -22,8 +21,8 @@ NO_EFFECT = frozenset(
     "transformers.js_config unsloth_version unsloth_fixed pretraining_tp max_sequence_length task_specific_params "
     "auto_map".split()
 )
-# Same as transformers 5.23 `PreTrainedConfig`, its masks, caches and loading; with the values that change nothing.
-READ_BY_TRANSFORMERS: dict[str, tuple[Any, ...]] = {
+# Read in transformers 5.23 by `PreTrainedConfig`, masks, caches and loading; with the values that have no effect.
+READ_BY_TRANSFORMERS: dict[str, tuple[object, ...]] = {
     "is_causal": (True,),
     "is_encoder_decoder": (None, False),
     "sliding_window": (None,),
@@ -42,8 +41,8 @@ READ_BY_TRANSFORMERS: dict[str, tuple[Any, ...]] = {
 }
 
 
-def unread_keys(raw: Mapping[str, Any], implemented: Collection[str]) -> list[str]:
-    """The keys of a config.json that hold something and that neither transformers nor jaxgen reads.
+def unread_keys(raw: Mapping[str, object], implemented: Collection[str]) -> list[str]:
+    """The keys of a config.json that have a value and that neither transformers nor jaxgen reads.
 
     Args:
         raw: the parsed file.
@@ -59,5 +58,5 @@ def unread_keys(raw: Mapping[str, Any], implemented: Collection[str]) -> list[st
                 f"config.json has `{key}`={value!r:.200}, which changes the computation in transformers. jaxgen does "
                 "not implement it: run this model with transformers."
             )
-    # A value that is false or empty is how configs say that a feature is off.
+    # In a config, a false or empty value means that a feature is off.
     return [key for key, value in others.items() if value and key not in READ_BY_TRANSFORMERS]

@@ -1,15 +1,15 @@
-"""What the rest of the package asks of a model family: `checkpoint` to fill a model, `planning` to size it."""
+"""The interface of a model family, for `checkpoint`, which fills a model, and `planning`, which sizes it."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 
 class Config(Protocol):
-    """What is read of the config of any family: a frozen dataclass, in the names of its `config.json`."""
+    """The config of any family: a frozen dataclass whose fields are named as in `config.json`."""
 
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
 
@@ -24,7 +24,7 @@ class Config(Protocol):
 
     @property
     def tie_word_embeddings(self) -> bool:
-        """Whether the embedding is the head too."""
+        """Whether the embedding is also the head."""
         ...
 
     def to_json(self) -> dict[str, Any]:
@@ -32,15 +32,18 @@ class Config(Protocol):
         ...
 
 
+AnyConfig = TypeVar("AnyConfig", bound=Config)
+
+
 @dataclass(frozen=True)
 class ForwardPass:
-    """The sizes of a forward pass, as each device has it.
+    """The sizes of a forward pass on each device.
 
     Attributes:
         rows: N.
         columns: T.
-        slots: S that the columns attend; more than T in a step on a cache.
-        itemsize: bytes of a number that is computed.
+        slots: S that the columns attend; more than T for a step with a cache.
+        itemsize: bytes per number of the activations.
         shards: devices on the axis "tensor".
         platform: "tpu", "gpu" or "cpu".
     """
@@ -53,40 +56,39 @@ class ForwardPass:
     platform: str
 
 
-@dataclass(frozen=True, eq=False)  # a family is part of a compile key, and no two are the same
-class Family:
-    """How the models of a `model_type` are built, filled, spread, sized and described.
+@dataclass(frozen=True, eq=False)  # a family is part of a compile key, and compares by identity
+class Family(Generic[AnyConfig]):
+    """How the models of a `model_type` are built, filled, sharded, sized and described.
 
     Attributes:
-        config: config.json (and the names of the generation fields it may hold) -> the family's frozen config.
-        unread_keys: the same -> the keys that change nothing, since nobody reads them.
-        build: config, `nnx.Rngs`, generation config, mesh -> the model, randomly initialised; see `base.Model`. Its
-            `config` is the one given, and its `generation_config` can be set.
-        embedding: the path of the parameter [V, D] that embeds tokens, of one tensor. `checkpoint` takes the size of
-            the vocabulary from it, and the dtype where config.json names none; `planning` knows that a step reads only
-            a few of its rows.
-        head: the path of the parameter [V, D] that makes logits, of one tensor, and in `weight_map` unless the config
-            ties it to the embedding. `checkpoint` ties it where there is no such tensor, and where there is one in
-            spite of the config, compares the two.
-        prefix: what the names of tensors begin with in a model with a head, and not in one that was saved without it.
+        config: config.json (and the names of the generation fields that it may hold) -> the family's frozen config.
+        unread_keys: the same arguments -> the keys that have no effect, since they are not read.
+        build: config, `nnx.Rngs`, generation config, mesh -> the model, randomly initialised; see `base.Model`. It has
+            this `config`, and its `generation_config` can be set.
+        embedding: the path of the embedding [V, D], a parameter of one tensor. `checkpoint` takes the vocabulary size
+            from it, and the dtype if config.json names none. `planning` counts only a few of its rows per step.
+        head: the path of the head [V, D], a parameter of one tensor, which is in `weight_map` unless the config ties it
+            to the embedding. `checkpoint` ties it if there is no such tensor. If there is one although the config ties
+            it, `checkpoint` compares the two.
+        prefix: the beginning of the tensor names of a model with a head. Models saved without a head lack it.
         weight_map: config -> {parameter path: {Hugging Face tensor: rows}}. `checkpoint` loads and saves by it.
-        buffers: {how the name of a tensor ends that the config determines: config -> its values}, with None for one
-            that nobody looks at. `checkpoint` loads none of them, and warns where one has other values.
-        partition: config, mesh -> (parameter path -> how it is spread over the mesh), or a ValueError if it cannot be.
-            `planning` suggests meshes without one.
-        activation_bytes: config, forward pass -> bytes that it has alive on each device beside weights, cache and
-            logits, which `planning` counts itself.
+        buffers: {end of a tensor name: config -> its values}, for tensors that follow from the config, with None for
+            tensors that are not read. `checkpoint` does not load them, and warns if one has other values.
+        partition: config, mesh -> (parameter path -> PartitionSpec), or a ValueError if the mesh does not fit.
+            `planning` suggests only meshes that fit.
+        activation_bytes: config, forward pass -> bytes of activations at the peak on each device. Weights, cache and
+            logits are not included; `planning` counts them itself.
         describe: config -> its sizes in one line, for `jaxgen inspect`.
     """
 
-    config: Callable[..., Config]
+    config: Callable[..., AnyConfig]
     unread_keys: Callable[..., list[str]]
     build: Callable[..., Any]
     embedding: str
     head: str
     prefix: str
-    weight_map: Callable[[Any], dict[str, dict[str, int]]]
-    buffers: Mapping[str, Callable[[Any], np.ndarray] | None]
-    partition: Callable[[Any, Mesh | AbstractMesh], Callable[[str], PartitionSpec]]
-    activation_bytes: Callable[[Any, ForwardPass], int]
-    describe: Callable[[Any], str]
+    weight_map: Callable[[AnyConfig], dict[str, dict[str, int]]]
+    buffers: Mapping[str, Callable[[AnyConfig], np.ndarray] | None]
+    partition: Callable[[AnyConfig, Mesh | AbstractMesh], Callable[[str], PartitionSpec]]
+    activation_bytes: Callable[[AnyConfig, ForwardPass], int]
+    describe: Callable[[AnyConfig], str]

@@ -1,13 +1,12 @@
-"""The few layers that the model families share, as plain pytrees of weights.
+"""The layers that the model families share, as plain pytrees of weights.
 
-Flax NNX declares the parameters and nothing else: no `nnx.jit`, no Variables that a forward pass writes. Weights keep
-Hugging Face's orientation [out, in], which needs no transposition on the way in and is what XLA:CPU multiplies fastest
-(in a 1.2B model 166 against 190 ms per step for [in, out]).
+Flax NNX only declares the parameters: there is no `nnx.jit`, and no forward pass writes a Variable. Weights keep
+Hugging Face's orientation [out, in]. They are not transposed when loaded, and XLA:CPU multiplies them faster than
+[in, out] (1.2B model: 166 against 190 ms per step).
 """
 
 import itertools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,13 +31,13 @@ class Linear(nnx.Module):
 
 
 class Embed(nnx.Module):
-    """A table of vectors, weight [V, D], that can also score a vector against every entry."""
+    """An embedding, weight [V, D], which can also be the head of the model."""
 
     def __init__(self, entries: int, features: int, *, std: float, rngs: nnx.Rngs):
         self.weight = nnx.Param(std * jax.random.normal(rngs.params(), (entries, features), jnp.float32))
 
     def __call__(self, ids: jax.Array) -> jax.Array:
-        """int32 [...] -> [..., D]. The ids are checked on the host."""
+        """int32 [...] -> [..., D]. The host checks that ids are below V."""
         return self.weight[...][ids]
 
     def attend(self, x: jax.Array) -> jax.Array:
@@ -47,7 +46,7 @@ class Embed(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """Same as transformers 5.24 `LlamaRMSNorm`: normalised in float32, cast, then weighted."""
+    """Same as transformers 5.24 `LlamaRMSNorm`: normalises in float32, casts, then multiplies by the weight."""
 
     def __init__(self, features: int, *, eps: float):
         self.weight = nnx.Param(jnp.ones(features, jnp.float32))
@@ -60,8 +59,8 @@ class RMSNorm(nnx.Module):
         return as_last(self.weight[...], x) * wide.astype(x.dtype)
 
 
-def product(x: jax.Array, weight: Any) -> jax.Array:
-    """x @ weight.T, [..., in] and [out, in] -> [..., out], in the form that the platform multiplies fastest."""
+def product(x: jax.Array, weight: jax.Array | Int8) -> jax.Array:
+    """x @ weight.T, [..., in] and [out, in] -> [..., out], in the form that is fastest on the platform."""
     if isinstance(weight, Int8):
         return weight.product(x)
 
@@ -69,8 +68,8 @@ def product(x: jax.Array, weight: Any) -> jax.Array:
         return jnp.einsum("...i,oi->...o", x, weight)
 
     def on_tpu(x: jax.Array, weight: jax.Array) -> jax.Array:
-        # The compiler multiplies one row in the vector unit, at a quarter of the memory's bandwidth. Eight rows fill a
-        # tile of the matrix unit, which keeps up (8B on a v6e, estimated: 36.5 -> 10.1 ms a step).
+        # The compiler multiplies a single row in the vector unit, at a quarter of the memory bandwidth. Eight rows fill
+        # a tile of the matrix unit, which reaches the bandwidth (8B on a v6e, estimated: 36.5 -> 10.1 ms a step).
         if x.size != x.shape[-1]:
             return in_order(x, weight)
         rows = jnp.pad(x.reshape(1, -1), ((0, 7), (0, 0)))
@@ -80,11 +79,11 @@ def product(x: jax.Array, weight: Any) -> jax.Array:
 
 
 def _product_on_cpu(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """As measured with jax 0.10.
+    """The fastest forms as measured with jax 0.10.
 
-    With 2 to 32 rows in float32 the weight comes first: the other way round it is packed anew at every call, which
-    takes as long again as multiplying. The barrier keeps XLA from turning the product around. In other dtypes a single
-    row takes a path 8 times slower than that of two.
+    With 2 to 32 rows in float32 the weight is the left operand. As the right one, XLA packs it at every call, which
+    takes as long as the product. The barrier keeps XLA from swapping the operands. In other dtypes the path for one row
+    is 8 times slower than the path for two.
     """
     rows = x.reshape(-1, x.shape[-1])
     if x.dtype == jnp.float32 and 1 < len(rows) <= 32:
@@ -102,63 +101,74 @@ def _wide(rows: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 def unfuse(x: jax.Array, sizes: tuple[int, ...], shards: int, axis: int) -> list[jax.Array]:
-    """The parts of a fused product along an axis, of these sizes.
+    """Splits a fused product along an axis into parts of these sizes.
 
-    Spread over devices, each has its share of every part: the axis holds `shards` times a share of all of them.
+    Sharded over devices, the rows of a fused weight are interleaved, so that each device has a share of every part:
+
+    ```
+    1 shard    q0 q1 q2 q3  k0 k1  v0 v1
+    2 shards   q0 q1 k0 v0 | q2 q3 k1 v1
+    ```
     """
     shares = [size // shards for size in sizes]
     borders = list(itertools.accumulate(shares))[:-1]
     if shards == 1:
         return jnp.split(x, borders, axis)
-    apart = x.reshape(*x.shape[:axis], shards, -1, *x.shape[axis + 1 :])
+    by_shard = x.reshape(*x.shape[:axis], shards, -1, *x.shape[axis + 1 :])
     return [
-        part.reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :]) for part in jnp.split(apart, borders, axis=axis + 1)
+        part.reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :]) for part in jnp.split(by_shard, borders, axis=axis + 1)
     ]
 
 
 def columns_at_once(columns: int) -> int:
-    """Of a forward pass over T columns, how many have their attention scores in memory at a time."""
+    """The block size of attention: how many of T columns have their attention scores in memory at a time."""
     return columns if columns <= 256 or columns % 128 else 128
 
 
 def attend(
     queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array
 ) -> tuple[jax.Array, Callable[[], jax.Array]]:
-    """Grouped-query attention, with float32 scores and softmax; of a long prompt for some columns after the others.
+    """Grouped-query attention with float32 scores and softmax, for a long prompt in blocks of columns.
 
-    The G heads of a group and the T columns are rows of one product with the group's keys, so nothing is repeated.
+    The G heads of a group and the T columns are the rows of one product with the group's keys, so that keys and values
+    are not repeated.
 
     Args:
         queries: [N, K, G, T, H].
-        keys, values: [N, K, S, H], with or without the dimensions of size one among N and K.
-        mask: bool [N, T, S]. A column that may look nowhere gets zeros, as from torch's scaled_dot_product_attention.
+        keys, values: [N, K, S, H], where dimensions N and K of size 1 may be left out.
+        mask: bool [N, T, S]. A column that attends no slot gets zeros, as from torch's scaled_dot_product_attention.
 
     Returns:
-        [N, K, G, T, H], and a function that gives the weights, [N, K, G, T, S], to whoever wants to see them.
+        [N, K, G, T, H], and a function that computes the attention weights, [N, K, G, T, S].
     """
-    columns, few = queries.shape[3], columns_at_once(queries.shape[3])
-    if few == columns:
+    columns, block = queries.shape[3], columns_at_once(queries.shape[3])
+    if block == columns:
         return _attend_at_once(queries, keys, values, mask)
 
-    def some(start: jax.Array) -> jax.Array:
-        own = lax.dynamic_slice_in_dim(queries, start, few, axis=3)
-        return _attend_at_once(own, keys, values, lax.dynamic_slice_in_dim(mask, start, few, axis=1))[0]
+    # Blocks of queries, each with all keys: memory for the scores of 128 columns instead of T.
+    def attend_block(start: jax.Array) -> jax.Array:
+        block_queries = lax.dynamic_slice_in_dim(queries, start, block, axis=3)
+        block_mask = lax.dynamic_slice_in_dim(mask, start, block, axis=1)
+        return _attend_at_once(block_queries, keys, values, block_mask)[0]
 
-    attended = jnp.moveaxis(lax.map(some, jnp.arange(0, columns, few)), 0, 3)
+    # [T / 128, N, K, G, 128, H] -> [N, K, G, T / 128, 128, H] -> [N, K, G, T, H].
+    attended = jnp.moveaxis(lax.map(attend_block, jnp.arange(0, columns, block)), 0, 3)
     return attended.reshape(queries.shape), lambda: _attend_at_once(queries, keys, values, mask)[1]()
 
 
 def _attend_at_once(
     queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array
 ) -> tuple[jax.Array, Callable[[], jax.Array]]:
+    """As `attend`, for all columns at once."""
     *batch, slots, head_dim = keys.shape
     scores = _grouped("...mh,...sh->...ms", queries.reshape(*batch, -1, head_dim), keys)
     allowed = mask[:, None, None]
     scores = jnp.where(allowed, scores.reshape(*queries.shape[:-1], slots) * head_dim**-0.5, -jnp.inf)
+    # Finite even where no slot is allowed: -inf minus -inf would be NaN.
     highest = jnp.maximum(scores.max(axis=-1, keepdims=True), jnp.finfo(jnp.float32).min)
     weights = jnp.exp(scores - highest)
-    # The sum divides the few products rather than the many weights; it is 0 only where there is nothing to divide.
-    # A tiny number in its place would make derivatives overflow.
+    # Dividing the products, [T, H], is less work than dividing the weights, [T, S]. The sum is 0 only where no slot is
+    # allowed, and 1 takes its place there: a tiny number would make gradients overflow.
     total = weights.sum(axis=-1, keepdims=True)
     total = jnp.where(total > 0, total, 1)
     rounded = weights.astype(values.dtype).reshape(*batch, -1, slots)
@@ -171,7 +181,7 @@ def _attend_at_once(
 def _grouped(spec: str, rows: jax.Array, shared: jax.Array) -> jax.Array:
     """The einsum of a group's M rows with its keys or values, [N, K, M, in] and [N, K, S, H] -> float32 [N, K, M, out].
 
-    In float32 XLA:CPU is faster with up to four rows one by one (a step behind 900 columns at batch 8: 273 -> 165 ms).
+    In float32 XLA:CPU is faster with up to four rows one by one (a step after 900 columns at batch 8: 273 -> 165 ms).
     """
 
     def together(rows: jax.Array, shared: jax.Array) -> jax.Array:
@@ -187,9 +197,9 @@ def _grouped(spec: str, rows: jax.Array, shared: jax.Array) -> jax.Array:
 
 
 class HostOnly:
-    """A value that rides on a model but is no part of its structure: any two are equal, so none causes a compile."""
+    """A static value of a model that does not affect its programs: all of them compare equal, so none recompiles."""
 
-    def __init__(self, value: Any):
+    def __init__(self, value: object):
         self.value = value
 
     def __eq__(self, other: object) -> bool:

@@ -1,7 +1,7 @@
 """Llama, from its `config.json` to its logits. Same computation as transformers 5.24 `LlamaForCausalLM`.
 
-Several families are a Llama with a few flags: biases elsewhere, norms on queries and keys, layers that look back a
-limited number of columns. They are this one implementation; what is their own is a `Dialect`, in a file of its own.
+Several families are a Llama with a few flags: other biases, norms on queries and keys, sliding windows. They share this
+implementation, and each has a `Dialect` in its own file.
 """
 
 from collections.abc import Callable, Mapping
@@ -44,27 +44,27 @@ _TYPES = dict.fromkeys((*_POSITIVE, "max_window_layers"), int) | {
     "tie_word_embeddings": bool,
     "use_sliding_window": bool,
 }
-# Where null is a value, and not the absence of one: as many heads as there are, and no window.
+# Keys where null is a value: as many key-value heads as query heads, and no window. Elsewhere null means a default.
 _NULLABLE = frozenset({"num_key_value_heads", "sliding_window"})
 _ROPE = ("rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings")
 
 
 @dataclass(frozen=True)
 class Dialect:
-    """How a family whose models are a Llama writes its `config.json`. Dialects of one `model_type` are the same.
+    """How a family whose models are a Llama writes its `config.json`. Dialects compare by `model_type`.
 
     Attributes:
         model_type: the family's name.
         architecture: the class in transformers.
-        defaults: the keys that may be left out, and what they then are in transformers 5.24.
-        fixed: the flags of `LlamaConfig` for which the family has no key, since they are always the same.
-            transformers does not read such a key, whatever it says.
+        defaults: the keys that may be left out, and their defaults in transformers 5.24.
+        fixed: flags of `LlamaConfig` that have the same value in all models of the family. transformers ignores these
+            keys in a config.json of the family.
         spellings: other names of the architecture.
     """
 
     model_type: str
     architecture: str = field(compare=False)
-    defaults: Mapping[str, Any] = field(compare=False)
+    defaults: Mapping[str, object] = field(compare=False)
     fixed: Mapping[str, bool] = field(compare=False)
     spellings: tuple[str, ...] = field(default=(), compare=False)
 
@@ -74,7 +74,7 @@ class Dialect:
         return self.architecture.replace("ForCausalLM", "Model")
 
 
-# What every family may leave out, and what it then is in most of them.
+# The keys that every family may leave out, with the defaults that most families have.
 COMMON_DEFAULTS = {
     "head_dim": None,
     "hidden_act": "silu",
@@ -102,10 +102,10 @@ class LlamaConfig:
     """The architecture of a checkpoint, in the names of its `config.json`; part of the compile key.
 
     Attributes:
-        attention_bias: whether q_proj, k_proj and v_proj have one.
-        o_proj_bias: whether o_proj has one.
-        qk_norm: whether queries and keys are normalised, each head for itself.
-        sliding_window: how many columns, with its own, a column of the sliding layers attends; None if none slides.
+        attention_bias: whether q_proj, k_proj and v_proj have a bias.
+        o_proj_bias: whether o_proj has a bias.
+        qk_norm: whether queries and keys are normalised, per head.
+        sliding_window: how many columns a column attends in sliding layers, itself included; None without such layers.
         layer_types: `FULL` or `SLIDING`, for each layer.
     """
 
@@ -138,30 +138,21 @@ class LlamaConfig:
     def from_json(
         cls, raw: Mapping[str, Any], generation_fields: frozenset[str] = frozenset(), dialect: Dialect = LLAMA
     ) -> Self:
-        """Reads a `config.json`, refusing what would change the computation and is not handled.
+        """Reads a `config.json`. Keys that would change the computation and are not implemented are refused.
 
         Args:
             raw: the parsed file.
-            generation_fields: the names that belong to the generation config, where old files kept them; see
-                `unread_keys`.
+            generation_fields: names of generation fields, which old files have in config.json; see `unread_keys`.
             dialect: of the family.
 
         Raises:
             ValueError: naming the key, its value and the way out.
         """
         given = {key: value for key, value in raw.items() if value is not None or key in _NULLABLE}
-        values = {**dialect.defaults, **given}
+        values: dict[str, Any] = {**dialect.defaults, **given}
         _refuse_unhandled(values, dialect)
         unread_keys(raw, generation_fields, dialect)
-        for key in (*_REQUIRED, *dialect.defaults):
-            value, kind = values.get(key), _TYPES.get(key)
-            # JSON tells 1 from true, and 1e-5 may be written as a whole number.
-            if value is None or kind is None:
-                continue
-            if type(value) not in (kind, *([int] if kind is float else [])):
-                raise ValueError(f"`{key}`={value!r} in config.json must be of type {kind.__name__}.")
-            if key in _POSITIVE and value < 1:
-                raise ValueError(f"`{key}`={value!r} in config.json must be positive.")
+        _check_types({key: values.get(key) for key in (*_REQUIRED, *dialect.defaults)})
         if missing := [key for key in _REQUIRED if key not in values]:
             raise ValueError(f"config.json lacks {missing}, which every {dialect.model_type} has.")
         settings = {**{key: values[key] for key in (*_REQUIRED, *dialect.defaults)}, **dialect.fixed}
@@ -176,13 +167,13 @@ class LlamaConfig:
         return cls(**{each.name: settings[each.name] for each in fields(cls)})
 
     def to_json(self) -> dict[str, Any]:
-        """The `config.json` that transformers 4 and 5 both read alike, rotary parameters in both spellings."""
+        """A `config.json` with the same meaning in transformers 4 and 5: rotary parameters in both spellings."""
         slide = [kind == SLIDING for kind in self.layer_types]
         settings = {
             **vars(self),
             "use_sliding_window": any(slide),
             "layer_types": [*self.layer_types],
-            "max_window_layers": [*slide, True].index(True),  # what transformers read before there were layer types
+            "max_window_layers": [*slide, True].index(True),  # for versions of transformers without `layer_types`
         }
         raw = {key: settings[key] for key in (*_REQUIRED, *self.dialect.defaults)}
         parameters = rope.to_config(self.rope)
@@ -194,15 +185,15 @@ class LlamaConfig:
 
 
 def unread_keys(
-    raw: Mapping[str, Any], generation_fields: frozenset[str] = frozenset(), dialect: Dialect = LLAMA
+    raw: Mapping[str, object], generation_fields: frozenset[str] = frozenset(), dialect: Dialect = LLAMA
 ) -> list[str]:
-    """The keys of a `config.json` that change nothing, since nobody reads them; see `config_keys`.
+    """The keys of a `config.json` that have no effect, since they are not read; see `config_keys`.
 
     Args:
         raw, generation_fields, dialect: as in `LlamaConfig.from_json`.
 
     Raises:
-        ValueError: naming a key that would change something and is not implemented.
+        ValueError: naming a key that would change the computation and is not implemented.
     """
     implemented = {*dialect.defaults, *_REQUIRED, *_ROPE, "partial_rotary_factor", *generation_fields, *dialect.fixed}
     contradicted = [key for key, value in dialect.fixed.items() if raw.get(key) not in (None, value)]
@@ -212,7 +203,20 @@ def unread_keys(
     return [*contradicted, *config_keys.unread_keys(raw, implemented), *rope.unread_keys(raw)]
 
 
-def _check_layer_types(raw: Mapping[str, Any], dialect: Dialect) -> None:
+def _check_types(settings: Mapping[str, Any]) -> None:
+    """Raises a ValueError for a value of another type, or a size below 1. None and unknown keys pass."""
+    for key, value in settings.items():
+        kind = _TYPES.get(key)
+        if value is None or kind is None:
+            continue
+        # Not by isinstance: JSON tells 1 from true. A float such as 1.0 may be written as 1.
+        if type(value) not in (kind, *([int] if kind is float else [])):
+            raise ValueError(f"`{key}`={value!r} in config.json must be of type {kind.__name__}.")
+        if key in _POSITIVE and value < 1:
+            raise ValueError(f"`{key}`={value!r} in config.json must be positive.")
+
+
+def _check_layer_types(raw: Mapping[str, object], dialect: Dialect) -> None:
     """For a family without this key: transformers' cache reads it in a Llama, and a Mistral with it is a Ministral."""
     kinds = raw["layer_types"]
     count = len(kinds) if isinstance(kinds, list | tuple) and all(kind == FULL for kind in kinds) else None
@@ -223,7 +227,8 @@ def _check_layer_types(raw: Mapping[str, Any], dialect: Dialect) -> None:
         )
 
 
-def _refuse_unhandled(values: Mapping[str, Any], dialect: Dialect) -> None:
+def _refuse_unhandled(values: Mapping[str, object], dialect: Dialect) -> None:
+    """Raises a ValueError for a quantised checkpoint and for another architecture."""
     if quantization := values.get("quantization_config"):
         method = quantization.get("quant_method", "unnamed") if isinstance(quantization, dict) else quantization
         raise ValueError(f"the checkpoint is quantised (`quant_method`={method!r}). Use the unquantised original.")
@@ -236,7 +241,7 @@ def _refuse_unhandled(values: Mapping[str, Any], dialect: Dialect) -> None:
 
 
 def _windows(settings: Mapping[str, Any]) -> tuple[int | None, tuple[str, ...]]:
-    """`sliding_window` and `layer_types` of a config, from the keys that its family has for them."""
+    """The fields `sliding_window` and `layer_types` of `LlamaConfig`, from the keys of the family."""
     layers, kinds = settings["num_hidden_layers"], settings.get("layer_types")
     window = settings.get("sliding_window") if settings.get("use_sliding_window", True) else None
     if kinds is None:
@@ -255,6 +260,7 @@ def _windows(settings: Mapping[str, Any]) -> tuple[int | None, tuple[str, ...]]:
 
 
 def _check_geometry(settings: Mapping[str, Any]) -> None:
+    """Raises a ValueError for sizes that do not fit together, and for an unknown activation."""
     hidden, heads = settings["hidden_size"], settings["num_attention_heads"]
     if settings["head_dim"] is None and hidden % heads:
         raise ValueError(f"`hidden_size`={hidden} is not a multiple of `num_attention_heads`={heads}.")
@@ -268,7 +274,7 @@ def _check_geometry(settings: Mapping[str, Any]) -> None:
 
 
 class Attention(nnx.Module):
-    """Same as transformers 5.24 `LlamaAttention` or `Qwen3Attention`, its three input products fused into one."""
+    """Same as transformers 5.24 `LlamaAttention` or `Qwen3Attention`, with the projections of q, k and v fused."""
 
     def __init__(self, config: LlamaConfig, rngs: nnx.Rngs, shards: int = 1):
         self.config = config
@@ -285,19 +291,25 @@ class Attention(nnx.Module):
     def __call__(
         self, x: jax.Array, cos: jax.Array, sin: jax.Array, mask: jax.Array, cache: KVCache
     ) -> tuple[jax.Array, KVCache, Callable[[], jax.Array]]:
-        """[N, T, D] -> [N, T, D], the cache, and what gives the weights [N, Q, T, S].
+        """[N, T, D] -> [N, T, D], the cache, and a function that computes the attention weights [N, Q, T, S].
 
-        cos and sin are [N, T, H], the mask is bool [N, T, S], and the cache is of this layer only.
+        Args:
+            x: [N, T, D].
+            cos, sin: [N, T, H].
+            mask: bool [N, T, S].
+            cache: of this layer only.
         """
         rows, columns, _ = x.shape
         kv_heads, head_dim = self.config.num_key_value_heads, self.config.head_dim
         heads = self.config.num_attention_heads
+        # [N, T, (Q + 2K) * H] -> [N, Q + 2K, T, H], then q [N, Q, ...], k and v [N, K, ...] along axis 1.
         qkv = self.qkv_proj(x).reshape(rows, columns, -1, head_dim).transpose(0, 2, 1, 3)
         queries, keys, values = unfuse(qkv, (heads, kv_heads, kv_heads), self.shards, axis=1)
         if self.q_norm is not None and self.k_norm is not None:
             queries, keys = self.q_norm(queries), self.k_norm(keys)
         queries, keys = (rope.rotate(each, cos[:, None], sin[:, None]) for each in (queries, keys))
         cache, keys, values = cache.update(0, keys, values)
+        # Query head g of group k is head k * G + g: [N, Q, T, H] -> [N, K, G, T, H] -> [N, T, Q * H].
         queries = queries.reshape(rows, kv_heads, heads // kv_heads, columns, head_dim)
         attended, weights = attend(queries, keys, values, mask)
         attended = attended.transpose(0, 3, 1, 2, 4).reshape(rows, columns, -1)
@@ -305,7 +317,7 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """Same as transformers 5.24 `LlamaMLP`, its two input products fused into one."""
+    """Same as transformers 5.24 `LlamaMLP`, with the projections of gate and up fused."""
 
     def __init__(self, config: LlamaConfig, rngs: nnx.Rngs, shards: int = 1):
         self.hidden_act = config.hidden_act
@@ -318,7 +330,7 @@ class MLP(nnx.Module):
         """[N, T, D] -> [N, T, D]."""
         fused = self.gate_up_proj(x)
         gate, up = unfuse(fused, (fused.shape[-1] // 2,) * 2, self.shards, axis=2)
-        # In float32 and rounded once, as torch's activations are; rounding in between costs 5 % more KL in bf16.
+        # Activations in float32, rounded once, as in torch. With rounding in between, the KL in bf16 is 5 % higher.
         activated = ACTIVATIONS[self.hidden_act](gate.astype(jnp.float32)).astype(x.dtype)
         return self.down_proj(activated * up)
 
@@ -341,25 +353,26 @@ class Layer(nnx.Module):
         return x + self.mlp(self.post_attention_layernorm(x)), cache, weights
 
 
-# Traced once and not once per layer, which is most of the time before the first token of a program that is compiled
-# already (135M: 0.7 -> 0.1 s). Inlined, so that the program's text is the same: as a function that it calls 30 times,
-# XLA:CPU takes half as long again to compile it.
+# Jitted, so that it is traced once and not for each layer. With a compiled program in the cache, tracing is most of the
+# time to the first token (135M: 0.7 -> 0.1 s). Inlined, since XLA:CPU takes 1.5 times as long to compile a program that
+# calls a function 30 times.
 @partial(jax.jit, static_argnames="with_weights", inline=True)
 def _run(
     layer: Layer, x: jax.Array, cos: jax.Array, sin: jax.Array, mask: jax.Array, cache: KVCache, with_weights: bool
 ) -> tuple[jax.Array, KVCache, jax.Array | None]:
-    """A layer, with its attention's weights if they are wanted."""
+    """A layer, with its attention weights [N, Q, T, S] if `with_weights`."""
     x, cache, weights = layer(x, cos, sin, mask, cache)
     return x, cache, weights() if with_weights else None
 
 
 class Llama(nnx.Module):
-    """A causal Llama: a pytree of weights in one dtype, with Hugging Face's attribute names where nothing is fused.
+    """A causal Llama: a pytree of weights in one dtype, with Hugging Face's attribute names except for fused weights.
 
-    On a mesh, the axis "tensor" has heads, MLP units and, if that comes out even, vocabulary entries; "data" has rows.
+    On a mesh, heads, MLP units and, if divisible, vocabulary entries are sharded over the axis "tensor", rows over
+    "data".
     """
 
-    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs, generation_config: Any = None, mesh: Mesh | None = None):
+    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs, generation_config: object = None, mesh: Mesh | None = None):
         std, shards = config.initializer_range, tensor_shards(mesh)
         self.config = config
         self.mesh = mesh
@@ -406,17 +419,17 @@ class Llama(nnx.Module):
 
     @property
     def generate(self) -> NoReturn:
-        """There is no such method, but transformers' users look for it."""
+        """Raises an error with the way out, for users of transformers."""
         raise AttributeError("a model has no method `generate`. Call `jaxgen.generate(model, input_ids, ...)`.")
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        # Not by a property's setter: Flax would note the name, and the model would no longer fit its programs.
+    def __setattr__(self, name: str, value: object) -> None:
+        # Not a property setter: Flax would record the name as an attribute, and the model would need new programs.
         if name == "generation_config":
             name, value = "host", HostOnly(value)
         super().__setattr__(name, value)
 
     def __call__(self, input_ids: jax.Array, attention_mask: jax.Array | None = None) -> jax.Array:
-        """Logits of every column, without a cache to keep: for training and scoring.
+        """Logits of every column, without returning a cache: for training and scoring.
 
         Args:
             input_ids: int32 [N, T].
@@ -446,7 +459,7 @@ class Llama(nnx.Module):
         position_ids: jax.Array | None = None,
         collect: tuple[str, ...] = (),
     ) -> tuple[jax.Array, KVCache, Internals]:
-        """See `base.Model.extend`: the head runs on the last column only, or on that of each branch."""
+        """See `base.Model.extend`. The head runs only on the last column, or on the last column of each branch."""
         hidden, cache, internals = self._hidden_states(cache, input_ids, attention_mask, position_ids, collect)
         last = hidden[:, -cache.branches :].reshape(-1, hidden.shape[-1])
         return self._logits(last), cache, internals
@@ -470,18 +483,19 @@ class Llama(nnx.Module):
         cos, sin = rope.cos_sin(self.config.rope, positions, x.dtype)
         hidden_states, attentions, pairs = [x], [], []
         for layer, pair, kind in zip(self.layers, cache.layers, self.config.layer_types, strict=True):
-            own = replace(cache, layers=(pair,))
-            x, own, weights = _run(layer, x, cos, sin, masks[kind], own, "attentions" in collect)
-            pairs += own.layers
+            # A cache of one layer, so that all layers have the same types and `_run` is traced once.
+            layer_cache = replace(cache, layers=(pair,))
+            x, layer_cache, weights = _run(layer, x, cos, sin, masks[kind], layer_cache, "attentions" in collect)
+            pairs += layer_cache.layers
             hidden_states.append(x)
             attentions.append(weights)
         cache = replace(cache, layers=tuple(pairs))
         x = self.norm(x)
-        # As in transformers, the last of the hidden states is the one after the final norm.
+        # As in transformers, the last hidden state is the one after the final norm, which replaces the one before it.
         internals = {"hidden_states": (*hidden_states[:-1], x), "attentions": tuple(attentions)}
         return x, cache, {name: internals[name] for name in collect}
 
     def _logits(self, hidden: jax.Array) -> jax.Array:
-        """[..., D] -> float32 [..., V], rounded to the model's dtype on the way, as transformers' are."""
+        """[..., D] -> float32 [..., V], rounded to the model's dtype as in transformers."""
         logits = self.embed_tokens.attend(hidden) if self.lm_head is None else self.lm_head(hidden)
         return logits.astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""What the rest of the package asks of the families whose models are a Llama; see `family.Family`."""
+"""The `Family` of models that are a Llama, for `checkpoint` and `planning`; see `family.Family`."""
 
 from collections.abc import Callable
 from functools import partial
@@ -11,12 +11,13 @@ from jaxgen.models.family import Family, ForwardPass
 from jaxgen.models.layers import columns_at_once
 from jaxgen.models.llama import Dialect, Llama, LlamaConfig, unread_keys
 
-# Float32 attention scores of a prompt, and what is alive beside them: all of them once more on a CPU, which writes
-# their exponentials; rounded to half as many bytes, and in part, on a TPU or GPU.
+# Memory at the peak of attention, in units of the prompt's float32 scores. A CPU also holds their exponentials; a TPU
+# or GPU holds parts of these in a dtype of half the size.
 _SCORE_BUFFERS = {"cpu": 2.0, "tpu": 1.25, "gpu": 1.25}
 
 
-def like_llama(dialect: Dialect) -> Family:
+def like_llama(dialect: Dialect) -> Family[LlamaConfig]:
+    """The family of a dialect."""
     return Family(
         config=partial(LlamaConfig.from_json, dialect=dialect),
         unread_keys=partial(unread_keys, dialect=dialect),
@@ -38,7 +39,7 @@ def like_llama(dialect: Dialect) -> Family:
 
 
 def weight_map(config: LlamaConfig) -> dict[str, dict[str, int]]:
-    """Each parameter's path, and the Hugging Face tensors stacked along its first axis with the rows each has."""
+    """{parameter path: {Hugging Face tensor: rows}}. Fused parameters stack several tensors along their first axis."""
     table = {
         "embed_tokens.weight": {"model.embed_tokens.weight": config.vocab_size},
         "norm.weight": {"model.norm.weight": config.hidden_size},
@@ -54,11 +55,13 @@ def weight_map(config: LlamaConfig) -> dict[str, dict[str, int]]:
 
 
 def partition(config: LlamaConfig, mesh: Mesh | AbstractMesh) -> Callable[[str], PartitionSpec]:
-    """How each parameter, by its path, is spread over a mesh with the axis "tensor": by the rows of the products that
-    make heads and units, by the columns of those that take them, by entries of the vocabulary.
+    """How each parameter, by its path, is sharded over the mesh axis "tensor".
+
+    Weights [out, in] that produce heads or MLP units, and the embedding and the head [V, D], are sharded by rows.
+    Weights that consume heads or units are sharded by columns. All others are replicated.
 
     Raises:
-        ValueError: if there are heads or units that the axis cannot share out evenly.
+        ValueError: if the axis does not divide the heads or the units.
     """
     shards = tensor_shards(mesh)
     for key in ("num_key_value_heads", "intermediate_size"):
@@ -87,6 +90,7 @@ def partition(config: LlamaConfig, mesh: Mesh | AbstractMesh) -> Callable[[str],
 
 
 def _layer_weights(config: LlamaConfig) -> list[tuple[str, dict[str, int], bool]]:
+    """The parameters of a layer: path, {Hugging Face tensor: rows}, and whether there is a bias."""
     hidden, inner = config.hidden_size, config.intermediate_size
     query, key = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
     norms = ("q_norm", "k_norm") if config.qk_norm else ()
@@ -103,23 +107,23 @@ def _layer_weights(config: LlamaConfig) -> list[tuple[str, dict[str, int], bool]
 
 
 def _inverse_frequencies(config: LlamaConfig) -> np.ndarray:
-    """float32 [H/2], which old checkpoints hold."""
+    """float32 [H/2], a buffer in old checkpoints."""
     return np.asarray(config.rope.inverse_frequencies(1))
 
 
 def activation_bytes(config: LlamaConfig, forward: ForwardPass) -> int:
-    """The larger of what attention and the MLP of a layer have alive, beside what all of them share."""
+    """See `Family.activation_bytes`: the larger of attention and MLP of a layer, plus the residual stream."""
     rows, columns, item, platform = forward.rows, forward.columns, forward.itemsize, forward.platform
-    if columns < forward.slots:  # a step, in which only the scores count
+    if columns < forward.slots:  # a step, in which all but the scores is negligible
         return 2 * (4 * rows * config.num_attention_heads // forward.shards * columns * forward.slots)
-    # Spread over several, XLA:GPU needs as much on each as the scores of all heads take.
+    # Sharded, XLA:GPU allocates the scores of all heads on each device.
     shards = 1 if platform == "gpu" else forward.shards
     scores = 4 * rows * config.num_attention_heads // shards * columns_at_once(columns) * columns
     heads = config.num_attention_heads + 2 * config.num_key_value_heads
     qkv = item * rows * columns * heads * config.head_dim // forward.shards
     hidden = item * rows * columns * config.hidden_size
     units = item * rows * columns * config.intermediate_size // forward.shards
-    # The product of gate and up, and what goes into the last one.
+    # Gate and up, and their product, the input of down.
     mlp = 3 * units
     attention = int(_SCORE_BUFFERS[platform] * scores) + (0 if platform == "cpu" else qkv)
     return max(attention + hidden, mlp) + hidden

@@ -1,4 +1,4 @@
-"""Mistral: a Llama whose layers look back a limited number of columns. Same as transformers 5.24 `MistralConfig`."""
+"""Mistral: a Llama with a sliding window. Same as transformers 5.24 `MistralConfig`."""
 
 from jaxgen.models.llama import COMMON_DEFAULTS, Dialect
 

@@ -1,4 +1,4 @@
-"""Qwen3: a Llama that normalises queries and keys before it turns them. Same as transformers 5.24 `Qwen3Config`."""
+"""Qwen3: a Llama that normalises queries and keys before rotating them. Same as transformers 5.24 `Qwen3Config`."""
 
 from jaxgen.models.llama import Dialect
 from jaxgen.models.qwen2 import QWEN_DEFAULTS

@@ -1,10 +1,10 @@
 """Rotary position embeddings: every `rope_type` that Llama checkpoints use.
 
-Same formulas as transformers 5.24 `modeling_rope_utils`, in NumPy float32, so that the frequencies enter the program as
-constants of full precision whatever the model's dtype. The types `dynamic` and `longrope` depend on the longest row of
-the batch; for them the frequencies are traced.
+Same formulas as transformers 5.24 `modeling_rope_utils`, in NumPy float32: the frequencies are constants of the
+program, in full precision for all dtypes of the model. The types `dynamic` and `longrope` depend on the longest row of
+the batch, so their frequencies are traced.
 
-Each type is a frozen dataclass whose fields are the keys of its `rope_parameters`, required ones without a default.
+Each type is a frozen dataclass whose fields are the keys of its `rope_parameters`. Required keys have no default.
 """
 
 import math
@@ -25,12 +25,12 @@ class Rope(Protocol):
         ...
 
     def attention_scaling(self) -> float:
-        """The factor on cosines and sines that sharpens attention over extended contexts."""
+        """The factor on cosines and sines, which scales attention scores in extended contexts."""
         ...
 
 
 def cos_sin(rope: Rope, positions: jax.Array, dtype: jax.typing.DTypeLike) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines of one forward pass, computed in float32 and then cast.
+    """Cosines and sines of one forward pass, computed in float32, then cast.
 
     Args:
         positions: int32 [N, T].
@@ -45,7 +45,7 @@ def cos_sin(rope: Rope, positions: jax.Array, dtype: jax.typing.DTypeLike) -> tu
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates [..., H] by angles [..., H]; the pairs are (i, i + H/2), as in Hugging Face checkpoints."""
+    """Rotates [..., H] by angles [..., H]. Dimensions i and i + H/2 are a pair, as in Hugging Face checkpoints."""
     wide, cos, sin = (each.astype(jnp.float32) for each in (x, cos, sin))
     first, second = jnp.split(wide, 2, axis=-1)
     return (wide * cos + jnp.concatenate([-second, first], axis=-1) * sin).astype(x.dtype)
@@ -84,7 +84,7 @@ class Linear:
 
 @dataclass(frozen=True, kw_only=True)
 class Dynamic:
-    """NTK scaling: the base grows once the batch is longer than the model was made for."""
+    """NTK scaling: the base grows with the longest row beyond `max_position_embeddings`."""
 
     rope_theta: float
     head_dim: int
@@ -102,7 +102,7 @@ class Dynamic:
 
 @dataclass(frozen=True, kw_only=True)
 class Yarn:
-    """Peng et al. 2023 (arXiv:2309.00071): slow dimensions interpolated, fast ones kept, a ramp between."""
+    """Peng et al. 2023 (arXiv:2309.00071): interpolates slow dimensions, keeps fast ones, with a ramp in between."""
 
     rope_theta: float
     head_dim: int
@@ -123,7 +123,8 @@ class Yarn:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, self.head_dim - 1)
         if low == high:
-            high += 0.001
+            high += 0.001  # as in transformers, against a division by zero
+        # 0 in the dimensions up to `low`, which turn often; 1 from `high` on.
         ramp = np.clip((np.arange(self.head_dim // 2) - low) / (high - low), 0, 1).astype(np.float32)
         powers = _powers(self.rope_theta, self.head_dim)
         return 1 / (np.float32(_extension(self)) * powers) * ramp + 1 / powers * (1 - ramp)
@@ -136,7 +137,7 @@ class Yarn:
         return self._mscale(1)
 
     def _turning_dim(self, turns: float) -> float:
-        """The dimension whose wave turns so many times over the original context."""
+        """The dimension, as a float, that makes this number of turns in the original context."""
         wavelength = self.original_max_position_embeddings / (turns * 2 * math.pi)
         return self.head_dim * math.log(wavelength) / (2 * math.log(self.rope_theta))
 
@@ -146,7 +147,7 @@ class Yarn:
 
 @dataclass(frozen=True, kw_only=True)
 class LongRope:
-    """Ding et al. 2024 (arXiv:2402.13753): one set of factors within the original context, another beyond it."""
+    """Ding et al. 2024 (arXiv:2402.13753): one list of factors within the original context, another beyond it."""
 
     rope_theta: float
     head_dim: int
@@ -174,7 +175,7 @@ class LongRope:
 
 @dataclass(frozen=True, kw_only=True)
 class Llama3:
-    """Llama 3.1: long waves divided by the factor, short ones kept, a smooth passage between."""
+    """Llama 3.1: divides slow frequencies by the factor, keeps fast ones, and interpolates in between."""
 
     rope_theta: float
     head_dim: int
@@ -187,11 +188,11 @@ class Llama3:
         del length
         kept = 1 / _powers(self.rope_theta, self.head_dim)
         divided = kept / np.float32(self.factor)
-        turns = self.original_max_position_embeddings * kept / np.float32(2 * math.pi)
+        turns = self.original_max_position_embeddings * kept / np.float32(2 * math.pi)  # in the original context
         smooth = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
-        passage = (1 - smooth) * divided + smooth * kept
-        few, many = turns < self.low_freq_factor, turns > self.high_freq_factor
-        return np.where(few, divided, np.where(many, kept, passage)).astype(np.float32)
+        interpolated = (1 - smooth) * divided + smooth * kept
+        slow, fast = turns < self.low_freq_factor, turns > self.high_freq_factor
+        return np.where(slow, divided, np.where(fast, kept, interpolated)).astype(np.float32)
 
     def attention_scaling(self) -> float:
         return 1.0
@@ -207,30 +208,32 @@ TYPES: dict[str, type[Any]] = {
 }
 _DEFAULT_THETA = 10000.0
 _SPELLINGS = ("rope_parameters", "rope_scaling")
-# The original context is what types without scaling leave alone, and a part of each head is looked at for itself.
+# Not reported as unread: types without scaling have no use for the original context, and `partial_rotary_factor` is
+# checked by itself.
 _READ_WITH_ANY_TYPE = ("rope_theta", "original_max_position_embeddings", "partial_rotary_factor")
 
 
-def _powers(theta: Any, head_dim: int) -> Any:
+def _powers(theta: jax.Array | float, head_dim: int) -> Any:  # an array of NumPy, or of JAX if theta is one
     """float32 [H/2]: theta ** (2i / H)."""
     return theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))
 
 
 def _extension(rope: Yarn | LongRope) -> float:
-    """How many times the original context the model was extended to."""
+    """The context length divided by the original context length."""
     return rope.factor or rope.max_position_embeddings / rope.original_max_position_embeddings
 
 
 def from_config(raw: Mapping[str, Any], head_dim: int) -> Rope:
     """Reads the rotary parameters of a `config.json`, in the spelling of transformers 4 or 5.
 
-    transformers 4 wrote `rope_theta` beside `rope_scaling`, 5 writes both into `rope_parameters`. A config that holds
-    the two spellings must say the same in both: reading only one of them is how scaling gets lost without a word.
+    transformers 4 wrote `rope_theta` next to `rope_scaling`, 5 writes both into `rope_parameters`. If a config has both
+    spellings they have to agree: if only one of them was read, scaling could be lost silently.
 
     Raises:
         ValueError: on an unknown type, a missing key, or two spellings that disagree.
     """
     spellings = [name for name in _SPELLINGS if raw.get(name)]
+    # Frozen dataclasses, so that equal ones are one element of the set.
     ropes = {_from_parameters(raw, name, raw[name], head_dim) for name in spellings}
     if len(ropes) > 1:
         raise ValueError(
@@ -276,8 +279,8 @@ def unread_keys(raw: Mapping[str, Any]) -> list[str]:
     return [*dict.fromkeys(found)]
 
 
-def _type_and_values(name: str, parameters: Any) -> tuple[str, dict[str, Any]]:
-    """The `rope_type` that rotary parameters name, and the others that hold something."""
+def _type_and_values(name: str, parameters: object) -> tuple[str, dict[str, Any]]:
+    """The `rope_type` of rotary parameters, and their other keys with a value."""
     if not isinstance(parameters, Mapping):
         raise ValueError(f"`{name}`={parameters!r} of config.json must be an object of rotary parameters.")
     given = {key: value for key, value in parameters.items() if value is not None}
@@ -289,7 +292,12 @@ def _type_and_values(name: str, parameters: Any) -> tuple[str, dict[str, Any]]:
     return rope_type, given
 
 
-def _from_parameters(raw: Mapping[str, Any], name: str, parameters: Any, head_dim: int) -> Rope:
+def _from_parameters(raw: Mapping[str, Any], name: str, parameters: object, head_dim: int) -> Rope:
+    """The rope of one spelling; keys that it lacks may be at the top level of the config.
+
+    Raises:
+        ValueError: if a key is missing, is not valid, or has another value at the top level.
+    """
     rope_type, given = _type_and_values(name, parameters)
     longest = raw["max_position_embeddings"]
     original = given.get("original_max_position_embeddings", raw.get("original_max_position_embeddings")) or longest
@@ -307,12 +315,12 @@ def _from_parameters(raw: Mapping[str, Any], name: str, parameters: Any, head_di
     required = {field.name: field.default is MISSING for field in fields(TYPES[rope_type])}
     if missing := [key for key in required if required[key] and key not in values]:
         raise ValueError(f"`{name}` of config.json lacks {missing}, which `rope_type`={rope_type!r} needs.")
-    checked = {key: _number(key, values[key], head_dim) for key in required if key in values}
+    checked = {key: _checked(key, values[key], head_dim) for key in required if key in values}
     return TYPES[rope_type](**checked | {"rope_theta": float(checked["rope_theta"])})
 
 
-def _number(key: str, value: Any, head_dim: int) -> Any:
-    """A positive number; a flag; or one positive number per pair of dimensions."""
+def _checked(key: str, value: Any, head_dim: int) -> Any:
+    """The value of a rotary parameter: a positive number, a flag, or one positive number per pair of dimensions."""
     if key == "truncate" and isinstance(value, bool):
         return value
     numbers = value if isinstance(value, list | tuple) else [value]

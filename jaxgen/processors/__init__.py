@@ -1,1 +1,1 @@
-"""What changes scores and what ends texts, as array maths."""
+"""Logits processors and stopping criteria."""

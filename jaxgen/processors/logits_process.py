@@ -283,6 +283,7 @@ class ExponentialDecayLengthPenalty(LogitsProcessor):
     eos: Bool
 
     def __call__(self, input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array) -> jax.Array:
+        # Only finite scores: an eos that is forbidden, with a score of -inf, stays forbidden.
         late = jnp.maximum(cur_len - self.start, 0)
         raised = jnp.abs(scores) * (self.factor ** late.astype(jnp.float32) - 1)
         return jnp.where(self.eos[None] & (late > 0) & jnp.isfinite(scores), scores + raised, scores)
@@ -362,7 +363,7 @@ class TopH(Warper):
     top_h: Float32
 
     def warp(self, scores: jax.Array) -> jax.Array:
-        highest, columns = lax.top_k(scores, min(100, scores.shape[1]))
+        highest, columns = lax.top_k(scores, min(100, scores.shape[1]))  # 100 as in transformers
         log_p = jax.nn.log_softmax(highest)
         p = jnp.exp(log_p)
         # In the entropy torch replaces -inf by the lowest float. In the cumulative sum, terms of probability 0 are NaN,
@@ -414,7 +415,7 @@ class TopP(Warper):
     ) -> jax.Array:
         """As `warp`, also for candidates.
 
-        As in transformers, probabilities are summed from the lowest up, and tokens where the sum is over 1 - p are kept:
+        As in transformers, probabilities are summed from the lowest up, and tokens with a sum over 1 - p are kept:
 
         ```
         probabilities   0.5  0.2  0.2  0.1        p = 0.6
@@ -566,6 +567,7 @@ class Eta(Warper):
 
     def warp(self, scores: jax.Array) -> jax.Array:
         log_p = jax.nn.log_softmax(scores)
+        # The lowest float in place of -inf, since 0 * -inf is NaN.
         entropy = -jnp.sum(jnp.exp(log_p) * jnp.maximum(log_p, jnp.finfo(jnp.float32).min), axis=1, keepdims=True)
         limit = jnp.minimum(self.epsilon, jnp.sqrt(self.epsilon) * jnp.exp(-entropy))
         return _cut_below(scores, limit, self.min_tokens_to_keep)

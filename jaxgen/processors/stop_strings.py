@@ -78,7 +78,7 @@ class StopStrings:
         if key not in cache:
             cache[key] = cls._build(strings, tokenizer, vocab_size)
             if len(cache) > 8:
-                del cache[next(iter(cache))]
+                del cache[next(iter(cache))]  # the oldest
         return cache[key]
 
     @classmethod
@@ -118,7 +118,7 @@ class StopStrings:
         # A token fits if one of its places is where the token after it begins; the newest one if it overlaps at all.
         fits = (reached[:, :-1, :, None] == self.places[tokens[:, 1:]][..., None].astype(jnp.int32)).any(axis=3)
         fits = jnp.concatenate([ends[:, None] > 0, fits], axis=1)
-        so_far = jnp.cumprod(fits, axis=1).astype(bool)
+        so_far = jnp.cumprod(fits, axis=1).astype(bool)  # whether a token and all after it fit
         return ((reached >= self.targets[None, None, :, None]) & so_far).any(axis=(1, 2, 3))
 
 
@@ -210,7 +210,7 @@ def _byte_form(tokenizer: Tokenizer) -> str | None:
 
 def _decoded(tokenizer: Tokenizer, form: str | None) -> dict[int, str]:
     """The text of each token id; see `_Vocabulary`."""
-    # Decoded alone, a token may lose its leading space. So it is decoded after other tokens, whose text is then removed.
+    # Decoded alone, a token may lose its leading space. So it is decoded after other tokens, whose text is removed.
     before = "abcdef"
     base = tokenizer.convert_ids_to_tokens(tokenizer(before, add_special_tokens=False)["input_ids"])
     characters = lazy.byte_characters() if form == "ByteLevel" else {}

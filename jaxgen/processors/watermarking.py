@@ -1,9 +1,10 @@
-"""Watermarks: biases of the scores that a detector who knows the key recognises in the text.
+"""Watermarks: biases of the scores that a detector with the same key can recognise in the text.
 
-Two schemes: green lists (Kirchenbauer et al. 2023, arXiv 2306.04634; transformers' `WatermarkLogitsProcessor`) and
-SynthID-Text (Dathathri et al., Nature 2024; transformers' `SynthIDTextWatermarkLogitsProcessor`). Both give the numbers
-of transformers 5.24 on CPU, so its detectors work on the text. That takes torch's random generator, the Mersenne
-Twister MT19937, and 64-bit integers, which JAX has only in x64 mode: here they are pairs (high, low) of uint32 arrays.
+There are two schemes: green lists (Kirchenbauer et al. 2023, arXiv 2306.04634; transformers'
+`WatermarkLogitsProcessor`) and SynthID-Text (Dathathri et al., Nature 2024; transformers'
+`SynthIDTextWatermarkLogitsProcessor`). Both give the numbers of transformers 5.24 on CPU, so its detectors work on the
+text. This needs torch's random generator, the Mersenne Twister MT19937, and 64-bit integers. JAX has these only in x64
+mode, so here they are pairs (high, low) of uint32 arrays.
 """
 
 import dataclasses
@@ -30,19 +31,19 @@ MULTIPLIER = 6364136223846793005
 @pytree
 @dataclass(frozen=True)
 class GreenlistWatermark(LogitsProcessor):
-    """Favours a random part of the vocabulary. Same as transformers 5.24 `WatermarkLogitsProcessor`.
+    """Adds a bias to a random part of the vocabulary. Same as transformers 5.24 `WatermarkLogitsProcessor`.
 
-    The green tokens are the first of a shuffled vocabulary. "lefthash" seeds the shuffle with the last token.
-    "selfhash" makes one for each of the 40 best candidates, seeded with the candidate and the tokens before it, and
-    favours the candidates that are green in their own.
+    The green tokens are the first G tokens of a shuffled vocabulary. "lefthash" seeds the shuffle with the last token.
+    "selfhash" shuffles once for each of the 40 best candidates, seeded with the candidate and the tokens before it. A
+    candidate gets the bias if it is green in its own shuffle.
 
     Attributes:
         bias: float32 []. Added to the scores of green tokens.
         hashing_key: uint32 [].
-        table: int32 [1000003]. The shuffle that selfhash hashes tokens with; [0] for lefthash.
-        greenlist_size: green tokens per list.
-        context_width: columns that a row must have to be watermarked; selfhash seeds with that many tokens.
-        selfhash: which seeding.
+        table: int32 [1000003]. The permutation that selfhash hashes tokens with; [0] for lefthash.
+        greenlist_size: G, static.
+        context_width: static. Shorter rows are not watermarked. With selfhash the number of tokens in a seed.
+        selfhash: static. Whether the seeding is "selfhash" and not "lefthash".
     """
 
     bias: Float32
@@ -80,7 +81,7 @@ class GreenlistWatermark(LogitsProcessor):
         )
 
     def __call__(self, input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array) -> jax.Array:
-        """float32 [N, V] for int32 [N, S] tokens, of which `cur_len` columns count, and float32 [N, V] scores."""
+        """See `LogitsProcessor.__call__`."""
         if not self.greenlist_size or self.context_width > input_ids.shape[1]:
             return scores
         green = (
@@ -90,7 +91,7 @@ class GreenlistWatermark(LogitsProcessor):
 
     def _lefthash(self, input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array) -> jax.Array:
         last = lax.dynamic_index_in_dim(input_ids, cur_len - 1, axis=1, keepdims=False)
-        # The generator is seeded with 32 bits, so nothing is lost to the overflow.
+        # The generator takes the low 32 bits of a seed, so the product may overflow.
         words = _mersenne_twister(self.hashing_key * last.astype(jnp.uint32), self.greenlist_size)
         return _first_of_shuffle(words, scores.shape[1])
 
@@ -101,6 +102,7 @@ class GreenlistWatermark(LogitsProcessor):
         context = lax.dynamic_slice_in_dim(input_ids, cur_len - before, before, axis=1)
         context = jnp.broadcast_to(context[:, None], (rows, CANDIDATES, before))
         hashes = self._hash(jnp.concatenate([context, candidates[:, :, None]], axis=2))
+        # The seed of a candidate: the minimum, over context and candidate, of hash * hash of the candidate * key.
         product = _multiply((jnp.uint32(0), hashes), (jnp.uint32(0), hashes[:, :, -1:]))
         seeds = _torch_seed(_minimum(_multiply(product, (jnp.uint32(0), self.hashing_key))))
         words = _mersenne_twister(seeds.reshape(-1), self.greenlist_size).reshape(-1, rows, CANDIDATES)
@@ -109,22 +111,24 @@ class GreenlistWatermark(LogitsProcessor):
             row_words, row_candidates = row
             return _first_of_shuffle(row_words, vocab_size)[jnp.arange(CANDIDATES), row_candidates]
 
-        # Row by row, because every row takes memory for 40 lists of the vocabulary's size.
+        # Row by row, since a row takes memory for 40 permutations of the vocabulary.
         green = lax.map(accepted, (words.swapaxes(0, 1), candidates))
         return jnp.zeros(scores.shape, bool).at[jnp.arange(rows)[:, None], candidates].set(green)
 
     def _hash(self, tokens: jax.Array) -> jax.Array:
+        """uint32, at least 1: a product with 0 would always be the minimum."""
         return self.table[tokens % TABLE_SIZE].astype(jnp.uint32) + 1
 
 
 @pytree
 @dataclass(frozen=True)
 class SynthIDState:
-    """What `SynthIDWatermark` remembers from step to step.
+    """The state of `SynthIDWatermark`.
 
     Attributes:
         context: int32 [N, ngram_len - 1]. The last tokens, zeros at first.
-        history: uint32 [N, context_history_size] twice, high and low words: the last contexts' hashes, zeros at first.
+        history: uint32 [N, context_history_size] twice, high and low words. Hashes of the last contexts, newest first;
+            zeros at first.
         calls: int32 []. Steps so far.
     """
 
@@ -135,20 +139,20 @@ class SynthIDState:
 
 @pytree
 @dataclass(frozen=True)
-class SynthIDWatermark(LogitsProcessor):
-    """Holds a tournament among the tokens. Same as transformers 5.24 `SynthIDTextWatermarkLogitsProcessor`.
+class SynthIDWatermark(LogitsProcessor[SynthIDState]):
+    """Runs a tournament among the tokens. Same as transformers 5.24 `SynthIDTextWatermarkLogitsProcessor`.
 
-    At each of D depths a hash of the last tokens, the candidate and the depth's key gives every candidate a bit, and
-    probability moves from the zeros to the ones. A context seen recently is not watermarked again. As in transformers,
-    the prompt is no part of the context, and the state stays with its row when a beam search reorders the rows.
+    At each of D depths, every token gets a bit from a hash of the last tokens, itself and the depth's key. Probability
+    then moves from tokens with bit 0 to tokens with bit 1. A context that is in the history is not watermarked again.
+    As in transformers, the prompt is not part of the context, and the state is not reordered with the beams.
 
     Attributes:
-        keys: uint32 [D]. The low words of the keys: the high ones cannot reach the bits that index the table.
-        sampling_table: bool [a power of two].
-        ngram_len: tokens hashed together, the candidate included.
-        context_history_size: contexts remembered.
-        skip_first_ngram_calls: leaves the first `ngram_len - 1` steps alone.
-        debug_mode: replaces all scores by ones, to see the watermark by itself.
+        keys: uint32 [D]. The low words of the keys. The high words do not affect the bits that index the table.
+        sampling_table: bool, with a power of two of entries.
+        ngram_len: static. Number of tokens hashed together, including the candidate.
+        context_history_size: static. Number of contexts in the history.
+        skip_first_ngram_calls: static. Whether the first `ngram_len - 1` steps are not watermarked.
+        debug_mode: static. Whether all scores are replaced by ones, to see the watermark alone.
     """
 
     keys: UInt32
@@ -185,9 +189,10 @@ class SynthIDWatermark(LogitsProcessor):
     def step(
         self, input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array, state: SynthIDState
     ) -> tuple[jax.Array, SynthIDState]:
-        """float32 [N, V] and the next state, for int32 [N, S] tokens, of which `cur_len` columns count, and scores."""
+        """See `LogitsProcessor.step`."""
         last = lax.dynamic_slice_in_dim(input_ids, cur_len - 1, 1, axis=1)
         shifted = jnp.concatenate([state.context, last], axis=1)[:, 1:]
+        # In the first step the last token is of the prompt, which is not part of the context.
         context = jnp.where(state.calls > 0, shifted, state.context)
         calls = state.calls + 1
         if self.debug_mode:
@@ -208,12 +213,12 @@ class SynthIDWatermark(LogitsProcessor):
         return watermarked, SynthIDState(context, history, calls)
 
     def reorder(self, state: SynthIDState, rows: jax.Array) -> SynthIDState:
-        """As it is: transformers' state stays with its row."""
+        """The state unchanged, as in transformers."""
         del rows
         return state
 
     def _context_hash(self, context: jax.Array) -> Wide:
-        """uint32 [N] twice."""
+        """uint32 [N] twice, high and low words: value = (value + token) * MULTIPLIER + 1 for each token."""
         value = jnp.zeros(len(context), jnp.uint32), jnp.ones(len(context), jnp.uint32)
         multiplier = jnp.uint32(MULTIPLIER >> 32), jnp.uint32(MULTIPLIER & 0xFFFFFFFF)
         one = jnp.uint32(1)
@@ -222,7 +227,7 @@ class SynthIDWatermark(LogitsProcessor):
         return value
 
     def _tournament(self, scores: jax.Array, context_hash: jax.Array) -> jax.Array:
-        """float32 [N, V] log-probabilities, for the low words of the context's hash."""
+        """float32 [N, V] log-probabilities, given the low words of the context's hash, uint32 [N]."""
         multiplier = jnp.uint32(MULTIPLIER & 0xFFFFFFFF)
         tokens = jnp.arange(scores.shape[1], dtype=jnp.uint32)[None]
         token_hash = (context_hash[:, None] + tokens) * multiplier + 1
@@ -239,14 +244,23 @@ class SynthIDWatermark(LogitsProcessor):
 
 
 def _first_of_shuffle(words: jax.Array, vocab_size: int) -> jax.Array:
-    """Which numbers `torch.randperm(V)` puts into its first G places, without the permutation.
+    """The numbers in the first G places of `torch.randperm(V)`, as a mask, without computing the permutation.
 
-    Step i of the shuffle swaps place i with a random place at or after it, its target, and place i is settled. The loop
-    over steps is sequential; this is not. A number starts in the place of its own name. If any step targets that place
-    before its own, the number settles there and is green. If none does, it moves on at its own step, to that step's
-    target, and is back in the same situation, except that only later steps matter: it stays on the move exactly if its
-    step is the last one with that target. So one scatter tells each place's last step, and each step either settles
-    its number or hands it to a later step or to a place beyond G, where it is not green: chains, followed by doubling.
+    Step i of the shuffle swaps place i with its target, a random place at or after i. After that, place i is final. The
+    loop over steps is sequential, but the mask does not need it. Number n starts in place n. If a step before n has
+    target n, that step moves n to the step's own place, where it is final: n is green. Otherwise step n moves n to its
+    target t. There the same question arises: a later step with target t makes n final, and without one n moves on. So n
+    moves on if and only if step n is the last step with target t. One scatter finds the last step of each place. Each
+    step then either settles its number or passes it on to a later step, or to a place from G on, where it is not green.
+    These chains are followed by doubling:
+
+    ```
+    V = 5, G = 3, targets of steps 0, 1, 2 = 2, 4, 3
+    0 1 2 3 4     start
+    2 1 0 3 4     step 0 swaps places 0 and 2
+    2 4 0 3 1     step 1 swaps places 1 and 4
+    2 4 3 0 1     step 2 swaps places 2 and 3: the green numbers are 2, 4, 3. Number 0 moved 0 -> 2 -> 3
+    ```
 
     Args:
         words: uint32 [G, N] of the generator, G < V.
@@ -257,13 +271,14 @@ def _first_of_shuffle(words: jax.Array, vocab_size: int) -> jax.Array:
     size, rows = words.shape
     steps = jnp.arange(size)[None]
     targets = steps + (words.T % (vocab_size - steps).astype(jnp.uint32)).astype(jnp.int32)
-    # A step that targets its own place settles what is there: it takes part in no chain.
+    # A step whose target is its own place makes the number there final and is not part of a chain.
     last_step = jnp.full((rows, vocab_size), -1).at[jnp.arange(rows)[:, None], targets]
     last_step = last_step.max(jnp.where(targets == steps, -1, steps), mode="promise_in_bounds")
     settled = vocab_size
     moves = jnp.where(_take(last_step, targets) == steps, targets, settled)
 
     def follow(moves: jax.Array) -> jax.Array:
+        """Replaces each move to a place before G by the move from there, until all are `settled` or from G on."""
         return jnp.where(moves < size, _take(moves, jnp.minimum(moves, size - 1)), moves)
 
     moves = lax.while_loop(lambda moves: (moves < size).any(), follow, moves)
@@ -283,7 +298,7 @@ def _mersenne_twister(seeds: jax.Array, count: int) -> jax.Array:
         return word, word
 
     def twist(window: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
-        # A word depends on the ones 624, 623 and 227 before it, so 227 at once are independent.
+        # A word depends on the words 624, 623 and 227 before it, so blocks of 227 words are computed at once.
         mixed = (window[:227] & np.uint32(0x80000000)) | (window[1:228] & np.uint32(0x7FFFFFFF))
         new = window[397:] ^ (mixed >> 1) ^ ((mixed & 1) * np.uint32(0x9908B0DF))
         return jnp.concatenate([window[227:], new]), new
@@ -298,7 +313,8 @@ def _mersenne_twister(seeds: jax.Array, count: int) -> jax.Array:
 
 
 def _add(a: Wide, b: jax.Array) -> Wide:
-    low = a[1] + b
+    """The sum modulo 2**64; uint32 `b`."""
+    low = a[1] + b  # less than `b` if it overflowed
     return a[0] + (low < b).astype(jnp.uint32), low
 
 
@@ -306,7 +322,7 @@ def _multiply(a: Wide, b: Wide) -> Wide:
     """The product modulo 2**64."""
     (a_high, a_low), (b_high, b_low) = a, b
     half = np.uint32(0xFFFF)
-    # The high word of a_low * b_low, from products of 16 bits by 16 that fit 32 with what is carried into them.
+    # The high word of a_low * b_low, from four products of 16 by 16 bits. Each fits 32 bits with its carry.
     first = (a_low >> 16) * (b_low & half) + ((a_low & half) * (b_low & half) >> 16)
     second = (a_low & half) * (b_low >> 16) + (first & half)
     carried = (a_low >> 16) * (b_low >> 16) + (first >> 16) + (second >> 16)
@@ -314,7 +330,7 @@ def _multiply(a: Wide, b: Wide) -> Wide:
 
 
 def _minimum(value: Wide) -> Wide:
-    """The least of the last axis, as signed numbers."""
+    """The minimum over the last axis, as signed 64-bit numbers."""
     high = lax.bitcast_convert_type(value[0], jnp.int32)
     least = high.min(axis=-1, keepdims=True)
     low = jnp.where(high == least, value[1], np.uint32(0xFFFFFFFF)).min(axis=-1)
@@ -322,18 +338,18 @@ def _minimum(value: Wide) -> Wide:
 
 
 def _torch_seed(value: Wide) -> jax.Array:
-    """The low word of the signed number modulo 2**64 - 1: one less than of its two's complement if it is negative."""
+    """The low word of a signed number modulo 2**64 - 1, as torch seeds its generator: negative ones are 1 lower."""
     return value[1] - (value[0] >> 31)
 
 
 def _torch_words(seed: int, count: int) -> np.ndarray:
-    """uint32 [count]: the first outputs of torch's CPU generator, which numpy's oldest one shares."""
+    """uint32 [count]: the first outputs of torch's CPU generator, the same as of NumPy's `RandomState`."""
     return np.random.RandomState(seed & 0xFFFFFFFF).randint(2**32, size=count, dtype=np.uint32)
 
 
 @functools.cache
 def _shuffled_table(key: int) -> np.ndarray:
-    """int32 [1000003]: `torch.randperm`."""
+    """int32 [1000003]: `torch.randperm` with this seed."""
     steps = np.arange(TABLE_SIZE - 1)
     targets = steps + _torch_words(key, TABLE_SIZE - 1) % (TABLE_SIZE - steps)
     table = list(range(TABLE_SIZE))

@@ -156,7 +156,7 @@ def test_one_beam_is_greedy_decoding(model: Any) -> None:
     greedy = jaxgen.generate(model, IDS, attention_mask=MASK, max_new_tokens=8, eos_token_id=None)
     np.testing.assert_array_equal(beams(model, num_beams=1).sequences, greedy)
     call = jaxgen.prepare(model, IDS, attention_mask=MASK, num_beams=2, max_new_tokens=8, eos_token_id=None)
-    alone = dataclasses.replace(call.strategy, num_beams=1, num_candidates=2)  # pyright: ignore
+    alone = dataclasses.replace(call.strategy, num_beams=1, num_candidates=2)
     found = jax.jit(jaxgen.decode)(model, dataclasses.replace(call, strategy=alone))["sequences"]
     np.testing.assert_array_equal(found[: len(IDS), 0, : greedy.shape[1]], greedy)
 

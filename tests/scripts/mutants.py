@@ -69,9 +69,9 @@ MUTANTS = [
     ),
     Mutant(
         LAYERS,
-        "attend, the mask of some columns",
-        "lax.dynamic_slice_in_dim(mask, start, few, axis=1)",
-        "lax.dynamic_slice_in_dim(mask, 0, few, axis=1)",
+        "attend, the mask of a block",
+        "lax.dynamic_slice_in_dim(mask, start, block, axis=1)",
+        "lax.dynamic_slice_in_dim(mask, 0, block, axis=1)",
         f"{ATTENTION}[384-2]",
     ),
     Mutant(
@@ -127,8 +127,8 @@ MUTANTS = [
     Mutant(
         "jaxgen/models/int8.py",
         "quantised, over 4096 rows",
-        "some = slice(start, start + _ROWS)",
-        "some = slice(0, _ROWS)",
+        "rows = slice(start, start + _ROWS)",
+        "rows = slice(0, _ROWS)",
         "tests/models/test_int8.py::test_a_matrix_of_many_rows_is_quantised_as_a_whole",
     ),
     Mutant(
