@@ -155,6 +155,7 @@ class KVCache:
         rows, heads, columns, head_dim = keys.shape
         batch = _without_ones(rows, heads)
         start = self.length - columns
+        # Slots are the last axis but one of [N, K, S, H], whether or not N and K are left out.
         all_keys, all_values = (
             lax.dynamic_update_slice_in_dim(old, new.reshape(*batch, columns, head_dim), start, axis=-2)
             for old, new in zip(self.layers[layer], (keys, values), strict=True)
@@ -166,6 +167,7 @@ class KVCache:
         """The same cache with `slots` slots, the new ones zero and not valid."""
         extra = slots - self.slots
 
+        # Zeros at the end of the axis of slots; `valid` has one more axis in a cache with branches.
         def pad(array: jax.Array) -> jax.Array:
             return jnp.pad(array, (*[(0, 0)] * (array.ndim - 2), (0, extra), (0, 0)))
 

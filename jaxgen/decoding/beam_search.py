@@ -145,6 +145,7 @@ class BeamSearch(Strategy[BeamState]):
             improvable=~unused,
             ended=jnp.bool_(False),
             invalid=jnp.zeros(rows, bool),
+            # One key for each prompt, whose beams sample together from b * V continuations.
             keys=None if self.key is None else row_keys(self.key, rows, 1),
             processors=tuple(processor.init(repeated, vocab_size) for processor in self.processors),
             recorded=step_buffers(self.outputs, slots - columns, shapes),
@@ -156,6 +157,7 @@ class BeamSearch(Strategy[BeamState]):
 
         candidates, sources, invalid = self._candidates(scores, state)
         criteria = self.eos, self.max_length, *self.stopping_criteria
+        # Criteria see the W candidates as rows, [B * W, S].
         flat = candidates.sequences.reshape(-1, candidates.sequences.shape[2])
         hits = any_of(criteria, flat, scores, state.cur_len + 1).reshape(candidates.scores.shape)
 

@@ -160,6 +160,7 @@ class GroupBeamSearch(Strategy[GroupState]):
         )
 
     def step(self, logits: jax.Array, scores: jax.Array, internals: Internals, state: GroupState) -> GroupState:
+        # [B * b, V] -> [B, G, g, V]: the beams of a group are neighbours.
         by_group = scores.reshape(-1, self.num_beam_groups, self.group_size, scores.shape[1])
         counts = jnp.zeros((len(by_group), scores.shape[1]), jnp.float32)  # of each token, chosen by earlier groups
         steps: list[_GroupStep] = []

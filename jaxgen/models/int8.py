@@ -89,5 +89,5 @@ def _quantise(numpy: ModuleType, array: Array) -> tuple[Array, Array]:
     """int8 [out, in] and float32 [out], with `numpy` or `jax.numpy`. Zeros have the scale 0; NaN shows in the scale."""
     wide = array.astype(np.float32)
     scales = numpy.abs(wide).max(axis=1) / 127
-    unit = numpy.where(scales > 0, scales, 1)[:, None]
+    unit = numpy.where(scales > 0, scales, 1)[:, None]  # rows of zeros are not divided by 0
     return numpy.round(wide / unit).astype(np.int8), scales

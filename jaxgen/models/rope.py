@@ -38,6 +38,7 @@ def cos_sin(rope: Rope, positions: jax.Array, dtype: jax.typing.DTypeLike) -> tu
     Returns:
         Two arrays [N, T, H].
     """
+    # `positions.max() + 1`: types that depend on the length use the longest row's frequencies for the whole batch.
     angles = positions[..., None].astype(jnp.float32) * rope.inverse_frequencies(positions.max() + 1)[None, None]
     angles = jnp.concatenate([angles, angles], axis=-1)
     scaling = rope.attention_scaling()

@@ -505,6 +505,7 @@ class MinP(Warper):
 
     def warp(self, scores: jax.Array) -> jax.Array:
         p = jax.nn.softmax(scores)
+        # The `min_tokens_to_keep` highest scores stay, whatever their probability.
         unlikely = p < self.min_p * p.max(axis=1, keepdims=True)
         return jnp.where(unlikely & (scores < _lowest_of_highest(scores, self.min_tokens_to_keep)), -jnp.inf, scores)
 

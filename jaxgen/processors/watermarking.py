@@ -116,7 +116,7 @@ class GreenlistWatermark(LogitsProcessor):
         return jnp.zeros(scores.shape, bool).at[jnp.arange(rows)[:, None], candidates].set(green)
 
     def _hash(self, tokens: jax.Array) -> jax.Array:
-        """uint32, at least 1: a product with 0 would always be the minimum."""
+        """uint32, at least 1, as in transformers."""
         return self.table[tokens % TABLE_SIZE].astype(jnp.uint32) + 1
 
 
