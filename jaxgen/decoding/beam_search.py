@@ -38,7 +38,7 @@ from jaxgen.decoding.beams import NEVER, Beams, take
 from jaxgen.decoding.gumbel import gumbel, row_keys
 from jaxgen.processors.logits_process import process, reorder
 from jaxgen.processors.stopping_criteria import any_of
-from jaxgen.processors.top_k import highest_few
+from jaxgen.processors.top_k import blocked_top_k
 from jaxgen.pytree import Bool, Float32, Int32, pytree
 
 
@@ -205,10 +205,10 @@ class BeamSearch(Strategy[BeamState]):
         totals = scores.reshape(*running.scores.shape, vocab_size) + running.scores[:, :, None]
         totals = totals.reshape(len(running.scores), -1)
         if state.keys is None:
-            values, indices, invalid = highest_few(totals, self.num_candidates)
+            values, indices, invalid = blocked_top_k(totals, self.num_candidates)
         else:
             noise = gumbel(state.keys, step, jnp.broadcast_to(jnp.arange(totals.shape[1]), totals.shape))
-            _, indices, invalid = highest_few(totals + noise, self.num_candidates)
+            _, indices, invalid = blocked_top_k(totals + noise, self.num_candidates)
             # They come in the order of their noisy totals; transformers sorts its samples by score.
             sampled = jnp.take_along_axis(totals, indices, axis=1)
             values, order = lax.top_k(sampled, self.num_candidates)

@@ -32,7 +32,7 @@ from jaxgen.base import (
 )
 from jaxgen.processors.logits_process import process
 from jaxgen.processors.stopping_criteria import any_of
-from jaxgen.processors.top_k import highest_few
+from jaxgen.processors.top_k import blocked_top_k
 from jaxgen.pytree import Float32, Int32, pytree
 
 
@@ -175,7 +175,7 @@ class ContrastiveSearch(Strategy[ContrastiveState]):
     def _propose(self, logits: jax.Array, scores: jax.Array, state: ContrastiveState) -> ContrastiveState:
         """The state with the C most likely next tokens, by the scores of the last column, float32 [N, V]."""
         scores, states = process(self.processors, state.sequences, scores, state.cur_len, state.processors)
-        highest, tokens, invalid = highest_few(scores, self.top_k)
+        highest, tokens, invalid = blocked_top_k(scores, self.top_k)
         values = {"scores": scores, "logits": logits, "chosen": state.chosen}
         return replace(
             state,

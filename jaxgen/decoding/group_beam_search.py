@@ -31,7 +31,7 @@ from jaxgen.base import (
 from jaxgen.decoding.beams import NEVER, Beams, take
 from jaxgen.processors.logits_process import process, reorder
 from jaxgen.processors.stopping_criteria import any_of
-from jaxgen.processors.top_k import highest_few
+from jaxgen.processors.top_k import blocked_top_k
 from jaxgen.pytree import Bool, Float32, Int32, pytree
 
 
@@ -202,7 +202,7 @@ class GroupBeamSearch(Strategy[GroupState]):
         scores = scores.reshape(-1, size, vocab_size)
         # [B, g * V]: index i of a row is token i % V after beam i // V of the group.
         totals = (scores + running.scores[:, :, None]).reshape(len(scores), -1)
-        values, indices, invalid = highest_few(totals, self.num_candidates)
+        values, indices, invalid = blocked_top_k(totals, self.num_candidates)
         sources, tokens = indices // vocab_size, indices % vocab_size
         ends = (tokens[:, :, None] == self.eos.eos_token_id[None, None]).any(axis=2)
         tokens = jnp.where(ends, self.last_token, tokens)

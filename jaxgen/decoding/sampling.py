@@ -27,7 +27,7 @@ from jaxgen.base import (
 from jaxgen.decoding.gumbel import gumbel, row_keys
 from jaxgen.processors.logits_process import TopK, TopP, Warper, process
 from jaxgen.processors.stopping_criteria import any_of
-from jaxgen.processors.top_k import first_highest, highest_few, in_blocks
+from jaxgen.processors.top_k import blocked_argmax, blocked_top_k, to_blocks
 from jaxgen.pytree import Int32, pytree
 
 WINDOW = 64  # candidates of a sample; more than the usual top_k of 50
@@ -122,7 +122,7 @@ class Sample(Strategy[SampleState]):
         scores, new_states = process(self.processors[:count], state.sequences, scores, state.cur_len, states[:count])
         tokens, log_p, invalid = self._choose(scores, top_k, warpers, state)
         if self.key is not None and top_k is None:
-            invalid |= ~jnp.isfinite(in_blocks(logits).max(axis=(1, 2)))  # warpers may drop a NaN
+            invalid |= ~jnp.isfinite(to_blocks(logits).max(axis=(1, 2)))  # warpers may drop a NaN
         recorded = self._record(logits, scores, tokens, log_p, state)
 
         # After `_record`: the log-probabilities are of the chosen tokens, not of padding.
@@ -167,7 +167,7 @@ class Sample(Strategy[SampleState]):
                 )
                 noisy = scores + gumbel(state.keys, state.cur_len - state.prompt_length, noisy_ids)
             if token_ids is None:
-                tokens = best = first_highest(noisy)
+                tokens = best = blocked_argmax(noisy)
             else:  # these come in any order, and of equal scores the lowest id wins, as in an argmax over [N, V]
                 equal = noisy == noisy.max(axis=1, keepdims=True)
                 best = jnp.argmin(jnp.where(equal, token_ids, jnp.iinfo(jnp.int32).max), axis=1)
@@ -256,7 +256,7 @@ def _candidates(scores: jax.Array, top_k: TopK, warpers: list[Warper], finished:
         top_p, warpers = first.top_p, warpers[1:]
     limited = top_k.top_k <= window
 
-    values, token_ids, invalid = highest_few(scores, window)
+    values, token_ids, invalid = blocked_top_k(scores, window)
     # The k-th highest score; only used if top_k is within the window.
     last = lax.dynamic_slice_in_dim(values, jnp.clip(top_k.top_k, 1, window) - 1, 1, axis=1)
     edge = values[:, -1:]

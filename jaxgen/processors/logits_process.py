@@ -17,7 +17,7 @@ from jax import lax
 
 from jaxgen.base import LogitsProcessor, Prompt
 from jaxgen.buckets import bucket
-from jaxgen.processors.top_k import highest_few
+from jaxgen.processors.top_k import blocked_top_k
 from jaxgen.pytree import Bool, Float32, Int32, pytree
 
 
@@ -389,7 +389,7 @@ class TopK(Warper):
     def warp(self, scores: jax.Array) -> jax.Array:
         def keep_highest(scores: jax.Array) -> jax.Array:
             bits = _ordered_bits(scores)
-            lowest = _highest_that(lambda x: (bits >= x).sum(axis=1, keepdims=True) >= self.top_k, len(scores))
+            lowest = _bisect(lambda x: (bits >= x).sum(axis=1, keepdims=True) >= self.top_k, len(scores))
             return jnp.where(bits < lowest, -jnp.inf, scores)
 
         return lax.cond(self.top_k < scores.shape[1], keep_highest, lambda scores: scores, scores)
@@ -442,7 +442,7 @@ class TopP(Warper):
             last = jnp.max(jnp.where(scores == scores.max(axis=1, keepdims=True), columns, 0), axis=1, keepdims=True)
             kept |= columns == last
         else:
-            kept |= scores >= _lowest_of_highest(scores, self.min_tokens_to_keep)
+            kept |= scores >= _kth_highest(scores, self.min_tokens_to_keep)
         return jnp.where(kept, scores, -jnp.inf)
 
 
@@ -464,7 +464,7 @@ def _cumulative_at_border(scores: jax.Array, p: jax.Array, below: jax.Array, lim
         return below + jnp.where(bits < x, p, 0).sum(axis=1, keepdims=True)
 
     # The lowest score with a sum over the limit; or the highest score, if rounding keeps all sums below the limit.
-    border = jnp.minimum(_highest_that(lambda x: mass_below(x) <= limit, len(scores)), bits.max(axis=1, keepdims=True))
+    border = jnp.minimum(_bisect(lambda x: mass_below(x) <= limit, len(scores)), bits.max(axis=1, keepdims=True))
     equal = bits == border
     at_border = mass_below(border) + jnp.cumsum(equal, axis=1).astype(p.dtype) * p
     return jnp.where(equal, at_border, jnp.where(bits > border, jnp.inf, 0))
@@ -477,7 +477,7 @@ def _ordered_bits(scores: jax.Array) -> jax.Array:
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
 
-def _highest_that(holds: Callable[[jax.Array], jax.Array], rows: int) -> jax.Array:
+def _bisect(holds: Callable[[jax.Array], jax.Array], rows: int) -> jax.Array:
     """uint32 [N, 1]: the highest number for which `holds` is True, if it is True for all lower numbers too.
 
     It decides bit by bit, from the highest down. These 32 passes over a vocabulary are 20 times faster than sorting it
@@ -507,7 +507,7 @@ class MinP(Warper):
         p = jax.nn.softmax(scores)
         # The `min_tokens_to_keep` highest scores stay, whatever their probability.
         unlikely = p < self.min_p * p.max(axis=1, keepdims=True)
-        return jnp.where(unlikely & (scores < _lowest_of_highest(scores, self.min_tokens_to_keep)), -jnp.inf, scores)
+        return jnp.where(unlikely & (scores < _kth_highest(scores, self.min_tokens_to_keep)), -jnp.inf, scores)
 
 
 @pytree
@@ -576,15 +576,15 @@ class Eta(Warper):
 
 def _cut_below(scores: jax.Array, probability: jax.Array, count: int) -> jax.Array:
     """Removes tokens below a probability, except the `count` most likely ones."""
-    cut = (jax.nn.softmax(scores) < probability) & (scores < _lowest_of_highest(scores, count))
+    cut = (jax.nn.softmax(scores) < probability) & (scores < _kth_highest(scores, count))
     return jnp.where(cut, -jnp.inf, scores)
 
 
-def _lowest_of_highest(scores: jax.Array, count: int) -> jax.Array:
+def _kth_highest(scores: jax.Array, count: int) -> jax.Array:
     """float32 [N, 1]: the lowest of the `count` highest scores of each row."""
     if count == 1:
         return scores.max(axis=1, keepdims=True)
-    return highest_few(scores, min(count, scores.shape[1]))[0][:, -1:]
+    return blocked_top_k(scores, min(count, scores.shape[1]))[0][:, -1:]
 
 
 @pytree

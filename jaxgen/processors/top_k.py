@@ -7,7 +7,7 @@ from jax import lax
 _BLOCK = 64  # scores per block
 
 
-def highest_few(scores: jax.Array, count: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def blocked_top_k(scores: jax.Array, count: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The `count` highest scores of each row.
 
     They are in the `count` blocks with the highest maxima, so most of the vocabulary is read only once. The barriers
@@ -18,7 +18,7 @@ def highest_few(scores: jax.Array, count: int) -> tuple[jax.Array, jax.Array, ja
         with a NaN, an infinity or no finite score.
     """
     scores = lax.optimization_barrier(scores)
-    blocks = in_blocks(scores)
+    blocks = to_blocks(scores)
     maxima = lax.optimization_barrier(blocks.max(axis=2))
     invalid = ~jnp.isfinite(maxima.max(axis=1))
     if blocks.shape[1] <= 2 * count:
@@ -38,9 +38,9 @@ def _top_k(scores: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     return lax.optimization_barrier(values), lax.optimization_barrier(indices)
 
 
-def first_highest(scores: jax.Array) -> jax.Array:
+def blocked_argmax(scores: jax.Array) -> jax.Array:
     """int32 [N]: the argmax of each row, with NaN the highest. Its two steps are 5 times faster on XLA:CPU."""
-    blocks = in_blocks(scores)
+    blocks = to_blocks(scores)
     if blocks.shape[1] <= 2 * _BLOCK:
         return jnp.argmax(scores, axis=1).astype(jnp.int32)
     block = jnp.argmax(blocks.max(axis=2), axis=1).astype(jnp.int32)
@@ -48,7 +48,7 @@ def first_highest(scores: jax.Array) -> jax.Array:
     return block * _BLOCK + jnp.argmax(within, axis=1).astype(jnp.int32)
 
 
-def in_blocks(scores: jax.Array) -> jax.Array:
+def to_blocks(scores: jax.Array) -> jax.Array:
     """float32 [N, V] -> [N, V / 64, 64], padded with -inf."""
     rows, columns = scores.shape
     return jnp.pad(scores, ((0, 0), (0, -columns % _BLOCK)), constant_values=-jnp.inf).reshape(rows, -1, _BLOCK)
