@@ -37,9 +37,6 @@ class MergedTensor(ComputedTensor):
         up: [out, rank].
     """
 
-    name: str
-    dtype: np.dtype
-    shape: tuple[int, ...]
     weight: Tensor
     down: StoredTensor
     up: StoredTensor

@@ -3,10 +3,15 @@
 import importlib
 import os
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from packaging.version import Version
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig as GenerationConfig
+    from transformers import PreTrainedConfig as PreTrainedConfig
+    from transformers import PreTrainedTokenizerBase as PreTrainedTokenizerBase
 
 
 def transformers() -> Any:

@@ -72,7 +72,8 @@ def test_no_file_imports_torch_but_the_one_that_reads_pickles_on_request(file: P
 
 @pytest.mark.parametrize("file", FILES, ids=relative)
 def test_transformers_is_imported_late_and_in_one_place(file: Path) -> None:
-    assert not {name for name in imports(file) if name.split(".")[0] == "transformers"}
+    if relative(file) != "jaxgen/lazy.py":  # which imports it for the type checker alone
+        assert not {name for name in imports(file) if name.split(".")[0] == "transformers"}
 
 
 @pytest.mark.parametrize("file", FILES, ids=relative)

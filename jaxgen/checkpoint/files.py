@@ -1,20 +1,23 @@
-"""The files of a checkpoint folder, which comes from somebody else and may be broken or hostile.
+"""The files of a checkpoint folder, which was made by somebody else and may be broken or hostile.
 
-Nothing outside the folder is opened unless its owner says so, nothing is waited for that is no file, and nothing is
-parsed that is too large to be what it should be.
+Nothing outside the folder is opened unless the caller allows it. Only regular files are opened, as a pipe would block.
+No JSON is parsed that is too large to be a config or an index.
 """
 
 import json
 import stat
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-# The index of a model of 700B parameters in 100,000 tensors would be as long; that of Llama 405B is 0.1 MB.
+# Bytes. The index of a model with 100,000 tensors would be that long; that of Llama 405B has 0.1 MB.
 LARGEST_JSON = 8 << 20
+
+Json = Mapping[str, Any]  # a JSON object, such as a config.json
 
 
 class LinkedFolder(type(Path())):
-    """A folder whose links may lead anywhere: its owner put them there."""
+    """A folder whose links may lead anywhere, because the caller passed `follow_links`."""
 
 
 def checkpoint_folder(path: str | Path, follow_links: bool) -> Path:
@@ -26,23 +29,23 @@ class CheckpointError(ValueError):
 
 
 def file_in(folder: Path, name: str) -> Path:
-    """The path of a file of a folder that something in the folder names.
+    """The path of a file in a folder, by a name that was read from the checkpoint.
 
     Raises:
-        CheckpointError: if it is missing, no regular file, or lies outside.
+        CheckpointError: if it is missing, not a regular file, or outside the folder.
     """
     check_name(name, folder)
     return contained(folder / name, folder)
 
 
 def contained(path: Path, folder: Path) -> Path:
-    """The path itself, of a regular file that lies in a folder.
+    """The path itself, if it is a regular file in the folder.
 
-    Links may lead anywhere in the folder, and from a snapshot in the cache of the Hugging Face hub to its blobs. Those
+    Links may lead anywhere in the folder, and from a snapshot in the Hugging Face hub's cache to its blobs. The links
     of a `LinkedFolder` may lead anywhere.
 
     Raises:
-        CheckpointError: if it is missing, no regular file, or lies outside.
+        CheckpointError: if it is missing, not a regular file, or outside the folder.
     """
     try:
         real = path.resolve(strict=True)
@@ -53,34 +56,36 @@ def contained(path: Path, folder: Path) -> Path:
         raise CheckpointError(f"{path} cannot be opened ({error}). Download it again.") from error
     if not lies_in(real, folder):
         raise CheckpointError(
-            f"{path} is a link out of its folder, to {real}. If you made it, follow it by `follow_links=True` "
-            "(--follow-links); else put the file itself in its place."
+            f"{path} is a link out of its folder, to {real}. If you trust it, pass `follow_links=True` "
+            "(--follow-links); otherwise replace it with the file itself."
         )
     if not stat.S_ISREG(mode):
-        raise CheckpointError(f"{path} is no regular file. Download it again.")
+        raise CheckpointError(f"{path} is not a regular file. Download it again.")
     return path
 
 
 def lies_in(real: Path, folder: Path) -> bool:
-    """Whether a path without links is one that a folder may lead to."""
+    """Whether a resolved path is one that links in the folder may lead to."""
     return isinstance(folder, LinkedFolder) or any(real.is_relative_to(root) for root in _roots(folder))
 
 
 def check_name(name: str, said_by: Path) -> None:
-    """Refuses what is no name of a file in the folder or in one of its folders."""
+    """Raises a CheckpointError unless the name is a relative path of a file inside the folder."""
     parts = PurePosixPath(name).parts
     odd = not name.isprintable() or "\\" in name or any(part in ("/", "..") or len(part) > 255 for part in parts)
     if odd or not parts or ":" in name or len(name) > 1000:
-        raise CheckpointError(f"{said_by} names {name[:300]!r} as a file, which is no file name in a folder.")
+        raise CheckpointError(
+            f"{said_by} names {name[:300]!r} as a file, which is not the name of a file in the folder."
+        )
 
 
 def holds(folder: Path, name: str) -> bool:
-    """Whether a folder has an entry of this name, whatever it is."""
+    """Whether a folder has an entry of this name: a file, a folder or a link, even a broken one."""
     return (folder / name).is_symlink() or (folder / name).exists()
 
 
 def read_text(folder: Path, name: str) -> str:
-    """The text of one of the folder's small files.
+    """The text of a small file in the folder.
 
     Raises:
         CheckpointError: as `file_in`, or if it is too large or not UTF-8.
@@ -88,17 +93,17 @@ def read_text(folder: Path, name: str) -> str:
     path = file_in(folder, name)
     try:
         if path.stat().st_size > LARGEST_JSON:
-            raise CheckpointError(f"{path} has {path.stat().st_size} bytes, and at most {LARGEST_JSON} are read.")
+            raise CheckpointError(f"{path} has {path.stat().st_size} bytes; the limit is {LARGEST_JSON}.")
         return path.read_bytes().decode()
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}). Download it again.") from error
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
-    """The JSON object in one of the folder's files.
+    """The JSON object in a file of the folder.
 
     Raises:
-        CheckpointError: as `read_text`, or if it is no object or says something twice.
+        CheckpointError: as `read_text`, or if it is not an object or has a key twice.
     """
     text = read_text(folder, name)
     try:
@@ -106,32 +111,34 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{folder / name} cannot be read as JSON ({error}). Download it again.") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{folder / name} holds no JSON object. Download it again.")
+        raise CheckpointError(f"{folder / name} does not hold a JSON object. Download it again.")
     return content
 
 
 def parse_json(text: str | bytes) -> Any:
-    """JSON whose objects have each key once: readers differ in which of two they believe.
+    """Parses JSON in which no object has a key twice: readers differ in which of the two values they take.
 
     Raises:
-        ValueError: if it is something else.
+        ValueError: if it is not JSON, holds NaN or Infinity, or has a key twice.
     """
     return json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
 
 
 def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not valid JSON")
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content: dict[str, Any] = {}
+def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    content: dict[str, object] = {}
     for name, value in pairs:
         if name in content:
-            raise ValueError(f"`{name[:100]}` is there twice")
+            raise ValueError(f"`{name[:100]}` appears twice")
         content[name] = value
     return content
 
 
 def _roots(folder: Path) -> list[Path]:
+    # The hub's cache:  models--owner--name/snapshots/COMMIT/config.json -> ../../blobs/HASH
+    #                   parents[1]          parent    real
     real = folder.resolve()
     return [real, real.parents[1] / "blobs"] if real.parent.name == "snapshots" else [real]

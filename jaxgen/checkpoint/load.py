@@ -1,8 +1,8 @@
 """Reading and writing checkpoints: a Hugging Face folder, or the native folder that `convert` makes.
 
-Loading goes in two passes. The first reads names and shapes only and accounts for everything: each tensor is used once,
-each parameter is filled once, every shape fits - or nothing is loaded. The second reads one parameter at a time, its
-tensors straight into their rows, so the host holds one parameter beside the model.
+Loading takes two passes. The first reads only names and shapes and accounts for everything: each tensor is used once,
+each parameter is filled once, and every shape matches, or nothing is loaded. The second reads one parameter at a time,
+and each tensor straight into its rows of the parameter, so the host holds one parameter besides the model.
 """
 
 import functools
@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -25,11 +25,14 @@ from tqdm import tqdm
 from jaxgen import lazy
 from jaxgen.base import no_mesh, tensor_shards
 from jaxgen.checkpoint import float8, safetensors_file
-from jaxgen.checkpoint.files import CheckpointError, check_name, checkpoint_folder, holds, read_json, read_text
+from jaxgen.checkpoint.files import CheckpointError, Json, check_name, checkpoint_folder, holds, read_json, read_text
 from jaxgen.checkpoint.safetensors_file import DTYPES, STORED, Tensor
 from jaxgen.models import FAMILIES, LoadedModel
 from jaxgen.models.family import Config, Family
 from jaxgen.models.int8 import Int8, quantised
+
+if TYPE_CHECKING:
+    from jaxgen.lazy import GenerationConfig, PreTrainedConfig
 
 MANIFEST = "jaxgen.json"
 NATIVE_FORMAT = 2
@@ -38,9 +41,9 @@ SINGLE_FILE = "model.safetensors"
 MISTRAL_FILE = "consolidated.safetensors"
 _MISTRAL = (
     f"in Mistral's own format (params.json, {MISTRAL_FILE}), where tensors have other names and another order. "
-    "Download config.json and model*.safetensors, which most repositories of Mistral models hold too."
+    "Download config.json and model*.safetensors, which most repositories of Mistral models also hold."
 )
-# What libraries around a model put into the names of its tensors, and how the model itself is saved.
+# What wrappers of a model add to the names of its tensors, and how to save the model itself.
 _WRAPPERS = {
     "_orig_mod": "torch.compile (`model._orig_mod.save_pretrained(...)`)",
     "module": "DistributedDataParallel or DeepSpeed (`model.module.save_pretrained(...)`)",
@@ -49,7 +52,7 @@ _WRAPPERS = {
     "_forward_module": "Lightning (`model.module.save_pretrained(...)`)",
     "base_model": "peft (`model.merge_and_unload().save_pretrained(...)`)",
 }
-_MOST_LAYERS = 256  # Llama 405B has 126, and what is read before a refusal is to stay short
+_MOST_LAYERS = 256  # Llama 405B has 126; a limit keeps a broken config from making a long list
 BUNDLED_MODEL = Path(__file__).parent.parent / "stories"
 
 
@@ -64,23 +67,23 @@ def load(
 
     Args:
         path: the folder. Nothing is downloaded.
-        dtype: what to hold the weights in: float32, bfloat16 or float16. By default, and with "auto", the config's
-            dtype, else that of the embedding.
-        mesh: devices to spread the model over, with the axes "tensor" (attention heads, MLP units, the vocabulary),
-            "data" (rows of a batch) or both, as `jax.make_mesh((2, 4), ("data", "tensor"))`. Each parameter goes
-            straight to where it belongs.
-        quantize: "int8" to hold every matrix in one byte per weight and a float32 scale per row; `dtype` is then of
-            what they are multiplied with, and of the cache.
-        follow_links: also read files that links in the folder lead to elsewhere. Links from a snapshot to the blobs of
-            the Hugging Face hub's cache need no permission.
+        dtype: of the weights: float32, bfloat16 or float16. By default, and with "auto", the config's dtype, else the
+            embedding's.
+        mesh: devices to shard the model over, with the axes "tensor" (attention heads, MLP units, the vocabulary),
+            "data" (rows of a batch) or both, as `jax.make_mesh((2, 4), ("data", "tensor"))`. Each parameter is put on
+            its devices directly.
+        quantize: "int8" to hold every matrix as one byte per weight and a float32 scale per row; `dtype` is then the
+            dtype of activations and of the cache.
+        follow_links: also read files outside the folder that its links lead to. Links from a snapshot to the blobs of
+            the Hugging Face hub's cache are always followed.
 
     Returns:
         The model, on the mesh or on JAX's default device, with `config` and `generation_config`.
 
     Raises:
-        CheckpointError: one sentence about what is missing, broken or unknown. Nothing is loaded then.
-        ValueError: if the mesh has other axes, or one that heads or units cannot be spread over evenly, and for
-            another `dtype` or `quantize`.
+        CheckpointError: if something is missing, broken or unknown, in one sentence. Nothing is loaded then.
+        ValueError: if the mesh has other axes, or sizes that heads or units cannot be split by evenly; for any other
+            `dtype` or `quantize`.
     """
     check_quantize(quantize)
     source = open_folder(path, None if mesh is None else _automatic(mesh), follow_links)
@@ -96,6 +99,7 @@ def load(
             bar.update(array.nbytes)
             parameter = quantised(array) if quantize else array
             if isinstance(parameter, Int8) and sharding is not None:
+                # values [out, in] are sharded as the matrix would be, scales [out] as its first axis
                 by_row = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:1]))
                 sharding = replace(parameter, values=sharding, scales=by_row)
             arrays.append(jax.device_put(parameter, sharding))
@@ -103,14 +107,17 @@ def load(
 
 
 def from_config(
-    config: Any, key: jax.Array | int = 0, dtype: jax.typing.DTypeLike = "float32", quantize: str | None = None
+    config: "Json | PreTrainedConfig",
+    key: jax.Array | int = 0,
+    dtype: jax.typing.DTypeLike = "float32",
+    quantize: str | None = None,
 ) -> LoadedModel:
     """A model with random weights, normal with the config's `initializer_range`.
 
     Args:
-        config: the content of a config.json, or a `transformers.LlamaConfig`.
+        config: the content of a config.json, or a config of transformers such as `LlamaConfig`.
         key: a `jax.random` key or a seed.
-        dtype: what to hold the weights in: float32, bfloat16 or float16.
+        dtype: of the weights: float32, bfloat16 or float16.
         quantize: see `load`.
     """
     check_quantize(quantize)
@@ -125,17 +132,17 @@ def from_config(
     return model
 
 
-def abstract(config: Mapping[str, Any], mesh: Mesh | None = None) -> Any:
-    """The model of a config.json with shapes in place of weights: nothing is allocated.
+def abstract(config: Json, mesh: Mesh | None = None) -> LoadedModel:
+    """A model with `jax.ShapeDtypeStruct` in place of weights: nothing is allocated.
 
     Args:
-        config: its content.
+        config: the content of a config.json.
         mesh: see `load`.
     """
     return _abstract(*_parse_config(config, None), None if mesh is None else _automatic(mesh))
 
 
-def _abstract(family: Family, config: Config, generation_config: Any, mesh: Mesh | None) -> Any:
+def _abstract(family: Family, config: Config, generation_config: "GenerationConfig", mesh: Mesh | None) -> LoadedModel:
     return nnx.eval_shape(lambda: family.build(config, _OneKey(), generation_config, mesh))
 
 
@@ -145,24 +152,27 @@ def _random_model(family: Family, config: Config, dtype: np.dtype, quantize: boo
     return jax.tree.map(quantised, model) if quantize else model
 
 
-def check_quantize(quantize: Any) -> None:
-    """Refuses what `load` cannot do."""
+def check_quantize(quantize: object) -> None:
+    """Raises ValueError unless `load` takes this `quantize`."""
     if quantize not in (None, "int8"):
         raise ValueError(f'`quantize`={quantize!r} is not supported; it may be "int8" or None.')
 
 
-def save(model: Any, path: str | Path) -> None:
+def save(model: LoadedModel, path: str | Path) -> None:
     """Writes a Hugging Face folder: config.json, generation_config.json and model.safetensors.
 
     Args:
-        path: the folder, made if needed; files of these names in it are replaced.
+        model: with the parameters of its family, not quantised.
+        path: the folder, which is created if needed; files of these names in it are replaced.
 
     Raises:
-        ValueError: if the folder holds a checkpoint of another layout, whose files would win over the new ones, or the
-            model is quantised or has other parameters than a checkpoint of its family.
+        ValueError: if the folder holds a checkpoint in another layout, which would be loaded instead of the new files;
+            if the model is quantised or has other parameters than its family.
     """
     if any(isinstance(leaf, Int8) for leaf in jax.tree.leaves(model, is_leaf=lambda leaf: isinstance(leaf, Int8))):
-        raise ValueError("`model` is quantised, and a Hugging Face folder has its weights. Save it before that.")
+        raise ValueError(
+            "`model` is quantised, but a Hugging Face folder holds the full weights. Save it before you quantise it."
+        )
     parameters, stacks = dict(named_leaves(model)), FAMILIES[model.config.model_type].weight_map(model.config)
     if unknown := sorted(set(parameters) ^ set(stacks)):
         raise ValueError(
@@ -178,7 +188,7 @@ def save(model: Any, path: str | Path) -> None:
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         config[key] = getattr(model.generation_config, key)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    # Not `save_pretrained`, which refuses what many checkpoints hold: sampling fields without `do_sample`.
+    # Not `save_pretrained`: it refuses sampling fields without `do_sample`, which many checkpoints have.
     model.generation_config.to_json_file(folder / "generation_config.json")
     header = {
         name: (np.dtype(parameters[path].dtype), (rows, *parameters[path].shape[1:]))
@@ -186,33 +196,34 @@ def save(model: Any, path: str | Path) -> None:
         for name, rows in sources.items()
     }
     arrays = (
-        np.concatenate([whole[run] for run in runs])
+        np.concatenate([parameter[rows] for rows in slices])
         for path, sources in stacks.items()
-        for whole in [jax.device_get(parameters[path])]
-        for runs in _runs(sources, model.mesh)
+        for parameter in [jax.device_get(parameters[path])]
+        for slices in _row_slices(sources, model.mesh)
     )
     safetensors_file.write(folder / SINGLE_FILE, header, arrays)
 
 
 @dataclass(frozen=True)
 class Source:
-    """An accounted-for checkpoint folder: everything about it is known but the values.
+    """A checkpoint folder whose tensors are all accounted for; only their values are not read yet.
 
     Attributes:
+        folder: that was opened.
         raw: its config.json.
         family: of the model.
         abstract: the model with shapes in place of weights.
-        pieces: parameter path -> the tensors that make it, stacked along the first axis.
-        buffers: tensors that the config determines, by name; not read.
-        copies: tensors that another one holds too, and which.
-        native: whether it was converted.
-        warnings: what is odd about it.
+        pieces: parameter path -> the tensors that are stacked along the first axis to make it.
+        buffers: tensors whose values follow from the config, by name; not loaded.
+        copies: name of a tensor -> name of the tensor that holds the same values.
+        native: whether the folder was converted.
+        warnings: to show the user.
     """
 
     folder: Path
-    raw: Mapping[str, Any]
+    raw: Json
     family: Family
-    abstract: Any
+    abstract: LoadedModel
     pieces: Mapping[str, list[Tensor]]
     buffers: Mapping[str, Tensor]
     copies: Mapping[str, str]
@@ -221,14 +232,14 @@ class Source:
 
     @property
     def dtype(self) -> np.dtype:
-        """What `load` holds the weights in by default; float32 for float64, which JAX has in a mode of its own only."""
+        """The dtype of `load` by default; float32 for float64, which JAX supports only in its double precision mode."""
         if self.is_float64:
             return np.dtype(np.float32)
         named = self.raw.get("dtype") or self.raw.get("torch_dtype")
         try:
             return weights_dtype(named) if named else self.own_dtype(self.family.embedding)
         except ValueError as error:
-            raise CheckpointError(f"{self.folder / 'config.json'}: {error} Or pass another to `load`.") from error
+            raise CheckpointError(f"{self.folder / 'config.json'}: {error} Or pass `dtype` to `load`.") from error
 
     @property
     def is_float64(self) -> bool:
@@ -243,16 +254,16 @@ class Source:
         """The values, one parameter at a time in the order of the model's leaves."""
         for path, leaf in named_leaves(self.abstract):
             array = np.empty(leaf.shape, dtype)
-            stack = {tensor.name: tensor.rows for tensor in self.pieces[path]}
-            for tensor, runs in zip(self.pieces[path], _runs(stack, self.abstract.mesh), strict=True):
-                row = 0
-                for run in runs:
-                    tensor.read_into(array[run], row)
-                    row += run.stop - run.start
+            sources = {tensor.name: tensor.rows for tensor in self.pieces[path]}
+            for tensor, slices in zip(self.pieces[path], _row_slices(sources, self.abstract.mesh), strict=True):
+                start = 0
+                for rows in slices:
+                    tensor.read_into(array[rows], start)
+                    start += rows.stop - rows.start
             yield array
 
     def shardings(self) -> list[NamedSharding | None]:
-        """Where on its mesh each parameter goes, in the order of the model's leaves; None without a mesh.
+        """The sharding of each parameter, in the order of the model's leaves; None without a mesh.
 
         Raises:
             ValueError: see `load`.
@@ -265,10 +276,10 @@ class Source:
 
 
 def open_folder(path: str | Path, mesh: Mesh | None = None, follow_links: bool = False) -> Source:
-    """Reads what a folder holds, without its values, and accounts for every tensor and parameter.
+    """Reads the configs and headers of a folder, and accounts for every tensor and parameter.
 
     Args:
-        mesh, follow_links: see `load`.
+        path, mesh, follow_links: see `load`.
 
     Raises:
         CheckpointError: see `load`.
@@ -278,20 +289,20 @@ def open_folder(path: str | Path, mesh: Mesh | None = None, follow_links: bool =
         raise CheckpointError(f"{folder} is not a folder. Pass the one that holds config.json; nothing is downloaded.")
     if holds(folder, "adapter_config.json"):
         raise CheckpointError(
-            f"{folder} holds a LoRA adapter and not a model. Merge it into its base model: `jaxgen convert BASE DST "
+            f"{folder} holds a LoRA adapter, not a model. Merge it into its base model: `jaxgen convert BASE DST "
             f"--merge-lora {folder}`."
         )
     raw, generation = _read_configs(folder)
     native = holds(folder, MANIFEST)
     if native and (version := read_json(folder, MANIFEST).get("format")) != NATIVE_FORMAT:
         raise CheckpointError(
-            f"{folder} is a converted folder of format {version!r}, and this jaxgen reads {NATIVE_FORMAT}. Convert the "
+            f"{folder} is a converted folder of format {version!r}, but this jaxgen reads {NATIVE_FORMAT}. Convert the "
             "original again."
         )
     return _account(folder, raw, generation, read_tensors(folder), native, mesh)
 
 
-def _read_configs(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+def _read_configs(folder: Path) -> tuple[Json, Json | None]:
     """The config.json of a folder and its generation_config.json, if there is one."""
     if not holds(folder, "config.json") and (reason := _why_without_config(folder)):
         raise CheckpointError(f"{folder} {reason}")
@@ -300,17 +311,17 @@ def _read_configs(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
 
 
 def _why_without_config(folder: Path) -> str | None:
-    """What a folder without a config.json is instead, and what can be done about it."""
+    """Why a folder has no config.json, and the next step: the rest of a sentence about it, None if unknown."""
     names = sorted(path.name for path in folder.iterdir())
     if any(name.endswith(".pth") for name in names) and "params.json" in names:
-        return "is a checkpoint as Meta distributes it, in pickles. `jaxgen convert --allow-pickle` reads it."
+        return "is a checkpoint as Meta distributes it, with pickles. `jaxgen convert --allow-pickle` reads it."
     if MISTRAL_FILE in names:
         return f"is {_MISTRAL}"
     if ggufs := [name for name in names if name.endswith(".gguf")]:
         return f"holds {_gguf(folder, ggufs[0])}"
     inner = folder / "snapshots" if "snapshots" in names else folder
     if models := [path for path in sorted(inner.iterdir()) if path.is_dir() and holds(path, "config.json")]:
-        if holds(folder, "refs/main"):  # of the hub's cache: the newest snapshot
+        if holds(folder, "refs/main"):  # the hub's cache: list the newest snapshot first
             newest = read_text(folder, "refs/main").strip()
             models.sort(key=lambda path: path.name != newest)
         return f"has no config.json, but {listed([str(path) for path in models])} has. Pass that folder."
@@ -319,7 +330,7 @@ def _why_without_config(folder: Path) -> str | None:
 
 def _gguf(folder: Path, file: str) -> str:
     return (
-        f"{file}: GGUF is not read. Make a folder of it with transformers and the package gguf: "
+        f"{file}: jaxgen does not read GGUF. Convert it with transformers and the package gguf: "
         f"`AutoModelForCausalLM.from_pretrained({str(folder)!r}, gguf_file={file!r}).save_pretrained(...)`, and the "
         "same with AutoTokenizer."
     )
@@ -327,30 +338,30 @@ def _gguf(folder: Path, file: str) -> str:
 
 def _account(
     folder: Path,
-    raw: Mapping[str, Any],
-    generation: Mapping[str, Any] | None,
+    raw: Json,
+    generation: Json | None,
     tensors: Mapping[str, Tensor],
     native: bool,
     mesh: Mesh | None,
 ) -> Source:
-    """Finds a use for every tensor and tensors for every parameter.
+    """Assigns every tensor to a parameter, and checks that every parameter is filled.
 
     Args:
         folder: for messages.
-        raw: config.json.
-        generation: generation_config.json.
+        raw: the content of config.json.
+        generation: the content of generation_config.json, if there is one.
         tensors: of the checkpoint, by name.
-        native: whether they have the names of parameters.
+        native: whether tensors are named by parameter paths, as in a converted folder.
         mesh: see `load`.
 
     Raises:
         CheckpointError: see `load`.
     """
     layers = raw.get("num_hidden_layers")
-    if isinstance(layers, int) and layers > min(len(tensors), _MOST_LAYERS):  # before a list of so many is made
+    if isinstance(layers, int) and layers > min(len(tensors), _MOST_LAYERS):  # before so many names are listed
         raise CheckpointError(
-            f"{folder} holds {len(tensors)} tensors, but its config.json asks for `num_hidden_layers`={layers}. Each "
-            f"needs tensors of its own, and at most {_MOST_LAYERS} layers are read. Download it again."
+            f"{folder} holds {len(tensors)} tensors, but its config.json has `num_hidden_layers`={layers}. Each "
+            f"layer needs tensors of its own, and the limit is {_MOST_LAYERS} layers. Download it again."
         )
     unquantised = {key: value for key, value in raw.items() if key not in float8.KEYS}
     try:
@@ -371,24 +382,24 @@ def _account(
         tensors = _with_names_of(known, family.prefix, tensors)
     config, copies = _resolve_head(folder, raw, config, tensors, head, embedding)
     config, resized = _resolve_vocabulary(config, tensors, head, embedding)
-    wanted = family.weight_map(config)
+    weight_map = family.weight_map(config)
     if native:
-        wanted = {path: _native_names(path, sources, tensors) for path, sources in wanted.items()}
+        weight_map = {path: _native_names(path, sources, tensors) for path, sources in weight_map.items()}
     used = {name: tensor for name, tensor in tensors.items() if name not in copies}
-    _match_names(folder, wanted, used)
+    _match_names(folder, weight_map, used)
     model = _abstract(family, config, generation_config, mesh)
-    _match_shapes(folder, {name: leaf.shape for name, leaf in named_leaves(model)}, wanted, used)
-    pieces = {path: [tensors[name] for name in sources] for path, sources in wanted.items()}
-    odd_buffers = _odd_buffers(family, config, buffers)
-    oddities = (*resized, *_unread_keys(family, unquantised), *_oddities(raw), *odd_buffers)
+    _match_shapes(folder, {name: leaf.shape for name, leaf in named_leaves(model)}, weight_map, used)
+    pieces = {path: [tensors[name] for name in sources] for path, sources in weight_map.items()}
     source = Source(folder, raw, family, model, pieces, buffers, copies, native, ())
+    messages = [*resized, *_unread_keys(family, unquantised), *_ignored_keys(raw)]
+    messages += _wrong_buffers(family, config, buffers)
     if source.is_float64:
-        oddities = *oddities, "its weights are float64. They are held as float32, unless `dtype` says otherwise."
-    return replace(source, warnings=tuple(f"{folder}: {each}" for each in oddities))
+        messages.append("its weights are float64. They are held as float32, unless `dtype` says otherwise.")
+    return replace(source, warnings=tuple(f"{folder}: {message}" for message in messages))
 
 
-def _parse_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | None) -> tuple[Family, Config, Any]:
-    """The family, its config, and the `transformers.GenerationConfig`, from the parsed JSON files."""
+def _parse_config(raw: Json, generation: Json | None) -> tuple[Family, Config, "GenerationConfig"]:
+    """The family, its config, and the generation config, from the parsed JSON files."""
     generation_class = lazy.transformers().GenerationConfig
     if str(raw.get("model_type")) not in FAMILIES:
         code = " Code that comes with a checkpoint (`auto_map`) is never run." if raw.get("auto_map") else ""
@@ -401,7 +412,7 @@ def _parse_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | None) 
         if generation is not None:
             return family, config, generation_class.from_dict(dict(generation))
         return family, config, generation_class.from_model_config(dict(raw))
-    except Exception as error:  # whatever transformers makes of values that make no sense
+    except Exception as error:  # transformers raises many kinds for values of the wrong type
         name = "config.json" if generation is None else "generation_config.json"
         raise ValueError(f"transformers cannot read the generation config in {name} ({error!r}).") from error
 
@@ -410,7 +421,7 @@ def _generation_fields() -> frozenset[str]:
     return frozenset(lazy.transformers().GenerationConfig().to_dict())
 
 
-def _unread_keys(family: Family, raw: Mapping[str, Any]) -> Iterator[str]:
+def _unread_keys(family: Family, raw: Json) -> Iterator[str]:
     if keys := family.unread_keys(raw, _generation_fields()):
         yield (
             f"config.json has {listed(keys, most=40)}. Neither transformers nor jaxgen reads these keys in a "
@@ -419,32 +430,37 @@ def _unread_keys(family: Family, raw: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _check_numbers(config: Config) -> None:
-    """No size that overflows, nothing infinite."""
-    for each in fields(config):
-        value = getattr(config, each.name)
+    """Raises ValueError for an integer that overflows int32, or a float that is not finite."""
+    for field in fields(config):
+        value = getattr(config, field.name)
         if (type(value) is int and value >= 1 << 31) or (type(value) is float and not math.isfinite(value)):
-            raise ValueError(f"`{each.name}`={value!r} in config.json is too large.")
+            raise ValueError(f"`{field.name}`={value!r} in config.json is too large.")
 
 
 def _with_names_of(known: set[str], prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors under the names that the model with a head has for them, which are known.
+    """The tensors under the names of a model with a head, given as `known`.
 
-    A model without its head names them without the prefix. As transformers 5.23 `rename_source_key`, name by name.
+    A model that was saved without its head lacks the prefix. As transformers 5.23 `rename_source_key`, name by name.
     """
-    found: dict[str, Tensor] = {}
+    renamed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         others = (name.removeprefix(prefix), prefix + name)
         new = name if name in known else next((other for other in others if other in known), name)
-        if new != name and new not in tensors and new not in found:  # of two for one place, one has no use
-            name, tensor = new, replace(cast(Any, tensor), name=new)
-        found[name] = tensor
-    return found
+        # Two tensors with one new name: the second keeps its own, and is later refused as unused.
+        if new != name and new not in tensors and new not in renamed:
+            name, tensor = new, replace(tensor, name=new)
+        renamed[name] = tensor
+    return renamed
 
 
 def _resolve_head(
-    folder: Path, raw: Mapping[str, Any], config: Config, tensors: Mapping[str, Tensor], head: str, embedding: str
+    folder: Path, raw: Json, config: Config, tensors: Mapping[str, Tensor], head: str, embedding: str
 ) -> tuple[Config, dict[str, str]]:
-    """A missing head is the embedding's, whatever the config says; a head beside a tied flag must equal it."""
+    """Ties a missing head to the embedding, whatever the config says; a head that the config ties must equal it.
+
+    Returns:
+        The config with the flag that holds, and {head: embedding} if the checkpoint has both of a tied pair.
+    """
     if head not in tensors:
         if not config.tie_word_embeddings and any(
             str(name).endswith("Model") for name in raw.get("architectures") or []
@@ -477,44 +493,45 @@ def same_bytes(first: Tensor, second: Tensor) -> bool:
 def _resolve_vocabulary(
     config: Config, tensors: Mapping[str, Tensor], head: str, embedding: str
 ) -> tuple[Config, tuple[str, ...]]:
-    """The tables know how many entries they have; configs miss tokens that were added and rows that pad."""
+    """Takes the size of the vocabulary from the embedding: configs often miss added tokens and padding rows."""
     shapes = {tensors[name].shape for name in (head, embedding) if name in tensors}
     if embedding not in tensors or len(shapes) != 1 or (shape := shapes.pop())[1:] != (config.hidden_size,):
         return config, ()
     if shape[0] in (config.vocab_size, 0):
         return config, ()
-    said = f"the embedding has {shape[0]} rows and not `vocab_size`={config.vocab_size}, as config.json says."
-    return replace(config, vocab_size=shape[0]), (said,)
+    message = f"the embedding has {shape[0]} rows and not `vocab_size`={config.vocab_size}, as config.json says."
+    return replace(config, vocab_size=shape[0]), (message,)
 
 
-def _oddities(raw: Mapping[str, Any]) -> Iterator[str]:
+def _ignored_keys(raw: Json) -> Iterator[str]:
     if raw.get("auto_map"):
         yield "config.json has `auto_map`: code that comes with a checkpoint is never run."
     if raw.get("pretraining_tp") not in (None, 1):
         yield f"`pretraining_tp`={raw['pretraining_tp']!r} in config.json is ignored, as by transformers 5."
 
 
-def _odd_buffers(family: Family, config: Config, buffers: Mapping[str, Tensor]) -> Iterator[str]:
+def _wrong_buffers(family: Family, config: Config, buffers: Mapping[str, Tensor]) -> Iterator[str]:
     for name, tensor in buffers.items():
         values = next(values for end, values in family.buffers.items() if name.endswith(end))
         if values is not None:
             expected = values(config)
-            stored = tensor.dtype in DTYPES.values() and tensor.shape == expected.shape
-            precision = float(jnp.finfo(tensor.dtype).eps) if stored else 0
-            found = np.concatenate([block.astype(np.float32) for block in tensor.blocks()]) if stored else expected
-            if not stored or not np.allclose(found, expected, rtol=4 * precision, atol=0):
+            matches = tensor.dtype in DTYPES.values() and tensor.shape == expected.shape
+            if matches:
+                stored = np.concatenate([block.astype(np.float32) for block in tensor.blocks()])
+                matches = np.allclose(stored, expected, rtol=4 * float(jnp.finfo(tensor.dtype).eps), atol=0)
+            if not matches:
                 yield f"`{name}` is not what config.json says, and is ignored."
 
 
 def _native_names(path: str, sources: Mapping[str, int], tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """The tensors of a converted folder that make a parameter: one, or one per dtype."""
+    """The tensors that make a parameter in a converted folder: one, or one per source if their dtypes differ."""
     if path in tensors or len(sources) == 1:
         return {path: sum(sources.values())}
     return {f"{path}.{number}": rows for number, rows in enumerate(sources.values())}
 
 
 class _OneKey:
-    """In place of `nnx.Rngs` where only shapes are wanted: its counters take most of the time."""
+    """In place of `nnx.Rngs` where only shapes are needed: its counters would take most of the time."""
 
     def __init__(self) -> None:
         self.key = jax.random.key(0)
@@ -523,40 +540,41 @@ class _OneKey:
         return self.key
 
 
-def _match_names(folder: Path, wanted: Mapping[str, Mapping[str, int]], tensors: Mapping[str, Tensor]) -> None:
-    """Every tensor is used, and every parameter filled, exactly once."""
-    names = [name for sources in wanted.values() for name in sources]
+def _match_names(folder: Path, weight_map: Mapping[str, Mapping[str, int]], tensors: Mapping[str, Tensor]) -> None:
+    """Raises CheckpointError unless every tensor is used, and every parameter filled, exactly once."""
+    names = [name for sources in weight_map.values() for name in sources]
     for name in sorted(set(tensors) - set(names)):
         if wrapper := next((part for part in name.split(".") if part in _WRAPPERS), None):
             raise CheckpointError(
                 f"{folder} holds `{name:.100}`, where `{wrapper}.` is a trace of {_WRAPPERS[wrapper]}. Save the model "
-                f"itself, or take `{wrapper}.` out of the names in every file and the index."
+                f"itself, or remove `{wrapper}.` from the names in every file and the index."
             )
     if missing := [name for name in names if name not in tensors]:
         raise CheckpointError(f"{folder} lacks {listed(missing)}. The checkpoint is incomplete; download it again.")
     if unknown := sorted(set(tensors) - set(names)):
-        raise CheckpointError(f"{folder} holds {listed(unknown)}, which the model of its config.json has no use for.")
+        raise CheckpointError(f"{folder} holds {listed(unknown)}, which the model in its config.json does not use.")
 
 
 def _match_shapes(
     folder: Path,
     shapes: Mapping[str, tuple[int, ...]],
-    wanted: Mapping[str, Mapping[str, int]],
+    weight_map: Mapping[str, Mapping[str, int]],
     tensors: Mapping[str, Tensor],
 ) -> None:
-    for path, sources in wanted.items():
+    """Raises CheckpointError unless every tensor has the shape of its part of the parameter."""
+    for path, sources in weight_map.items():
         for name, rows in sources.items():
             expected = (rows, *shapes[path][1:])
             if tensors[name].shape != expected:
                 raise CheckpointError(
-                    f"{folder}: `{name}` has shape {tensors[name].shape}, but its config.json asks for {expected}."
+                    f"{folder}: `{name}` has shape {tensors[name].shape}, but its config.json implies {expected}."
                 )
 
 
 def weight_files(folder: Path) -> Mapping[str, set[str] | None]:
-    """The files that hold a folder's tensors, with the names that the index lists for each; None without an index.
+    """{file: the tensors that the index lists for it}; None in place of the tensors if there is no index.
 
-    The index is authoritative: a stray file beside it is never read.
+    With an index, files that it does not name are never read.
     """
     if not holds(folder, INDEX):
         if not holds(folder, SINGLE_FILE):
@@ -571,7 +589,7 @@ def weight_files(folder: Path) -> Mapping[str, set[str] | None]:
     for file in sorted(listing):
         check_name(file, folder / INDEX)
         if not file.endswith(".safetensors"):
-            raise CheckpointError(f"{folder / INDEX} names {file!r}, which is no safetensors file.")
+            raise CheckpointError(f"{folder / INDEX} names {file!r}, which is not a safetensors file.")
     return dict(sorted(listing.items()))
 
 
@@ -579,18 +597,18 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of a folder."""
     tensors: dict[str, Tensor] = {}
     for file, names in weight_files(folder).items():
-        found = safetensors_file.read_header(folder, file)
-        if names is not None and (difference := sorted(names ^ set(found))):
+        stored = safetensors_file.read_header(folder, file)
+        if names is not None and (difference := sorted(names ^ set(stored))):
             raise CheckpointError(f"{INDEX} and {folder / file} disagree about {listed(difference)}.")
-        tensors |= found
+        tensors |= stored
     return tensors
 
 
 def _instead(folder: Path) -> str:
-    """What a folder without safetensors holds, and what can be done about it."""
+    """The rest of a sentence about a folder without safetensors: what it holds, and the next step."""
     names = sorted(path.name for path in folder.iterdir())
     if shards := [name for name in names if re.fullmatch(r"model-\d+-of-\d+\.safetensors", name)]:
-        return f", but {shards[:3]}, which are parts of a model. Download {INDEX} too, which says what is in which."
+        return f", but {shards[:3]}, which are parts of a model. Download {INDEX} too, which lists their tensors."
     if MISTRAL_FILE in names:
         return f", but {MISTRAL_FILE}, the weights {_MISTRAL}"
     if ggufs := [name for name in names if name.endswith(".gguf")]:
@@ -601,30 +619,32 @@ def _instead(folder: Path) -> str:
     return f"; jaxgen does not read {others}. Save the model as safetensors." if others else "."
 
 
-def named_leaves(model: Any) -> Iterator[tuple[str, Any]]:
-    """Parameter paths such as "layers.0.self_attn.qkv_proj.weight", in the order of the model's leaves."""
+def named_leaves(model: object) -> Iterator[tuple[str, Any]]:
+    """Pairs of a path, such as "layers.0.self_attn.qkv_proj.weight", and an array, in the order of the leaves."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(model):
         keys = (str(getattr(key, "name", getattr(key, "idx", getattr(key, "key", None)))) for key in path)
         yield ".".join(keys).removesuffix(".value"), leaf
 
 
-def _runs(sources: Mapping[str, int], mesh: Mesh | None) -> Iterator[list[slice]]:
-    """For each source of so many rows, where in a parameter its rows are.
+def _row_slices(sources: Mapping[str, int], mesh: Mesh | None) -> Iterator[list[slice]]:
+    """For each source, {tensor: rows}, the rows of the parameter that it fills: one slice for each shard.
 
-    One source after the other, as a rule; where several are spread over devices together, each device has its share of
-    every one of them.
+    On a mesh every device has its share of each source, so that it multiplies whole heads or units. Queries of 4 rows,
+    keys of 2 and values of 2, without a mesh and over 2 devices:
+
+        q q q q k k v v        q q k v | q q k v
     """
     shards = tensor_shards(mesh) if len(sources) > 1 else 1
-    share = sum(sources.values()) // shards
-    start = 0
+    shard_rows = sum(sources.values()) // shards
+    start = 0  # of the source within a shard
     for rows in sources.values():
-        own = rows // shards
-        yield [slice(shard * share + start, shard * share + start + own) for shard in range(shards)]
-        start += own
+        stop = start + rows // shards
+        yield [slice(shard * shard_rows + start, shard * shard_rows + stop) for shard in range(shards)]
+        start = stop
 
 
 def _automatic(mesh: Mesh) -> Mesh:
-    """The mesh as XLA takes it, which finds out by itself where all that is between the weights goes."""
+    """The mesh with automatic axes, in which XLA chooses the shardings of activations."""
     if not mesh.axis_names or {*mesh.axis_names} - {"data", "tensor"}:
         raise ValueError(f"`mesh` has the axes {mesh.axis_names}; they may be 'data' and 'tensor'.")
     return Mesh(mesh.devices, mesh.axis_names)

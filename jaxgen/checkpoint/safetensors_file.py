@@ -1,7 +1,10 @@
 """Reading and writing safetensors a few rows at a time.
 
-The `safetensors` package validates a file; the bytes are read with plain `readinto`, straight into their place. Its own
-readers map the whole file into memory, which counts a second copy of the model against the process.
+The `safetensors` package only validates a file here. Its readers map the whole file into memory, which counts as a
+second copy of the model; so the bytes are read with plain `readinto`, straight into the array that keeps them.
+
+    8 bytes          length bytes                              the rest
+    length (uint64)  {"NAME": {"dtype", "shape", "data_offsets": [start, stop]}, ...}   data
 """
 
 import json
@@ -10,7 +13,6 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -18,11 +20,11 @@ from safetensors import SafetensorError, safe_open
 
 from jaxgen.checkpoint.files import LARGEST_JSON, CheckpointError, file_in, parse_json
 
-# What weights may be held in, and what they may be stored in.
+# The dtypes that weights may have in memory, and those they may have in a file.
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 STORED = DTYPES | {"F64": np.dtype(np.float64)}
 FLOAT8 = {"F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn)}
-# What a file may hold, such as old buffers or the parts of quantised weights.
+# All that a file may hold, also for buffers and the parts of quantised weights.
 _ALL = (
     STORED
     | FLOAT8
@@ -32,15 +34,16 @@ _ALL = (
 )
 NAMES = {dtype: name for name, dtype in _ALL.items()}
 
-BLOCK = 1 << 20  # bytes that are read and worked on at a time: enough for a disk, and little for a cache
+BLOCK = 1 << 20  # bytes read at a time: large enough for a disk, small enough for the CPU's caches
 
 
+@dataclass(frozen=True)
 class Tensor:
-    """A tensor of a checkpoint, whose rows (its first axis) are read or computed when they are asked for.
+    """A tensor of a checkpoint, whose rows (its first axis) are read or computed on demand.
 
     Attributes:
         name: as in its file.
-        dtype: what its values have without loss.
+        dtype: the dtype that holds its values without loss.
     """
 
     name: str
@@ -48,7 +51,7 @@ class Tensor:
     shape: tuple[int, ...]
 
     def read(self, out: np.ndarray, start: int) -> None:
-        """Fills a C-contiguous array of the tensor's own dtype with the rows from `start` on."""
+        """Fills a C-contiguous array [rows, ...] of the tensor's own dtype with the rows from `start` on."""
         raise NotImplementedError
 
     @property
@@ -66,15 +69,17 @@ class Tensor:
             return
         done = 0
         for block in self.blocks(start, start + len(out)):
-            with np.errstate(over="ignore"):  # what becomes infinite is reported by those who look for it
+            with np.errstate(over="ignore"):  # `convert` reports values that become infinite
                 out[done : done + len(block)] = block
             done += len(block)
 
     def blocks(self, start: int = 0, stop: int | None = None, dtype: np.dtype | None = None) -> Iterator[np.ndarray]:
-        """The rows in their order, as many at a time as fit a block; each array is valid until the next one.
+        """The rows in order, about `BLOCK` bytes at a time; each array is overwritten by the next one.
 
         Args:
-            dtype: to cast them to; their own by default.
+            start: the first row.
+            stop: the row after the last; all rows by default.
+            dtype: of the arrays; the tensor's own by default.
         """
         stop = self.rows if stop is None else stop
         step = max(1, BLOCK * self.rows // max(1, self.nbytes))
@@ -86,7 +91,7 @@ class Tensor:
 
 
 class ComputedTensor(Tensor):
-    """A tensor whose values are computed in float32 and rounded once, to whatever dtype is wanted."""
+    """A tensor whose values are computed in float32, and rounded once to the dtype of the array that they fill."""
 
     def read_into(self, out: np.ndarray, start: int = 0) -> None:
         """See `Tensor.read_into`."""
@@ -103,9 +108,6 @@ class StoredTensor(Tensor):
     """
 
     path: Path
-    name: str
-    dtype: np.dtype
-    shape: tuple[int, ...]
     offset: int
 
     def read(self, out: np.ndarray, start: int) -> None:
@@ -113,24 +115,25 @@ class StoredTensor(Tensor):
         view = out.reshape(-1).view(np.uint8).data
         with self.path.open("rb", buffering=0) as file:
             file.seek(self._offset_of(start))
+            # Linux reads at most 2 GiB at a time; 0 bytes is the end of the file.
             while view and (count := file.readinto(view)):
                 view = view[count:]
         if view:
             raise CheckpointError(f"{self.path} ended while `{self.name}` was read. Download it again.")
 
     def part(self, name: str, start: int, rows: int) -> "StoredTensor":
-        """Some of its rows as a tensor of their own."""
-        return StoredTensor(self.path, name, self.dtype, (rows, *self.shape[1:]), self._offset_of(start))
+        """The rows [start, start + rows) as a tensor with a name of its own."""
+        return StoredTensor(name, self.dtype, (rows, *self.shape[1:]), self.path, self._offset_of(start))
 
     def _offset_of(self, row: int) -> int:
         return self.offset + row * (self.nbytes // max(1, self.rows))
 
 
 def read_header(folder: Path, name: str) -> dict[str, StoredTensor]:
-    """The tensors of a file of a folder, which must be whole.
+    """The tensors of a file in a folder, by name.
 
     Raises:
-        CheckpointError: if the file is missing, is no safetensors file, or is shorter or longer than its header says.
+        CheckpointError: if the file is missing, not a safetensors file, or shorter or longer than its header says.
     """
     path = file_in(folder, name)
     try:
@@ -147,13 +150,13 @@ def read_header(folder: Path, name: str) -> dict[str, StoredTensor]:
         raise CheckpointError(f"{path} holds tensors of dtype {unreadable}; jaxgen reads {list(STORED)}.")
     start = 8 + len(text.encode())
     return {
-        name: StoredTensor(path, name, _ALL[entry["dtype"]], tuple(entry["shape"]), start + entry["data_offsets"][0])
+        name: StoredTensor(name, _ALL[entry["dtype"]], tuple(entry["shape"]), path, start + entry["data_offsets"][0])
         for name, entry in header.items()
     }
 
 
 def header_text(path: Path) -> str:
-    """The JSON at the beginning of a file, with the spaces that pad it.
+    """The JSON header of a file, with the spaces that pad it.
 
     Raises:
         CheckpointError: if there is none.
@@ -166,27 +169,34 @@ def header_text(path: Path) -> str:
             raise CheckpointError(f"{path} begins with zeros: it was not downloaded to the end. Download it again.")
         length = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else 0
         if not 2 <= length <= LARGEST_JSON:
-            raise CheckpointError(f"{path} is no safetensors file: it begins with {start[:16]!r}. Download it again.")
+            raise CheckpointError(
+                f"{path} is not a safetensors file: it begins with {start[:16]!r}. Download it again."
+            )
         file.seek(8)
         return file.read(length).decode()
 
 
 def header(tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]], kind: str) -> tuple[bytes, dict[str, int]]:
-    """The beginning of a file of tensors of these dtypes and shapes, and where each begins in the file, in bytes."""
-    entries: dict[str, Any] = {"__metadata__": {"format": kind}}
+    """The bytes before the data of a file with these tensors, and the offset in the file where each tensor begins.
+
+    Args:
+        tensors: dtype and shape by name, in the order of the data.
+        kind: the framework that the metadata names, such as "pt".
+    """
+    entries: dict[str, object] = {"__metadata__": {"format": kind}}
+    starts: dict[str, int] = {}
     end = 0
     for name, (dtype, shape) in tensors.items():
-        start, end = end, end + math.prod(shape) * dtype.itemsize
-        entries[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        starts[name], end = end, end + math.prod(shape) * dtype.itemsize
+        entries[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [starts[name], end]}
     encoded = json.dumps(entries, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)  # the format aligns the data to 8 bytes
-    data = 8 + len(encoded)
-    offsets = {name: data + entries[name]["data_offsets"][0] for name in tensors}
+    offsets = {name: 8 + len(encoded) + start for name, start in starts.items()}
     return struct.pack("<Q", len(encoded)) + encoded, offsets
 
 
 def write(path: Path, tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]], arrays: Iterable[np.ndarray]) -> None:
-    """Writes one file from the dtypes and shapes of its tensors and, in the same order, their values one by one."""
+    """Writes a file from the dtypes and shapes of its tensors and, in the same order, an iterable of their values."""
     with path.open("wb") as file:
         file.write(header(tensors, "flax")[0])
         for _, array in zip(tensors, arrays, strict=True):

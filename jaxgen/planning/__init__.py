@@ -1,1 +1,1 @@
-"""What a model needs of a machine, before anything is loaded."""
+"""The memory and time that a call needs, before anything is loaded."""

@@ -1,17 +1,17 @@
-"""Whether a model, a batch and a context fit a device or a mesh, before anything is allocated or compiled.
+"""Whether a model, a batch and a context fit in the memory of a device or a mesh, without allocating or compiling.
 
-Weights and cache are counted as the programs hold them, to the byte. Temporaries are the compiler's choice: what is
-predicted here is what XLA was found to need (`bench/compilers.py` compares).
+Weights and cache are counted to the byte. Temporaries are the compiler's choice: their sizes here follow what XLA was
+seen to need (`bench/compilers.py` compares).
 """
 
 import functools
 import itertools
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -22,12 +22,12 @@ from jaxgen.checkpoint.load import abstract, check_quantize, named_leaves, open_
 from jaxgen.generation.build import build_call, read_request
 from jaxgen.generation.memory import memory_bytes
 from jaxgen.generation.request import Request
-from jaxgen.models import FAMILIES
+from jaxgen.models import FAMILIES, LoadedModel
 from jaxgen.models.family import Config, Family, ForwardPass
 from jaxgen.planning.shapes import SHAPES
 
 _GIB = 1 << 30
-_MOST_DEVICES = 256  # of a mesh that is suggested
+_MOST_DEVICES = 256  # of a suggested mesh
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class Device:
         name: of the kind.
         platform: as JAX calls it: "tpu", "gpu" or "cpu".
         memory: bytes that programs may use.
-        share: of its whole memory, which part that is.
-        bandwidth: of its memory, bytes per second; None if not known.
+        bandwidth: of its memory, in bytes per second; None if not known.
+        share: `memory` over all of the device's memory.
     """
 
     name: str
@@ -49,11 +49,10 @@ class Device:
     share: float = 1.0
 
 
-# What sets the part of a GPU's memory that JAX takes. The second name is the older one; together they are an error.
+# Set the share of a GPU's memory that JAX takes. The second name is the older one; JAX refuses both together.
 _MEMORY_FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 
-
-# What XLA leaves to programs, or CUDA reports; the bandwidth by data sheet. In order of memory.
+# Memory as XLA leaves it to programs, or as CUDA reports it; bandwidth from the data sheet. In order of memory.
 _DEVICES = {
     device.name: device
     for device in (
@@ -68,7 +67,7 @@ _DEVICES = {
     )
 }
 DEVICE_NAMES = tuple(_DEVICES)
-# How JAX's `device_kind` begins on these; of two that fit, the first.
+# Beginnings of JAX's `device_kind`; the first that matches counts.
 _KINDS = {
     "TPU v5 lite": "v5e",
     "TPU v5e": "v5e",
@@ -85,32 +84,33 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class Plan:
-    """What a call needs of each device. Sizes are bytes.
+    """The memory and time of a call. Sizes are bytes on each device.
 
     Attributes:
         model: name or folder.
-        parameters: of the model.
+        parameters: their number.
         dtype: of the weights that are not quantised, and of the cache.
         quantize: "int8" or None.
         batch: B, the prompts.
         prompt_tokens: of each prompt.
-        new_tokens: at the most.
+        new_tokens: maximum for each prompt.
         num_beams: as in `generate`.
         num_return_sequences: as in `generate`.
-        device: its name, or what JAX calls the one it has here.
-        mesh: devices on the axes "data" and "tensor".
-        rows: N that share out the weights' reads of a step: prompts, rounded up, times the sequences of each.
-        slots: of the cache, for each of its rows.
-        weights: of each device, as `cache` and the others.
-        cache: when it has all its slots.
-        prefill_temporaries: of the prompt's forward pass, while the cache is there.
-        decode_temporaries: of a step.
+        device: its name in `DEVICE_NAMES`, or JAX's name of the local device.
+        mesh: number of devices on the axes "data" and "tensor".
+        rows: N, over all devices: prompts, rounded up, times the sequences or beams of each.
+        slots: S of the cache at its full size.
+        weights: bytes.
+        cache: bytes at its full size.
+        prefill_temporaries: bytes, of the forward pass over the prompt.
+        decode_temporaries: bytes, of a decode step.
         total: weights, cache and the larger of the temporaries.
-        available: what programs may use.
-        memory_share: of the device's memory, which part that is: JAX does not take all of a GPU's.
-        step_ms: at least, milliseconds of the last step: what it reads over the bandwidth; None if that is not known.
-        tokens_per_s: at most, of all rows together.
-        suggestions: what would fit, if this does not.
+        available: bytes that programs may use.
+        memory_share: `available` over all of the device's memory: JAX does not take all of a GPU's.
+        step_ms: lower bound of the time of the last step, the bytes it reads over the bandwidth; None if that is not
+            known.
+        tokens_per_s: upper bound for all rows together; None likewise.
+        suggestions: plans that would fit, if this one does not.
     """
 
     model: str
@@ -156,24 +156,25 @@ def plan(
     mesh: tuple[int, int] = (1, 1),
     follow_links: bool = False,
 ) -> Plan:
-    """Whether a call fits, and what would if it does not. Nothing is read but headers, nothing allocated or compiled.
+    """Whether a call fits in memory, and if not, what would. Reads only configs and headers.
 
     Args:
-        model: a folder as `load` takes it, or the name of a shape: one of `jaxgen.planning.shapes.SHAPES`.
-        batch: prompts.
-        prompt_tokens: of each.
-        new_tokens: at the most, for each.
+        model: a folder as `load` takes it, or a name in `jaxgen.planning.shapes.SHAPES`.
+        batch: number of prompts.
+        prompt_tokens: of each prompt.
+        new_tokens: maximum for each prompt.
         num_beams: as in `generate`.
         num_return_sequences: as in `generate`; sampled if there are no beams.
         dtype: as in `load`.
-        quantize: "int8" for weights of one byte and a float32 scale per row of them.
-        device: "v5e", "h100", ...; the kind that JAX has here by default.
-        mesh: how many devices the axes "data" and "tensor" have.
+        quantize: as in `load`.
+        device: "v5e", "h100", ...; the local device by default.
+        mesh: number of devices on the axes "data" and "tensor".
         follow_links: as in `load`.
 
     Returns:
-        What each device needs. With `suggestions`, of every kind of change that is enough by itself the smallest:
-        fewer prompts, int8, more devices, other ones; if none is, of two or three of these.
+        The memory and time of the call. If it does not fit, `suggestions` holds, for each kind of change that is enough
+        by itself (fewer prompts, int8, more devices, another device), the smallest such change; if none is enough,
+        combinations of two or three.
 
     Raises:
         ValueError: naming the argument, its value and the range.
@@ -185,21 +186,24 @@ def plan(
         if not isinstance(size, int) or size < 1:
             raise ValueError(f"`{name}`={size!r} must be a positive integer.")
     if len(mesh) != 2 or any(not isinstance(size, int) or size < 1 for size in mesh):
-        raise ValueError(f"`mesh`={mesh!r} must be two positive integers: devices for rows, and for heads and units.")
+        raise ValueError(
+            f"`mesh`={mesh!r} must be two positive integers: the devices for rows, and for heads and MLP units."
+        )
     check_quantize(quantize)
     if device is not None and device not in _DEVICES:
         raise ValueError(f"`device`={device!r} is not known; it may be one of {[*_DEVICES]}.")
     target = _local_device() if device is None else _usable(_DEVICES[device])
     call = _Call.of(str(model), prompt_tokens, new_tokens, num_beams, num_return_sequences, dtype, follow_links)
-    found = call.on(target, batch, quantize, mesh)
-    return found if found.fits else replace(found, suggestions=tuple(_suggestions(call, found, target)))
+    setup = _Setup(target, batch, quantize, mesh)
+    planned = call.on(setup)
+    return planned if planned.fits else replace(planned, suggestions=tuple(_suggestions(call, setup)))
 
 
 def _local_device() -> Device:
     try:
         device = jax.local_devices()[0]
-    except (RuntimeError, AssertionError) as error:  # either, by what is missing
-        raise ValueError(f"JAX finds no device here ({error}). Pass `device`, one of {[*_DEVICES]}.") from error
+    except (RuntimeError, AssertionError) as error:  # JAX raises either, depending on what is missing
+        raise ValueError(f"JAX finds no device ({error}). Pass `device`, one of {[*_DEVICES]}.") from error
     name = next((name for kind, name in _KINDS.items() if device.device_kind.startswith(kind)), None)
     bandwidth = None if name is None else _DEVICES[name].bandwidth
     share = _memory_fraction() if device.platform == "gpu" else 1.0
@@ -207,7 +211,7 @@ def _local_device() -> Device:
 
 
 def _usable(device: Device) -> Device:
-    """With what JAX takes of a GPU's memory; of a TPU's it takes all that XLA leaves."""
+    """The device with the memory that JAX takes: a share of a GPU's, all of a TPU's."""
     if device.platform != "gpu":
         return device
     share = _memory_fraction()
@@ -215,44 +219,53 @@ def _usable(device: Device) -> Device:
 
 
 def fraction_variable() -> str:
-    """The environment variable that sets the part of a GPU's memory that JAX takes."""
+    """The environment variable that sets the share of a GPU's memory that JAX takes."""
     return next((name for name in _MEMORY_FRACTIONS if os.environ.get(name)), _MEMORY_FRACTIONS[0])
 
 
 def _memory_fraction() -> float:
-    given = os.environ.get(fraction_variable()) or "0.75"
+    text = os.environ.get(fraction_variable()) or "0.75"  # JAX's own default
     try:
-        share = float(given)
+        share = float(text)
     except ValueError:
         share = math.nan
     if not 0 < share < math.inf:
-        raise ValueError(f"${fraction_variable()}={given!r} must be a number above 0, such as 0.75.")
+        raise ValueError(f"${fraction_variable()}={text!r} must be a number above 0, such as 0.75.")
     return share
+
+
+class _Setup(NamedTuple):
+    """The arguments of `plan` that a suggestion may change; see there."""
+
+    device: Device
+    batch: int
+    quantize: str | None
+    mesh: tuple[int, int]
 
 
 @dataclass(frozen=True, eq=False)
 class _Call:
-    """What a plan needs to know of a model and a call, whatever the device and the batch.
+    """The sizes of a model and a call that do not depend on the `_Setup`.
 
     Attributes:
-        arguments: of `Plan` that are as they were given.
+        plan: `Plan` with the arguments that do not depend on it either.
         config: of the model.
         leaves: path and shape of each parameter.
-        item: bytes of an unquantised weight, and of what is computed.
-        cache_item: bytes of a slot of the cache, over all layers.
-        prompt_rows: rows of the prompt's forward pass for each prompt.
+        dtype: of unquantised weights, and of activations.
+        slot_bytes: of a slot of the cache, over all layers.
+        prompt_rows: rows of the prefill for each prompt.
         columns: P.
-        slots: of the cache.
-        copies: of each row, with a cache of its own.
-        branches: of each row, that share it.
-        tokens: that the cache of a row holds in the end.
+        slots: S of the cache.
+        copies: of each row after the prefill, each with a cache of its own.
+        branches: C of each row, which share its cache.
+        tokens: in the cache of a row at the end.
     """
 
-    arguments: Mapping[str, Any]
+    plan: functools.partial[Plan]
     config: Config
     leaves: tuple[tuple[str, tuple[int, ...]], ...]
-    item: int
-    cache_item: int
+    dtype: np.dtype
+    slot_bytes: int
     prompt_rows: int
     columns: int
     slots: int
@@ -281,57 +294,58 @@ class _Call:
         options = {"max_new_tokens": new_tokens, "num_beams": num_beams, "num_return_sequences": num_return_sequences}
         if num_beams == 1 and num_return_sequences > 1:
             options["do_sample"] = True
-        facts: dict[str, Any] = {}
+        sizes: dict[str, int] = {}
 
-        def lowered(model: Any) -> None:
+        def measure(model: LoadedModel) -> None:
             request = Request(inputs=np.ones((1, prompt_tokens), np.int32), keywords=options)
             prepared = build_call(model, request, *read_request(model, request))
             strategy, (rows, columns) = prepared.call.strategy, prepared.call.prompt.input_ids.shape
-            slots = prepared.cache_slots
             tokens = strategy.cache_slots(prompt_tokens, new_tokens)
-            facts.update(cache_item=model.cache_bytes_per_token, prompt_rows=rows, columns=columns, slots=slots)
-            facts.update(copies=strategy.copies, branches=strategy.branches, tokens=tokens)
+            sizes.update(slot_bytes=model.cache_bytes_per_token, prompt_rows=rows, columns=columns)
+            sizes.update(slots=prepared.cache_slots, tokens=tokens)
+            sizes.update(copies=strategy.copies, branches=strategy.branches)
 
-        jax.eval_shape(lowered, model)
+        jax.eval_shape(measure, model)  # traced, so that building the call allocates nothing
         leaves = tuple((path, leaf.shape) for path, leaf in named_leaves(model))
-        arguments = {
-            "model": name,
-            "parameters": sum(math.prod(shape) for _, shape in leaves),
-            "dtype": str(target),
-            "prompt_tokens": prompt_tokens,
-            "new_tokens": new_tokens,
-            "num_beams": num_beams,
-            "num_return_sequences": num_return_sequences,
-        }
-        return cls(arguments, model.config, leaves, target.itemsize, **facts)
+        plan = functools.partial(
+            Plan,
+            model=name,
+            parameters=sum(math.prod(shape) for _, shape in leaves),
+            dtype=str(target),
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            num_beams=num_beams,
+            num_return_sequences=num_return_sequences,
+        )
+        return cls(plan, model.config, leaves, target, **sizes)
 
     @property
     def family(self) -> Family:
         return FAMILIES[self.config.model_type]
 
-    def on(self, device: Device, batch: int, quantize: str | None, mesh: tuple[int, int]) -> Plan:
+    def on(self, setup: _Setup) -> Plan:
         """The plan, without suggestions."""
-        data, tensor = mesh
+        device, batch, quantize, (data, tensor) = setup
         weights, read = self._weights(quantize, tensor)
-        prompt_rows = row_bucket(data, batch) * self.prompt_rows // data  # of each device, as the next
+        prompt_rows = row_bucket(data, batch) * self.prompt_rows // data  # on each device, like `rows`
         rows = prompt_rows * self.copies
-        cache = rows * self.slots * self.cache_item // tensor
+        cache = rows * self.slots * self.slot_bytes // tensor
         prefill = self._prefill_temporaries(prompt_rows, tensor, device.platform)
         decode = self._decode_temporaries(rows, tensor, device.platform)
-        if device.platform == "cpu" and self.arguments["dtype"] == "float16":
-            # XLA:CPU multiplies these in float32, and widens all weights before the loop that reads them.
+        if device.platform == "cpu" and self.dtype == np.float16:
+            # XLA:CPU multiplies float16 in float32, and widens all weights before the loop that reads them.
             widened = 4 * self._elements(tensor)
             prefill, decode = prefill + widened, decode + widened
         seconds = None
         if device.bandwidth is not None:
-            valid = -(-batch // data) * self.prompt_rows * self.copies * self.tokens * self.cache_item // tensor
+            # The prompts on a device without those that fill a bucket, and the slots that hold tokens by then.
+            valid = -(-batch // data) * self.prompt_rows * self.copies * self.tokens * self.slot_bytes // tensor
             seconds = (read + valid) / device.bandwidth
-        return Plan(
-            **self.arguments,
+        return self.plan(
             quantize=quantize,
             batch=batch,
             device=device.name,
-            mesh=mesh,
+            mesh=setup.mesh,
             rows=rows * data * self.branches,
             slots=self.slots,
             weights=weights,
@@ -345,24 +359,24 @@ class _Call:
             tokens_per_s=None if seconds is None else batch * self.copies / seconds,
         )
 
-    @functools.cache  # noqa: B019  # of few, which live as long as a plan is made
+    @functools.cache  # noqa: B019  # a few entries, for as long as a plan is made
     def _weights(self, quantize: str | None, tensor: int) -> tuple[int, int]:
-        """Bytes of the weights on each device, and of those that a step reads."""
+        """Bytes of the weights on each device, and bytes of weights that a step reads."""
         total = read = 0
         for path, shape, share in self._shares(tensor):
             size = math.prod(shape) // math.prod(share)
             if quantize is None or len(shape) == 1:
-                size *= self.item
-            else:
+                size *= self.dtype.itemsize
+            else:  # int8, and a float32 scale per row of the matrix
                 size += 4 * shape[0] // share[0]
             total += size
-            # Of an embedding that is no head, a step reads a vector for each row.
+            # A step reads only a few rows of an embedding that is not the head too.
             if path != self.family.embedding or self.config.tie_word_embeddings:
                 read += size
         return total, read
 
     def spreads(self, tensor: int) -> bool:
-        """Whether the weights can be spread over so many devices."""
+        """Whether the weights can be sharded over so many devices."""
         try:
             self.family.partition(self.config, _spread(tensor))
         except ValueError:
@@ -373,74 +387,68 @@ class _Call:
         return sum(math.prod(shape) // math.prod(share) for _, shape, share in self._shares(tensor))
 
     def _shares(self, tensor: int) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...]]]:
-        """Path and shape of each parameter, and over how many devices the dimensions are spread."""
+        """Path and shape of each parameter, and the number of devices that each dimension is sharded over."""
         spec = self.family.partition(self.config, _spread(tensor))
         for path, shape in self.leaves:
             axes = (*spec(path), *(None for _ in shape))
             yield path, shape, tuple(1 if axis is None else tensor for axis, _ in zip(axes, shape, strict=False))
 
     def _prefill_temporaries(self, rows: int, tensor: int, platform: str) -> int:
-        """What the layers have alive, the prompt's keys and values, and the logits."""
-        # All layers' keys and values, before the cache grows to all its slots, on a GPU in two copies; a CPU grows each
-        # layer by itself.
+        """Activations, a cache for the prompt alone, and the logits."""
+        # The keys and values of all layers exist before the cache grows to all its slots, on a GPU in two copies. A CPU
+        # grows one layer after the other.
         copies = {"cpu": 0, "tpu": 1, "gpu": 2}[platform]
-        short_cache = copies * rows * self.columns * self.cache_item // tensor
+        short_cache = copies * rows * self.columns * self.slot_bytes // tensor
         logits = 4 * rows * self.config.vocab_size
         return self._activations(rows, self.columns, self.columns, tensor, platform) + short_cache + logits
 
     def _decode_temporaries(self, rows: int, tensor: int, platform: str) -> int:
-        """What the layers have alive, and the logits, which beams have in three forms at a time."""
+        """Activations, and the logits: with beams three arrays of their size are alive at a time."""
         rows *= self.branches
         logits = 4 * rows * self.config.vocab_size
         return logits * (1 if self.branches == 1 else 3) + self._activations(rows, 1, self.slots, tensor, platform)
 
     def _activations(self, rows: int, columns: int, slots: int, tensor: int, platform: str) -> int:
-        item = max(self.item, 4) if platform == "cpu" else self.item  # XLA:CPU computes in float32
-        return self.family.activation_bytes(self.config, ForwardPass(rows, columns, slots, item, tensor, platform))
+        itemsize = max(self.dtype.itemsize, 4) if platform == "cpu" else self.dtype.itemsize  # XLA:CPU uses float32
+        return self.family.activation_bytes(self.config, ForwardPass(rows, columns, slots, itemsize, tensor, platform))
 
 
-def _suggestions(call: _Call, given: Plan, device: Device) -> Iterator[Plan]:
-    """Of every kind of change, or of two or three together if none is enough, the smallest that fits."""
-    kinds: dict[str, list[Any]] = {
-        "batch": _fewer(given.batch, given.mesh[0]),
-        "quantize": ["int8"] if given.quantize is None else [],
-        "mesh": _larger_meshes(call, given.mesh),
-        "device": [usable for usable in map(_usable, _DEVICES.values()) if usable.memory > device.memory],
+def _suggestions(call: _Call, setup: _Setup) -> Iterator[Plan]:
+    """The smallest change of each kind that fits; if none does, of each two kinds together, then of each three."""
+    changes: dict[str, Sequence[object]] = {
+        "batch": _smaller_batches(setup.batch, setup.mesh[0]),
+        "quantize": ["int8"] if setup.quantize is None else [],
+        "mesh": _larger_meshes(call, setup.mesh),
+        "device": [device for device in map(_usable, _DEVICES.values()) if device.memory > setup.device.memory],
     }
-    options: dict[str, Any] = {
-        "device": device,
-        "batch": given.batch,
-        "quantize": given.quantize,
-        "mesh": given.mesh,
-    }
-    found = False
+    fitting = False
     for count in range(1, 4):
-        for names in itertools.combinations(kinds, count):
-            for values in itertools.product(*(kinds[name] for name in names)):
-                plan = call.on(**{**options, **dict(zip(names, values, strict=True))})
+        for names in itertools.combinations(changes, count):
+            for values in itertools.product(*(changes[name] for name in names)):
+                plan = call.on(setup._replace(**dict(zip(names, values, strict=True))))
                 if plan.fits:
-                    found = True
+                    fitting = True
                     yield plan
                     break
-        if found:
+        if fitting:
             return
 
 
-def _fewer(batch: int, data: int) -> list[int]:
-    """Smaller batches, each a whole bucket, the largest first."""
+def _smaller_batches(batch: int, data: int) -> list[int]:
+    """Smaller batches, each a full bucket on every device, the largest first."""
     sizes, size = [], bucket(-(-batch // data))
-    while size > 1:
+    while size > 1:  # 2**n -> 3/4 * 2**n -> 2**(n - 1)
         size = size * 2 // 3 if size % 3 == 0 else size * 3 // 4
         sizes.append(size * data)
     return sizes
 
 
 def _larger_meshes(call: _Call, mesh: tuple[int, int]) -> list[tuple[int, int]]:
-    """With more devices on either axis by doubling, and where weights come out even; the smallest first."""
+    """Meshes with more devices: "data" doubled, "tensor" wherever the weights divide evenly; the smallest first."""
     tensors = [size for size in range(mesh[1], _MOST_DEVICES + 1) if call.spreads(size)]
     datas = [mesh[0] << doubling for doubling in range(9)]
     meshes = [(data, tensor) for tensor in tensors for data in datas if data * tensor <= _MOST_DEVICES]
-    return sorted((each for each in meshes if each != mesh), key=lambda each: (each[0] * each[1], -each[1]))
+    return sorted((larger for larger in meshes if larger != mesh), key=lambda mesh: (math.prod(mesh), -mesh[1]))
 
 
 def _spread(tensor: int) -> AbstractMesh:

@@ -1,13 +1,15 @@
-"""Shapes of known models, as their `config.json`: what `jaxgen plan` and the benchmarks call by a name."""
+"""The `config.json` of known models, for `jaxgen plan` and the benchmarks."""
 
 from typing import Any
+
+_Config = dict[str, Any]
 
 _COMMON = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
 
 
 def _llama3(
     hidden_size: int, intermediate_size: int, num_hidden_layers: int, num_attention_heads: int, factor: float = 8.0
-) -> dict[str, Any]:
+) -> _Config:
     return _COMMON | {
         "vocab_size": 128256,
         "hidden_size": hidden_size,
@@ -29,7 +31,7 @@ def _llama3(
     }
 
 
-SHAPES: dict[str, dict[str, Any]] = {
+SHAPES: dict[str, _Config] = {
     "2-layer": _COMMON
     | {
         "vocab_size": 1000,

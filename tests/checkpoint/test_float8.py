@@ -146,7 +146,7 @@ NAME = "model.layers.0.mlp.up_proj.weight"
         ({f"{NAME}_scale": None}, f"`{NAME}` is an 8-bit float without a scale"),
         ({f"{NAME}_scale": np.ones((3, 1), np.float32)}, rf"`{NAME}`.*scale of float32 \(3, 1\)"),
         ({f"{NAME}_scale": np.ones(1, np.int32)}, rf"`{NAME}`.*scale of int32 \(1,\)"),
-        ({"model.norm.weight_scale": np.ones(1, np.float32)}, r"`model.norm.weight` has a scale, but is no 8-bit"),
+        ({"model.norm.weight_scale": np.ones(1, np.float32)}, r"`model.norm.weight` has a scale, but is not an 8-bit"),
         ({"model.norm.weight": np.ones(192, F8), "model.norm.weight_scale": np.ones(1, np.float32)}, "model.norm"),
     ],
 )

@@ -115,8 +115,8 @@ def test_a_header_says_where_each_tensor_lies(tmp_path: Path) -> None:
     write_safetensors(path, {"a": np.ones((2, 3), np.float32), "b": np.ones(5, ml_dtypes.bfloat16)})
     start = path.stat().st_size - 34
     assert read_header(path.parent, path.name) == {
-        "a": StoredTensor(path, "a", np.dtype(np.float32), (2, 3), start),
-        "b": StoredTensor(path, "b", np.dtype(ml_dtypes.bfloat16), (5,), start + 24),
+        "a": StoredTensor("a", np.dtype(np.float32), (2, 3), path, start),
+        "b": StoredTensor("b", np.dtype(ml_dtypes.bfloat16), (5,), path, start + 24),
     }
 
 
@@ -135,15 +135,15 @@ def with_header(change: Callable[[str], str]) -> Callable[[bytes], bytes]:
     ("break_file", "reason"),
     [
         pytest.param(lambda content: b"", "begins with zeros", id="zero bytes"),
-        pytest.param(lambda content: content[:7], "is no safetensors file", id="ends in the length"),
+        pytest.param(lambda content: content[:7], "is not a safetensors file", id="ends in the length"),
         pytest.param(lambda content: content[:40], "cannot be read", id="ends in the header"),
         pytest.param(lambda content: content[:-1], "cannot be read", id="lacks a byte"),
         pytest.param(lambda content: content + b"\0", "cannot be read", id="has a byte too many"),
         pytest.param(lambda content: bytes(len(content)), "begins with zeros", id="zeros"),
-        pytest.param(lambda content: b"<!DOCTYPE html><title>404</title>", "is no safetensors file", id="HTML page"),
+        pytest.param(lambda content: b"<!DOCTYPE html><title>404</title>", "is not a safetensors file", id="HTML page"),
         pytest.param(lambda content: b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull", id="LFS pointer"),
         pytest.param(
-            lambda content: struct.pack("<Q", 2**63) + content[8:], "is no safetensors file", id="endless header"
+            lambda content: struct.pack("<Q", 2**63) + content[8:], "is not a safetensors file", id="endless header"
         ),
         pytest.param(with_header(lambda text: text[:-1]), "cannot be read", id="bad JSON"),
         pytest.param(with_header(lambda text: "[" * 10000), "cannot be read", id="deep JSON"),

@@ -422,7 +422,7 @@ MUTANTS = [
     ),
     Mutant(
         "jaxgen/checkpoint/load.py",
-        "_equal, the last block",
+        "same_bytes, the last block",
         "for one, other in zip(first.blocks(), second.blocks(), strict=True)",
         "for one, other in [next(zip(first.blocks(), second.blocks(), strict=True))]",
         "tests/checkpoint/test_load.py::test_a_head_that_differs_in_its_last_value_only_is_another_head",
