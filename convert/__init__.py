@@ -1,10 +1,12 @@
 """The weight converter: a Hugging Face folder -> the native folder, which loads without rearranging anything, and back.
 
-The native folder holds the model's own parameters (fused, in the orientation the model multiplies) as safetensors named
-by their paths, the source's config and tokenizer files byte for byte, and a manifest that says where everything came
-from. It stands beside the package in the source tree and ships inside it as `jaxgen.convert`.
+The native folder holds the model's own parameters (fused, in the layout of the model's matmuls) as safetensors named by
+their paths, the source's config and tokenizer files byte for byte, and a manifest that says where everything came from.
+This package stands beside `jaxgen/` in the source tree and ships inside it as `jaxgen.convert`.
 
-A conversion is a copy: fusing stacks tensors along their first axis, so each keeps its bytes, one behind the other.
+A conversion is a copy: fusing stacks tensors along their first axis, so each one keeps its bytes, in a row:
+
+    q_proj [64, 32]  k_proj [32, 32]  v_proj [32, 32]    ->    qkv_proj [128, 32]
 """
 
 import contextlib
@@ -15,19 +17,18 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 
 from jaxgen import __version__
-from jaxgen.checkpoint.files import CheckpointError, checkpoint_folder, file_in, read_json
+from jaxgen.checkpoint.files import CheckpointError, Json, checkpoint_folder, file_in, read_json
 from jaxgen.checkpoint.load import INDEX, MANIFEST, listed, open_folder, weights_dtype
 
 from .layout import SHARD_BYTES, File, hugging_face_files, hugging_face_tensors, index, manifest, native_files
 from .lora import merged
 from .pickles import unpickled
-from .sources import converted_config, identity, local_folder, other_files, tokenizer_oddities
+from .sources import converted_config, identity, local_folder, other_files, tokenizer_trouble
 from .writing import Digest, Partial, check_target, digest_of, neighbours, partial_folder, progress, sha256_of
 
 __all__ = ["Report", "convert_checkpoint", "convert_to_hugging_face", "verify"]
@@ -35,11 +36,14 @@ __all__ = ["Report", "convert_checkpoint", "convert_to_hugging_face", "verify"]
 
 @dataclass(frozen=True)
 class Report:
-    """What was done.
+    """The result of a conversion or a check.
 
     Attributes:
+        folder: that was written or verified.
+        tensors: their number.
         bytes: of the tensors.
-        warnings: what is odd about the checkpoint.
+        seconds: that it took.
+        warnings: to show the user.
     """
 
     folder: Path
@@ -62,24 +66,24 @@ def convert_checkpoint(
     merge_lora: str | Path | None = None,
     follow_links: bool = False,
 ) -> Report:
-    """Converts a Hugging Face checkpoint. Every parameter keeps its bits and its dtype, unless another is asked for.
+    """Converts a Hugging Face checkpoint. Every parameter keeps its bits and its dtype, unless `dtype` is given.
 
     Args:
         src: a folder with config.json and safetensors, only read, or the id of a model on the Hugging Face hub.
         dst: the native folder to make. It appears once it is complete.
         dtype: float32, bfloat16 or float16 for all weights; by default each keeps its own.
-        shard_size: how large a file may get, in bytes or as "5GB"; a larger tensor has a file of its own.
-        workers: threads that copy.
+        shard_size: maximum size of a file, in bytes or as "5GB"; a larger tensor gets a file of its own.
+        workers: number of threads that copy.
         overwrite: replace the checkpoint in `dst`, once the new one is complete.
-        resume: go on with what an interrupted conversion left.
-        allow_pickle: also read `pytorch_model.bin` and Meta's `consolidated.*.pth`, by torch's restricted loader in a
-            process of its own.
+        resume: continue an interrupted conversion.
+        allow_pickle: also read `pytorch_model.bin` and Meta's `consolidated.*.pth`, with torch's restricted loader in a
+            separate process.
         merge_lora: a folder with a LoRA adapter to add to the weights.
-        follow_links: see `jaxgen.load`; also of the adapter's.
+        follow_links: see `jaxgen.load`; applies to the adapter's folder too.
 
     Raises:
         CheckpointError: if the source is incomplete or broken (see `jaxgen.load`), or the destination is taken.
-        OSError: if the disk is full or does not answer. `resume` goes on from there.
+        OSError: if the disk is full or fails. `resume` continues from there.
     """
     begun = time.perf_counter()
     threads, shard_bytes, target = _workers(workers), _bytes(shard_size), _target(dst, overwrite)
@@ -93,7 +97,7 @@ def convert_checkpoint(
         source = open_folder(readable, follow_links=follow_links)
         if source.native:
             raise CheckpointError(f"{folder} is converted already. Pass the original Hugging Face folder.")
-        plan = [__version__, before, str(wanted), shard_bytes]
+        plan: list[object] = [__version__, before, str(wanted), shard_bytes]
         if adapter is not None:
             source = replace(source, pieces=merged(source.pieces, adapter))
             plan.append(identity(adapter))
@@ -110,10 +114,10 @@ def convert_checkpoint(
         if identity(folder) != before:
             raise CheckpointError(f"{folder} changed while it was converted. Begin again.")
         partial.write("config.json", config)
-    if readable is not folder:  # of which the pickles were read
+    if readable is not folder:  # the pickles that `other_files` leaves out were read
         left_out = []
-    odd = [*source.warnings, *left_out, *tokenizer_oddities(folder), *_odd_values(folder, digests, wanted)]
-    return _report(target, files, odd, begun)
+    messages = [*source.warnings, *left_out, *tokenizer_trouble(folder), *_suspicious_values(folder, digests, wanted)]
+    return _report(target, files, messages, begun)
 
 
 def convert_to_hugging_face(
@@ -126,18 +130,18 @@ def convert_to_hugging_face(
     resume: bool = False,
     follow_links: bool = False,
 ) -> Report:
-    """The way back: writes the Hugging Face folder that a converted folder came from, to the byte.
+    """Converts back: writes the Hugging Face folder that a converted folder came from, byte for byte.
 
-    Of weights that the conversion changed (another dtype, 8-bit floats, an adapter, pickles) it writes what they are
-    now, in the usual files.
+    If the conversion changed the weights (another dtype, 8-bit floats, an adapter, pickles), it writes the changed
+    weights, in files as transformers names them.
 
     Args:
         src: a folder made by `convert_checkpoint`.
-        dst, shard_size, workers, overwrite, resume, follow_links: as there; without `shard_size` the files are those of
-            the source.
+        dst, shard_size, workers, overwrite, resume, follow_links: see `convert_checkpoint`; without `shard_size` the
+            files are those of the source.
 
     Raises:
-        CheckpointError, OSError: as there.
+        CheckpointError, OSError: see `convert_checkpoint`.
     """
     begun = time.perf_counter()
     threads, shard_bytes, target = _workers(workers), _bytes(shard_size), _target(dst, overwrite)
@@ -157,17 +161,18 @@ def convert_to_hugging_face(
         if index_text is not None:
             partial.write(INDEX, index_text.encode())
         partial.write("config.json", config)
-    return _report(target, files, [*source.warnings, *left_out, *_odd_values(folder, digests)], begun)
+    return _report(target, files, [*source.warnings, *left_out, *_suspicious_values(folder, digests)], begun)
 
 
 def verify(folder: str | Path, *, follow_links: bool = False) -> Report:
-    """Reads a whole checkpoint, of either kind, and compares what a converted one holds with its manifest.
+    """Reads a whole checkpoint of either kind, and compares a converted one with the hashes in its manifest.
 
     Args:
+        folder: a Hugging Face or converted folder.
         follow_links: see `jaxgen.load`.
 
     Raises:
-        CheckpointError: naming what is missing, broken, or not what was written.
+        CheckpointError: naming the file or tensor that is missing, broken, or different from what was written.
     """
     begun = time.perf_counter()
     source = open_folder(folder, follow_links=follow_links)
@@ -175,7 +180,7 @@ def verify(folder: str | Path, *, follow_links: bool = False) -> Report:
     if known is None:
         tensors = {tensor.name: tensor for parts in source.pieces.values() for tensor in parts} | dict(source.buffers)
     else:
-        hugging_face_files(source, known, None)  # or the way back is closed
+        hugging_face_files(source, known, None)  # raises if it could not be converted back
         tensors = hugging_face_tensors(source, known)
     size = sum(tensor.nbytes for tensor in tensors.values())
     with progress("verifying", size) as advance:
@@ -184,11 +189,11 @@ def verify(folder: str | Path, *, follow_links: bool = False) -> Report:
     if known is not None:
         others["config.json"] = file_in(source.folder, "config.json")
         _compare(source.folder, known, digests, {name: sha256_of(path) for name, path in others.items()})
-    odd = (*source.warnings, *_odd_values(source.folder, digests))
-    return Report(source.folder, len(tensors), size, time.perf_counter() - begun, odd)
+    messages = (*source.warnings, *_suspicious_values(source.folder, digests))
+    return Report(source.folder, len(tensors), size, time.perf_counter() - begun, messages)
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> Json:
     """The manifest of a converted folder.
 
     Raises:
@@ -209,13 +214,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _copied(partial: Partial, others: Mapping[str, Path], config: bytes) -> dict[str, str]:
-    """Copies what holds no tensors, and returns the SHA-256 of each file and of the config that is still to come."""
+    """Copies the files without tensors. Returns the SHA-256 of each, and of the config, which is written last."""
     hashes = {name: partial.copy(path, name) for name, path in others.items()}
     return hashes | {"config.json": hashlib.sha256(config).hexdigest()}
 
 
-def _compare(folder: Path, known: Mapping[str, Any], digests: Mapping[str, Digest], files: Mapping[str, str]) -> None:
-    """Refuses a converted folder that is not what its manifest says."""
+def _compare(folder: Path, known: Json, digests: Mapping[str, Digest], files: Mapping[str, str]) -> None:
+    """Raises CheckpointError if the hashes differ from those in the manifest."""
     copies, expected = known["copies"], known["sha256"]
     wrong = [name for name in digests if digests[name].sha256 != expected["tensors"].get(copies.get(name, name))]
     wrong += [name for name in expected["files"] if expected["files"][name] != files.get(name)]
@@ -223,32 +228,33 @@ def _compare(folder: Path, known: Mapping[str, Any], digests: Mapping[str, Diges
         raise CheckpointError(f"{folder}: {listed(sorted(wrong))}: not what was written. Convert the original again.")
 
 
-def _odd_values(folder: Path, digests: Mapping[str, Digest], dtype: np.dtype | None = None) -> list[str]:
+def _suspicious_values(folder: Path, digests: Mapping[str, Digest], dtype: np.dtype | None = None) -> list[str]:
+    """Warnings about tensors with NaN or infinity, and about weights of zeros."""
     broken = sorted(name for name, digest in digests.items() if not digest.finite)
     zero = sorted(name for name, digest in digests.items() if digest.zero and not name.endswith(".bias"))
-    cast = " float16 ends at 65504; bfloat16 does not." if dtype == np.float16 else ""
+    cast = " The largest float16 is 65504; try bfloat16." if dtype == np.float16 else ""
     return [
         *([f"{folder}: NaN or infinity in {listed(broken)}.{cast}"] if broken else []),
         *([f"{folder}: nothing but zeros in {listed(zero)}."] if zero else []),
     ]
 
 
-def _report(target: Path, files: Iterable[File], odd: Iterable[str], begun: float) -> Report:
+def _report(target: Path, files: Iterable[File], messages: Iterable[str], begun: float) -> Report:
     pieces = [piece for file in files for piece in file.pieces]
     size = sum(piece.nbytes for piece in pieces)
-    return Report(target, len(pieces), size, time.perf_counter() - begun, tuple(odd))
+    return Report(target, len(pieces), size, time.perf_counter() - begun, tuple(messages))
 
 
 def _target(dst: str | Path, overwrite: bool) -> Path:
     if not str(dst):
         raise ValueError("`dst` is empty. Pass the folder to make.")
-    target = Path(os.path.abspath(dst))  # which takes `..` for what it says, and follows no link
+    target = Path(os.path.abspath(dst))  # unlike `resolve`, it does not follow links
     check_target(target, overwrite)
     return target
 
 
 def _check_places(target: Path, *sources: Path) -> None:
-    """No source is written to, nor anything beside it that the conversion might take for its own."""
+    """Raises CheckpointError if the conversion would write into a source, or the target would contain one."""
     ours = [path.resolve() for path in (target, *neighbours(target))]
     for folder in sources:
         here = folder.resolve()
@@ -261,14 +267,14 @@ def _check_places(target: Path, *sources: Path) -> None:
 
 def _workers(workers: int | None) -> int:
     if workers is None:
-        return 4  # also on two cores: one waits for the disk
+        return 4  # even on two cores, since threads wait for the disk
     if not isinstance(workers, int) or workers < 1:
-        raise ValueError(f"`workers`={workers!r} must be a whole number, at least 1.")
+        raise ValueError(f"`workers`={workers!r} must be an integer, at least 1.")
     return workers
 
 
 def _bytes(size: int | str | None) -> int | None:
-    """A number of bytes, also written as "5GB" or "500MiB"."""
+    """The number of bytes in a size such as 5000, "5GB" or "500MiB"."""
     if size is None:
         return None
     match = re.fullmatch(r"(\d+)\s*(?:([KMGT])(I?))?B?", str(size).strip().upper())

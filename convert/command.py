@@ -1,4 +1,4 @@
-"""What `jaxgen convert` and `jaxgen verify` do; `jaxgen.cli.main` says what they take."""
+"""Runs `jaxgen convert` and `jaxgen verify`, whose options are in `jaxgen.cli.main`."""
 
 import argparse
 import os
@@ -30,14 +30,14 @@ def _convert(arguments: argparse.Namespace) -> Report:
     shared = given("shard_size", "workers", "overwrite", "resume", "follow_links")
     one_way = given("dtype", "allow_pickle", "merge_lora")
     if arguments.to_hf and (wrong := [name for name, value in one_way.items() if value]):
-        raise ValueError(f"--{wrong[0].replace('_', '-')} does not go with --to-hf")
+        raise ValueError(f"--{wrong[0].replace('_', '-')} cannot be combined with --to-hf")
     try:
         if arguments.to_hf:
             return convert_to_hugging_face(arguments.src, arguments.dst, **shared)
         return convert_checkpoint(arguments.src, arguments.dst, **shared, **one_way)
     except (OSError, KeyboardInterrupt):
         if neighbours(Path(os.path.abspath(arguments.dst)))[0].exists():
-            _say("not complete. The same command with --resume goes on from here.")
+            _say("not complete. The same command with --resume continues from here.")
         raise
 
 

@@ -1,15 +1,15 @@
-"""What goes where: the files of a converted folder, and those of the Hugging Face folder that it came from."""
+"""The files of a converted folder and of the Hugging Face folder that it came from, and where each tensor is."""
 
 import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 
 from jaxgen import __version__
-from jaxgen.checkpoint.files import CheckpointError, check_name, file_in, holds, parse_json, read_text
+from jaxgen.checkpoint.files import CheckpointError, Json, check_name, file_in, holds, parse_json, read_text
 from jaxgen.checkpoint.load import (
     INDEX,
     MANIFEST,
@@ -22,7 +22,7 @@ from jaxgen.checkpoint.load import (
 )
 from jaxgen.checkpoint.safetensors_file import NAMES, StoredTensor, Tensor, header, header_text
 
-SHARD_BYTES = 5 * 10**9  # as `save_pretrained` of transformers has it
+SHARD_BYTES = 5 * 10**9  # as in `save_pretrained` of transformers
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ class Piece:
     """The values of one tensor in a file.
 
     Attributes:
-        dtype: what they are written in.
+        tensor: where the values come from.
+        dtype: that they are written in.
         offset: bytes from the start of the file.
     """
 
@@ -45,7 +46,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class File:
-    """A safetensors file to be written: its beginning, and the pieces that fill the rest."""
+    """A safetensors file to be written: its header, with the length before it, and the pieces that fill the rest."""
 
     name: str
     header: bytes
@@ -56,14 +57,14 @@ class File:
         return len(self.header) + sum(piece.nbytes for piece in self.pieces)
 
 
-# A tensor to be written: its parts, stacked along the first axis, and the dtype.
+# A tensor to be written: the parts that are stacked along the first axis, and the dtype.
 _Entry = tuple[list[Tensor], np.dtype]
 
 
 def native_files(source: Source, dtype: np.dtype | None, shard_bytes: int) -> list[File]:
-    """The files of a converted folder: parameters by their paths, and the buffers that the way back needs.
+    """The files of a converted folder: parameters by their paths, and the buffers, for converting back.
 
-    The tensors of a parameter have one dtype, as a rule. Where they do not, each stays a tensor of its own.
+    The tensors of a parameter usually have one dtype and become one tensor. If not, each one becomes `PATH.NUMBER`.
     """
     entries: dict[str, _Entry] = {}
     for path, _ in named_leaves(source.abstract):
@@ -80,11 +81,12 @@ def manifest(source: Source, digests: Mapping[str, str], copied: Mapping[str, st
     """The text of a converted folder's jaxgen.json.
 
     Args:
+        source: that was converted.
         digests: SHA-256 by tensor.
-        copied: SHA-256 by file that holds no tensors.
-        exact: whether every tensor kept its bytes, so that the way back can restore its file.
+        copied: SHA-256 by file without tensors.
+        exact: whether every tensor kept its bytes, so that the original files can be restored.
     """
-    content: dict[str, Any] = {
+    content: dict[str, object] = {
         "format": NATIVE_FORMAT,
         "jaxgen": __version__,
         "parameters": {path: [tensor.name for tensor in tensors] for path, tensors in source.pieces.items()},
@@ -99,13 +101,13 @@ def manifest(source: Source, digests: Mapping[str, str], copied: Mapping[str, st
     return json.dumps(content, indent=1) + "\n"
 
 
-def hugging_face_files(
-    source: Source, manifest: Mapping[str, Any], shard_bytes: int | None
-) -> tuple[list[File], str | None]:
+def hugging_face_files(source: Source, manifest: Json, shard_bytes: int | None) -> tuple[list[File], str | None]:
     """The files of the Hugging Face folder that a converted folder came from, and the text of their index.
 
     Args:
-        shard_bytes: how large the files may be; None for the files that there were.
+        source: the converted folder.
+        manifest: its manifest.
+        shard_bytes: maximum size of a file; None for the original files.
     """
     tensors = hugging_face_tensors(source, manifest)
     if shard_bytes is None and (origin := manifest.get("source")):
@@ -116,29 +118,29 @@ def hugging_face_files(
     return files, None if len(files) == 1 else index(files)
 
 
-def hugging_face_tensors(source: Source, manifest: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a converted folder under the names that they had."""
-    found: dict[str, Tensor] = dict(source.buffers)
+def hugging_face_tensors(source: Source, manifest: Json) -> dict[str, Tensor]:
+    """The tensors of a converted folder under their original names."""
+    tensors: dict[str, Tensor] = dict(source.buffers)
     for path, parts in source.family.weight_map(source.abstract.config).items():
         stored = cast(list[StoredTensor], source.pieces[path])
         if len(stored) > 1:
-            found |= {
+            tensors |= {
                 name: tensor.part(name, 0, rows) for (name, rows), tensor in zip(parts.items(), stored, strict=True)
             }
             continue
-        start = 0
+        start = 0  # the parts are rows of one tensor, one after the other
         for name, rows in parts.items():
-            found[name] = stored[0].part(name, start, rows)
+            tensors[name] = stored[0].part(name, start, rows)
             start += rows
-    if unknown := sorted(set(manifest["copies"].values()) - set(found)):
+    if unknown := sorted(set(manifest["copies"].values()) - set(tensors)):
         raise CheckpointError(
             f"{source.folder / MANIFEST} is damaged: no {listed(unknown)}. Convert the original again."
         )
-    return found | {copy: found[original] for copy, original in manifest["copies"].items()}
+    return tensors | {copy: tensors[original] for copy, original in manifest["copies"].items()}
 
 
 def index(files: list[File]) -> str:
-    """The text of the index of several files."""
+    """The text of model.safetensors.index.json for several files."""
     total = sum(piece.nbytes for file in files for piece in file.pieces)
     owners = {name: file.name for file in files for name in _names(file.header)}
     return json.dumps({"metadata": {"total_size": total}, "weight_map": owners}, indent=1) + "\n"
@@ -149,6 +151,7 @@ def _names(header: bytes) -> Iterator[str]:
 
 
 def _files(entries: Mapping[str, _Entry], shard_bytes: int, kind: str) -> list[File]:
+    """The tensors in order, with a new file where the next one would exceed the size; for `kind` see `header`."""
     shards: list[dict[str, _Entry]] = [{}]
     size = 0
     for name, entry in entries.items():
@@ -184,31 +187,32 @@ def _nbytes(entry: _Entry) -> int:
     return math.prod(_shape(parts)) * dtype.itemsize
 
 
-def _original_files(source: Source, tensors: Mapping[str, Tensor], origin: Mapping[str, Any]) -> list[File]:
-    """The files as they were, to the byte."""
+def _original_files(source: Source, tensors: Mapping[str, Tensor], origin: Json) -> list[File]:
+    """The original files, byte for byte, from the headers that the manifest keeps."""
     folder, prefix = source.folder, source.family.prefix
-    files, left = [], dict(tensors)
+    files, remaining = [], dict(tensors)
     try:
         for name, text in origin["headers"].items():
             check_name(name, folder / MANIFEST)
-            files.append(_original_file(name, text, left, prefix))
+            files.append(_original_file(name, text, remaining, prefix))
         owners = {key: file.name for file in files for key in _names(file.header)}
         if origin["index"] is not None and parse_json(origin["index"])["weight_map"] != owners:
             raise ValueError("its index and its headers disagree")
-        if left or (origin["index"] is None and [*origin["headers"]] != [SINGLE_FILE]):
-            raise ValueError(f"nothing about {listed(sorted(left))}")
+        if remaining or (origin["index"] is None and [*origin["headers"]] != [SINGLE_FILE]):
+            raise ValueError(f"nothing about {listed(sorted(remaining))}")
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{folder / MANIFEST} is damaged: {error!r}. Convert the original again.") from error
     return files
 
 
 def _name_in(tensors: Mapping[str, Tensor], name: str, prefix: str) -> str:
-    """The name that loading gives to a tensor, as `checkpoint` has it."""
-    return next((each for each in (name, name.removeprefix(prefix), prefix + name) if each in tensors), name)
+    """The name that loading gave to a tensor, with or without the prefix; see `checkpoint.load`."""
+    names = (name, name.removeprefix(prefix), prefix + name)
+    return next((known for known in names if known in tensors), name)
 
 
 def _original_file(name: str, text: str, tensors: dict[str, Tensor], prefix: str) -> File:
-    """One of them, whose tensors are taken from the table."""
+    """One original file, from the text of its header; its tensors are removed from `tensors`."""
     entries = parse_json(text)
     entries.pop("__metadata__", None)
     encoded = text.encode()
@@ -222,5 +226,5 @@ def _original_file(name: str, text: str, tensors: dict[str, Tensor], prefix: str
         pieces.append(Piece(tensor, tensor.dtype, len(start) + end))
         end += tensor.nbytes
     if not name.endswith(".safetensors"):
-        raise ValueError(f"{name} is no safetensors file")
+        raise ValueError(f"{name} is not a safetensors file")
     return File(name, start, pieces)

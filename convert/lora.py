@@ -4,24 +4,23 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from jaxgen.checkpoint.files import CheckpointError, holds, read_json
+from jaxgen.checkpoint.files import CheckpointError, Json, holds, read_json
 from jaxgen.checkpoint.load import listed, same_bytes
 from jaxgen.checkpoint.safetensors_file import DTYPES, ComputedTensor, StoredTensor, Tensor, read_header
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-# What peft can do besides, where one of these is set.
+# Keys of peft features that change the product; refused if set.
 _UNSUPPORTED = (
     "use_dora rank_pattern alpha_pattern layer_replication fan_in_fan_out alora_invocation_tokens use_qalora "
     "use_bdlora trainable_token_indices target_parameters lora_bias arrow_config ensure_weight_tying"
 ).split()
-# Beginnings that took something away from the base model's weights.
+# Initialisations that subtract something from the base model's weights.
 _CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq")
-# How peft names the two factors, of a weight [out, in] and of an embedding, and what it saves of the layer below.
+# peft's names of the two factors, for a weight [out, in] and for an embedding, and of the layer's own weight.
 _LINEAR, _EMBEDDING = (".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B")
 _BASE = ".base_layer.weight"
 _HEAD, _EMBEDDINGS = "lm_head.weight", ("lm_head.weight", "model.embed_tokens.weight")
@@ -30,11 +29,13 @@ _MERGE_WITH_PEFT = "Merge the adapter with peft (`merge_and_unload`), and conver
 
 @dataclass(frozen=True)
 class MergedTensor(ComputedTensor):
-    """A weight [out, in] plus `scaling * up @ down`, in float32 and rounded to the weight's dtype.
+    """A weight [out, in] plus `scaling * up @ down`, computed in float32 and rounded to the weight's dtype.
 
     Attributes:
+        weight: of the base model, [out, in].
         down: [rank, in].
         up: [out, rank].
+        scaling: of the product.
     """
 
     weight: Tensor
@@ -54,22 +55,24 @@ class MergedTensor(ComputedTensor):
 
 @dataclass(frozen=True)
 class MergedEmbedding(MergedTensor):
-    """An embedding [vocabulary, hidden], whose factors peft has transposed.
+    """An embedding [V, D], for which peft has the factors transposed.
 
     Attributes:
-        down: [rank, vocabulary].
-        up: [hidden, rank].
+        down: [rank, V].
+        up: [D, rank].
     """
 
     def _product(self, start: int, count: int) -> np.ndarray:
-        rank, vocabulary = self.down.shape
-        flat = replace(self.down, shape=(rank * vocabulary,))
-        rows = np.stack([_read(flat, row * vocabulary + start, count) for row in range(rank)], axis=1)
-        return rows @ _read(self.up).T
+        # Rows [start, start + count) of the product need these columns of `down`. Tensors are read by rows, so it is
+        # read as one flat tensor, `count` numbers at a time.
+        rank, vocab_size = self.down.shape
+        flat = replace(self.down, shape=(rank * vocab_size,))
+        columns = [_read(flat, row * vocab_size + start, count) for row in range(rank)]
+        return np.stack(columns, axis=1) @ _read(self.up).T
 
 
 def _read(tensor: Tensor, start: int = 0, count: int | None = None) -> np.ndarray:
-    """Rows as float32; all of them by default."""
+    """`count` rows as float32; all of them by default."""
     out = np.empty((tensor.rows if count is None else count, *tensor.shape[1:]), np.float32)
     tensor.read_into(out, start)
     return out
@@ -78,27 +81,26 @@ def _read(tensor: Tensor, start: int = 0, count: int | None = None) -> np.ndarra
 def merged(pieces: Mapping[str, list[Tensor]], folder: Path) -> dict[str, list[Tensor]]:
     """The tensors of a model with an adapter added to them, as peft merges it.
 
-    Weights that the adapter brings whole, as `modules_to_save` or since the vocabulary grew, take the place of the
-    model's own.
+    Whole weights in the adapter, from `modules_to_save` or a resized vocabulary, replace those of the model.
 
     Args:
         pieces: parameter path -> its tensors.
         folder: with adapter_config.json and adapter_model.safetensors.
 
     Raises:
-        CheckpointError: if the adapter is of another kind, or does not fit the model.
+        CheckpointError: if it is not a plain LoRA adapter, or does not fit the model.
     """
     if not holds(folder, _CONFIG):
-        raise CheckpointError(f"{folder} holds no {_CONFIG}. Pass the folder of a LoRA adapter.")
+        raise CheckpointError(f"{folder} does not hold {_CONFIG}. Pass the folder of a LoRA adapter.")
     if not holds(folder, _WEIGHTS):
-        raise CheckpointError(f"{folder} holds no {_WEIGHTS}. Save the adapter as safetensors; its pickle is not read.")
+        raise CheckpointError(f"{folder} lacks {_WEIGHTS}. Save the adapter as safetensors; its pickle is not read.")
     config = read_json(folder, _CONFIG)
     scaling = _scaling(folder, config)
     tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in read_header(folder, _WEIGHTS).items()}
     weights = {tensor.name: tensor for parts in pieces.values() for tensor in parts}
     for module in config.get("modules_to_save") or []:
         if not any(f".{module}." in f".{name}" for name in tensors):
-            raise CheckpointError(f"{folder} names {module!r} in `modules_to_save`, but holds no tensor of it.")
+            raise CheckpointError(f"{folder} names {module!r} in `modules_to_save`, but does not hold its tensors.")
     if _HEAD not in weights:
         tensors = _without_shared_copy(folder, tensors)
     changed: dict[str, Tensor] = {}
@@ -112,7 +114,7 @@ def merged(pieces: Mapping[str, list[Tensor]], folder: Path) -> dict[str, list[T
             down, up = tensors.pop(name), tensors.pop(module + second, None)
             if target is None or up is None or len(target.shape) != 2:
                 raise CheckpointError(
-                    f"{folder}: `{name}` has no weight in this model to go to, or no `{second[1:]}` beside it."
+                    f"{folder}: the model has no weight for `{name}`, or the adapter no `{second[1:]}` for it."
                 )
             _check_shapes(folder, target.shape if kind is MergedTensor else target.shape[::-1], down, up, config["r"])
             changed[target.name] = kind(target.name, target.dtype, target.shape, target, down, up, scaling)
@@ -123,15 +125,16 @@ def merged(pieces: Mapping[str, list[Tensor]], folder: Path) -> dict[str, list[T
 
 
 def _without_shared_copy(folder: Path, tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """Of an adapter for a model whose head is its embedding, which must stay so."""
-    touched = sorted({name for name in tensors for each in _EMBEDDINGS if name.startswith(each.removesuffix("weight"))})
+    """The tensors without those of the head, if the model ties its head to the embedding and they are equal."""
+    modules = tuple(name.removesuffix("weight") for name in _EMBEDDINGS)
+    touched = sorted(name for name in tensors if name.startswith(modules))
     if not touched:
         return dict(tensors)
     head, embedding = (tensors.get(name) for name in _EMBEDDINGS)
     if len(touched) > 2 or head is None or embedding is None or not same_bytes(head, embedding):
         raise CheckpointError(
             f"{folder} changes {listed(touched)}, but the model has one weight for its embedding and its head "
-            "(`tie_word_embeddings`), and the two would no longer be the same. Give the base model a head of its own "
+            "(`tie_word_embeddings`), and the two would then differ. Give the base model a head of its own "
             "with transformers (`model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())`, "
             "`model.config.tie_word_embeddings = False`, `save_pretrained`), and merge into that."
         )
@@ -139,7 +142,7 @@ def _without_shared_copy(folder: Path, tensors: Mapping[str, StoredTensor]) -> d
 
 
 def _replacement(folder: Path, target: Tensor, tensor: StoredTensor) -> Tensor:
-    """A weight that the adapter brings, in the place of the model's own."""
+    """A whole weight of the adapter under the name of the model's, which it replaces."""
     resizable = target.name in _EMBEDDINGS and len(tensor.shape) == 2
     rows = tensor.shape[0] if resizable else target.rows
     if tensor.shape != (rows, *target.shape[1:]) or tensor.dtype not in DTYPES.values():
@@ -153,11 +156,11 @@ def _replacement(folder: Path, target: Tensor, tensor: StoredTensor) -> Tensor:
 def _check_vocabulary(folder: Path, weights: Mapping[str, Tensor]) -> None:
     rows = {name: weights[name].rows for name in _EMBEDDINGS if name in weights}
     if len({*rows.values()}) > 1:
-        raise CheckpointError(f"{folder} resizes one of {rows} (rows) and leaves the other alone. {_MERGE_WITH_PEFT}")
+        raise CheckpointError(f"{folder} resizes one of {rows} (rows) but not the other. {_MERGE_WITH_PEFT}")
 
 
-def _scaling(folder: Path, config: Mapping[str, Any]) -> float:
-    """What the product of the two matrices is multiplied with."""
+def _scaling(folder: Path, config: Json) -> float:
+    """The factor of the product of the two matrices."""
     if config.get("peft_type") != "LORA":
         raise CheckpointError(f"{folder}: `peft_type`={config.get('peft_type')!r} is not 'LORA'. {_MERGE_WITH_PEFT}")
     for key in _UNSUPPORTED:

@@ -1,7 +1,7 @@
 """Pickled checkpoints, `pytorch_model.bin` and Meta's `consolidated.*.pth`: a pickle can run code when it is read.
 
-So this is only done on request, by torch's restricted loader (`weights_only`), in a process of its own. It writes the
-same tensors as safetensors, in Hugging Face's names and layout, to a folder that is then converted like any other.
+So they are only read on request, with torch's restricted loader (`weights_only`), in a separate process. It writes the
+tensors as safetensors, in Hugging Face's names and layout, to a folder that is then converted like any other.
 """
 
 import contextlib
@@ -15,22 +15,26 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from packaging.version import Version
 
-from jaxgen.checkpoint.files import CheckpointError, LinkedFolder, checkpoint_folder, file_in, holds, read_json
+from jaxgen.checkpoint.files import CheckpointError, Json, LinkedFolder, checkpoint_folder, file_in, holds, read_json
 from jaxgen.checkpoint.load import INDEX, SINGLE_FILE
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _BIN, _BIN_INDEX, _META = "pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth"
 
 
 @contextlib.contextmanager
 def unpickled(folder: Path, target: Path) -> Iterator[Path]:
-    """A folder of safetensors with what a folder of pickles holds; the folder itself if it has safetensors.
+    """A temporary folder of safetensors with the tensors of a folder of pickles; a folder with safetensors itself.
 
     Args:
-        target: where the conversion goes; the safetensors are beside it until they are converted.
+        folder: the checkpoint.
+        target: the destination of the conversion; the temporary folder is beside it.
 
     Raises:
         CheckpointError: if torch is missing or too old, or refuses the pickle.
@@ -39,14 +43,14 @@ def unpickled(folder: Path, target: Path) -> Iterator[Path]:
         yield folder
         return
     warnings.warn(
-        f"{folder} is read from pickles. torch's restricted loader runs no code of theirs that it does not know, but "
-        "safetensors cannot run any: prefer them where they exist.",
+        f"{folder} is read from pickles. torch's restricted loader only runs code that it knows, but safetensors "
+        "cannot run any: prefer them where they exist.",
         stacklevel=4,
     )
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.unpickled-", dir=target.parent) as name:
         staged = Path(name)
-        # -P: not from the working directory, which may be the checkpoint's.
+        # -P keeps the working directory, which may be the checkpoint's, off the import path.
         command = [sys.executable, "-P", "-m", __name__, str(folder.resolve()), str(staged.resolve())]
         command += ["--follow-links"] if isinstance(folder, LinkedFolder) else []
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
@@ -58,7 +62,7 @@ def unpickled(folder: Path, target: Path) -> Iterator[Path]:
 
 
 def _pickles(folder: Path) -> list[Path]:
-    """The files of a folder that are read, in the order that transformers and Meta have."""
+    """The pickles to read: transformers' files if there are any, else Meta's, in their order."""
     if holds(folder, _BIN_INDEX):
         names = read_json(folder, _BIN_INDEX).get("weight_map")
         if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
@@ -73,7 +77,7 @@ def _pickles(folder: Path) -> list[Path]:
 
 
 def _unpickle(folder: Path, staged: Path) -> None:
-    """The other process: writes the folder of safetensors, one tensor at a time."""
+    """Writes the folder of safetensors, one tensor at a time. Runs in the separate process."""
     try:
         import torch
         from safetensors.torch import save_file
@@ -82,7 +86,7 @@ def _unpickle(folder: Path, staged: Path) -> None:
     if Version(torch.__version__).release < (2, 6):
         raise CheckpointError(f"torch {torch.__version__} has a loader that pickles can escape. Install 2.6 or newer.")
     pickles = _pickles(folder)
-    parts = [_load(torch, path) for path in pickles]
+    parts = [_load(path) for path in pickles]
     if pickles[0].name == _META:
         tensors = _from_meta(parts, read_json(folder, "params.json"))
     else:
@@ -91,7 +95,7 @@ def _unpickle(folder: Path, staged: Path) -> None:
             raise CheckpointError("two of its files hold a tensor of the same name.")
     index = {}
     for number, (name, make) in enumerate(sorted(tensors.items())):
-        # In a file and in memory of its own: safetensors refuses what shares memory, as a tied head does.
+        # A file and a copy for each: safetensors refuses tensors that share memory, such as a tied head.
         index[name] = f"tensor-{number:05}.safetensors"
         save_file({name: make().contiguous().clone()}, staged / index[name])
     (staged / INDEX).write_text(json.dumps({"weight_map": index}))
@@ -103,11 +107,13 @@ def _unpickle(folder: Path, staged: Path) -> None:
         (staged / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _itself(tensor: Any) -> Any:
+def _itself(tensor: "Tensor") -> "Tensor":
     return tensor
 
 
-def _load(torch: Any, path: Path) -> dict[str, Any]:
+def _load(path: Path) -> "dict[str, Tensor]":
+    import torch
+
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
@@ -116,11 +122,11 @@ def _load(torch: Any, path: Path) -> dict[str, Any]:
             f"torch's restricted loader refuses {path} ({type(error).__name__}: {first[0]})"
         ) from error
     if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
-        raise CheckpointError(f"{path} holds no table of tensors.")
+        raise CheckpointError(f"{path} does not hold a dict of tensors.")
     return content
 
 
-# Meta's names, Hugging Face's, and the axis that tensor parallelism cuts; None where every piece has the whole.
+# Meta's names, Hugging Face's, and the axis that tensor parallelism splits; None if each file has the whole tensor.
 _META_TENSORS = {
     "norm": ("model.norm", None),
     "output": ("lm_head", 0),
@@ -136,13 +142,13 @@ _META_TENSORS = {
 }
 
 
-def _from_meta(parts: list[dict[str, Any]], params: Mapping[str, Any]) -> dict[str, Callable[[], Any]]:
-    """Makers of the tensors, by Hugging Face's names, from the pieces that Meta's tensor parallelism cut them into."""
+def _from_meta(parts: "list[dict[str, Tensor]]", params: Json) -> "dict[str, Callable[[], Tensor]]":
+    """Functions that make the tensors, by Hugging Face's names, from the shards of Meta's tensor parallelism."""
     names = set(parts[0]) - {"rope.freqs"}
     if any(set(part) - {"rope.freqs"} != names for part in parts):
-        raise CheckpointError("its pieces hold tensors of different names.")
+        raise CheckpointError("its files hold tensors of different names.")
     heads = {"attention.wq": params["n_heads"], "attention.wk": params.get("n_kv_heads") or params["n_heads"]}
-    tensors: dict[str, Callable[[], Any]] = {}
+    tensors: dict[str, Callable[[], Tensor]] = {}
     for name in names:
         pieces = [part[name] for part in parts]
         prefix, module = "", name.removesuffix(".weight")
@@ -150,20 +156,22 @@ def _from_meta(parts: list[dict[str, Any]], params: Mapping[str, Any]) -> dict[s
             _, number, module = module.split(".", 2)
             prefix = f"model.layers.{number}."
         if module == "tok_embeddings":
-            # Cut by entries since Llama 3, by dimensions before.
+            # [V, D], split along V since Llama 3 and along D before.
             target, axis = "model.embed_tokens", 0 if pieces[0].shape[1] == params["dim"] else 1
         elif module in _META_TENSORS:
             target, axis = _META_TENSORS[module]
         else:
-            raise CheckpointError(f"`{name}` is no tensor of a Llama.")
+            raise CheckpointError(f"`{name}` is not a tensor of a Llama.")
         tensors[f"{prefix}{target}.weight"] = partial(_joined, pieces, axis, heads.get(module))
     return tensors
 
 
-def _joined(pieces: list[Any], axis: int | None, heads: int | None) -> Any:
-    """One tensor of its pieces; with heads, with the order of dimensions in each that Hugging Face's rotation has.
+def _joined(pieces: "list[Tensor]", axis: int | None, heads: int | None) -> "Tensor":
+    """The concatenated shards; with heads, the rows of each head are reordered for Hugging Face's rope.
 
-    Meta turns pairs of neighbours, Hugging Face pairs from the two halves of a head.
+    Meta rotates neighbouring rows, Hugging Face rows of the two halves of a head. For a head of 6 rows:
+
+        0 1 2 3 4 5    pairs (0, 1) (2, 3) (4, 5)    ->    0 2 4 1 3 5
     """
     import torch
 
@@ -174,11 +182,11 @@ def _joined(pieces: list[Any], axis: int | None, heads: int | None) -> Any:
     return whole.view(heads, rows // heads // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
 
 
-def _meta_config(params: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
-    """A config.json. What params.json does not say is as Meta published the model of these sizes."""
+def _meta_config(params: Json, shapes: Mapping[str, Sequence[int]]) -> dict[str, object]:
+    """A config.json. Values that params.json lacks are those of Meta's models of these sizes."""
     rows, _ = shapes["model.embed_tokens.weight"]
     llama3 = rows >= 128_000
-    config = {
+    config: dict[str, object] = {
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],
         "vocab_size": rows,

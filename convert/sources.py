@@ -1,10 +1,9 @@
-"""Where a checkpoint comes from, a folder or the Hugging Face hub, and what is in its folder besides the weights."""
+"""The source of a conversion: a folder or a model on the Hugging Face hub, and its files besides the weights."""
 
 import importlib.util
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -12,7 +11,7 @@ from jaxgen.checkpoint.files import CheckpointError, checkpoint_folder, containe
 from jaxgen.checkpoint.float8 import KEYS, wide_dtype
 from jaxgen.checkpoint.load import INDEX, MANIFEST, SINGLE_FILE, Source, listed, weight_files
 
-TEMPLATES = "additional_chat_templates"  # the one folder that belongs to a tokenizer
+TEMPLATES = "additional_chat_templates"  # the only folder with files of a tokenizer
 _FILES = [
     "*.json",
     "*.safetensors",
@@ -25,14 +24,14 @@ _FILES = [
 ]
 _PICKLES = ["*.bin", "*.pth"]
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".msgpack", ".h5", ".index.json")
-_OTHER_LAYOUTS = ["consolidated*.safetensors", "original/*", "onnx/*"]  # the same weights once more
+_OTHER_LAYOUTS = ["consolidated*.safetensors", "original/*", "onnx/*"]  # the same weights in other formats
 
 
 def local_folder(src: str | Path, allow_pickle: bool, follow_links: bool = False) -> Path:
-    """The folder, after the download of what a hub id names.
+    """The folder itself, or the folder that a model of the hub was downloaded to.
 
     Raises:
-        CheckpointError: if it is neither a folder nor such an id, or the hub does not give it.
+        CheckpointError: if it is neither a folder nor the id of a model, or the download fails.
     """
     if Path(src).is_dir():
         return checkpoint_folder(src, follow_links)
@@ -43,12 +42,12 @@ def local_folder(src: str | Path, allow_pickle: bool, follow_links: bool = False
     patterns = [*_FILES, *(_PICKLES if allow_pickle else [])]
     try:
         return Path(snapshot_download(str(src), allow_patterns=patterns, ignore_patterns=_OTHER_LAYOUTS))
-    except Exception as error:  # of the hub, of HTTP or of the network
-        raise CheckpointError(f"{src} is not a folder here, and the hub does not give it: {error}") from error
+    except Exception as error:  # errors of the hub, of HTTP or of the network
+        raise CheckpointError(f"{src} is not a folder here, and cannot be downloaded from the hub: {error}") from error
 
 
-def identity(folder: Path) -> list[Any]:
-    """What changes if a folder does, as far as can be seen without reading it."""
+def identity(folder: Path) -> list[object]:
+    """The path of a folder, and names, sizes and times of its files: JSON that differs once the folder has changed."""
     files = {path for path in folder.iterdir() if path.is_file()}
     if holds(folder, INDEX):
         files |= {file_in(folder, name) for name in weight_files(folder)}
@@ -57,7 +56,7 @@ def identity(folder: Path) -> list[Any]:
 
 
 def converted_config(source: Source, dtype: np.dtype | None) -> bytes:
-    """config.json as it is, or with what the conversion changed."""
+    """The content of config.json, with the keys that the conversion changes."""
     content = dict(source.raw)
     quantised = [content.pop(key) for key in KEYS if key in content]
     embedding = source.family.embedding
@@ -74,28 +73,29 @@ def converted_config(source: Source, dtype: np.dtype | None) -> bytes:
 
 
 def other_files(folder: Path) -> tuple[dict[str, Path], list[str]]:
-    """The files that are copied as they are, by name, and a word about what is not."""
-    found, left_out = {}, []
+    """The files that are copied unchanged, by name, and a message about the files that are skipped."""
+    copied: dict[str, Path] = {}
+    skipped: list[str] = []
     used = {*weight_files(folder)} if holds(folder, INDEX) or holds(folder, SINGLE_FILE) else set()
     templates = folder / TEMPLATES
     paths: list[Path] = [
         *folder.iterdir(),
         *(templates.iterdir() if templates.is_dir() and lies_in(templates.resolve(), folder) else []),
     ]
-    skipped = {"config.json", MANIFEST, INDEX, TEMPLATES, *used, *(name.split("/")[0] for name in used)}
+    written = {"config.json", MANIFEST, INDEX, TEMPLATES, *used, *(name.split("/")[0] for name in used)}
     for path in sorted(paths):
         name = path.relative_to(folder).as_posix()
-        if name in skipped:
+        if name in written:  # by the conversion itself
             continue
         if path.name.endswith(_WEIGHT_SUFFIXES) or not path.is_file():
-            left_out.append(name)
+            skipped.append(name)
         else:
-            found[name] = contained(path, folder)
-    return found, [f"{folder}: {listed(left_out)} are no part of the model and left out."] if left_out else []
+            copied[name] = contained(path, folder)
+    return copied, [f"{folder}: {listed(skipped)} are not part of the model and were skipped."] if skipped else []
 
 
-def tokenizer_oddities(folder: Path) -> list[str]:
-    """What keeps the tokenizer from being read here."""
+def tokenizer_trouble(folder: Path) -> list[str]:
+    """A message if the tokenizer cannot be read in this environment."""
     if not (folder / "tokenizer.model").exists() or (folder / "tokenizer.json").exists():
         return []
     if importlib.util.find_spec("sentencepiece"):

@@ -1,9 +1,14 @@
-"""Writing a folder that appears whole or not at all, and that an interrupted run can go on with.
+"""Writing a folder that appears whole or not at all, and that can be resumed after an interruption.
 
 Everything is written to a folder beside the destination, which is renamed when it is complete. Until then no part of it
 can be mistaken for a checkpoint: a file gets its header when it holds all of its tensors, and config.json comes last.
-A journal beside it names each finished tensor and its SHA-256; who resumes reads those again and trusts nothing else.
-While the journal is there, and only then, the folders of these names are ours to change and to remove.
+A journal beside it names each finished tensor and its SHA-256. Resuming re-hashes the tensors it lists and trusts
+nothing else. Only while the journal exists may these folders be changed or removed:
+
+    DST               the destination
+    DST.partial       the new folder; becomes DST at the end
+    .DST.replaced     the old DST with `overwrite`, for the moment between two renames
+    .DST.journal      the journal, locked while a process writes it
 """
 
 import hashlib
@@ -17,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 import numpy as np
 from filelock import lock_descriptor
@@ -32,7 +37,7 @@ from .sources import TEMPLATES
 
 @dataclass(frozen=True)
 class Digest:
-    """What is known of a tensor's values once they were read."""
+    """The hash of a tensor's values, and whether all are finite, and all zero."""
 
     sha256: str
     finite: bool
@@ -40,11 +45,11 @@ class Digest:
 
 
 class Partial:
-    """A folder on its way.
+    """A folder that is being written.
 
     Attributes:
-        folder: where it is until it is complete.
-        finished: the tensors of an earlier run, by file and offset.
+        folder: its path until it is complete.
+        finished: digests of the tensors that an earlier run wrote, by file and offset.
     """
 
     def __init__(self, folder: Path, journal: TextIO, finished: Mapping[tuple[str, int], Digest]):
@@ -58,7 +63,7 @@ class Partial:
         """Writes the tensors, and then the headers.
 
         Returns:
-            What is known of each tensor, by its name in the source.
+            The digest of each tensor, by its name in the source.
         """
         for file in files:
             path = self.folder / file.name
@@ -84,7 +89,7 @@ class Partial:
         return digests
 
     def write(self, name: str, content: bytes) -> None:
-        """Writes a small file, which appears whole."""
+        """Writes a small file, which appears complete or not at all."""
         unfinished = self.folder / f"{name}.unfinished"
         with unfinished.open("wb") as file:
             file.write(content)
@@ -117,8 +122,8 @@ class Partial:
 
             digest = digest_of(piece.tensor, write, piece.dtype)
             if sys.platform == "linux":
-                # It begins to write the range to the disk, which goes on while the next tensors are read: 0.60 -> 0.80
-                # of the speed of copying.
+                # Starts writing the range to the disk while the next tensors are read: 0.60 -> 0.80 of the speed of
+                # copying.
                 os.posix_fadvise(opened.fileno(), piece.offset, piece.nbytes, os.POSIX_FADV_DONTNEED)
         line = json.dumps([file, piece.offset, digest.sha256, digest.finite, digest.zero])
         with self._lock:
@@ -127,7 +132,7 @@ class Partial:
         return digest
 
     def _hash(self, descriptor: int, piece: Piece, advance: Callable[[int], None]) -> str:
-        """Of what a file holds in a piece's place."""
+        """The SHA-256 of the bytes that are in the file where the piece belongs."""
         sha256 = hashlib.sha256()
         end = piece.offset + piece.nbytes
         for offset in range(piece.offset, end, BLOCK):
@@ -143,11 +148,12 @@ class Partial:
 
 
 def digest_of(tensor: Tensor, take: Callable[[memoryview], None], dtype: np.dtype | None = None) -> Digest:
-    """Reads a tensor to its end.
+    """Reads a whole tensor.
 
     Args:
-        take: gets its bytes, in their order.
-        dtype: what the values are cast to before; their own by default.
+        tensor: to read.
+        take: gets its bytes in order, block by block.
+        dtype: that the values are cast to first; the tensor's own by default.
     """
     sha256, zero, finite = hashlib.sha256(), True, True
     for values in tensor.blocks(dtype=dtype):
@@ -159,8 +165,8 @@ def digest_of(tensor: Tensor, take: Callable[[memoryview], None], dtype: np.dtyp
     return Digest(sha256.hexdigest(), finite, zero and tensor.nbytes > 0)
 
 
-def sha256_of(path: Path, take: Callable[[bytes], Any] = len) -> str:
-    """The hash of a file, whose content `take` gets on the way."""
+def sha256_of(path: Path, take: Callable[[bytes], object] = len) -> str:
+    """The hash of a file; `take` gets its content, block by block."""
     sha256 = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(BLOCK):
@@ -171,7 +177,7 @@ def sha256_of(path: Path, take: Callable[[bytes], Any] = len) -> str:
 
 @contextmanager
 def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar of bytes, with an estimate, for what takes longer than a moment; any thread may move it on."""
+    """A progress bar in bytes, shown after two seconds; any thread may call the function it yields."""
     lock = threading.Lock()
     with tqdm(total=total, unit="B", unit_scale=True, desc=title, delay=2) as bar:
 
@@ -183,17 +189,17 @@ def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 def check_target(target: Path, overwrite: bool) -> None:
-    """Refuses a destination that is taken.
+    """Checks that a destination may be written.
 
     Raises:
-        CheckpointError: if it is anything but an empty folder, or with `overwrite` a checkpoint.
+        CheckpointError: if it exists and is not an empty folder, nor, with `overwrite`, a checkpoint.
     """
     if target.is_symlink():
-        raise CheckpointError(f"{target} is a link. Pass the place that it leads to.")
+        raise CheckpointError(f"{target} is a link. Pass the path that it leads to.")
     if not target.exists():
         return
     if not target.is_dir():
-        raise CheckpointError(f"{target} exists already and is no folder. Choose another destination.")
+        raise CheckpointError(f"{target} exists already and is not a folder. Choose another destination.")
     if target.is_mount():
         raise CheckpointError(f"{target} is a mount point, which cannot be replaced. Choose a folder in it.")
     if not any(target.iterdir()):
@@ -213,7 +219,7 @@ def check_target(target: Path, overwrite: bool) -> None:
 
 
 def neighbours(target: Path) -> tuple[Path, Path, Path]:
-    """What may be beside a destination while it is made: the new folder, the old one, the journal."""
+    """The new folder, the old one and the journal, beside a destination that is being written."""
     return (
         target.with_name(f"{target.name}.partial"),
         target.with_name(f".{target.name}.replaced"),
@@ -222,14 +228,15 @@ def neighbours(target: Path) -> tuple[Path, Path, Path]:
 
 
 @contextmanager
-def partial_folder(target: Path, plan: Any, needed: int, *, overwrite: bool, resume: bool) -> Iterator[Partial]:
+def partial_folder(target: Path, plan: object, needed: int, *, overwrite: bool, resume: bool) -> Iterator[Partial]:
     """The folder that becomes `target` when the block is left without an error.
 
     Args:
-        plan: what is to be written, as JSON; a run that was interrupted is only gone on with if it had the same.
-        needed: bytes that it will take.
-        overwrite: whether a checkpoint may be in the target's place; it goes when the new one is complete.
-        resume: whether to go on with what an interrupted run left.
+        target: the destination.
+        plan: JSON that identifies the source and the options; only a run with the same plan is resumed.
+        needed: bytes that will be written.
+        overwrite: whether `target` may hold a checkpoint, which is removed once the new one is complete.
+        resume: whether to continue an interrupted run.
     """
     folder, replaced, journal = neighbours(target)
     begun = journal.exists()
@@ -239,15 +246,15 @@ def partial_folder(target: Path, plan: Any, needed: int, *, overwrite: bool, res
         _check_space(target, needed)
     target.parent.mkdir(parents=True, exist_ok=True)
     with journal.open("a+", errors="replace") as opened:
-        # Of the journal itself, and no file beside it; the system lets go of it when the process ends, however it does.
+        # The journal itself is locked. The system releases the lock when the process ends, even if it is killed.
         if not lock_descriptor(opened.fileno(), blocking=False):
             raise CheckpointError(f"another process is converting to {target} now.")
-        if replaced.exists():  # interrupted between the renamings below, or after them
+        if replaced.exists():  # interrupted between the two renames below, or after them
             _remove(replaced) if target.exists() else replaced.rename(target)
         check_target(target, overwrite)
         if folder.exists() and not resume:
             raise CheckpointError(
-                f"{folder} is what an interrupted conversion to {target} left. Go on with it by --resume "
+                f"{folder} is what an interrupted conversion to {target} left. Continue it with --resume "
                 "(`resume=True`), or remove it."
             )
         finished = _finished(opened, folder, hashlib.sha256(json.dumps(plan).encode()).hexdigest())
@@ -257,12 +264,12 @@ def partial_folder(target: Path, plan: Any, needed: int, *, overwrite: bool, res
         (folder / "config.json").unlink(missing_ok=True)
         try:
             yield Partial(folder, opened, finished)
-        except CheckpointError:  # the source is at fault: nothing to go on with
+        except CheckpointError:  # the source is at fault, so there is nothing to resume
             _remove(folder)
             journal.unlink()
             raise
         _sync(folder)
-        check_target(target, overwrite)  # which may have appeared in the meantime
+        check_target(target, overwrite)  # again: it may have appeared meanwhile
         if overwrite and target.exists():
             target.rename(replaced)
         folder.rename(target)
@@ -281,10 +288,10 @@ def _check_space(target: Path, needed: int) -> None:
 
 
 def _finished(journal: TextIO, folder: Path, fingerprint: str) -> dict[tuple[str, int], Digest]:
-    """What the journal of an interrupted run says, or the beginning of a new one."""
+    """The digests in the journal of an interrupted run, by file and offset; starts the journal of a new run."""
     journal.seek(0)
     first, *lines = journal.read().split("\n")
-    if not lines or not folder.exists():  # nothing to go on with
+    if not lines or not folder.exists():  # nothing to resume
         journal.truncate(0)
         journal.write(fingerprint + "\n")
         journal.flush()
@@ -292,13 +299,13 @@ def _finished(journal: TextIO, folder: Path, fingerprint: str) -> dict[tuple[str
     if first != fingerprint:
         raise CheckpointError(
             f"{folder} was begun from another source, with other options or by another version of jaxgen. Remove it, "
-            "or repeat the conversion as it was."
+            "or repeat the same conversion."
         )
     finished = {}
     for line in lines:
         try:
             file, offset, *digest = json.loads(line)
-        except ValueError:  # cut in the middle
+        except ValueError:  # the process ended while it wrote this line
             continue
         finished[file, offset] = Digest(*digest)
     if lines[-1]:
@@ -307,7 +314,12 @@ def _finished(journal: TextIO, folder: Path, fingerprint: str) -> dict[tuple[str
 
 
 def _largest_magnitude(values: np.ndarray) -> tuple[int, int]:
-    """The largest of the values' magnitudes as an integer, and the one that infinity has."""
+    """The largest magnitude of the values as an integer, and that of infinity.
+
+    Without its sign bit a float is ordered like the integer of the same bits, with NaN above infinity:
+
+        sign | exponent | mantissa        infinity: 0 | 1...1 | 0...0
+    """
     bits = 8 * values.dtype.itemsize
     exponent = {"bfloat16": 8, "float16": 5, "float32": 8, "float64": 11}.get(str(values.dtype))
     if exponent is None or not values.size:  # a buffer of another dtype
@@ -329,13 +341,13 @@ def _write_at(descriptor: int, data: memoryview, offset: int) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Beginning with what makes a checkpoint of it."""
+    """Removes a folder, config.json first, so that the rest is not a checkpoint."""
     (folder / "config.json").unlink(missing_ok=True)
     shutil.rmtree(folder)
 
 
 def _sync(folder: Path) -> None:
-    """What the folder lists is on the disk."""
+    """Waits until the entries of the folder are on the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

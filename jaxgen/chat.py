@@ -1,6 +1,6 @@
-"""A conversation on a kept cache: each turn reads only what the cache does not hold yet."""
+"""A conversation that keeps its cache: each turn prefills only the tokens that are not in the cache yet."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,26 +9,27 @@ import numpy as np
 from jaxgen.base import Model
 from jaxgen.generation.api import prepare_call
 from jaxgen.generation.call import PreparedCall
+from jaxgen.generation.outputs import GenerateOutput
 from jaxgen.generation.past_key_values import PastKeyValues
 from jaxgen.generation.request import Request
 
-# Slots of the cache that a conversation starts with. They are doubled when it is full, and every size has its own
-# programs. 1024 hold about ten short turns. Beside 512 they cost a step of the 135M shape 3 ms of 25 (CPU).
+# Cache slots of a new conversation. They double when the cache is full, and each size has its own programs. 1024 hold
+# about ten short turns. Compared with 512 they cost 3 of the 25 ms of a step (135M shape, CPU).
 _SLOTS = 1024
 
-# Arguments of `generate` that do not go with a kept cache.
+# Arguments of `generate` that cannot be combined with a kept cache.
 APART = ("guidance_scale", "penalty_alpha", "token_healing", "use_cache")
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What one turn did.
+    """One turn of a conversation.
 
     Attributes:
         answer: the model's text.
-        tokens: its ids, as they were shown.
-        read: columns that the prompt's forward pass read.
-        kept: columns before them that the cache held.
+        tokens: the token ids of the answer, as they were shown.
+        read: number of tokens that were prefilled.
+        kept: number of tokens before them that were in the cache.
     """
 
     answer: str
@@ -38,19 +39,27 @@ class Turn:
 
 
 class Conversation:
-    """Messages, as a chat template wants them, and the cache of what the model has seen of them.
+    """The messages of a chat, and the cache of the tokens that the model has read of them.
 
-    Every turn is rendered and tokenised as a whole. Of its ids, those that the cache holds from the start are kept, and
-    the rest is read: what a template changes about earlier turns is read again, and the answer is that of a run from
-    scratch.
+    Each turn renders and tokenises all messages. The longest common prefix of the new ids and those in the cache is
+    kept, and the rest is prefilled. So a template may rewrite earlier turns, and the answer is as without a cache:
+
+        in the cache    a b c d e f
+        new ids         a b c x y z w       keeps a b c, prefills x y z w
 
     Attributes:
-        model: that answers.
+        model: the model that answers.
         messages: dicts with `role` and `content`.
     """
 
     def __init__(self, model: Model, tokenizer: Any, system: str | None = None, template: str | None = None):
-        """Starts one; the template is the tokenizer's own by default.
+        """Starts a conversation.
+
+        Args:
+            model: the model that answers.
+            tokenizer: the model's.
+            system: the system message.
+            template: a Jinja chat template; the tokenizer's own by default.
 
         Raises:
             ValueError: if there is no template.
@@ -76,26 +85,31 @@ class Conversation:
         self.messages = [{"role": "system", "content": text}, *rest] if text else rest
 
     def reset(self) -> None:
-        """Forgets all but the system message."""
+        """Forgets all messages except the system message."""
         self.messages = self.messages[: self.system is not None]
 
-    def ask(self, text: str, arguments: dict[str, Any], decode: Callable[[PreparedCall], tuple[Any, int]]) -> Turn:
-        """One turn; if it fails, the conversation is as it was.
+    def ask(
+        self,
+        text: str,
+        arguments: Mapping[str, Any],
+        decode: Callable[[PreparedCall], tuple[GenerateOutput, int]],
+    ) -> Turn:
+        """One turn; if it fails, the messages stay as they were.
 
         Args:
-            text: the user's.
-            arguments: of `generate`; not those of `APART`.
-            decode: runs a call; gives its output, and the columns to keep of it.
+            text: the user's message.
+            arguments: of `generate`, except those in `APART`.
+            decode: runs a call, and returns its output and the length of the text to keep of it, prompt included.
         """
         asked = [*self.messages, {"role": "user", "content": text}]
         ids = render(self._tokenizer, asked, self._template)
-        kept = min(_common(self._ids, ids), len(ids) - 1)
+        kept = min(_common_prefix(self._ids, ids), len(ids) - 1)  # the last token is always read, for its logits
         self._ids = self._ids[:kept]
         if self._past is not None:
             self._past.crop(kept - self._past.get_seq_length())
         fields = {name: value for name, value in arguments.items() if name != "key"}
         inputs = {"cache": self._past, "attention_mask": np.ones((1, len(ids)), int)}
-        # Whatever the checkpoint's own settings say: here there is one answer, and its cache is kept.
+        # These override the checkpoint's generation config: one answer, and its cache is needed.
         single = {"num_beams": 1, "num_return_sequences": 1}
         cache = {"use_cache": True, "cache_implementation": None, "return_dict_in_generate": True}
         request = Request(
@@ -108,6 +122,7 @@ class Conversation:
         prepared = prepare_call(self.model, request)
         output, shown = decode(prepared)
         past = self._past = output.cache
+        assert past is not None  # `use_cache` above
         self._slots = max(self._slots, past.slots)
         past.crop(min(shown - past.get_seq_length(), 0))
         self._ids = output.sequences[0, : past.get_seq_length()].tolist()
@@ -121,31 +136,36 @@ def check_template(tokenizer: Any) -> None:
     """Raises ValueError if the tokenizer has no chat template."""
     if not tokenizer.chat_template:
         raise ValueError(
-            "the checkpoint has no chat template, so it was not made for conversations. Pass a model that was, or "
+            "the checkpoint has no chat template, so it is not a chat model. Pass a chat model, or use "
             "`jaxgen chat --chat-template FILE`."
         )
 
 
 def render(tokenizer: Any, messages: list[dict[str, str]], template: str | None = None) -> list[int]:
-    """The ids of messages up to where the answer begins, by the tokenizer's own template by default.
+    """The token ids of messages up to where the answer begins.
+
+    Args:
+        tokenizer: the model's.
+        messages: dicts with `role` and `content`.
+        template: a Jinja chat template; the tokenizer's own by default.
 
     Raises:
-        ValueError: if the template fails.
+        ValueError: if the template fails or returns an empty text.
     """
     try:
         encoded = tokenizer.apply_chat_template(
             messages, chat_template=template, add_generation_prompt=True, tokenize=True, return_dict=True
         )
-    except Exception as error:  # a template is a program of somebody else's
-        raise ValueError(f"the chat template fails: {error}. Some take no system message.") from error
+    except Exception as error:  # a template is somebody else's program
+        raise ValueError(f"the chat template fails: {error}. Some templates do not accept a system message.") from error
     if not encoded["input_ids"]:
-        raise ValueError("the chat template makes nothing of the messages. Pass another `--chat-template`.")
+        raise ValueError("the chat template returns an empty text. Pass another `--chat-template`.")
     return list(encoded["input_ids"])
 
 
-def _common(first: list[int], second: list[int]) -> int:
-    """How many ids the two begin with alike."""
-    for place, (one, other) in enumerate(zip(first, second, strict=False)):
+def _common_prefix(first: list[int], second: list[int]) -> int:
+    """The length of the longest common prefix."""
+    for length, (one, other) in enumerate(zip(first, second, strict=False)):
         if one != other:
-            return place
+            return length
     return min(len(first), len(second))

@@ -8,19 +8,23 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 
 from jaxgen.chat import APART, Conversation
-from jaxgen.cli.options import decoding_arguments
-from jaxgen.cli.terminal import checked_text, decode, open_model, say
+from jaxgen.cli.options import Arguments, decoding_arguments
+from jaxgen.cli.terminal import Times, checked_text, decode, open_model, say
 from jaxgen.generation.call import PreparedCall
 from jaxgen.generation.config import resolve
+from jaxgen.generation.outputs import GenerateOutput
 from jaxgen.generation.text_stream import TextPieces
 
-_NEW_TOKENS = 256  # as `transformers chat`
+if TYPE_CHECKING:
+    from jaxgen.lazy import GenerationConfig, PreTrainedTokenizerBase
+
+_NEW_TOKENS = 256  # as in `transformers chat`
 _HELP = """/reset        forget the conversation
 /system TEXT  set the system message; without TEXT remove it
 /save FILE    write the messages as JSON
@@ -34,17 +38,17 @@ def run(arguments: argparse.Namespace) -> int:
     template = Path(arguments.chat_template).read_text(encoding="utf-8") if arguments.chat_template else None
     given = decoding_arguments(arguments)
     if given.get("num_beams", 1) > 1 or given.get("num_return_sequences", 1) > 1:
-        raise ValueError("a chat shows one answer as it comes. Leave out `num_beams` and `num_return_sequences`.")
+        raise ValueError("a chat shows one answer, token by token. Leave out `num_beams` and `num_return_sequences`.")
     for name in APART:
         if name in given:
-            raise ValueError(f"a chat goes on from its cache, with which `{name}` does not go. Leave it out.")
+            raise ValueError(f"a chat continues its cache, which cannot be combined with `{name}`. Leave it out.")
     model, tokenizer = open_model(arguments)
     given = {**_defaults(model.generation_config, given), **given}
     conversation = Conversation(model, tokenizer, arguments.system, template)
-    with contextlib.suppress(ImportError):  # what makes `input` editable, where there is one
+    with contextlib.suppress(ImportError):  # its import makes `input` editable
         import readline  # noqa: F401
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    # A compile cannot be interrupted. In a thread of its own it goes on while the person types again.
+    # A compilation cannot be interrupted. In a thread of its own it continues while the user types.
     with ThreadPoolExecutor(max_workers=1) as worker:
         chat = _Chat(conversation, tokenizer, given, worker)
         try:
@@ -56,13 +60,13 @@ def run(arguments: argparse.Namespace) -> int:
         finally:
             signal.signal(signal.SIGINT, before)
             if chat.busy:
-                say("leaving when the compiler is done; Ctrl-C leaves now")
+                say("waiting for the compiler; Ctrl-C leaves now")
     return 0
 
 
-def _defaults(config: Any, given: dict[str, Any]) -> dict[str, Any]:
-    """Where neither the checkpoint nor the person says otherwise, `transformers chat` samples, up to 256 tokens."""
-    defaults: dict[str, Any] = {}
+def _defaults(config: "GenerationConfig", given: Arguments) -> Arguments:
+    """Sampling, up to 256 tokens, as in `transformers chat`, where neither the checkpoint nor the user sets it."""
+    defaults: Arguments = {}
     if config.do_sample is None:
         defaults["do_sample"] = True
     if config.max_new_tokens is None and "max_length" not in given:
@@ -70,19 +74,19 @@ def _defaults(config: Any, given: dict[str, Any]) -> dict[str, Any]:
     return defaults
 
 
-def _manner(config: Any, given: dict[str, Any]) -> str:
+def _manner(config: "GenerationConfig", given: Arguments) -> str:
     """How tokens are chosen, for the first line."""
     fields = {name: value for name, value in given.items() if name != "key"}
     resolved = resolve(config, None, fields)[0]
     if not resolved.do_sample:
-        return "answers take the likeliest token at each step (greedy); --do-sample draws instead"
+        return "answers take the most likely token at each step (greedy); --do-sample samples instead"
     numbers = {name: getattr(resolved.merged, name) for name in ("temperature", "top_k", "top_p")}
     shown = ", ".join(f"{name} {value:g}" for name, value in numbers.items() if value is not None)
-    return f"answers are sampled ({shown}); --temp 0 takes the likeliest token at each step"
+    return f"answers are sampled ({shown}); --temp 0 takes the most likely token at each step"
 
 
 def _read() -> str | None:
-    """The next line, None at the end."""
+    """The next line of the user; None at the end of the input."""
     while sys.stdin is not None:
         try:
             return input("> " if sys.stdin.isatty() else "").strip()
@@ -95,22 +99,26 @@ def _read() -> str | None:
 
 
 class _Chat:
-    """Takes lines: messages to the model, and commands."""
+    """Handles the lines of the user: messages to the model, and commands."""
 
     def __init__(
-        self, conversation: Conversation, tokenizer: Any, arguments: dict[str, Any], worker: ThreadPoolExecutor
+        self,
+        conversation: Conversation,
+        tokenizer: "PreTrainedTokenizerBase",
+        arguments: Arguments,
+        worker: ThreadPoolExecutor,
     ):
         self._conversation, self._tokenizer, self._arguments = conversation, tokenizer, arguments
         self._asked, self._worker = 0, worker
-        self._last: Future[Any] | None = None
+        self._last: Future[tuple[GenerateOutput, Times]] | None = None
 
     @property
     def busy(self) -> bool:
-        """Whether a dropped answer is still at work."""
+        """Whether an answer that was dropped is still being computed."""
         return self._last is not None and not self._last.done()
 
     def take(self, line: str) -> None:
-        """Does what a line says; what goes wrong is said, and the conversation goes on."""
+        """Handles a line. Errors are printed, and the conversation goes on."""
         try:
             if line.startswith("/") and not line.startswith("//"):
                 print(self._command(*line.split(maxsplit=1)))
@@ -141,13 +149,13 @@ class _Chat:
 
     def _answer(self, text: str) -> None:
         arguments, taken = dict(self._arguments), []
-        if "key" in arguments:  # or asking again would draw the same again
+        if "key" in arguments:  # or the same question would always get the same answer
             arguments["key"] = jax.random.fold_in(jax.random.key(arguments["key"]), self._asked)
         self._asked += 1
         screen = _Screen(self._tokenizer)
         with _interruptible(screen) as interrupted:
 
-            def run_call(prepared: PreparedCall) -> tuple[Any, int]:
+            def run_call(prepared: PreparedCall) -> tuple[GenerateOutput, int]:
                 if self.busy:
                     screen.compiling()
                 model = self._conversation.model
@@ -173,28 +181,28 @@ class _Chat:
 
 
 class _Screen:
-    """Where an answer appears, and until then why there is none."""
+    """Shows an answer as it comes, and until then a note that programs are compiled."""
 
     _NOTE = "compiling, the first answer takes a while ..."
 
-    def __init__(self, tokenizer: Any):
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase"):
         self._pieces = TextPieces(tokenizer)
         self._waiting: list[int] = []
         self._noted, self._looks, self._ended = False, 0, False
 
     @property
     def begun(self) -> bool:
-        """Whether the answer is on its way. Its first token comes before the program of the others is compiled."""
+        """Whether tokens arrive steadily: the first one comes before the program of the others is compiled."""
         return self._looks > 1
 
     def compiling(self) -> None:
-        """Says so, in a terminal; the note stays until the answer is on its way."""
+        """Shows the note, in a terminal; it stays until `begun`."""
         if not self._looks and not self._noted and not self._ended and sys.stderr.isatty():
             self._noted = True
             print(self._NOTE, end="", file=sys.stderr, flush=True)
 
     def show(self, ids: np.ndarray) -> None:
-        """Shows the text of more tokens; nothing once the answer was dropped."""
+        """Shows the text of new token ids, int [T]; nothing after `close`."""
         self._looks += 1
         self._waiting += ids.tolist()
         if self._ended or (self._noted and not self.begun):
@@ -204,7 +212,7 @@ class _Screen:
         print(piece, end="", flush=True)
 
     def close(self) -> None:
-        """Nothing appears any more, also if an answer that was dropped goes on."""
+        """Stops showing anything, even if the answer is still being computed."""
         self._ended = True
         self._clear()
 
@@ -220,10 +228,10 @@ class _Screen:
 
 @contextlib.contextmanager
 def _interruptible(screen: _Screen) -> Iterator[Callable[[], bool]]:
-    """Whether Ctrl-C was pressed meanwhile. Before the answer is on its way, or a second time, it raises."""
+    """Yields a function that says whether Ctrl-C was pressed. Before the answer has begun, or twice, it raises."""
     pressed: list[int] = []
 
-    def press(*_: Any) -> None:
+    def press(*_: object) -> None:
         pressed.append(1)
         if len(pressed) > 1 or not screen.begun:
             raise KeyboardInterrupt

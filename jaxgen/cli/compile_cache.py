@@ -1,6 +1,6 @@
-"""Compiled programs kept between processes: JAX's persistent compilation cache, in a folder of the user's own.
+"""Compiled programs kept between processes: JAX's persistent compilation cache, in a folder of the user.
 
-Programs are loaded and run as they are, so whoever may write to the folder may run code as the user.
+JAX runs the programs in it without checks, so whoever may write to the folder may run code as the user.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TextIO
 
 import jax
 from platformdirs import user_cache_path
@@ -19,36 +19,36 @@ _MOST_BYTES = 2 << 30
 
 
 def default_folder() -> Path:
-    """Raises RuntimeError if there is no home folder."""
+    """`jaxgen/compiled` in the user's cache folder. Raises RuntimeError if there is no home folder."""
     folder = user_cache_path("jaxgen", appauthor=False) / "compiled"
-    if not folder.is_absolute():  # it begins with a ~ that stands for nothing
+    if not folder.is_absolute():  # a ~ that could not be expanded
         raise RuntimeError("there is no home folder")
     return folder
 
 
 def current() -> Path | None:
-    """The folder in use."""
+    """The folder in use; None if programs are not kept."""
     folder = jax.config.values["jax_compilation_cache_dir"]
     return Path(folder) if folder else None
 
 
 def enable(where: str | None = None) -> Path | None:
-    """Keeps programs in a folder, made with mode 0700 if needed. If that is impossible it warns: all works without.
+    """Keeps compiled programs in a folder, created with mode 0700 if needed. If that fails, it warns and goes on.
 
     Args:
-        where: the folder, "off" for none; by default `$JAXGEN_COMPILE_CACHE`, else what JAX was told already, else
-            `jaxgen/compiled` in the user's cache folder.
+        where: the folder, or "off"; by default `$JAXGEN_COMPILE_CACHE`, else the folder that JAX is configured with,
+            else `default_folder()`.
 
     Returns:
-        The folder, or None.
+        The folder, or None if programs are not kept.
 
     Raises:
-        ValueError: if others may write to the folder that was asked for.
+        ValueError: if other users may write to the folder that was asked for.
     """
     if where is None:
         where = os.environ.get("JAXGEN_COMPILE_CACHE")
-    if where is None and (told := current()):
-        return told
+    if where is None and (configured := current()):
+        return configured
     if where == "":
         raise ValueError("the compile cache has an empty name. Pass a folder, or off.")
     if where is not None and where.lower() == "off":
@@ -59,7 +59,7 @@ def enable(where: str | None = None) -> Path | None:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         check(folder)
         with tempfile.TemporaryFile(dir=folder):
-            pass  # it can be written to
+            pass  # the folder is writable
     except (OSError, RuntimeError, ValueError) as error:
         if where and isinstance(error, ValueError):
             raise
@@ -68,7 +68,7 @@ def enable(where: str | None = None) -> Path | None:
         return None
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_compilation_cache_max_size", _MOST_BYTES)
-    # Also what takes less than a second, of which there is a lot before the first token.
+    # Also programs that compile in less than a second: there are many before the first token.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     _repair_when_warned(folder)
@@ -76,32 +76,39 @@ def enable(where: str | None = None) -> Path | None:
 
 
 def check(folder: Path) -> None:
-    """Raises ValueError if others may write to the folder."""
+    """Raises ValueError if other users may write to the folder."""
     status = folder.stat()
     mode = stat.S_IMODE(status.st_mode)
     if status.st_uid != os.getuid() or mode & 0o022:
         raise ValueError(
-            f"the compile cache {folder} (owner {status.st_uid}, mode {mode:04o}) can be written by others, who could "
-            "have you run their programs. Make it yours (chmod 700), or pass `--compile-cache` another folder or off."
+            f"the compile cache {folder} (owner {status.st_uid}, mode {mode:04o}) can be written by others, whose "
+            "programs you would run. Make it yours (chmod 700), or pass another folder or off to `--compile-cache`."
         )
 
 
 def _repair_when_warned(folder: Path) -> None:
     """Empties the folder when JAX warns of a damaged entry, which it would neither use nor replace.
 
-    What the folder itself is to blame for, such as a full disk, is said once.
+    Trouble with the folder itself, such as a full disk, is reported once.
     """
     show, failed = warnings.showwarning, []
 
-    def showwarning(message: Warning | str, *args: Any, **kwargs: Any) -> None:
+    def showwarning(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
         text = str(message)
         if "persistent compilation cache entry" not in text:
-            show(message, *args, **kwargs)
+            show(message, category, filename, lineno, file, line)
         elif "reading" in text and "[Errno" not in text and ": Timeout:" not in text:
             with contextlib.suppress(OSError):
-                for file in folder.glob("*-cache"):
-                    file.unlink(missing_ok=True)
-            print(f"jaxgen: a kept program was damaged; {folder} is emptied and filled anew", file=sys.stderr)
+                for entry in folder.glob("*-cache"):
+                    entry.unlink(missing_ok=True)
+            print(f"jaxgen: a cached program was damaged; {folder} was emptied", file=sys.stderr)
         elif not failed:
             failed.append(text)
             _warn(f"the compile cache {folder} fails ({text.rpartition(': ')[2]}).")
@@ -110,4 +117,4 @@ def _repair_when_warned(folder: Path) -> None:
 
 
 def _warn(trouble: str) -> None:
-    print(f"jaxgen: {trouble} Programs are not kept, and compile again in the next process", file=sys.stderr)
+    print(f"jaxgen: {trouble} Programs are not kept; the next process compiles them again", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""`jaxgen doctor`: what is installed, where it runs, and what is known to go wrong with it."""
+"""`jaxgen doctor`: installed versions, devices, and known problems with them."""
 
 import argparse
 import importlib.util
@@ -21,14 +21,18 @@ _PACKAGES = ("jax", "jaxlib", "flax", "transformers", "safetensors", "numpy", "t
 def run(arguments: argparse.Namespace) -> int:
     versions = {name: _version(name) for name in _PACKAGES}
     print(f"jaxgen {__version__}, Python {platform.python_version()}, {platform.platform()}")
-    print("packages   " + ", ".join(f"{name} {found or 'missing'}" for name, found in versions.items()))
+    print("packages   " + ", ".join(f"{name} {installed or 'missing'}" for name, installed in versions.items()))
     try:
         devices = jax.local_devices()
         print(f"devices    {len(devices)} x {devices[0].device_kind} ({jax.default_backend()})" + _memory(devices[0]))
         troubles = hazards(versions, jax.default_backend())
-    except (RuntimeError, AssertionError) as error:  # either, by what is missing
+    except (RuntimeError, AssertionError) as error:  # JAX raises either, depending on what is missing
         platforms = os.environ.get("JAX_PLATFORMS")
-        advice = f"JAX_PLATFORMS={platforms} asks for what is not there. Unset it." if platforms else "Reinstall jax."
+        advice = (
+            f"JAX_PLATFORMS={platforms} names a platform that is not there. Unset it."
+            if platforms
+            else "Reinstall jax."
+        )
         troubles = [f"JAX finds no device{f' ({error})' if str(error) else ''}. {advice}", *hazards(versions, "none")]
     try:
         print("programs   " + _programs(compile_cache.enable(arguments.compile_cache)))
@@ -61,39 +65,48 @@ def _programs(folder: Path | None) -> str:
 
 
 def hazards(versions: dict[str, str | None], backend: str, nvidia: bool | None = None) -> list[str]:
-    """What is known to go wrong with these versions on this machine, and the way out.
+    """Known problems with these versions on this machine, each with a way out.
 
     Args:
-        versions: by package; None for one that is missing.
-        backend: of JAX.
-        nvidia: whether the machine has such a GPU; looked up by default.
+        versions: by package; None for a missing one.
+        backend: JAX's default backend.
+        nvidia: whether the machine has an NVIDIA GPU; looked up by default.
     """
-    found, known = [], {name: Version(text) for name, text in versions.items() if text}
+    troubles: list[str] = []
+    known = {name: Version(text) for name, text in versions.items() if text}
     for requirement in _requirements():
         installed, bounds = known.get(requirement.name), requirement.specifier
         if installed and not bounds.contains(installed, prereleases=True):
             word = "broken" if f"!={installed.public}" in map(str, bounds) else "untested"
-            found.append(f"{requirement.name} {installed} is {word}. Install: pip install '{requirement}'")
+            troubles.append(f"{requirement.name} {installed} is {word}. Install: pip install '{requirement}'")
     jax_series, flax = known["jax"].release[:2], known["flax"]
     if jax_series >= (0, 11) and flax < Version("0.12.12"):
-        found.append(f"flax {flax} does not work with jax {known['jax']}. Install: pip install 'flax>=0.12.12'")
+        troubles.append(f"flax {flax} does not work with jax {known['jax']}. Install: pip install 'flax>=0.12.12'")
     if "jaxlib" in known and jax_series != known["jaxlib"].release[:2]:
-        found.append(f"jax {known['jax']} and jaxlib {known['jaxlib']} do not belong together. Reinstall jax.")
+        troubles.append(f"jax {known['jax']} and jaxlib {known['jaxlib']} do not belong together. Reinstall jax.")
     nvidia = Path("/proc/driver/nvidia/version").exists() if nvidia is None else nvidia
     if nvidia and backend == "cpu":
         if os.environ.get("JAX_PLATFORMS", "").startswith("cpu"):
-            found.append("JAX_PLATFORMS=cpu keeps JAX off the NVIDIA GPU. Unset it.")
+            troubles.append("JAX_PLATFORMS=cpu keeps JAX off the NVIDIA GPU. Unset it.")
         elif importlib.util.find_spec("jax_cuda13_plugin") or importlib.util.find_spec("jax_cuda12_plugin"):
-            found.append("JAX has its CUDA plugin but does not see the NVIDIA GPU: the driver may be too old for it.")
+            troubles.append(
+                "JAX has its CUDA plugin but does not see the NVIDIA GPU: the driver may be too old for it."
+            )
         else:
-            found.append("there is an NVIDIA GPU, but JAX for the CPU only. Install: pip install 'jaxgen[cuda13]'")
-    return found
+            troubles.append(
+                "there is an NVIDIA GPU, but JAX is installed for the CPU only. Install: pip install 'jaxgen[cuda13]'"
+            )
+    return troubles
 
 
 def _requirements() -> list[Requirement]:
-    """What jaxgen needs, as its own installation says; nothing where it runs without one."""
+    """The requirements of the installed jaxgen; none if it runs from a folder without being installed."""
     try:
         requirements = [Requirement(line) for line in requires("jaxgen") or ()]
     except PackageNotFoundError:
         return []
-    return [each for each in requirements if each.marker is None or each.marker.evaluate({"extra": ""})]
+    return [
+        requirement
+        for requirement in requirements
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+    ]

@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,54 +17,34 @@ from jaxgen.generation.api import prepare_call
 from jaxgen.generation.request import Request
 from jaxgen.generation.text_stream import TextPieces
 
+if TYPE_CHECKING:
+    from jaxgen.lazy import PreTrainedTokenizerBase
+
 _NEW_TOKENS = 200
 
 
 def run(arguments: argparse.Namespace) -> int:
     text = _text(arguments)
     model, tokenizer = open_model(arguments)
-    given = decoding_arguments(arguments)
-    if "max_length" not in given:
-        given = {"max_new_tokens": _NEW_TOKENS, **given}
-    negative = None
-    if arguments.negative_prompt is not None:
-        negative = tokenizer(arguments.negative_prompt, return_tensors="np")["input_ids"]
-    if arguments.chat:
-        check_template(tokenizer)
-        prompt = np.array([render(tokenizer, [{"role": "user", "content": text}])])
-    else:
-        prompt = tokenizer(text, return_tensors="np")["input_ids"]
-        if tokenizer.chat_template and not any(token in text for token in tokenizer.all_special_tokens):
-            say(
-                "the checkpoint has a chat template, and a model made for conversations may end a bare text at once. "
-                "--chat asks it your text as a question, and `jaxgen chat` talks with it"
-            )
-    request = Request(
-        inputs=prompt,
-        key=given.pop("key", None),
-        tokenizer=tokenizer,
-        negative_prompt_ids=negative,
-        keywords={**given, "return_dict_in_generate": False},
-    )
-    prepared = prepare_call(model, request)
+    prepared = prepare_call(model, _request(arguments, tokenizer, text))
     streams = not arguments.json and prepared.mode.streams and prepared.mode.sequences_per_prompt == 1
     folder = compile_cache.current()
-    unless = " unless they are kept from before" if folder and any(folder.glob("*-cache")) else ""
+    unless = ", unless they are in the compile cache" if folder and any(folder.glob("*-cache")) else ""
     length = prepared.prompt_length
-    say(f"a prompt of {counted(length, 'token')}; the programs for such lengths are compiled first{unless}")
+    say(f"a prompt of {counted(length, 'token')}; programs for this length are compiled first{unless}")
     pieces = TextPieces(tokenizer)
-    if streams and not arguments.chat:  # the prompt as it is read, which healing may have changed
+    if streams and not arguments.chat:  # the prompt of the call: token healing may have changed it
         print(pieces.add(prepared.inputs.input_ids[0]), end="", flush=True)
     show = (lambda ids: print(pieces.add(ids), end="", flush=True)) if streams else None
     sequences, times = decode(model, prepared, show)
     texts = tokenizer.batch_decode(sequences[:, length if arguments.chat else 0 :], skip_special_tokens=True)
     if arguments.json:
-        # Not that of the prompt as it was given: healing may have changed it.
-        read = 0 if arguments.chat else len(tokenizer.decode(sequences[0, :length], skip_special_tokens=True))
+        # Characters of the prompt of the call: token healing may have changed the one that was given.
+        prompt = "" if arguments.chat else tokenizer.decode(sequences[0, :length], skip_special_tokens=True)
         record = {
             "prompt": text,
             "texts": texts,
-            "completions": [each[read:] for each in texts],
+            "completions": [continued[len(prompt) :] for continued in texts],
             "prompt_tokens": length,
             "new_tokens": sequences.shape[1] - length,
             "first_token_seconds": round(times.first_token, 4),
@@ -77,7 +58,35 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _request(arguments: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase", text: str) -> Request:
+    """The arguments of `generate`."""
+    given = decoding_arguments(arguments)
+    if "max_length" not in given:
+        given = {"max_new_tokens": _NEW_TOKENS, **given}
+    negative = None
+    if arguments.negative_prompt is not None:
+        negative = tokenizer(arguments.negative_prompt, return_tensors="np")["input_ids"]
+    if arguments.chat:
+        check_template(tokenizer)
+        prompt = np.array([render(tokenizer, [{"role": "user", "content": text}])])
+    else:
+        prompt = tokenizer(text, return_tensors="np")["input_ids"]
+        if tokenizer.chat_template and not any(token in text for token in tokenizer.all_special_tokens):
+            say(
+                "the checkpoint has a chat template, and a chat model may end a bare text at once. --chat asks it your "
+                "text as a question, and `jaxgen chat` talks with it"
+            )
+    return Request(
+        inputs=prompt,
+        key=given.pop("key", None),
+        tokenizer=tokenizer,
+        negative_prompt_ids=negative,
+        keywords={**given, "return_dict_in_generate": False},
+    )
+
+
 def _text(arguments: argparse.Namespace) -> str:
+    """The text to continue: TEXT, the content of a file, or standard input."""
     if arguments.prompt is not None and arguments.file is not None:
         raise ValueError("TEXT and --file were both given. Give one of them.")
     if arguments.prompt is not None:
@@ -90,10 +99,10 @@ def _text(arguments: argparse.Namespace) -> str:
 
 
 def _report(new_tokens: int, times: Times) -> None:
-    built, folder = sum(compile_counts().values()), compile_cache.current()
+    programs, folder = sum(compile_counts().values()), compile_cache.current()
     where = f"compiled, kept in {folder}" if folder else "compiled"
     say(
-        f"first token {times.first_token:.2f} s after loading; {counted(new_tokens, 'token')}, {times.rate:,.0f} "
-        f"tokens/s once they came; {counted(built, 'program')} ready in {times.compiling:.2f} s "
-        + (f"({times.kept} kept from before)" if times.kept else f"({where})")
+        f"first token {times.first_token:.2f} s after loading; {counted(new_tokens, 'token')}, then {times.rate:,.0f} "
+        f"tokens/s; {counted(programs, 'program')} ready in {times.compiling:.2f} s "
+        + (f"({times.kept} from the compile cache)" if times.kept else f"({where})")
     )

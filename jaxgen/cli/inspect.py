@@ -1,16 +1,19 @@
-"""`jaxgen inspect`: what a checkpoint holds, from its config and the headers of its files."""
+"""`jaxgen inspect`: describes a checkpoint, from its config and the headers of its files."""
 
 import argparse
 import math
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
 from jaxgen.checkpoint.load import MANIFEST, Source, named_leaves, open_folder
 from jaxgen.cli.terminal import byte_count, counted, open_tokenizer
+
+if TYPE_CHECKING:
+    from jaxgen.lazy import GenerationConfig
 
 _TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
 
@@ -25,15 +28,16 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def describe(source: Source) -> dict[str, str]:
-    """Lines by what they are about."""
+    """The lines to print, {heading: text}."""
     model, config = source.abstract, source.abstract.config
     sizes = {path: math.prod(leaf.shape) for path, leaf in named_leaves(model)}
     parameters = sum(sizes.values())
     stored = sorted({str(source.own_dtype(path)) for path in sizes})
     weights = parameters * source.dtype.itemsize
     loaded = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, source.dtype), model)
+    # A property of arrays, asked of shapes: in `eval_shape`, and brought out as the size of an array.
     per_token = jax.eval_shape(lambda model: jnp.zeros(model.cache_bytes_per_token, bool), loaded).size
-    whole = per_token * model.max_position_embeddings
+    full_cache = per_token * model.max_position_embeddings
     return {
         "folder": f"{source.folder} ({'converted' if (source.folder / MANIFEST).exists() else 'Hugging Face'})",
         "family": f"{source.raw['model_type']}, {source.family.describe(config)}",
@@ -42,22 +46,22 @@ def describe(source: Source) -> dict[str, str]:
         "parameters": f"{parameters:,}",
         "dtype": f"{source.dtype} (stored: {', '.join(stored)})",
         "weights": byte_count(weights),
-        "cache": f"{byte_count(per_token)} for a token of a row; {byte_count(whole)} for a whole context",
+        "cache": f"{byte_count(per_token)} per token and row; {byte_count(full_cache)} for a full context",
         "stops at": _stops(source, model.generation_config),
         "chat": "has a template" if _has_template(source.folder) else "has no template",
     }
 
 
-def _stops(source: Source, generation_config: Any) -> str:
+def _stops(source: Source, generation_config: "GenerationConfig") -> str:
     ids = generation_config.eos_token_id
     ids = [ids] if isinstance(ids, int) else list(ids or [])
     if not ids or not (source.folder / "tokenizer.json").exists():
-        return str(ids) if ids else "no id of its own"
+        return str(ids) if ids else "no eos id"
     try:
         tokenizer = open_tokenizer(source.folder)
     except ValueError as error:
         return f"{ids}; {error}"
-    return ", ".join(f"{number} ({tokenizer.convert_ids_to_tokens(number)})" for number in ids)
+    return ", ".join(f"{token_id} ({tokenizer.convert_ids_to_tokens(token_id)})" for token_id in ids)
 
 
 def _has_template(folder: Path) -> bool:

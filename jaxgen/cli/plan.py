@@ -1,10 +1,9 @@
-"""`jaxgen plan`: whether a call fits a device or a mesh, and what would."""
+"""`jaxgen plan`: whether a call fits in memory, and if not, what would."""
 
 import argparse
 import dataclasses
 import json
 import re
-from typing import Any
 
 from jaxgen.cli.terminal import byte_count, counted
 from jaxgen.planning.plan import Plan, fraction_variable, plan
@@ -14,7 +13,7 @@ def run(arguments: argparse.Namespace) -> int:
     mesh = re.fullmatch(r"(\d+)x(\d+)", arguments.mesh)
     if mesh is None:
         raise ValueError(f"--mesh {arguments.mesh} must be two numbers of devices, such as 1x8.")
-    found = plan(
+    planned = plan(
         arguments.model,
         arguments.batch,
         arguments.prompt_tokens,
@@ -28,56 +27,56 @@ def run(arguments: argparse.Namespace) -> int:
         follow_links=arguments.follow_links,
     )
     if arguments.json:
-        print(json.dumps(_record(found) | {"suggestions": [_record(each) for each in found.suggestions]}))
+        print(json.dumps(_record(planned) | {"suggestions": [_record(other) for other in planned.suggestions]}))
     else:
-        for name, value in _lines(found).items():
+        for name, value in _lines(planned).items():
             print(f"{name:<12}{value}")
-        for each in found.suggestions:
-            print(f"{'would fit':<12}{_changes(found, each)}: {byte_count(each.total)} of each {each.device}")
-        if not found.fits and not found.suggestions:
-            print(f"{'would fit':<12}nothing that plan knows of")
-    return 0 if found.fits else 1
+        for other in planned.suggestions:
+            print(f"{'would fit':<12}{_changes(planned, other)}: {byte_count(other.total)} of each {other.device}")
+        if not planned.fits and not planned.suggestions:
+            print(f"{'would fit':<12}no smaller batch, mesh or device that plan knows")
+    return 0 if planned.fits else 1
 
 
-def _record(found: Plan) -> dict[str, Any]:
-    fields = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
+def _record(planned: Plan) -> dict[str, object]:
+    fields: dict[str, object] = {field.name: getattr(planned, field.name) for field in dataclasses.fields(planned)}
     del fields["suggestions"]
-    return fields | {"fits": found.fits}
+    return fields | {"fits": planned.fits}
 
 
-def _lines(found: Plan) -> dict[str, str]:
-    """Lines by what they are about."""
-    data, tensor = found.mesh
+def _lines(planned: Plan) -> dict[str, str]:
+    """The lines to print, {heading: text}."""
+    data, tensor = planned.mesh
     each = " of each device" if data * tensor > 1 else ""
-    floor = "unknown: so is the bandwidth of this device"
-    if found.step_ms is not None:
-        floor = f"at least {found.step_ms:,.2f} ms; at most {found.tokens_per_s:,.0f} tokens/s for all rows"
+    floor = "unknown, like the bandwidth of this device"
+    if planned.step_ms is not None:
+        floor = f"at least {planned.step_ms:,.2f} ms; at most {planned.tokens_per_s:,.0f} tokens/s for all rows"
     return {
-        "model": f"{found.model}, {found.parameters:,} parameters in "
-        + (f"{found.quantize}, the rest in {found.dtype}" if found.quantize else found.dtype),
-        "call": f"{found.batch} x {found.prompt_tokens:,} + {counted(found.new_tokens, 'token')}: "
-        f"{counted(found.rows, 'row')}, {counted(found.slots, 'slot')} in the cache",
-        "device": f"{data * tensor} x {found.device}, rows over {data} and heads over {tensor}"
+        "model": f"{planned.model}, {planned.parameters:,} parameters in "
+        + (f"{planned.quantize}, the rest in {planned.dtype}" if planned.quantize else planned.dtype),
+        "call": f"{planned.batch} x {planned.prompt_tokens:,} + {counted(planned.new_tokens, 'token')}: "
+        f"{counted(planned.rows, 'row')}, {counted(planned.slots, 'slot')} in the cache",
+        "device": f"{data * tensor} x {planned.device}, rows over {data} and heads over {tensor}"
         if each
-        else found.device,
-        "weights": byte_count(found.weights) + each,
-        "cache": byte_count(found.cache) + each,
-        "temporaries": f"{byte_count(found.prefill_temporaries)} for the prompt, "
-        f"{byte_count(found.decode_temporaries)} for a step",
-        "total": f"{byte_count(found.total)} of {byte_count(found.available)}: "
-        + ("fits" if found.fits else "does not fit"),
-        **_share(found),
+        else planned.device,
+        "weights": byte_count(planned.weights) + each,
+        "cache": byte_count(planned.cache) + each,
+        "temporaries": f"{byte_count(planned.prefill_temporaries)} for the prompt, "
+        f"{byte_count(planned.decode_temporaries)} for a step",
+        "total": f"{byte_count(planned.total)} of {byte_count(planned.available)}: "
+        + ("fits" if planned.fits else "does not fit"),
+        **_share(planned),
         "step": floor,
     }
 
 
-def _share(found: Plan) -> dict[str, str]:
-    """What JAX leaves of a GPU's memory, and how it takes more."""
-    if found.memory_share == 1:
+def _share(planned: Plan) -> dict[str, str]:
+    """The share of a GPU's memory that JAX takes, and how to raise it; nothing if it takes all."""
+    if planned.memory_share == 1:
         return {}
-    whole = byte_count(found.available / found.memory_share)
+    whole = byte_count(planned.available / planned.memory_share)
     return {
-        "memory": f"JAX takes {found.memory_share:.0%} of the {whole} that the device has; "
+        "memory": f"JAX takes {planned.memory_share:.0%} of the {whole} that the device has; "
         f"{fraction_variable()}=0.9 in the environment makes it 90%"
     }
 

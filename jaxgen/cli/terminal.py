@@ -1,4 +1,4 @@
-"""What the commands that decode share: a model with its tokenizer, and a decode that says how long what takes."""
+"""Shared by the commands that decode: opening a model with its tokenizer, and a timed decode."""
 
 import argparse
 import sys
@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -21,13 +21,17 @@ from jaxgen.generation.driver import WATCHED, collect, drive
 from jaxgen.generation.streaming import NewTokens
 from jaxgen.generation.trimming import to_output
 
+if TYPE_CHECKING:
+    from jaxgen.lazy import PreTrainedTokenizerBase
+
 
 def say(message: str) -> None:
+    """Prints a message of jaxgen's own, apart from the text on standard output."""
     print(f"jaxgen: {message}", file=sys.stderr, flush=True)
 
 
 def byte_count(size: float) -> str:
-    """Bytes as people read them."""
+    """Bytes in a unit that people read, such as "2.6 kB"."""
     for unit in ("B", "kB", "MB", "GB"):
         if size < 1000:
             return f"{size:,.0f} {unit}" if unit == "B" else f"{size:,.1f} {unit}"
@@ -36,16 +40,16 @@ def byte_count(size: float) -> str:
 
 
 def counted(number: int, thing: str) -> str:
-    """How many of a thing, in English."""
+    """A number and a noun, such as "1 token" or "2 tokens"."""
     return f"{number:,} {thing}" if number == 1 else f"{number:,} {thing}s"
 
 
-def open_model(arguments: argparse.Namespace) -> tuple[Model, Any]:
+def open_model(arguments: argparse.Namespace) -> tuple[Model, "PreTrainedTokenizerBase"]:
     """The model and its tokenizer, with compiled programs kept where the arguments say."""
     compile_cache.enable(arguments.compile_cache)
     try:
         jax.local_devices()
-    except (RuntimeError, AssertionError) as error:  # either, by what is missing
+    except (RuntimeError, AssertionError) as error:  # JAX raises either, depending on what is missing
         raise ValueError(f"JAX finds no device to run on ({error}). `jaxgen doctor` says more.") from error
     folder = BUNDLED_MODEL if arguments.model is None else Path(arguments.model)
     if arguments.model is None:
@@ -56,18 +60,22 @@ def open_model(arguments: argparse.Namespace) -> tuple[Model, Any]:
     return model, open_tokenizer(folder)
 
 
-def open_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a folder, which leaves it to `generate` to warn about long texts."""
+def open_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a folder, without its warning about long texts: `generate` has one."""
     try:
         tokenizer = lazy.transformers().AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # whatever the parsers of foreign files raise
+    except Exception as error:  # parsers raise many kinds for a broken file
         raise ValueError(f"the tokenizer in {folder} cannot be read ({error!r}). Copy its files again.") from error
     tokenizer.model_max_length = sys.maxsize
     return tokenizer
 
 
 def checked_text(text: str, where: str) -> str:
-    """The text, if it is one: bytes that are not UTF-8 come from a terminal or pipe as lone surrogates."""
+    """The text itself, if it is UTF-8: other bytes come from a terminal or pipe as lone surrogates.
+
+    Raises:
+        ValueError: with the first such byte.
+    """
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -78,15 +86,15 @@ def checked_text(text: str, where: str) -> str:
 
 @dataclass
 class Times:
-    """How long a decode takes, in seconds.
+    """How long a decode took. Times are seconds.
 
     Attributes:
-        first_token: from the start until it is there.
-        total: from the start until the end.
-        compiling: of these, what JAX spends on tracing and compiling.
-        kept: programs that come from the compile cache.
-        shown: columns that were looked at, prompt included.
-        rate: columns per second after the first ones were there, without compiling.
+        first_token: from the start to the first token.
+        total: from the start to the end.
+        compiling: the part of `total` that JAX spent tracing and compiling.
+        kept: number of programs that came from the compile cache.
+        shown: length of the text that was shown in tokens, prompt included.
+        rate: tokens per second after the first ones, without the time for compiling.
         on_compile: called when a program of the decode is about to be compiled.
     """
 
@@ -106,14 +114,21 @@ def decode(
     stop: Callable[[], bool] = lambda: False,
     on_compile: Callable[[], None] = lambda: None,
 ) -> tuple[Any, Times]:
-    """Runs a call, whose first row `show` sees as it comes, until `stop` says so.
+    """Runs a call to its end.
+
+    Args:
+        model: of the call.
+        prepared: the call.
+        show: gets the new token ids of the first row, int [T], as they come.
+        stop: asked after each chunk; True ends the call.
+        on_compile: see `Times`.
 
     Returns:
-        What `to_output` gives, and how long it took.
+        The value of `to_output`, and the times.
     """
     times, start = Times(on_compile=on_compile), time.perf_counter()
     new = NewTokens(prepared)
-    first = 0, 0.0
+    first = 0, 0.0  # length of the text and `times.compiling` when the first tokens came
 
     def look(progress: Progress) -> bool:
         nonlocal first
@@ -132,21 +147,21 @@ def decode(
     finally:
         _running.remove(times)
     times.total = time.perf_counter() - start
-    columns, compiling = first
-    times.rate = (times.shown - columns) / max(times.total - times.first_token - (times.compiling - compiling), 1e-9)
+    length, compiling = first
+    times.rate = (times.shown - length) / max(times.total - times.first_token - (times.compiling - compiling), 1e-9)
     return output, times
 
 
 _running: list[Times] = []
 
 
-def _add_duration(event: str, duration_secs: float, **_: Any) -> None:
+def _add_duration(event: str, duration_secs: float, **_: object) -> None:
     if event.startswith("/jax/core/compile/"):
         for times in _running:
             times.compiling += duration_secs
 
 
-def _add_event(event: str, **_: Any) -> None:
+def _add_event(event: str, **_: object) -> None:
     for times in _running:
         if event == "/jax/compilation_cache/cache_hits":
             times.kept += 1

@@ -482,7 +482,7 @@ ELSEWHERE: dict[str, tuple[Callable[[Path], None], str]] = {
         moved(config="README.md", weights="model-Q4.gguf"),
         r"holds model-Q4\.gguf: .*gguf_file='model-Q4\.gguf'\)\.save_pretrained",
     ),
-    "GGUF with a config": (moved(weights="model-Q4.gguf"), r"but model-Q4\.gguf: GGUF is not read"),
+    "GGUF with a config": (moved(weights="model-Q4.gguf"), r"but model-Q4\.gguf: jaxgen does not read GGUF"),
     "a folder within": (
         moved(config="last/config.json", weights="last/model.safetensors"),
         r"but `.*/last` has\. Pass",

@@ -263,7 +263,7 @@ def test_beams_and_models_without_a_template_are_refused(
     assert "a chat shows one answer" in capsys.readouterr().err
     for option in (["--guidance-scale", "2"], ["--penalty-alpha", "0.6", "--top-k", "4"], ["--no-use-cache"]):
         assert main(["chat", "--model", str(chat_folder), *option]) == 1
-        assert "a chat goes on from its cache" in capsys.readouterr().err
+        assert "a chat continues its cache" in capsys.readouterr().err
     assert main(["chat"]) == 1
     assert "has no chat template" in capsys.readouterr().err
     template = chat_folder / "chat_template.jinja"

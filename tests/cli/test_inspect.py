@@ -17,7 +17,7 @@ def lines(capsys: pytest.CaptureFixture[str], folder: Path) -> dict[str, str]:
 def test_the_bundled_model_is_described_by_its_numbers(capsys: pytest.CaptureFixture[str]) -> None:
     found = lines(capsys, jaxgen.BUNDLED_MODEL)
     assert found["parameters"] == "1,115,520" and found["weights"] == "4.5 MB"
-    assert found["cache"].startswith("2.6 kB for a token of a row")  # 2 * 5 layers * 2 heads * 32 * 4 bytes
+    assert found["cache"].startswith("2.6 kB per token and row")  # 2 * 5 layers * 2 heads * 32 * 4 bytes
     assert found["stops at"] == "2 (<|eos|>)" and found["context"] == "512 tokens"
     assert found["chat"] == "has no template"
 

@@ -22,7 +22,7 @@ def test_without_a_model_the_bundled_one_tells_a_story_and_says_how_long_it_took
     assert ended.stdout.startswith("Once upon a time") and len(ended.stdout) > 40
     for said in (
         "no --model given",
-        "programs for such lengths are compiled first\n",
+        "programs for this length are compiled first\n",
         "s after loading",
         "2 programs ready in",
     ):

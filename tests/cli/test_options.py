@@ -55,5 +55,5 @@ def test_values_are_read_as_what_they_are(line: str, expected: dict[str, Any]) -
 
 
 def test_what_is_no_json_is_refused() -> None:
-    with pytest.raises(argparse.ArgumentError, match="is no JSON"):
+    with pytest.raises(argparse.ArgumentError, match="is not valid JSON"):
         parsed("--bad-words-ids [[5")

@@ -316,7 +316,7 @@ def test_what_is_not_copied_is_said(source: Path) -> None:
         (source / odd).write_text(odd, errors="surrogateescape")
     report = convert.convert_checkpoint(source, source.parent / "converted")
     (warning,) = report.warnings
-    assert "`runs`, `training_args.bin` are no part of the model and left out" in warning
+    assert "`runs`, `training_args.bin` are not part of the model and were skipped" in warning
     assert convert.verify(report.folder).warnings == ()
     convert.convert_to_hugging_face(report.folder, source.parent / "back")
     kept = {name: value for name, value in hashes(source).items() if name != "training_args.bin"}
@@ -396,7 +396,7 @@ def test_float16_that_overflows_is_said_to(tmp_path: Path) -> None:
     large = {name: array * 1e7 for name, array in random_tensors().items()}
     source = write_checkpoint(tmp_path / "source", tensors=large)
     report = convert.convert_checkpoint(source, tmp_path / "converted", dtype="float16")
-    assert any("NaN or infinity in" in each and "float16 ends at 65504" in each for each in report.warnings)
+    assert any("NaN or infinity in" in each and "largest float16 is 65504" in each for each in report.warnings)
 
 
 def test_nan_infinity_and_zeros_are_reported(tmp_path: Path) -> None:
@@ -476,7 +476,7 @@ def test_the_commands_of_the_package_convert_verify_and_turn_back(
     assert main(["verify", back]) == 1
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"jaxgen: {back}/config.json cannot be read")
     assert main(["convert", "--to-hf", "--dtype", "float32", target, back]) == 1
-    assert capsys.readouterr().err == "jaxgen: --dtype does not go with --to-hf\n"
+    assert capsys.readouterr().err == "jaxgen: --dtype cannot be combined with --to-hf\n"
 
 
 def test_an_interrupted_command_says_how_to_go_on(source: Path, tmp_path: Path) -> None:
@@ -534,7 +534,7 @@ def test_what_is_neither_a_folder_nor_an_id_is_refused(name: str, tmp_path: Path
 
 
 def test_a_hub_that_does_not_answer_is_told_in_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="owner/model is not a folder here, and the hub does not give it"):
+    with pytest.raises(CheckpointError, match="owner/model is not a folder here, and cannot be downloaded"):
         convert.convert_checkpoint("owner/model", tmp_path / "converted")  # the tests are offline
 
 

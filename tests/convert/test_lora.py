@@ -96,7 +96,7 @@ def test_a_weight_larger_than_a_block_gets_the_product_of_its_own_rows(tmp_path:
         ({"use_dora": True}, "use_dora"),
         ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
         ({"alpha_pattern": {"q_proj": 8}}, "alpha_pattern"),
-        ({"modules_to_save": ["lm_head"]}, "`modules_to_save`, but holds no tensor of it"),
+        ({"modules_to_save": ["lm_head"]}, "`modules_to_save`, but does not hold its tensors"),
         ({"ensure_weight_tying": True}, "ensure_weight_tying"),
         ({"bias": "all"}, "`bias`='all'"),
         ({"peft_type": "IA3"}, "'IA3'"),
@@ -146,7 +146,7 @@ def test_an_adapter_in_place_of_a_model_is_refused_with_the_way_to_merge_it(tmp_
 
 def test_a_folder_without_an_adapter_is_refused(tmp_path: Path) -> None:
     base = write_checkpoint(tmp_path / "base")
-    with pytest.raises(CheckpointError, match=r"holds no adapter_config\.json"):
+    with pytest.raises(CheckpointError, match=r"does not hold adapter_config\.json"):
         convert.convert_checkpoint(base, tmp_path / "converted", merge_lora=base)
     assert json.loads((base / "config.json").read_text())
 

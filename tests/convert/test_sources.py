@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from checkpoints import CONFIG, write_checkpoint
 from jaxgen.convert import sources
-from jaxgen.convert.sources import converted_config, identity, local_folder, other_files, tokenizer_oddities
+from jaxgen.convert.sources import converted_config, identity, local_folder, other_files, tokenizer_trouble
 from layouts import BF16, F16, F32, mixed
 
 from jaxgen.checkpoint.files import CheckpointError, LinkedFolder
@@ -190,8 +190,8 @@ def test_what_holds_no_weights_goes_along_and_the_rest_is_said(folder: Path) -> 
     assert found == {name: folder / name for name in kept}
     assert [*found] == sorted(kept)
     assert said == [
-        f"{folder}: `a.bin`, `b.gguf`, `c.h5`, `d.index.json`, `e.msgpack` and 4 more are no part of the model and "
-        "left out."
+        f"{folder}: `a.bin`, `b.gguf`, `c.h5`, `d.index.json`, `e.msgpack` and 4 more are not part of the model and "
+        "were skipped."
     ]
 
 
@@ -206,7 +206,7 @@ def test_without_safetensors_the_pickles_are_what_is_left_out(tmp_path: Path) ->
         (tmp_path / name).write_text("{}")
     found, said = other_files(tmp_path)
     assert [*found] == ["tokenizer.json"]
-    assert said == [f"{tmp_path}: `pytorch_model.bin` are no part of the model and left out."]
+    assert said == [f"{tmp_path}: `pytorch_model.bin` are not part of the model and were skipped."]
 
 
 def test_templates_in_a_folder_elsewhere_are_left_alone(folder: Path, tmp_path: Path) -> None:
@@ -237,7 +237,7 @@ def test_a_tokenizer_that_only_sentencepiece_reads_is_said_where_it_is_missing(
     for name in files:
         (tmp_path / name).write_text("")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: (name == "sentencepiece" and installed) or None)
-    said = tokenizer_oddities(tmp_path)
+    said = tokenizer_trouble(tmp_path)
     assert bool(said) == odd
     assert all("tokenizer.model" in each and "pip install sentencepiece" in each for each in said)
 

@@ -211,4 +211,4 @@ def test_it_is_planned_by_its_own_estimate(tmp_path: Path) -> None:
 def test_it_is_described(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(write_checkpoint(tmp_path, CONFIG, TENSORS))]) == 0
     said = capsys.readouterr().out
-    assert "average, the mean of 8 numbers" in said and "64 B for a token of a row" in said
+    assert "average, the mean of 8 numbers" in said and "64 B per token and row" in said
