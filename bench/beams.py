@@ -2,10 +2,10 @@
 
     python bench/beams.py
 
-Four beams, the same random weights in float32 on both sides, 64 new tokens without an end; the tokens must be equal.
-Calls alternate, so that a machine that slows down slows both; figures are medians. A step is what a whole call takes
-over a call for one token, by the number of further tokens. It is compared with a step of greedy decoding for as many
-rows, and the cache with one that holds every prompt once for each beam.
+Four beams, the same random weights in float32 on both sides, 64 new tokens without an eos; the tokens must be equal.
+Calls alternate, so that a machine that slows down slows both; figures are medians. The time of a step is the time of a
+whole call minus that of a call for one token, divided by the number of further tokens. It is compared with a step of
+greedy decoding with as many rows, and the cache with one that holds every prompt once per beam.
 """
 
 import argparse
@@ -74,7 +74,7 @@ def compare(model: Any, twin: Any, prompt_tokens: int, batch: int, new_tokens: i
         ).numpy()
 
     if not np.array_equal(beams(), theirs()):
-        raise SystemExit("jaxgen and transformers gave other tokens: their times mean nothing.")
+        raise SystemExit("jaxgen and transformers gave different tokens, so their times cannot be compared.")
     calls = {
         "beams": beams,
         "one": lambda: beams(1),

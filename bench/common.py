@@ -1,4 +1,4 @@
-"""What the benchmarks share: the clock, the machine, the records, and the work they measure."""
+"""Shared by the benchmarks: timing, the description of the machine, records, and the calls that are measured."""
 
 import argparse
 import json
@@ -32,12 +32,12 @@ _PACKAGES = (
 )
 
 
-# What is read at once to measure the bandwidth: much more than any cache holds.
+# Bytes read at once to measure the bandwidth: much more than any cache of the processor holds.
 READ_BYTES = {"cpu": 1 << 29, "gpu": 1 << 31, "tpu": 1 << 31}
 
 
 def positive(text: str) -> int:
-    """An argument of the command line that counts something there has to be."""
+    """Parses a positive integer on the command line."""
     if (number := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"{number} is less than 1")
     return number
@@ -50,10 +50,12 @@ def seconds(call: Callable[[], Any]) -> float:
 
 
 def step_times(calls: dict[Any, Callable[[int], Any]], steps: int, repeats: int) -> dict[Any, list[float]]:
-    """Milliseconds of a decode step, once for each repeat: what calls take for so many tokens beyond those for one.
+    """Milliseconds of a decode step, once per repeat: calls for `1 + steps` tokens minus calls for one, over `steps`.
 
     Args:
-        calls: by what is varied; each is given a number of new tokens. They alternate, after one of each that compiles.
+        calls: by the varied value; each takes a number of new tokens. They alternate, after one of each that compiles.
+        steps: further tokens.
+        repeats: timed calls of each.
     """
     times: dict[Any, list[float]] = {value: [] for value in calls}
     for call in calls.values():
@@ -67,7 +69,7 @@ def step_times(calls: dict[Any, Callable[[int], Any]], steps: int, repeats: int)
 
 
 def machine() -> dict[str, Any]:
-    """What a figure needs to be compared with others."""
+    """The machine, the device, the versions and the date of a figure."""
     return {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "device": jax.local_devices()[0].device_kind,
@@ -84,18 +86,18 @@ def _version(package: str) -> str | None:
 
 
 def record(file: Path | None, figures: dict[str, Any]) -> None:
-    """Appends figures and the machine they are of to a file of JSON lines, if there is one."""
+    """Appends figures and the machine to a file of JSON lines, if one is given."""
     if file is not None:
         with file.open("a") as lines:
             lines.write(json.dumps({**figures, **machine()}) + "\n")
 
 
 def varied(shape: str) -> dict[str, Any]:
-    """The config of a shape whose random weights decode to texts that differ.
+    """The config of a shape, with an initializer range for which random weights decode to varied texts.
 
-    With the usual 0.02, products of narrow layers vanish beside the embedding of the last token, and every text is that
-    token over and over: any two systems would agree. Here a product has a standard deviation of 1.2 at any width, which
-    is enough. With much more, attention picks single columns, and rounding in bfloat16 makes other texts.
+    With the usual 0.02, the outputs of narrow layers vanish beside the embedding of the last token, and every text
+    repeats that token: any two systems would agree. Here a matmul's output has a standard deviation of 1.2 at any
+    width, which is enough. With much more, attention picks single positions, and rounding in bfloat16 changes texts.
     """
     return SHAPES[shape] | {"initializer_range": 1.2 / SHAPES[shape]["hidden_size"] ** 0.5}
 
@@ -106,16 +108,16 @@ def random_prompts(vocab_size: int, rows: int, columns: int) -> np.ndarray:
 
 
 def continued(model: Any, prompts: np.ndarray, new_tokens: int, **kwargs: Any) -> Any:
-    """What `generate` returns for prompts without padding, int [B, P], and a text without an end."""
+    """The output of `generate` for prompts without padding, int [B, P], and without an eos."""
     mask = np.ones_like(prompts)
     return jaxgen.generate(model, prompts, attention_mask=mask, max_new_tokens=new_tokens, eos_token_id=None, **kwargs)
 
 
 def bandwidth(mesh: Mesh | None = None) -> float:
-    """Bytes per second that the device, or all of a mesh, can read: the faster of sums and a product with a vector.
+    """Bytes per second that the device, or a whole mesh, can read: the faster of a sum and a product with a vector.
 
-    Each time is of several reads in a row, so that dispatching them, which an accelerator does meanwhile, does not
-    count; the median of seven.
+    The median of seven times, each of several reads in a row: an accelerator dispatches the next read meanwhile, so
+    dispatch does not count.
     """
     devices = 1 if mesh is None else mesh.size
     rows = devices * READ_BYTES[jax.default_backend()] // (4 * 4096)
@@ -123,7 +125,7 @@ def bandwidth(mesh: Mesh | None = None) -> float:
     array = jax.jit(lambda: jnp.ones((rows, 4096), jnp.float32), out_shardings=sharding)()
     reads = 2 if jax.default_backend() == "cpu" else 8
     fastest = 0.0
-    # Row by row, so that devices have nothing to tell each other.
+    # Row by row, so that the devices of a mesh need not communicate.
     for read in (jax.jit(lambda array: array.sum(axis=1)), jax.jit(lambda array: array @ jnp.ones(4096))):
 
         def several(read: Callable[[jax.Array], jax.Array] = read) -> None:

@@ -3,16 +3,15 @@
     python bench/compare.py --shape 2-layer 135m --batch 1 4 16 --decode greedy sampling beams
     JAX_PLATFORMS=cuda python bench/compare.py --shape 8b --dtype bfloat16 --peers transformers
 
-All start from the same random weights and the same prompts and produce as many tokens, without an end, on the CPU, or
-on the GPU if `JAX_PLATFORMS` says so. The calls alternate, so that a machine that slows down slows all; figures are
-medians. A ratio is printed for equal work only: greedy and beam tokens must be those of jaxgen, where greedy ones may
-be others of two that tie within the rounding of the dtype, and beams of equal shape have to do in bfloat16, whose
-rounding decides between texts. Samples are drawn by other generators, so that their shape has to do too. Where greedy
-tokens differ, both sides are held against a forward pass without a cache, and the run ends if those of jaxgen are the
-wrong ones.
+All start from the same random weights and the same prompts and produce the same number of tokens, without an eos, on
+the CPU, or on the GPU that `JAX_PLATFORMS` names. The calls alternate, so that a machine that slows down slows all;
+figures are medians. A ratio is printed for equal work only: greedy and beam tokens must be those of jaxgen. Greedy tokens may
+differ where two tie within the rounding of the dtype. Beams in bfloat16, where rounding decides between texts, and
+samples, which come from different random generators, must have the same shape. Where greedy tokens differ, both are
+compared with a forward pass without a cache, and the run stops if those of jaxgen are wrong.
 
-The first call of a case compiles what there is to compile, and a call with a prompt length that was never seen before
-shows whether it will again. Peers besides transformers are taken if they are installed:
+The first call of a case includes compiling. A call with a new prompt length then shows whether that recompiles. Peers
+besides transformers are measured if they are installed:
 
     pip install torch transformers keras-hub llama-cpp-python gguf
 """
@@ -56,7 +55,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="append the figures to this file, one JSON object per line")
     arguments = parser.parse_args()
     if (platform := os.environ["JAX_PLATFORMS"]) not in ("cpu", "cuda"):
-        parser.error(f"JAX_PLATFORMS={platform!r} is no device that all of them run on. Set it to cpu or cuda.")
+        parser.error(f"JAX_PLATFORMS={platform!r} is not a platform that all of them run on. Set it to cpu or cuda.")
     if missing := [name for name in arguments.peers or () if not installed(name)]:
         parser.error(f"--peers {missing} need {[PEERS[name].packages for name in missing]}, which are not installed.")
     names = ["jaxgen", *(arguments.peers or filter(installed, [*PEERS][1:]))]
@@ -98,7 +97,7 @@ def started(name: str, folder: str, dtype: str) -> Peer:
 
 
 def compare(peers: Mapping[str, Peer], judge: Judge, case: Case, dtype: str, repeats: int) -> dict[str, dict[str, Any]]:
-    """By peer, its figures, or "skipped": why there is no ratio."""
+    """{peer: its figures}; in place of a ratio the figures may hold "skipped", the reason why there is none."""
     figures: dict[str, dict[str, Any]] = {}
     tokens: dict[str, np.ndarray] = {}
     times: dict[str, list[float]] = {}
@@ -150,7 +149,7 @@ def difference(case: Case, ours: np.ndarray, theirs: np.ndarray, judge: Judge, d
         return None
     if case.decode == "greedy":
         if judge(case, ours).wrong:
-            raise SystemExit("jaxgen's tokens are others than those of a forward pass: its times mean nothing.")
+            raise SystemExit("jaxgen's tokens differ from those of a forward pass, so its times are not valid.")
         if not judge(case, theirs).wrong:
             return None
     return "other tokens"
@@ -163,7 +162,7 @@ def cell(figures: Mapping[str, Any]) -> str:
 
 
 def summary(case: Case, figures: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The record of a case; what jaxgen and eager transformers took stands beside the peers, as it always has."""
+    """The record of a case; the times of jaxgen and eager transformers stand beside the peers, as in older records."""
     ours, theirs = figures["jaxgen"], figures.get("transformers", {})
     return {
         "decode": case.decode,

@@ -1,12 +1,12 @@
-"""What the compilers of TPUs and of an H200 make of the two programs, without such a device.
+"""How the compilers for TPUs and an H200 compile the two programs, without such a device.
 
     JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 python bench/compilers.py --target v5e v6e v5p    # with jax[tpu]
     JAX_PLATFORMS=cpu python bench/compilers.py --target h200                                # with jax[cuda12]
 
-Lowers the real prefill and decode for models of 1B to 405B parameters on 1 to 256 devices and reads what the compiler
-answers: bytes of each device, what the decode loop copies and sends, and whether it fits. No weight is ever allocated.
-`plan` is the ratio of the bytes that `jaxgen plan` predicts to the compiler's. A TPU's "bytes accessed" count what is
-prefetched twice. The compiler of a GPU does not refuse what is too large; it is compared with the memory here.
+Lowers the real prefill and decode for models of 1B to 405B parameters on 1 to 256 devices and reports the compiler's
+answer: bytes on each device, what the decode loop copies and sends, and whether it fits. No weight is allocated. `plan`
+is the ratio of the bytes that `jaxgen plan` predicts to the compiler's. A TPU's "bytes accessed" count prefetched bytes
+twice. The compiler for a GPU does not refuse programs that are too large; their size is compared with the memory here.
 
 `step ms` is the TPU compiler's own estimate of a decode step: the cycles it expects of the loop's instructions, over
 the clock. It is a cost model, not a measurement, but it ranks the forms of a program. `floor` is its ratio to the time
@@ -37,7 +37,7 @@ from jaxgen.models import FAMILIES
 from jaxgen.planning.plan import plan
 from jaxgen.planning.shapes import SHAPES
 
-# XLA's description of an H200, as there is no device to ask.
+# XLA's description of an H200, since there is no such device to query.
 H200 = """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
@@ -120,7 +120,7 @@ def main() -> None:
 
 
 def devices(target: str, count: int) -> Any:
-    """Devices that are described, and need not be there."""
+    """Descriptions of devices, which need not exist here."""
     if target == "h200":
         described = topologies.get_topology_desc(platform="cuda", topology=f"1x1x{count}", target_config=H200)
         return described.devices
@@ -129,7 +129,7 @@ def devices(target: str, count: int) -> Any:
 
 
 def examine(case: Case, found: Any) -> dict[str, Any]:
-    """The figures of a case: bytes of each device; those of a refused program are missing."""
+    """The figures of a case, in bytes on each device; those of a program that the compiler refuses are missing."""
     planned = plan(
         case.shape,
         case.batch,
@@ -192,7 +192,7 @@ def examine(case: Case, found: Any) -> dict[str, Any]:
 
 
 def programs(case: Case, found: Any) -> tuple[Any, Call, NamedSharding]:
-    """The arguments of the programs, as shapes that have their places; and the place of what is everywhere."""
+    """The arguments of the programs, as shapes with shardings; and the sharding of replicated arrays."""
     grid = Mesh(np.array(found).reshape(case.mesh), ("data", "tensor"))
     everywhere = NamedSharding(grid, PartitionSpec())
     config = SHAPES[case.shape]
@@ -238,7 +238,7 @@ class Instruction:
     Attributes:
         operation: such as "copy-start".
         arrays: of the result, each with its shape and whether it is in the memory that is not on the chip.
-        cycles: that a TPU's compiler expects it to take; 0 where it says nothing.
+        cycles: that a TPU's compiler expects it to take; 0 if it does not say.
     """
 
     operation: str

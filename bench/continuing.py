@@ -1,10 +1,10 @@
-"""What a kept cache, chunks and kept programs save, as a table.
+"""The savings of a kept cache, chunked prefill and kept programs, as a table.
 
     python bench/continuing.py
 
-The 135M shape with random weights in float32. A prefix of 512 tokens is read once for 16 prompts of 32 more, against
-reading all of it 16 times; a prompt of 1536 tokens is read in chunks of 128, against all at once; and a second process
-that finds the programs of the first is timed to its first token, from the call on. Tokens must be equal.
+The 135M shape with random weights in float32. A prefix of 512 tokens is prefilled once for 16 prompts of 32 more,
+against 16 times; a prompt of 1536 tokens is prefilled in chunks of 128, against all at once; and a second process that
+finds the programs of the first is timed from the call to its first token. Tokens must be equal.
 """
 
 import argparse
@@ -71,7 +71,7 @@ def prefix(model: Any, repeats: int) -> dict[str, Any]:
         return call(whole, cache=call(shared).cache).sequences
 
     if not np.array_equal(call(whole).sequences, reused()):
-        raise SystemExit("The shared prefix gave other tokens: its time means nothing.")
+        raise SystemExit("The shared prefix gave different tokens, so its time is not valid.")
     times: dict[str, list[float]] = {"without": [], "with": []}
     for _ in range(repeats):
         times["without"].append(seconds(lambda: call(whole)))
@@ -80,7 +80,7 @@ def prefix(model: Any, repeats: int) -> dict[str, Any]:
 
 
 def chunks(model: Any, repeats: int) -> dict[str, Any]:
-    """Megabytes that the program needs beside weights, prompt and result, and what chunks cost in time."""
+    """Megabytes that the program needs besides weights, prompt and result, and the time that chunks cost."""
     prompt = random_prompts(model.vocab_size, 1, LONG)
     arguments = {"max_new_tokens": 2, "eos_token_id": None}
     figures: dict[str, Any] = {"unit": "MB"}
@@ -93,7 +93,7 @@ def chunks(model: Any, repeats: int) -> dict[str, Any]:
         tokens.append(run())
         times.append(statistics.median(seconds(run) for _ in range(repeats)))
     if not np.array_equal(*tokens):
-        raise SystemExit("Chunks gave other tokens: their memory means nothing.")
+        raise SystemExit("Chunks gave different tokens, so their memory is not valid.")
     return {**figures, "seconds_without": times[0], "seconds_with": times[1]}
 
 

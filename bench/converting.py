@@ -2,9 +2,9 @@
 
     python bench/converting.py
 
-A Llama of random weights in bfloat16. Copying reads a file from its beginning to its end, writes it, and waits until it
-is on the disk, as converting does, which also hashes every tensor and looks for NaN. The three take turns. Memory is
-what a fresh process grows by at most, beyond what it has after it has converted a tiny model.
+A Llama of random weights in bfloat16. Copying reads a file from beginning to end, writes it, and waits until it is on
+the disk. Converting does the same, and also hashes every tensor and checks for NaN. The three take turns. Memory is the
+maximum of a fresh process, minus its memory after it has converted a tiny model.
 """
 
 import argparse

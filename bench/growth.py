@@ -1,11 +1,11 @@
-"""How a decode step grows with the text behind it, with the batch and with the beams: milliseconds, as tables.
+"""How the time of a decode step grows with the text, the batch and the beams: milliseconds, as tables.
 
     python bench/growth.py
 
-Every length is that of a call with the same room to grow, whose cache has as many slots as such a text has by then. The
-slope over the length, by least squares, is compared with what reading the keys and values of one more column takes at
-the bandwidth measured in the same run. A step is what a call of some steps takes beyond a call of one, whose prefill it
-shares, by their number; calls alternate, figures are medians, with the range beside them.
+All lengths are of calls with the same limit, whose cache has grown to the size that it has at that length. The slope
+over the length, by least squares, is compared with the time to read the keys and values of one more token at the bandwidth
+measured in the same run. The time of a step is the time of a call of some steps minus that of a call of one, divided by
+their number; calls alternate, figures are medians, with the range beside them.
 """
 
 import argparse
@@ -131,7 +131,7 @@ def by_call(model: Any, values: Iterable[int], axis: str, steps: int, repeats: i
 
 
 def _steps(calls: dict[int, Callable[[int], Any]], steps: int, repeats: int) -> list[dict[str, Any]]:
-    """Milliseconds of a step beyond the first, by what is varied."""
+    """Milliseconds of a step beyond the first, by the varied value."""
     return [
         {"value": value, "step_ms": statistics.median(taken), "step_ms_range": [min(taken), max(taken)]}
         for value, taken in step_times(calls, steps, repeats).items()

@@ -1,7 +1,7 @@
 """The systems that `compare.py` times, each behind the same few methods and in a process of its own.
 
-Processes, since Keras takes its backend from the environment once, frameworks bring thread pools of their own, and a
-peer that fails is to take no other with it. The parent asks one at a time, so that none works while another is timed.
+Separate processes, because Keras reads its backend from the environment once, frameworks have their own thread pools,
+and a peer that crashes must not end the others. The parent calls one at a time, so that none works while another is timed.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ class Case:
     Attributes:
         decode: one of `DECODES`.
         prompts: int [B, P], without padding.
-        new_tokens: of each row; there is no end before.
+        new_tokens: of each row; there is no eos before.
     """
 
     decode: str

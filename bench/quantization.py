@@ -1,12 +1,11 @@
-"""What a smaller dtype costs and saves: milliseconds of a decode step, bytes, and how far the distributions move.
+"""The costs and savings of smaller dtypes: milliseconds of a decode step, bytes, and how far the distributions move.
 
     python bench/quantization.py
 
-Models of the same random weights in float32, in bfloat16 and in one byte each take turns; a step is what a call of some
-steps takes beyond a call of one, by their number. The divergence is Kullback and Leibler's, in nats per token, from the
-float32 model of `--model` (by default the small one that jaxgen comes with), over texts that this one wrote; beside it,
-how often the likeliest token is another one. A small model trained on one kind of text does not tell how a real one
-fares.
+Models of the same random weights in float32, bfloat16 and int8 take turns; the time of a step is the time of a call of
+some steps minus that of a call of one, divided by their number. The divergence is KL, in nats per token, from the
+float32 model of `--model` (by default the bundled one), over texts that this one wrote; beside it, how often the top
+token differs. A small model trained on one kind of text says little about a real one.
 """
 
 import argparse
@@ -85,7 +84,7 @@ def step_ms(models: dict[str, Any], batch: int, steps: int, repeats: int) -> dic
     }
     for call in calls.values():
         if not np.array_equal(call(1 + steps), call(1 + steps)):
-            raise SystemExit("the same call gave other tokens: its times mean nothing.")
+            raise SystemExit("the same call gave different tokens, so its times are not valid.")
     return {kind: statistics.median(taken) for kind, taken in step_times(calls, steps, repeats).items()}
 
 

@@ -1,4 +1,4 @@
-"""What decoded tokens are checked against: logits of whole texts without a cache, by transformers or by jaxgen."""
+"""The reference for decoded tokens: logits of whole texts without a cache, by transformers or by jaxgen."""
 
 import functools
 import importlib.util

@@ -1,10 +1,10 @@
-"""What drawing tokens costs over taking the highest: decode steps of jaxgen, as a table of ratios.
+"""The cost of sampling over greedy decoding: decode steps of jaxgen, as a table of ratios.
 
     python bench/sampling.py
 
 A vocabulary of 128,256 on a small model (4 layers, hidden 512), eight rows: the share of sampling in a step is larger
-here than in any model people use. A step is what a call takes beyond a call for one token, by the number of further
-tokens. The calls alternate; figures are medians.
+here than in any model people use. The time of a step is the time of a call minus that of a call for one token, divided
+by the number of further tokens. The calls alternate; figures are medians.
 """
 
 import argparse

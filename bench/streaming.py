@@ -1,9 +1,9 @@
-"""What being watched costs: whole calls with a streamer that does nothing over the same calls without, as a table.
+"""The cost of streaming: whole calls with a streamer that does nothing over the same calls without, as a table.
 
     python bench/streaming.py
 
-The 135M shape with random weights in float32, one row, a 32-token prompt and 128 new tokens without an end. The calls
-alternate; figures are medians. The tokens must be equal, and the second call of each kind must compile nothing.
+The 135M shape with random weights in float32, one row, a 32-token prompt and 128 new tokens without an eos. The calls
+alternate; figures are medians. The tokens must be equal, and the second call of each kind must not compile.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def main() -> None:
         return jaxgen.generate(model, prompt, max_new_tokens=NEW_TOKENS, eos_token_id=None, **kwargs)
 
     if not np.array_equal(call(), call(streamer=Watcher())):
-        raise SystemExit("The streamed call gave other tokens: its time means nothing.")
+        raise SystemExit("The streamed call gave different tokens, so its time is not valid.")
     compiled = jaxgen.compile_counts()
     times: dict[str, list[float]] = {"plain": [], "streamed": []}
     for _ in range(arguments.repeats):

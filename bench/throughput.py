@@ -7,7 +7,7 @@ A named shape gets random weights. The first call of a case is cold: what it tak
 call for one token is the time to the first one, and the rest of a whole call, by the number of further tokens, is a
 decode step; calls of both kinds alternate, figures are medians, and the range of the step stands beside it. Bytes are
 the weights (without an embedding that is only looked up) and the keys and values that are valid, averaged over the
-steps; MBU is their share of the bandwidth measured in the same run, and means nothing for a model that fits in a cache.
+steps; MBU is their share of the bandwidth measured in the same run, and is not meaningful for a model that fits in a cache.
 
 The tokens that were timed are checked against logits computed without a cache (see `reference.py`): greedy ones must
 be the highest, but for ties within the rounding of the dtype, which are counted; sampled ones among the `top_k`
@@ -98,7 +98,7 @@ def _mesh(text: str) -> Mesh:
         return jax.make_mesh((data, tensor), ("data", "tensor"))
     except ValueError as error:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no mesh of these {jax.device_count()} devices: {error}"
+            f"{text!r} is not a mesh of these {jax.device_count()} devices: {error}"
         ) from error
 
 
@@ -177,24 +177,26 @@ def check(model: Any, reference: Reference, decode: str, prompts: np.ndarray, ou
     columns = prompts.shape[1]
     sequences, *others = outputs
     if any(not np.array_equal(sequences, each) for each in others):
-        raise SystemExit(f"{decode}: two calls with the same arguments gave other tokens. Their times mean nothing.")
+        raise SystemExit(
+            f"{decode}: two calls with the same arguments gave different tokens, so their times are not valid."
+        )
     verdict = reference.judge(decode, prompts, sequences[:, columns:])
     if verdict.wrong:
         raise SystemExit(
-            f"{decode}: {verdict.wrong} of {sequences[:, columns:].size} tokens are others than those of "
+            f"{decode}: {verdict.wrong} of {sequences[:, columns:].size} tokens differ from those of "
             f"{reference.of} without a cache, whose logits are up to {verdict.furthest:.2g} higher; rounding explains "
-            f"{verdict.tolerance:.2g}. Their times mean nothing."
+            f"{verdict.tolerance:.2g}. Their times are not valid."
         )
     if decode == "beams":
         tokens = sequences.shape[1] - columns
         again, scores = scored_beams(model, prompts, tokens)
         if not np.array_equal(again, sequences):
-            raise SystemExit("beams: `decode` gave other tokens than `generate`. Their times mean nothing.")
+            raise SystemExit("beams: `decode` and `generate` gave different tokens, so their times are not valid.")
         apart = np.abs(scores - verdict.log_p / tokens).max()
         if apart > verdict.tolerance:
             raise SystemExit(
                 f"beams: a text's log-probability per token is {apart:.2g} from that of {reference.of} without a "
-                f"cache, and rounding explains {verdict.tolerance:.2g}. Their times mean nothing."
+                f"cache, and rounding explains {verdict.tolerance:.2g}. Their times are not valid."
             )
     # In other dtypes a batch of another size rounds otherwise, and a draw goes with it.
     if decode == "sampling" and model.dtype == jnp.float32:
@@ -234,7 +236,7 @@ def step_bytes(model: Any, decode: str, batch: int, prompt_tokens: int, new_toke
 
 
 def _bytes(leaf: jax.Array) -> int:
-    """Of all devices together: what is on several of them is read by each."""
+    """Of all devices together: an array on several of them is read by each."""
     return sum(shard.data.nbytes for shard in leaf.addressable_shards)
 
 

@@ -117,7 +117,7 @@ def test_a_peer_that_gives_other_tokens_or_none_gets_no_ratio(bench: Any) -> Non
     assert figures["failing later"] == {"skipped": "no memory left"}
     assert figures["fewer"] == {"skipped": "tokens of shape (2, 3) instead of (2, 4)"}
     assert "ratio" not in {**figures["other"], **figures["fewer"], **figures["failing"]}
-    with pytest.raises(SystemExit, match="jaxgen's tokens are others"):
+    with pytest.raises(SystemExit, match="jaxgen's tokens differ from"):
         compare.compare(given | {"jaxgen": given["other"]}, judge, case, "float32", 1)
 
 
@@ -152,9 +152,9 @@ def test_tokens_of_other_weights_end_the_run(bench: Any, of: str, monkeypatch: p
     assert judge.of == of
     assert throughput.check(model, judge, "greedy", prompts, [right]) == 0
     perturbed = jax.tree.map(lambda weight: weight + 0.05, model)
-    with pytest.raises(SystemExit, match="tokens are others than those of"):
+    with pytest.raises(SystemExit, match="tokens differ from those of"):
         throughput.check(perturbed, judge, "greedy", prompts, [common.continued(perturbed, prompts, 8)])
-    with pytest.raises(SystemExit, match="two calls with the same arguments gave other tokens"):
+    with pytest.raises(SystemExit, match="two calls with the same arguments gave different tokens"):
         throughput.check(model, judge, "greedy", prompts, [right, right + 1])
 
 
