@@ -5,10 +5,10 @@
 
 All start from the same random weights and the same prompts and produce the same number of tokens, without an eos, on
 the CPU, or on the GPU that `JAX_PLATFORMS` names. The calls alternate, so that a machine that slows down slows all;
-figures are medians. A ratio is printed for equal work only: greedy and beam tokens must be those of jaxgen. Greedy tokens may
-differ where two tie within the rounding of the dtype. Beams in bfloat16, where rounding decides between texts, and
-samples, which come from different random generators, must have the same shape. Where greedy tokens differ, both are
-compared with a forward pass without a cache, and the run stops if those of jaxgen are wrong.
+figures are medians. A ratio is printed for equal work only: greedy and beam tokens must be those of jaxgen. Greedy
+tokens may differ where two tie within the rounding of the dtype. Beams in bfloat16, where rounding decides between
+texts, and samples, which come from different random generators, must have the same shape. Where greedy tokens differ,
+both are compared with a forward pass without a cache, and the run stops if those of jaxgen are wrong.
 
 The first call of a case includes compiling. A call with a new prompt length then shows whether that recompiles. Peers
 besides transformers are measured if they are installed:

@@ -3,9 +3,9 @@
     python bench/growth.py
 
 All lengths are of calls with the same limit, whose cache has grown to the size that it has at that length. The slope
-over the length, by least squares, is compared with the time to read the keys and values of one more token at the bandwidth
-measured in the same run. The time of a step is the time of a call of some steps minus that of a call of one, divided by
-their number; calls alternate, figures are medians, with the range beside them.
+over the length, by least squares, is compared with the time to read the keys and values of one more token at the
+bandwidth measured in the same run. The time of a step is the time of a call of some steps minus that of a call of one,
+divided by their number; calls alternate, figures are medians, with the range beside them.
 """
 
 import argparse

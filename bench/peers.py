@@ -1,7 +1,8 @@
 """The systems that `compare.py` times, each behind the same few methods and in a process of its own.
 
 Separate processes, because Keras reads its backend from the environment once, frameworks have their own thread pools,
-and a peer that crashes must not end the others. The parent calls one at a time, so that none works while another is timed.
+and a peer that crashes must not end the others. The parent calls one at a time, so that none works while another is
+timed.
 """
 
 import contextlib

@@ -7,7 +7,8 @@ A named shape gets random weights. The first call of a case is cold: what it tak
 call for one token is the time to the first one, and the rest of a whole call, by the number of further tokens, is a
 decode step; calls of both kinds alternate, figures are medians, and the range of the step stands beside it. Bytes are
 the weights (without an embedding that is only looked up) and the keys and values that are valid, averaged over the
-steps; MBU is their share of the bandwidth measured in the same run, and is not meaningful for a model that fits in a cache.
+steps; MBU is their share of the bandwidth measured in the same run, and is not meaningful for a model that fits in a
+cache.
 
 The tokens that were timed are checked against logits computed without a cache (see `reference.py`): greedy ones must
 be the highest, but for ties within the rounding of the dtype, which are counted; sampled ones among the `top_k`
