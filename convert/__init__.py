@@ -23,7 +23,7 @@ import numpy as np
 
 from jaxgen import __version__
 from jaxgen.checkpoint.files import CheckpointError, Json, checkpoint_folder, file_in, read_json
-from jaxgen.checkpoint.load import INDEX, MANIFEST, listed, open_folder, weights_dtype
+from jaxgen.checkpoint.load import INDEX, MANIFEST, Source, listed, open_folder, weights_dtype
 
 from .layout import SHARD_BYTES, File, hugging_face_files, hugging_face_tensors, index, manifest, native_files
 from .lora import merged
@@ -94,9 +94,7 @@ def convert_checkpoint(
     before = identity(folder)
     with contextlib.ExitStack() as stack:
         readable = stack.enter_context(unpickled(folder, target)) if allow_pickle else folder
-        source = open_folder(readable, follow_links=follow_links)
-        if source.native:
-            raise CheckpointError(f"{folder} is converted already. Pass the original Hugging Face folder.")
+        source = _original(folder, readable, follow_links)
         plan: list[object] = [__version__, before, str(wanted), shard_bytes]
         if adapter is not None:
             source = replace(source, pieces=merged(source.pieces, adapter))
@@ -105,19 +103,25 @@ def convert_checkpoint(
         config, others, left_out = converted_config(source, wanted), *other_files(folder)
         needed = sum(file.nbytes for file in files)
         partial = stack.enter_context(partial_folder(target, plan, needed, overwrite=overwrite, resume=resume))
-        digests = partial.write_tensors(files, threads)
-        copied = _copied(partial, others, config)
+        digests, copied = partial.write_tensors(files, threads), _copied(partial, others, config)
         partial.write(INDEX, index(files).encode())
         hashes = {name: digest.sha256 for name, digest in sorted(digests.items())}
         exact = wanted is None and readable is folder and adapter is None
         partial.write(MANIFEST, manifest(source, hashes, copied, exact=exact).encode())
-        if identity(folder) != before:
+        if identity(folder) != before:  # or the new folder could hold parts of two versions
             raise CheckpointError(f"{folder} changed while it was converted. Begin again.")
-        partial.write("config.json", config)
-    if readable is not folder:  # the pickles that `other_files` leaves out were read
-        left_out = []
+        partial.write("config.json", config)  # last: without it the folder does not load
+    left_out = left_out if readable is folder else []  # else they are the pickles, which were read
     messages = [*source.warnings, *left_out, *tokenizer_trouble(folder), *_suspicious_values(folder, digests, wanted)]
     return _report(target, files, messages, begun)
+
+
+def _original(folder: Path, readable: Path, follow_links: bool) -> Source:
+    """The source of a conversion, from the folder that holds it as safetensors."""
+    source = open_folder(readable, follow_links=follow_links)
+    if source.native:
+        raise CheckpointError(f"{folder} is converted already. Pass the original Hugging Face folder.")
+    return source
 
 
 def convert_to_hugging_face(

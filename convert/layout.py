@@ -147,6 +147,7 @@ def index(files: list[File]) -> str:
 
 
 def _names(header: bytes) -> Iterator[str]:
+    # the first 8 bytes are the length of the JSON
     return (name for name in json.loads(header[8:]) if name != "__metadata__")
 
 
@@ -156,6 +157,7 @@ def _files(entries: Mapping[str, _Entry], shard_bytes: int, kind: str) -> list[F
     size = 0
     for name, entry in entries.items():
         size += _nbytes(entry)
+        # A shard takes at least one tensor, however large.
         if shards[-1] and size > shard_bytes:
             shards.append({})
             size = _nbytes(entry)
@@ -218,6 +220,7 @@ def _original_file(name: str, text: str, tensors: dict[str, Tensor], prefix: str
     encoded = text.encode()
     start = len(encoded).to_bytes(8, "little") + encoded
     pieces, end = [], 0
+    # In the order of the data, which need not be that of the names. The data must have no gaps, as safetensors demands.
     for key, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
         tensor = tensors.pop(_name_in(tensors, key, prefix))
         expected = {"dtype": NAMES[tensor.dtype], "shape": [*tensor.shape], "data_offsets": [end, end + tensor.nbytes]}

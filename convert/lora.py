@@ -104,6 +104,7 @@ def merged(pieces: Mapping[str, list[Tensor]], folder: Path) -> dict[str, list[T
     if _HEAD not in weights:
         tensors = _without_shared_copy(folder, tensors)
     changed: dict[str, Tensor] = {}
+    # First whole weights, then products, which are added to a replaced weight if there is one.
     for name in [name for name in tensors if name.removesuffix(_BASE) + ".weight" in weights or name in weights]:
         target = weights[name if name in weights else name.removesuffix(_BASE) + ".weight"]
         changed[target.name] = _replacement(folder, target, tensors.pop(name))

@@ -68,7 +68,7 @@ class Partial:
         for file in files:
             path = self.folder / file.name
             path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("ab") as opened:
+            with path.open("ab") as opened:  # full size at once, with zeros where the header belongs
                 opened.truncate(file.nbytes)
         pieces = [(file, piece) for file in files for piece in file.pieces]
         total = sum(piece.nbytes for _, piece in pieces)
@@ -90,6 +90,7 @@ class Partial:
 
     def write(self, name: str, content: bytes) -> None:
         """Writes a small file, which appears complete or not at all."""
+        # On the disk before the rename, or a crash could leave a file of this name that is empty.
         unfinished = self.folder / f"{name}.unfinished"
         with unfinished.open("wb") as file:
             file.write(content)
@@ -308,7 +309,7 @@ def _finished(journal: TextIO, folder: Path, fingerprint: str) -> dict[tuple[str
         except ValueError:  # the process ended while it wrote this line
             continue
         finished[file, offset] = Digest(*digest)
-    if lines[-1]:
+    if lines[-1]:  # end the line that was cut, so that the next entry does not continue it
         journal.write("\n")
     return finished
 

@@ -90,6 +90,7 @@ def dequantised(tensors: Mapping[str, Tensor], raw: Json, embedding: np.dtype | 
     else:
         return dict(tensors)
     dtype = wide_dtype(raw, embedding)
+    # "x.weight_scale" and "x.weight_scale_inv" -> "x.weight"
     scales = {name[: name.rindex("_scale")]: tensor for name, tensor in tensors.items() if name.endswith(_SCALES)}
     result: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -106,7 +107,7 @@ def dequantised(tensors: Mapping[str, Tensor], raw: Json, embedding: np.dtype | 
             f"config.json has `{KEYS[0]}`={quantization!r}, but no tensor is an 8-bit float. Remove it if "
             "these are the unquantised weights."
         )
-    if scales:
+    if scales:  # each was removed when its weight was found
         raise CheckpointError(f"`{min(scales)}` has a scale, but is not an 8-bit float. {_HOW_TO_GO_ON}")
     return result
 

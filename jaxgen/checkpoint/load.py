@@ -190,6 +190,7 @@ def save(model: LoadedModel, path: str | Path) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     # Not `save_pretrained`: it refuses sampling fields without `do_sample`, which many checkpoints have.
     model.generation_config.to_json_file(folder / "generation_config.json")
+    # A parameter is split into the tensors that it is made of, in the order of the header.
     header = {
         name: (np.dtype(parameters[path].dtype), (rows, *parameters[path].shape[1:]))
         for path, sources in stacks.items()
@@ -357,20 +358,17 @@ def _account(
     Raises:
         CheckpointError: see `load`.
     """
-    layers = raw.get("num_hidden_layers")
-    if isinstance(layers, int) and layers > min(len(tensors), _MOST_LAYERS):  # before so many names are listed
-        raise CheckpointError(
-            f"{folder} holds {len(tensors)} tensors, but its config.json has `num_hidden_layers`={layers}. Each "
-            f"layer needs tensors of its own, and the limit is {_MOST_LAYERS} layers. Download it again."
-        )
+    _check_layers(folder, raw, len(tensors))
     unquantised = {key: value for key, value in raw.items() if key not in float8.KEYS}
     try:
         family, config, generation_config = _parse_config(unquantised, generation)
         _check_numbers(config)
+        # Buffers follow from the config, so the model has no parameters for them.
         buffers = {name: tensor for name, tensor in tensors.items() if name.endswith(tuple(family.buffers))}
         tensors = {name: tensor for name, tensor in tensors.items() if name not in buffers}
         untied = family.weight_map(replace(config, tie_word_embeddings=False))
         head, embedding = (path if native else next(iter(untied[path])) for path in (family.head, family.embedding))
+        # Names get their prefix below, but the dtype is needed before that.
         stored = tensors.get(embedding, tensors.get(embedding.removeprefix(family.prefix)))
         tensors = float8.dequantised(tensors, raw, None if stored is None else stored.dtype)
     except ValueError as error:
@@ -381,10 +379,12 @@ def _account(
         known = {name for sources in untied.values() for name in sources}
         tensors = _with_names_of(known, family.prefix, tensors)
     config, copies = _resolve_head(folder, raw, config, tensors, head, embedding)
+    # The head decides whether the weight map has one, the vocabulary the shapes: so both come before the weight map.
     config, resized = _resolve_vocabulary(config, tensors, head, embedding)
     weight_map = family.weight_map(config)
     if native:
         weight_map = {path: _native_names(path, sources, tensors) for path, sources in weight_map.items()}
+    # A tied head that is stored too was compared with the embedding, and is not loaded.
     used = {name: tensor for name, tensor in tensors.items() if name not in copies}
     _match_names(folder, weight_map, used)
     model = _abstract(family, config, generation_config, mesh)
@@ -396,6 +396,16 @@ def _account(
     if source.is_float64:
         messages.append("its weights are float64. They are held as float32, unless `dtype` says otherwise.")
     return replace(source, warnings=tuple(f"{folder}: {message}" for message in messages))
+
+
+def _check_layers(folder: Path, raw: Json, tensors: int) -> None:
+    """Raises CheckpointError for more layers than there can be, before the names of their tensors are listed."""
+    layers = raw.get("num_hidden_layers")
+    if isinstance(layers, int) and layers > min(tensors, _MOST_LAYERS):
+        raise CheckpointError(
+            f"{folder} holds {tensors} tensors, but its config.json has `num_hidden_layers`={layers}. Each "
+            f"layer needs tensors of its own, and the limit is {_MOST_LAYERS} layers. Download it again."
+        )
 
 
 def _parse_config(raw: Json, generation: Json | None) -> tuple[Family, Config, "GenerationConfig"]:
@@ -495,6 +505,7 @@ def _resolve_vocabulary(
 ) -> tuple[Config, tuple[str, ...]]:
     """Takes the size of the vocabulary from the embedding: configs often miss added tokens and padding rows."""
     shapes = {tensors[name].shape for name in (head, embedding) if name in tensors}
+    # Where the two differ or are not [V, D], `_match_shapes` reports it.
     if embedding not in tensors or len(shapes) != 1 or (shape := shapes.pop())[1:] != (config.hidden_size,):
         return config, ()
     if shape[0] in (config.vocab_size, 0):
@@ -515,6 +526,7 @@ def _wrong_buffers(family: Family, config: Config, buffers: Mapping[str, Tensor]
         values = next(values for end, values in family.buffers.items() if name.endswith(end))
         if values is not None:
             expected = values(config)
+            # Stored in another float dtype, a value differs by rounding.
             matches = tensor.dtype in DTYPES.values() and tensor.shape == expected.shape
             if matches:
                 stored = np.concatenate([block.astype(np.float32) for block in tensor.blocks()])

@@ -142,7 +142,7 @@ class _Chat:
             if not text:
                 raise ValueError("/save needs the name of a file.")
             path = Path(text).expanduser()
-            with path.open("x", encoding="utf-8") as file:  # never over another file
+            with path.open("x", encoding="utf-8") as file:  # "x" never overwrites a file
                 json.dump({"messages": self._conversation.messages}, file, ensure_ascii=False, indent=1)
             return f"(saved in {path})"
         return _HELP if name == "/help" else f"There is no {name}.\n{_HELP}"
@@ -156,7 +156,7 @@ class _Chat:
         with _interruptible(screen) as interrupted:
 
             def run_call(prepared: PreparedCall) -> tuple[GenerateOutput, int]:
-                if self.busy:
+                if self.busy:  # the one worker still compiles for an answer that was dropped
                     screen.compiling()
                 model = self._conversation.model
                 self._last = self._worker.submit(decode, model, prepared, screen.show, interrupted, screen.compiling)
@@ -205,6 +205,7 @@ class _Screen:
         """Shows the text of new token ids, int [T]; nothing after `close`."""
         self._looks += 1
         self._waiting += ids.tolist()
+        # The first token stays behind the note until the others follow.
         if self._ended or (self._noted and not self.begun):
             return
         self._clear()

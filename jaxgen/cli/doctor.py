@@ -77,6 +77,7 @@ def hazards(versions: dict[str, str | None], backend: str, nvidia: bool | None =
     for requirement in _requirements():
         installed, bounds = known.get(requirement.name), requirement.specifier
         if installed and not bounds.contains(installed, prereleases=True):
+            # A version that a bound excludes by name is known not to work.
             word = "broken" if f"!={installed.public}" in map(str, bounds) else "untested"
             troubles.append(f"{requirement.name} {installed} is {word}. Install: pip install '{requirement}'")
     jax_series, flax = known["jax"].release[:2], known["flax"]

@@ -53,7 +53,7 @@ def describe(source: Source) -> dict[str, str]:
 
 
 def _stops(source: Source, generation_config: "GenerationConfig") -> str:
-    ids = generation_config.eos_token_id
+    ids = generation_config.eos_token_id  # an int, a list or None
     ids = [ids] if isinstance(ids, int) else list(ids or [])
     if not ids or not (source.folder / "tokenizer.json").exists():
         return str(ids) if ids else "no eos id"

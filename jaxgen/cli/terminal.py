@@ -147,11 +147,13 @@ def decode(
     finally:
         _running.remove(times)
     times.total = time.perf_counter() - start
+    # Tokens and seconds after the first chunk, without the compiling in between.
     length, compiling = first
     times.rate = (times.shown - length) / max(times.total - times.first_token - (times.compiling - compiling), 1e-9)
     return output, times
 
 
+# JAX's listeners hear the whole process, so they add to the times of all running decodes.
 _running: list[Times] = []
 
 

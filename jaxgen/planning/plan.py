@@ -404,7 +404,7 @@ class _Call:
 
     def _decode_temporaries(self, rows: int, tensor: int, platform: str) -> int:
         """Activations, and the logits: with beams three arrays of their size are alive at a time."""
-        rows *= self.branches
+        rows *= self.branches  # beams share a row of the cache, but each has logits and activations
         logits = 4 * rows * self.config.vocab_size
         return logits * (1 if self.branches == 1 else 3) + self._activations(rows, 1, self.slots, tensor, platform)
 

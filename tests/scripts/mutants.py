@@ -429,9 +429,9 @@ MUTANTS = [
     ),
     Mutant(
         "jaxgen/checkpoint/load.py",
-        "_account, over 256 layers",
-        "layers > min(len(tensors), _MOST_LAYERS)",
-        "layers > len(tensors)",
+        "_check_layers, over 256 layers",
+        "layers > min(tensors, _MOST_LAYERS)",
+        "layers > tensors",
         "tests/checkpoint/test_load.py::test_more_layers_than_any_model_has_are_refused_before_they_are_listed",
     ),
     Mutant(
