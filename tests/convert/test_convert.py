@@ -246,7 +246,7 @@ def test_the_manifest_names_every_tensor_of_the_source_once_and_every_parameter(
         (None, "lacks `model.layers.0.self_attn.q_proj.weight`"),
         ("", "jaxgen.json cannot be read"),
         ("{}", "format None"),
-        ('{"format": 1}', "format 1, and this jaxgen reads 2"),
+        ('{"format": 1}', "format 1, but this jaxgen reads 2"),
     ],
 )
 def test_a_converted_folder_without_the_manifest_of_this_version_is_refused(
