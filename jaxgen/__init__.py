@@ -1,7 +1,7 @@
 """Hugging Face `generate()` for JAX: the same arguments, the same tokens, the whole decode one compiled program."""
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jaxgen.version import __version__
 
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
     from jaxgen.generation.past_key_values import PastKeyValues
     from jaxgen.generation.text_stream import stream_text
     from jaxgen.processors.stopping_criteria import EosToken, MaxLength
-else:  # or a misspelt name would be of type `Any`
+else:  # type checkers see only the names above, so that they report a misspelt one
 
-    def __getattr__(name: str) -> Any:
+    def __getattr__(name: str) -> object:
         if name not in _HOMES:
             raise AttributeError(f"module 'jaxgen' has no attribute {name!r}")
         value = globals()[name] = getattr(importlib.import_module(f"jaxgen.{_HOMES[name]}"), name)
         return value
 
 
-# Where the public names live. They are imported when they are first asked for, so that `jaxgen --help` answers at once.
+# The modules of the public names. Each is imported at first use, so that `jaxgen --help` answers at once.
 _HOMES = {
     "BUNDLED_MODEL": "checkpoint.load",
     "BeamSearch": "decoding.beam_search",

@@ -72,8 +72,14 @@ def test_no_file_imports_torch_but_the_one_that_reads_pickles_on_request(file: P
 
 @pytest.mark.parametrize("file", FILES, ids=relative)
 def test_transformers_is_imported_late_and_in_one_place(file: Path) -> None:
-    if relative(file) != "jaxgen/lazy.py":  # which imports it for the type checker alone
+    if relative(file) != "jaxgen/lazy.py":
         assert not {name for name in imports(file) if name.split(".")[0] == "transformers"}
+
+
+def test_types_of_transformers_are_imported_by_type_checkers_alone() -> None:
+    program = "import sys, jaxgen.lazy; print('transformers' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert result.stdout == "False\n"
 
 
 @pytest.mark.parametrize("file", FILES, ids=relative)

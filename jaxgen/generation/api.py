@@ -1,13 +1,13 @@
-"""The host front door: `generate`, `stream` and `prepare`.
+"""The entry points on the host: `generate`, `stream` and `prepare`.
 
-A call is prepared (`build`), run as two compiled programs (`driver`), and its outputs are trimmed (`trimming`).
+A call is prepared (`build`) and run as two compiled programs (`driver`); then its outputs are trimmed (`trimming`).
 """
 
 import atexit
 import contextlib
 import weakref
-from collections.abc import Generator, Iterator
-from typing import Any, Unpack
+from collections.abc import Callable, Generator, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, Unpack
 
 import jax
 import numpy as np
@@ -21,75 +21,80 @@ from jaxgen.generation.fields import GenerateKeywords
 from jaxgen.generation.memory import check_memory
 from jaxgen.generation.outputs import GenerateOutput
 from jaxgen.generation.request import Request, listed
-from jaxgen.generation.streaming import NewTokens, to_streamer
+from jaxgen.generation.streaming import NewTokens, Streamer, to_streamer
 from jaxgen.generation.token_healing import healed_inputs
 from jaxgen.generation.trimming import to_output
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
+    from jaxgen.lazy import GenerationConfig, PreTrainedTokenizerBase
 
 
 def generate(
     model: Model,
-    inputs: Any = None,
-    generation_config: Any = None,
-    logits_processor: Any = None,
-    stopping_criteria: Any = None,
-    prefix_allowed_tokens_fn: Any = None,
+    inputs: "ArrayLike | None" = None,
+    generation_config: "GenerationConfig | None" = None,
+    logits_processor: Iterable[Callable[..., object]] | None = None,
+    stopping_criteria: Iterable[Callable[..., object]] | None = None,
+    prefix_allowed_tokens_fn: "Callable[[int, np.ndarray], ArrayLike] | None" = None,
     synced_gpus: bool | None = None,
-    assistant_model: Any = None,
-    streamer: Any = None,
-    negative_prompt_ids: Any = None,
-    negative_prompt_attention_mask: Any = None,
-    custom_generate: Any = None,
+    assistant_model: object = None,
+    streamer: Streamer | None = None,
+    negative_prompt_ids: "ArrayLike | None" = None,
+    negative_prompt_attention_mask: "ArrayLike | None" = None,
+    custom_generate: str | Callable[..., Any] | None = None,
     *,
-    key: Any = None,
+    key: "ArrayLike | None" = None,
     output_logprobs: bool = False,
-    tokenizer: Any = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
     **kwargs: Unpack[GenerateKeywords],
 ) -> np.ndarray | GenerateOutput:
-    """Continues each prompt: the arguments, and the tokens, of transformers 5.24 `generate`.
+    """Continues each prompt. Takes the arguments of transformers 5.24 `generate` and returns the same tokens.
 
-    Greedily, by sampling (`do_sample`), with beams (`num_beams`), with beams that differ (`num_beam_groups`) or by
-    contrastive search (`penalty_alpha`).
+    Decoding is greedy, or by sampling (`do_sample`), beam search (`num_beams`), diverse beam search
+    (`num_beam_groups`) or contrastive search (`penalty_alpha`).
 
     Args:
         model: a model from `load` or `from_config`.
-        inputs: integers [B, P]: an array of any library or nested lists. Also as `input_ids=`. Without any, each row
-            starts from `bos_token_id`.
-        generation_config: a `transformers.GenerationConfig`; its None fields fall back to the model's.
-        logits_processor: a list of callables. JAX functions of (input_ids [N, S], scores [N, V], cur_len []), of whose
-            `input_ids` the first `cur_len` columns are valid, are compiled into the decode. Transformers' own
-            processors, and NumPy functions of (input_ids, scores), run on the host at every step, with a warning. They
-            act where transformers has them act: after the built-in processors, before those of sampling.
-        stopping_criteria: a list of callables like these, that return a bool per row.
-        prefix_allowed_tokens_fn: (row, tokens [L]) -> the ids that may follow; runs on the host.
+        inputs: token ids, integers [B, P], as an array of any library or nested lists; also as `input_ids=`. Without
+            a prompt, each row starts from `bos_token_id`.
+        generation_config: a `transformers.GenerationConfig`; fields that are None fall back to the model's.
+        logits_processor: a list of callables. JAX functions of (input_ids [N, S], scores [N, V], cur_len []) are
+            compiled into the decode; the first `cur_len` columns of their `input_ids` are valid. Processors of
+            transformers and NumPy functions of (input_ids, scores) run on the host at every step, with a warning. As in
+            transformers, they run after the built-in processors and before those of sampling.
+        stopping_criteria: a list of such callables that return a bool per row.
+        prefix_allowed_tokens_fn: (row, tokens [L]) -> the token ids that may follow; runs on the host.
         negative_prompt_ids: integers [B, P'] to guide away from, with `guidance_scale`; the last token of each prompt
             by default.
         negative_prompt_attention_mask: [B, P'].
-        streamer: anything with `put` and `end`, such as transformers' `TextStreamer`: gets the prompts, then a column
-            of tokens at a time, as NumPy arrays, then the end. Not with beams.
+        streamer: an object with `put` and `end`, such as transformers' `TextStreamer`. It gets the prompts, then the
+            next token of each row at each step, as NumPy arrays, and then the end. Not with beams.
         custom_generate: a function that chooses the tokens itself and whose result is returned, called with (model,
             input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs), see `custom_generate`;
             or a folder or repository with a `custom_generate/generate.py`, which takes `trust_remote_code=True`.
-        key: for `do_sample`: an int, a `jax.random` key, or one of either per prompt. The same key, the same tokens;
-            fresh entropy by default. A prompt with its own key draws the same tokens in whatever batch.
-        tokenizer: the model's, for `stop_strings`.
-        output_logprobs: with `return_dict_in_generate`, also return the chosen tokens' log-probabilities: `logprobs`
-            by the model alone, before temperature and every other rule, and `processed_logprobs` by the distribution
-            that they were drawn from.
-        **kwargs: `attention_mask` ([B, P], 1 on tokens and 0 on padding, inferred from `pad_token_id` if left out) and
-            any field of GenerationConfig, which wins over every config.
+        key: for `do_sample`: an int, a `jax.random` key, or one of either per prompt; a random key by default. The same
+            key gives the same tokens. A prompt with its own key samples the same tokens in any batch.
+        tokenizer: the model's, for `stop_strings` and `token_healing`.
+        output_logprobs: with `return_dict_in_generate`, also return the log-probabilities of the chosen tokens:
+            `logprobs` under the model alone, before temperature and all other rules, and `processed_logprobs` under the
+            distribution that they were sampled from.
+        **kwargs: `attention_mask` ([B, P], 1 for tokens and 0 for padding, inferred from `pad_token_id` if left out)
+            and any field of GenerationConfig, which takes precedence over every config.
 
     Returns:
-        int32 [B * num_return_sequences, length]: the prompt, then the new tokens; rows that finish early are filled
-        with `pad_token_id`, and the width ends with the last token any row needed. With `return_dict_in_generate`, a
+        int32 [B * num_return_sequences, length]: the prompt, then the new tokens. Rows that finish early are filled
+        with `pad_token_id`; the longest row sets the length. With `return_dict_in_generate`, a
         `GenerateDecoderOnlyOutput`, or with beams a `GenerateBeamDecoderOnlyOutput`.
 
     Raises:
-        ValueError: naming the argument, its value, the range and the next step; before anything is compiled.
+        ValueError: naming the argument, its value, the range and a way out, before anything is compiled.
     """
-    given = dict(locals())
+    given = dict(locals())  # first, while these are the arguments alone
     if isinstance(custom_generate, str) and custom_generate not in _BUILT_IN:
         return call_repository(custom_generate, **given.pop("kwargs"), **given)
-    own = own_arguments(custom_generate, {**kwargs, "key": key, "tokenizer": tokenizer})
+    custom_arguments = own_arguments(custom_generate, {**kwargs, "key": key, "tokenizer": tokenizer})
     request = Request(
         inputs=inputs,
         generation_config=generation_config,
@@ -101,16 +106,16 @@ def generate(
         streamer=streamer,
         negative_prompt_ids=negative_prompt_ids,
         negative_prompt_attention_mask=negative_prompt_attention_mask,
-        key=None if "key" in own else key,
+        key=None if "key" in custom_arguments else key,
         output_logprobs=output_logprobs,
         tokenizer=tokenizer,
-        keywords={name: value for name, value in kwargs.items() if name not in own},
+        keywords={name: value for name, value in kwargs.items() if name not in custom_arguments},
     )
     prepared = prepare_call(model, request)
     if callable(custom_generate):
         check_custom_generate(prepared, request)
         with prepared.host.registered():
-            return call_custom(custom_generate, model, prepared, own)
+            return call_custom(custom_generate, model, prepared, custom_arguments)
     with undisturbed(), prepared.host.registered():
         if streamer is None:
             state = collect(drive(model, prepared, UNWATCHED))
@@ -121,9 +126,9 @@ def generate(
 
 
 def prepare_call(model: Model, request: Request) -> PreparedCall:
-    """The call of a request, its prompt healed first if it asks for that, and checked against the memory here."""
+    """The call of a request, with `token_healing` applied and the available memory checked."""
 
-    def one_token(prompt: np.ndarray, generation_config: Any, key: Any) -> np.ndarray:
+    def one_token(prompt: np.ndarray, generation_config: "GenerationConfig", key: np.ndarray | None) -> np.ndarray:
         return generate(model, prompt, generation_config=generation_config, key=key)  # pyright: ignore[reportReturnType]
 
     with undisturbed():
@@ -135,35 +140,36 @@ def prepare_call(model: Model, request: Request) -> PreparedCall:
     return prepared
 
 
-# What transformers 5 keeps in repositories of its own, and jaxgen has: their fields of the configuration choose them.
+# Modes that transformers 5 moved to the Hub and jaxgen has. Their generation fields choose them, as in transformers 4.
 _BUILT_IN = ("transformers-community/contrastive-search", "transformers-community/group-beam-search")
 
 
-def stream(model: Model, inputs: Any = None, generation_config: Any = None, **kwargs: Any) -> Iterator[np.ndarray]:
+def stream(
+    model: Model, inputs: "ArrayLike | None" = None, generation_config: "GenerationConfig | None" = None, **kwargs: Any
+) -> Iterator[np.ndarray]:
     """The new tokens as they come: `for chunk in stream(model, **prompts)`.
 
     Args:
         model: as in `generate`.
         inputs: as in `generate`.
         generation_config: as in `generate`.
-        **kwargs: as in `generate`, but for what it returns besides tokens, and beams.
+        **kwargs: as in `generate`, except beams and outputs other than tokens.
 
     Yields:
-        int32 [B * num_return_sequences, T]: the next columns, the first one by itself. Side by side, they are what
-        `generate` returns after the prompts.
+        int32 [B * num_return_sequences, T]: the next T tokens of each row; the first chunk has one. Concatenated, they
+        are the new tokens that `generate` returns.
 
     Raises:
-        ValueError: as `generate`, at the call and not at the first chunk.
+        ValueError: as `generate`, when `stream` is called and not at the first chunk.
     """
     return follow(model, prepare_stream(model, Request.of(inputs, generation_config, kwargs)))
 
 
 def prepare_stream(model: Model, request: Request) -> PreparedCall:
-    """The call of a request, if its tokens can be shown as they come."""
+    """The call of a request for `stream`; raises ValueError if its tokens are not final as they come."""
     if request.streamer is not None or request.output_logprobs:
         raise ValueError(
-            "`stream` yields the tokens and nothing else: it takes no `streamer` and no `output_logprobs`. Use "
-            "`generate` for these."
+            "`stream` yields tokens only: it does not take `streamer` or `output_logprobs`. Use `generate` for these."
         )
     prepared = prepare_call(model, request)
     if prepared.config.return_dict_in_generate:
@@ -182,7 +188,7 @@ def follow(model: Model, prepared: PreparedCall) -> Generator[np.ndarray, None, 
     return chunks
 
 
-# A stream that is left unread ends while the modules that end it are still there.
+# Unread streams are closed at exit, while the modules that this takes still exist.
 _unread: weakref.WeakSet[Generator[np.ndarray, None, None]] = weakref.WeakSet()
 atexit.register(lambda: [chunks.close() for chunks in list(_unread)])
 
@@ -191,7 +197,7 @@ def _chunks(model: Model, prepared: PreparedCall) -> Generator[np.ndarray, None,
     new = NewTokens(prepared)
     with prepared.host.registered(), contextlib.closing(drive(model, prepared, WATCHED)) as chunks:
         while True:
-            with undisturbed():  # and only here, not in the code that reads the stream
+            with undisturbed():  # not around `yield`: the reader of the stream keeps its own settings
                 progress = next(chunks, None)
             if progress is None:
                 return
@@ -199,25 +205,29 @@ def _chunks(model: Model, prepared: PreparedCall) -> Generator[np.ndarray, None,
                 yield tokens
 
 
-def prepare(model: Model, inputs: Any = None, generation_config: Any = None, **kwargs: Any) -> Call:
-    """The checks and the resolution of `generate` without the run: for `decode` inside your own `jit`.
+def prepare(
+    model: Model, inputs: "ArrayLike | None" = None, generation_config: "GenerationConfig | None" = None, **kwargs: Any
+) -> Call:
+    """Checks and prepares a call of `generate` without running it, for `decode` inside your own `jit`.
 
-    `decode(model, call)` is then the pure function of the call, which is a pytree. Replace what should differ from run
-    to run, such as `dataclasses.replace(call, strategy=dataclasses.replace(call.strategy, key=key))`; the shapes stay.
+    `decode(model, call)` is a pure function, and the call is a pytree. Replace values that differ from run to run, for
+    example `dataclasses.replace(call, strategy=dataclasses.replace(call.strategy, key=key))`; shapes stay as they are.
 
     Args:
         model: as in `generate`.
         inputs: as in `generate`.
         generation_config: as in `generate`.
-        **kwargs: as in `generate`, but for what runs on the host.
+        **kwargs: as in `generate`, except arguments that run on the host.
 
     Raises:
-        ValueError: as `generate`, and for what runs on the host.
+        ValueError: as `generate`, and for arguments that run on the host.
     """
     request = Request.of(inputs, generation_config, kwargs)
     prepared = prepare_call(model, request)
     if request.streamer is not None or prepared.config.max_time is not None:
-        raise ValueError("`decode` is a pure function: it has no streamer and no clock. Leave out `max_time`.")
+        raise ValueError(
+            "`decode` is a pure function without a streamer or a clock. Leave out `streamer` and `max_time`."
+        )
     if prepared.host:
         raise ValueError(
             "`decode` is a pure function, but a processor or criterion of this call runs on the host. Write it as a "
@@ -230,9 +240,9 @@ def prepare(model: Model, inputs: Any = None, generation_config: Any = None, **k
 
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
-    """Without what callers have set JAX to for their own code: a mesh, and a guard against transfers.
+    """Sets aside the mesh and the transfer guard that callers have set in JAX for their own code.
 
-    A call takes NumPy arrays and returns them, so nobody who makes one is surprised by a transfer.
+    A call takes NumPy arrays and returns them, so its transfers are no surprise.
     """
     with no_mesh(), jax.transfer_guard("allow"):
         yield

@@ -1,14 +1,13 @@
 """From the arguments of `generate` to a call that is ready to run.
 
-JAX clamps and wraps where torch raises, so everything a program could get wrong is checked here, on the host, before
-anything is compiled.
+JAX clamps and wraps indices where torch raises, so every value is checked here, on the host, before anything is
+compiled.
 """
 
 import copy
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
@@ -31,7 +30,7 @@ from jaxgen.generation.user_warnings import warn_caller
 
 logger = logging.getLogger(__name__)
 
-# Of these, `generate` itself acts on `custom_generate`, and `stream` and `prepare` cannot.
+# `generate` handles `custom_generate` before it gets here; `stream` and `prepare` do not support it.
 _REFUSED = frozenset({*REFUSED_ARGUMENTS, "custom_generate"})
 
 
@@ -39,7 +38,7 @@ def read_request(model: Model, request: Request) -> tuple[Mode, Inputs]:
     """The decoding mode, with the configuration of the call, and the checked prompt.
 
     Raises:
-        ValueError: naming the argument, its value, the range and the next step.
+        ValueError: naming the argument, its value, the range and a way out.
     """
     config, model_inputs = resolve(model.generation_config, request.generation_config, _supported(request))
     mode = mode_for(config)
@@ -47,15 +46,17 @@ def read_request(model: Model, request: Request) -> tuple[Mode, Inputs]:
         _check_streamer(request.streamer)
         mode.check_streamer()
     if request.output_logprobs and not config.return_dict_in_generate:
-        raise ValueError("`output_logprobs`=True has nowhere to put them. Pass `return_dict_in_generate=True` too.")
+        raise ValueError(
+            "`output_logprobs`=True needs an output to put them in. Pass `return_dict_in_generate=True` too."
+        )
     return mode, checked_inputs(model, request.inputs, model_inputs, config)
 
 
 def build_call(model: Model, request: Request, mode: Mode, inputs: Inputs) -> PreparedCall:
-    """The call of a request that was read, whatever the memory here.
+    """The call of a request after `read_request`. Memory is not checked, so that `plan` can ask about other machines.
 
     Raises:
-        ValueError: naming the argument, its value, the range and the next step.
+        ValueError: naming the argument, its value, the range and a way out.
     """
     prompts, prompt_length = inputs.input_ids.shape
     stop = stopping(model, request.stopping_criteria, _fitted(mode.config, inputs), inputs)
@@ -101,18 +102,18 @@ def build_call(model: Model, request: Request, mode: Mode, inputs: Inputs) -> Pr
     )
 
 
-def _supported(request: Request) -> dict[str, Any]:
+def _supported(request: Request) -> dict[str, object]:
     """The keywords that are fields of a GenerationConfig or inputs of the model."""
     keywords = _with_one_cache(request.keywords)
     asked = {**keywords, "synced_gpus": request.synced_gpus, "assistant_model": request.assistant_model}
     for name in _REFUSED & asked.keys():
         if asked[name] is not None and asked[name] is not False:
             raise ValueError(f"`{name}` is not supported. Leave it out.")
-    # Permission for code of others concerns `custom_generate` alone.
+    # `trust_remote_code` is about `custom_generate` alone.
     return {name: value for name, value in keywords.items() if name not in {*_REFUSED, "trust_remote_code"}}
 
 
-def _with_one_cache(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def _with_one_cache(kwargs: Mapping[str, object]) -> dict[str, object]:
     """The keywords with the cache under its newer name, and the warnings of transformers 5.24 `deprecate_kwarg`."""
     others = dict(kwargs)
     if "past_key_values" not in others:
@@ -133,7 +134,7 @@ def _with_one_cache(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {"cache": old, **others}
 
 
-def _check_streamer(streamer: Any) -> None:
+def _check_streamer(streamer: object) -> None:
     if not callable(getattr(streamer, "put", None)) or not callable(getattr(streamer, "end", None)):
         raise ValueError(
             f"`streamer`={streamer!r} must have the methods `put` and `end`, as transformers' streamers do."
@@ -141,10 +142,10 @@ def _check_streamer(streamer: Any) -> None:
 
 
 def _fitted(config: DecodeConfig, inputs: Inputs) -> DecodeConfig:
-    """The configuration of a prompt that is not all text, with the lengths and rules that transformers 5.24 leaves it.
+    """The configuration adapted to the prompt, as in transformers 5.24: embeddings change lengths and some rules.
 
     Raises:
-        ValueError: if the two do not go together.
+        ValueError: if prompt and configuration conflict.
     """
     if inputs.past is not None and config.merged.cache_implementation is not None:
         raise ValueError(
@@ -186,6 +187,7 @@ def _fitted(config: DecodeConfig, inputs: Inputs) -> DecodeConfig:
             warn_caller(message.format(name, what))
     merged = copy.copy(config.merged)
     merged.encoder_repetition_penalty = merged.encoder_no_repeat_ngram_size = None
+    # With embeddings and without ids, `input_ids` starts empty, and lengths count from there.
     columns = inputs.embeddings.shape[1] + (0 if inputs.past is None else inputs.past.get_seq_length())
     config = replace(config, merged=merged, use_cache=True)
     if inputs.input_ids.shape[1] == columns:
@@ -194,26 +196,27 @@ def _fitted(config: DecodeConfig, inputs: Inputs) -> DecodeConfig:
     return replace(config, max_length=max_length, min_length=max(config.min_length - columns, 0))
 
 
-def _guidance(config: DecodeConfig, request: Request) -> tuple[Any, list[Any]]:
-    """The scale, unless off or replaced by a custom processor of its type, and the custom processors in their order."""
+def _guidance(config: DecodeConfig, request: Request) -> tuple[float | None, list[Callable[..., object]]]:
+    """The guidance scale and the custom processors. The scale is None if it is 1 or a custom processor replaces it."""
     scale, customs = config.merged.guidance_scale, request.logits_processor
     replacing = lazy.torch_class("UnbatchedClassifierFreeGuidanceLogitsProcessor")
     if scale is None or scale == 1 or any(type(each) is replacing for each in customs):
         if request.negative_prompt_ids is not None:
             logger.warning("`negative_prompt_ids` has no effect without `guidance_scale`. Pass one other than 1.")
+        # In transformers guidance comes before all other processors, and so does its replacement.
         first = [each for each in customs if type(each) is replacing]
         return None, [*first, *(each for each in customs if type(each) is not replacing)]
     if not isinstance(scale, (int, float, np.number)) or isinstance(scale, bool):
         raise ValueError(f"`guidance_scale`={scale!r} must be a number, above 1 to follow the prompt more closely.")
-    return scale, customs
+    return float(scale), customs
 
 
 def _prompt(
-    model: Model, request: Request, config: DecodeConfig, inputs: Inputs, guidance_scale: Any, new_tokens: int
+    model: Model, request: Request, config: DecodeConfig, inputs: Inputs, guidance_scale: float | None, new_tokens: int
 ) -> tuple[Prompt, Prefill | None, np.ndarray]:
-    """See `padded_prompt` and `guided_prompt`."""
+    """The padded prompt, what the model reads of it, and its cache slots; see `padded_prompt` and `guided_prompt`."""
     if guidance_scale is None:
         return padded_prompt(model, inputs, config.prefill_chunk_size, request.reserve, new_tokens)
-    inputs.check_plain("`guidance_scale`", "which reads negative prompts beside the others", config.prefill_chunk_size)
+    inputs.check_plain("`guidance_scale`", "which reads negative prompts in the same batch", config.prefill_chunk_size)
     negatives = checked_negatives(model, inputs, request.negative_prompt_ids, request.negative_prompt_attention_mask)
     return guided_prompt(model, inputs, *negatives, guidance_scale)

@@ -1,4 +1,4 @@
-"""A call of `generate` between its arguments and its programs."""
+"""A prepared call of `generate`: between its arguments and its programs."""
 
 from dataclasses import dataclass
 
@@ -14,18 +14,18 @@ from jaxgen.generation.modes.base import Mode
 
 @dataclass(frozen=True)
 class PreparedCall:
-    """A checked call, ready to run: what the two programs take, and what the host needs to trim their output.
+    """A checked call, ready to run: the input of the two programs, and what the host needs to trim their output.
 
     Attributes:
-        call: what the programs take.
+        call: the input of the programs.
         inputs: the caller's prompt, checked.
         config: the configuration of the call.
         mode: its decoding mode.
-        host: what runs on the host.
-        prompt_slots: int [M]. The cache slots of the prompt's columns, with those of a continued cache first.
-        forward_passes: after the prompt's, at the most.
-        collect: of "attentions" and "hidden_states", the intermediates to return.
-        reserved: slots that the cache has from the start; 0 to let it grow with the text.
+        host: the Python functions that run on the host.
+        prompt_slots: int [M]. The cache slots of the prompt tokens; those of a continued cache come first.
+        forward_passes: maximum number of decode steps after prefill.
+        collect: which intermediates to return: "attentions", "hidden_states".
+        reserved: cache slots per row from the start; 0 to let the cache grow with the text.
     """
 
     call: Call
@@ -50,7 +50,7 @@ class PreparedCall:
 
     @property
     def cache_slots(self) -> int:
-        """The slots of a row that the cache may grow to."""
+        """The maximum number of cache slots per row."""
         if self.reserved:
             return max(self.reserved, 1 << int(self.prompt_slots[-1] + 1 + self.forward_passes).bit_length())
         call, strategy = self.call, self.call.strategy

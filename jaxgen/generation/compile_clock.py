@@ -1,11 +1,10 @@
 """How long this thread has been compiling, which time limits and speeds leave out.
 
-How long a dispatch takes does not tell: on a GPU the dispatch of a `while` blocks until its last step. JAX reports each
-trace, lowering and compile by itself, none of them inside another.
+The time of a dispatch does not tell, because on a GPU the dispatch of a `while` blocks until its last step. JAX reports
+each trace, lowering and compile separately, and they are never nested.
 """
 
 import threading
-from typing import Any
 
 import jax
 
@@ -18,11 +17,11 @@ _spent = _Spent()
 
 
 def compile_seconds() -> float:
-    """Seconds that this thread has spent compiling so far, from tracing to reading a kept program back from disk."""
+    """Seconds that this thread has spent compiling so far, with traces and with programs read from a cache on disk."""
     return _spent.seconds
 
 
-def _add(event: str, duration_secs: float, **_: Any) -> None:
+def _add(event: str, duration_secs: float, **_: object) -> None:
     if event.startswith("/jax/core/compile/"):
         _spent.seconds += duration_secs
 

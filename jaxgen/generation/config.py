@@ -1,15 +1,15 @@
-"""Which configuration wins: from keyword arguments, configs and defaults to one frozen `DecodeConfig`.
+"""Precedence: keyword arguments, configs and defaults are merged into one frozen `DecodeConfig`.
 
 Resolution is transformers' own: its `GenerationConfig` merges, validates and warns, in the order of transformers 5.24
-`GenerationMixin._prepare_generation_config`. What comes out is checked field by field, so that nothing jaxgen does not
-do is accepted without a word.
+`GenerationMixin._prepare_generation_config`. The result is checked field by field, so that no field is accepted and
+then ignored without a warning.
 """
 
 import copy
 import difflib
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxgen import lazy
 from jaxgen.generation.decode_config import DecodeConfig, freeze
@@ -17,15 +17,18 @@ from jaxgen.generation.fields import MODEL_INPUTS, NO_EFFECT, REFUSED, SUPPORTED
 from jaxgen.generation.modes import MODES
 from jaxgen.generation.user_warnings import warn_once
 
+if TYPE_CHECKING:
+    from jaxgen.lazy import GenerationConfig
+
 logger = logging.getLogger(__name__)
 
 
 def resolve(
-    model_config: Any, generation_config: Any | None, kwargs: Mapping[str, Any]
+    model_config: "GenerationConfig", generation_config: "GenerationConfig | None", kwargs: Mapping[str, Any]
 ) -> tuple[DecodeConfig, dict[str, Any]]:
-    """Merges the levels of configuration: keywords, then the call's config, then the model's, then the defaults.
+    """Merges keywords, the call's config, the model's config and the defaults; earlier ones take precedence.
 
-    An explicit None among the keywords switches a field off; a None in a config leaves it to the next level.
+    An explicit None among the keywords switches a field off; a None in a config leaves it to the next one.
 
     Args:
         model_config: the model's `transformers.GenerationConfig`.
@@ -33,12 +36,12 @@ def resolve(
         kwargs: the call's keywords.
 
     Returns:
-        The value, and the keywords that are no generation fields.
+        The configuration, and the keywords that are not generation fields.
 
     Raises:
         ValueError: transformers' own errors, or naming a field that jaxgen does not support.
     """
-    config_class = lazy.transformers().GenerationConfig
+    config_class: type[GenerationConfig] = lazy.transformers().GenerationConfig
     if generation_config is not None and not isinstance(generation_config, config_class):
         raise ValueError(
             f"`generation_config` must be a transformers.GenerationConfig, but is {type(generation_config).__name__}. "
@@ -51,23 +54,25 @@ def resolve(
         try:
             watermark = lazy.generation_configs().WatermarkingConfig.from_dict(watermark)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"`watermarking_config`={watermark!r} makes no WatermarkingConfig: {error}.") from error
+            raise ValueError(
+                f"`watermarking_config`={watermark!r} is not a valid WatermarkingConfig: {error}."
+            ) from error
         kwargs = {**kwargs, "watermarking_config": watermark}
     merged = copy.deepcopy(generation_config) or config_class()
     merged.update(**model_config.to_dict(), defaults_only=True, allow_custom_entries=True)
     merged.update(**merged._get_default_generation_params(), defaults_only=True)
     fields = set(vars(merged))
 
-    def given(name: str) -> Any:
+    def given(name: str) -> object:
         return kwargs.get(name, getattr(merged, name))
 
     unchecked = set().union(*(mode.unchecked(given) for mode in MODES)) & set(kwargs)
     checked = {name: value for name, value in kwargs.items() if name not in unchecked}
     try:
         others = merged.update(**checked)
-    except (TypeError, AttributeError) as error:  # transformers compares before it asks what it is given
+    except (TypeError, AttributeError) as error:  # transformers compares values before it checks their types
         ours = {name: value for name, value in checked.items() if name in fields}
-        wrong = {name: value for name, value in ours.items() if not _has_a_type(config_class, name, value)} or ours
+        wrong = {name: value for name, value in ours.items() if not _has_valid_type(config_class, name, value)} or ours
         shown = ", ".join(f"`{name}`={value!r}" for name, value in wrong.items())
         raise ValueError(f"{shown} has the wrong type: {error}.") from error
     for name in unchecked:
@@ -82,7 +87,7 @@ def resolve(
         *kwargs,
         *(name for name, value in vars(generation_config or config_class()).items() if value is not None),
     }
-    _leave_out_what_is_not_heeded(merged, given_here)
+    _switch_off_ignored_fields(merged, given_here)
     _refuse_unsupported(merged)
     _refuse_unknown(others, fields)
     resolved = freeze(merged, has_default_max_length)
@@ -97,8 +102,8 @@ def resolve(
     return resolved, others
 
 
-def _has_a_type(config_class: Any, name: str, value: Any) -> bool:
-    """Whether transformers can look at the value of a field, if only to refuse it."""
+def _has_valid_type(config_class: "type[GenerationConfig]", name: str, value: Any) -> bool:
+    """Whether transformers can check the value of a field, even if only to refuse it."""
     try:
         config_class().update(**{name: value})
     except (TypeError, AttributeError):
@@ -108,9 +113,9 @@ def _has_a_type(config_class: Any, name: str, value: Any) -> bool:
     return True
 
 
-def _leave_out_what_is_not_heeded(merged: Any, given_here: set[str]) -> None:
-    """Switches off fields of the model's own config that transformers 5.23 does not heed beside the others."""
-    unheeded = {"cache_implementation": None} if merged.cache_implementation == "paged" else {}
+def _switch_off_ignored_fields(merged: "GenerationConfig", given_here: set[str]) -> None:
+    """Switches off fields of the model's config that transformers 5.23 ignores given the other fields."""
+    unheeded: dict[str, object] = {"cache_implementation": None} if merged.cache_implementation == "paged" else {}
     for mode in MODES:
         unheeded |= mode.unheeded(merged)
     for name, neutral in unheeded.items():
@@ -120,17 +125,17 @@ def _leave_out_what_is_not_heeded(merged: Any, given_here: set[str]) -> None:
         setattr(merged, name, neutral)
         if value:
             warn_once(
-                f"The model's generation config has `{name}`={value!r}, which changes nothing beside the other fields "
-                "of this call, as in transformers."
+                f"The model's generation config has `{name}`={value!r}, which has no effect with the other fields of "
+                "this call, as in transformers."
             )
 
 
-def _refuse_unsupported(merged: Any) -> None:
-    """Refuses fields that jaxgen lacks; names that are no fields are read by nobody, and said once."""
+def _refuse_unsupported(merged: "GenerationConfig") -> None:
+    """Refuses fields that jaxgen does not support, and warns once about names that are not fields."""
     unread = [name for name, value in vars(merged).items() if not _is_known(name) and value is not None]
     if unread:
         warn_once(
-            f"The generation config has {unread}, which are no fields of transformers' GenerationConfig. Neither "
+            f"The generation config has {unread}, which are not fields of transformers' GenerationConfig. Neither "
             "transformers nor jaxgen reads them."
         )
     for name, value in vars(merged).items():
@@ -144,7 +149,7 @@ def _is_known(name: str) -> bool:
     return name.startswith("_") or name in SUPPORTED or name in NO_EFFECT or name in REFUSED
 
 
-def _refuse_unknown(others: Mapping[str, Any], fields: set[str]) -> None:
+def _refuse_unknown(others: Mapping[str, object], fields: set[str]) -> None:
     unknown = [name for name, value in others.items() if value is not None and name not in MODEL_INPUTS]
     if not unknown:
         return

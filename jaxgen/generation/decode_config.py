@@ -1,15 +1,18 @@
-"""The configuration of one call: every field in one type, complete but for the prompt."""
+"""The configuration of one call: each field as one type, and all that does not depend on the prompt."""
 
 import logging
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from jaxgen.generation.fields import FLAGS
 from jaxgen.generation.user_warnings import warn_caller
 from jaxgen.generation.validators import integer, number, positive, token_id, token_ids
+
+if TYPE_CHECKING:
+    from jaxgen.lazy import GenerationConfig
 
 logger = logging.getLogger(__name__)
 
@@ -18,17 +21,17 @@ _DEFAULT_NEW_TOKENS = 20
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """The configuration of one call, complete but for the prompt.
+    """The configuration of one call, as far as it does not depend on the prompt.
 
     Attributes:
-        max_length: columns of the output, prompt included; None if nobody set it.
-        max_new_tokens: wins over `max_length`; None if nobody set it.
-        min_new_tokens: wins over `min_length`; None if nobody set it.
-        eos_token_id: in the caller's order, empty for none.
-        pad_token_id: None if nobody set it, which transformers' warnings tell from the default (the first eos).
+        max_length: in tokens, prompt included; None if not set.
+        max_new_tokens: takes precedence over `max_length`; None if not set.
+        min_new_tokens: takes precedence over `min_length`; None if not set.
+        eos_token_id: in the caller's order; empty if not set.
+        pad_token_id: None if not set, which some warnings of transformers depend on; `fill_token_id` has the default.
         max_time: seconds; None for no limit.
-        outputs: of "scores", "logits", "attentions", "hidden_states", what to return of every step.
-        merged: the merged GenerationConfig, for the fields that only processors and decoding modes read.
+        outputs: which of "scores", "logits", "attentions", "hidden_states" to return.
+        merged: the merged GenerationConfig, for fields that only processors and decoding modes read.
     """
 
     max_length: int | None
@@ -46,20 +49,20 @@ class DecodeConfig:
     prefill_chunk_size: int | None
     return_dict_in_generate: bool
     outputs: tuple[str, ...]
-    merged: Any
+    merged: "GenerationConfig"
 
     @property
     def fill_token_id(self) -> int:
-        """`pad_token_id`, the first eos by default; without either, no row finishes early and none is padded."""
+        """`pad_token_id`, by default the first eos. Without either, no row finishes early and none is padded."""
         if self.pad_token_id is not None:
             return self.pad_token_id
         return self.eos_token_id[0] if self.eos_token_id else 0
 
     def length_for(self, prompt_length: int, max_position_embeddings: int) -> int:
-        """The `max_length` of a prompt: 20 new tokens unless the caller or the checkpoint says otherwise.
+        """The `max_length` for a prompt: 20 new tokens if neither the call nor the checkpoint sets a length.
 
         Raises:
-            ValueError: if the prompt leaves no room for a token.
+            ValueError: if the prompt is already as long as `max_length`.
         """
         if self.max_new_tokens is not None:
             return prompt_length + self.max_new_tokens
@@ -79,7 +82,7 @@ class DecodeConfig:
         return max_length
 
     def min_length_for(self, prompt_length: int, max_length: int) -> int:
-        """The `min_length` of a prompt, with transformers' warnings if `max_length` comes first."""
+        """The `min_length` for a prompt, with the warning of transformers if it is above `max_length`."""
         min_length = self.min_length
         suffix = (
             " Generation will stop at the defined maximum length. You should decrease the minimum length and/or "
@@ -95,11 +98,11 @@ class DecodeConfig:
         return min_length
 
 
-def freeze(merged: Any, has_default_max_length: bool) -> DecodeConfig:
-    """The configuration of a call, from a complete GenerationConfig; `merged` is kept, with 0 as False.
+def freeze(merged: "GenerationConfig", has_default_max_length: bool) -> DecodeConfig:
+    """The configuration of a call from the merged GenerationConfig, in which flags of 0 become False.
 
     Raises:
-        ValueError: naming a field, its value and the range.
+        ValueError: naming the field, its value and the range.
     """
     for name in FLAGS:
         if type(getattr(merged, name)) is int and not getattr(merged, name):  # 0, as in some files
@@ -147,15 +150,17 @@ def freeze(merged: Any, has_default_max_length: bool) -> DecodeConfig:
     )
 
 
-_LONGEST_STOP_STRING = 1000  # every token of the last so many is looked at, at every step
+_LONGEST_STOP_STRING = 1000  # every step compares as many of the last tokens as the longest string may have
 
 
-def _stop_strings(value: Any) -> tuple[str, ...]:
+def _stop_strings(value: object) -> tuple[str, ...]:
     if value is None:
         return ()
     strings = (value,) if isinstance(value, str) else value
     if not isinstance(strings, (list, tuple)) or not all(isinstance(each, str) and each for each in strings):
-        raise ValueError(f"`stop_strings`={value!r} must be a string or a list of strings, none of them empty.")
+        raise ValueError(f"`stop_strings`={value!r} must be a string or a list of strings, and none may be empty.")
     if max(map(len, strings), default=0) > _LONGEST_STOP_STRING:
-        raise ValueError(f"`stop_strings` holds one of over {_LONGEST_STOP_STRING} characters. Pass a part of it.")
+        raise ValueError(
+            f"`stop_strings` holds a string of more than {_LONGEST_STOP_STRING} characters. Pass a part of it."
+        )
     return tuple(strings)

@@ -1,47 +1,56 @@
 """The arguments of `generate`, as they were passed."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
+
+if TYPE_CHECKING:
+    from numpy import ndarray
+    from numpy.typing import ArrayLike
+
+    from jaxgen.generation.streaming import Streamer
+    from jaxgen.lazy import GenerationConfig, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
 class Request:
-    """The arguments of `generate`, see there, in one place.
+    """The arguments of `generate` in one object.
 
     Attributes:
-        keywords: the rest of them: fields of a GenerationConfig, and inputs of the model such as `attention_mask`.
+        keywords: the other keyword arguments: generation fields, and inputs of the model such as `attention_mask`.
         reserve: see `padded_prompt`; not an argument of `generate`.
     """
 
-    inputs: Any = None
-    generation_config: Any = None
-    logits_processor: list[Any] = field(default_factory=list)
-    stopping_criteria: list[Any] = field(default_factory=list)
-    prefix_allowed_tokens_fn: Any = None
+    inputs: "ArrayLike | None" = None
+    generation_config: "GenerationConfig | None" = None
+    logits_processor: list[Callable[..., object]] = field(default_factory=list)
+    stopping_criteria: list[Callable[..., object]] = field(default_factory=list)
+    prefix_allowed_tokens_fn: "Callable[[int, ndarray], ArrayLike] | None" = None
     synced_gpus: bool | None = None
-    assistant_model: Any = None
-    streamer: Any = None
-    negative_prompt_ids: Any = None
-    negative_prompt_attention_mask: Any = None
-    key: Any = None
+    assistant_model: object = None
+    streamer: "Streamer | None" = None
+    negative_prompt_ids: "ArrayLike | None" = None
+    negative_prompt_attention_mask: "ArrayLike | None" = None
+    key: "ArrayLike | None" = None
     output_logprobs: bool = False
-    tokenizer: Any = None
-    keywords: Mapping[str, Any] = field(default_factory=dict)
+    tokenizer: "PreTrainedTokenizerBase | None" = None
+    keywords: Mapping[str, object] = field(default_factory=dict)
     reserve: int = 0
 
     @classmethod
-    def of(cls, inputs: Any, generation_config: Any, keywords: Mapping[str, Any]) -> Self:
-        """Of keywords in which arguments and fields are mixed, as in `stream` and `prepare`."""
+    def of(
+        cls, inputs: "ArrayLike | None", generation_config: "GenerationConfig | None", keywords: Mapping[str, Any]
+    ) -> Self:
+        """From keywords that mix arguments and generation fields, as those of `stream` and `prepare`."""
         names = {each.name for each in fields(cls)} - {"keywords", "reserve"}
-        own = {name: value for name, value in keywords.items() if name in names}
-        own |= {name: listed(name, own.get(name)) for name in ("logits_processor", "stopping_criteria")}
+        arguments = {name: value for name, value in keywords.items() if name in names}
+        arguments |= {name: listed(name, arguments.get(name)) for name in ("logits_processor", "stopping_criteria")}
         rest = {name: value for name, value in keywords.items() if name not in names}
-        return cls(inputs=inputs, generation_config=generation_config, keywords=rest, **own)
+        return cls(inputs=inputs, generation_config=generation_config, keywords=rest, **arguments)
 
 
-def listed(name: str, given: Any) -> list[Any]:
-    """What may be None or any iterable, as a list."""
+def listed(name: str, given: Iterable[Callable[..., object]] | None) -> list[Callable[..., object]]:
+    """The callables in a list of its own, empty for None."""
     if given is None:
         return []
     if not isinstance(given, Iterable):

@@ -1,7 +1,7 @@
-"""What a call shows while it runs: the new tokens of each chunk, for `stream` and for streamers."""
+"""The new tokens of each chunk while a call runs, for `stream` and for streamers."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 
@@ -9,20 +9,31 @@ from jaxgen.decoding.loop import Progress
 from jaxgen.generation.call import PreparedCall
 
 
+class Streamer(Protocol):
+    """The methods of transformers' streamers that a call uses."""
+
+    def put(self, value: np.ndarray, /) -> object:
+        """Takes the prompts, int32 [rows, P], and then the next token of each row, int32 [rows], time after time."""
+        ...
+
+    def end(self) -> object: ...
+
+
 class NewTokens:
-    """What has come since the last look: `new(progress)` is int32 [rows, T], of the caller's rows."""
+    """The tokens since the previous chunk: `new(progress)` is int32 [rows, T], for the caller's rows."""
 
     def __init__(self, prepared: PreparedCall):
         self._rows, self._printed = prepared.rows * prepared.call.strategy.copies, prepared.prompt_length
 
     def __call__(self, progress: Progress) -> np.ndarray:
-        assert progress.text is not None, "beams are not watched"
+        assert progress.text is not None, "beam search has no text before the end"
         printed, self._printed = self._printed, int(progress.length)
+        # `text` [N, S] holds prompts and tokens from the left: columns from `printed` up to `length` are new.
         return np.asarray(progress.text)[: self._rows, printed : self._printed]
 
 
-def to_streamer(streamer: Any, prepared: PreparedCall) -> Callable[[Progress], None]:
-    """Hands a streamer the prompts, int32 [rows, P], as transformers does, and returns what hands it the new tokens."""
+def to_streamer(streamer: Streamer, prepared: PreparedCall) -> Callable[[Progress], None]:
+    """Passes the prompts to a streamer, as transformers does. Returns a function that passes it the new tokens."""
     new = NewTokens(prepared)
     streamer.put(np.repeat(prepared.inputs.input_ids, prepared.call.strategy.copies, axis=0))
 

@@ -1,21 +1,21 @@
-"""Checks of generation fields: each returns the value in one type, or raises a ValueError with the field's name."""
+"""Checks of generation fields: each returns the value as one type, or raises a ValueError with the field's name."""
 
 import math
 import operator
-from typing import Any
+from typing import Any, SupportsIndex, TypeGuard
 
 import numpy as np
 
 
-def is_float(value: Any) -> bool:
+def is_float(value: object) -> TypeGuard[float | np.floating]:
     return isinstance(value, (float, np.floating))
 
 
-def is_integer(value: Any) -> bool:
+def is_integer(value: object) -> TypeGuard[int | np.integer]:
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
-def integer(name: str, value: Any) -> int | None:
+def integer(name: str, value: SupportsIndex | None) -> int | None:
     """An integer of any library, or None."""
     try:
         if isinstance(value, bool):
@@ -25,7 +25,7 @@ def integer(name: str, value: Any) -> int | None:
         raise ValueError(f"`{name}`={value!r} must be an integer.") from error
 
 
-def positive(name: str, value: Any) -> int | None:
+def positive(name: str, value: SupportsIndex | None) -> int | None:
     """An integer of at least 1, or None."""
     count = integer(name, value)
     if count is not None and count < 1:
@@ -33,7 +33,7 @@ def positive(name: str, value: Any) -> int | None:
     return count
 
 
-def number(name: str, value: Any, default: float) -> float:
+def number(name: str, value: object, default: float) -> float:
     """A finite number; None is the default."""
     if value is None:
         return default
@@ -42,11 +42,12 @@ def number(name: str, value: Any, default: float) -> float:
     return float(value)
 
 
-def token_ids(name: str, value: Any) -> tuple[int, ...]:
-    """An id, several of them, an array of either, or None, as a tuple."""
+def token_ids(name: str, value: object) -> tuple[int, ...]:
+    """A token id, a list or an array of them, or None, as a tuple."""
     if value is None:
         return ()
-    listed = value.tolist() if hasattr(value, "tolist") else value
+    tolist = getattr(value, "tolist", None)
+    listed: Any = value if tolist is None else tolist()
     listed = [listed] if isinstance(listed, int) else listed
     try:
         if any(isinstance(token, bool) for token in listed):
@@ -56,8 +57,8 @@ def token_ids(name: str, value: Any) -> tuple[int, ...]:
         raise ValueError(f"`{name}`={value!r} must be a token id or a list of them: integers.") from error
 
 
-def token_id(name: str, value: Any) -> int | None:
-    """One id, or None."""
+def token_id(name: str, value: object) -> int | None:
+    """One token id, or None."""
     ids = token_ids(name, value)
     if value is not None and (len(ids) != 1 or not -(2**31) <= ids[0] < 2**31):
         raise ValueError(f"`{name}`={value!r} must be one token id, of 32 bits.")

@@ -131,10 +131,13 @@ def test_another_alpha_compiles_nothing(model: Any) -> None:
     [
         ({"penalty_alpha": 1.5}, "`penalty_alpha`=1.5 must be from 0 to 1"),
         ({"penalty_alpha": -0.1}, "`penalty_alpha`=-0.1 must be from 0 to 1"),
-        ({"top_k": 1}, "`penalty_alpha`=0.6 chooses among the `top_k` likeliest tokens, but `top_k`=1"),
+        ({"top_k": 1}, "`penalty_alpha`=0.6 chooses among the `top_k` most likely tokens, but `top_k`=1"),
         ({"top_k": 0}, "but `top_k`=0"),
-        ({"do_sample": True}, "`penalty_alpha`=0.6 asks for contrastive search, which neither draws nor has beams"),
-        ({"num_beams": 2}, "which neither draws nor has beams"),
+        (
+            {"do_sample": True},
+            "`penalty_alpha`=0.6 asks for contrastive search, which does not sample and does not have beams",
+        ),
+        ({"num_beams": 2}, "which does not sample and does not have beams"),
         ({"output_logprobs": True}, "`output_logprobs` is for greedy decoding and sampling"),
     ],
     ids=str,

@@ -175,4 +175,4 @@ def test_names_that_are_no_fields_are_said_once_and_read_by_nobody(caplog: pytes
     with caplog.at_level(logging.WARNING, logger="jaxgen"):
         for _ in range(2):
             resolve(GenerationConfig(), GenerationConfig(house_style="plain", other=3))
-    assert caplog.text.count("['house_style', 'other'], which are no fields of transformers' GenerationConfig") == 1
+    assert caplog.text.count("['house_style', 'other'], which are not fields of transformers' GenerationConfig") == 1

@@ -1,4 +1,4 @@
-"""The decoding modes: each has its host half here, and its strategy in `decoding/` under the same name."""
+"""The decoding modes. The host half of each is here, and its strategy is in `decoding/` under the same name."""
 
 from jaxgen.generation.decode_config import DecodeConfig
 from jaxgen.generation.modes.base import Mode
@@ -7,7 +7,7 @@ from jaxgen.generation.modes.contrastive_search import ContrastiveSearchMode
 from jaxgen.generation.modes.group_beam_search import GroupBeamSearchMode
 from jaxgen.generation.modes.sampling import SamplingMode
 
-# The first that applies is the mode of a call; sampling, which greedy decoding is a case of, always does.
+# The mode of a call is the first one that applies. Sampling, which includes greedy decoding, always does.
 MODES: tuple[type[Mode], ...] = (GroupBeamSearchMode, BeamSearchMode, ContrastiveSearchMode, SamplingMode)
 
 

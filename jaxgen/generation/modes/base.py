@@ -1,9 +1,10 @@
-"""What `generate` asks of a decoding mode, and the answers of most of them."""
+"""The interface of a decoding mode to `generate`, with defaults that suit most modes."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
+import jax
 import numpy as np
 
 from jaxgen.base import Cache, LogitsProcessor, Strategy
@@ -13,23 +14,26 @@ from jaxgen.generation.inputs import Inputs
 from jaxgen.generation.outputs import GenerateDecoderOnlyOutput, GenerateOutput
 from jaxgen.processors.stopping_criteria import EosToken, MaxLength
 
+if TYPE_CHECKING:
+    from jaxgen.lazy import GenerationConfig
+
 
 @dataclass(frozen=True)
 class Parts:
-    """What `generate` has made of its arguments by the time that a strategy is built of it.
+    """The parts that `generate` has made from its arguments, from which a mode builds its strategy.
 
     Attributes:
-        eos, max_length, processors, stopping_criteria: for the strategy as they are.
-        longest: `max_length`, whatever criteria end a text before or after it.
+        eos, max_length, processors, stopping_criteria: fields of the strategy.
+        longest: `max_length` of the configuration; the caller's criteria may set another length in `max_length` above.
         key: see `Sample.key`; None unless `do_sample`.
         vocab_size: V.
-        recorded: what to record of every step, see `Mode.recorded`.
+        recorded: names of the arrays to record at every step, see `Mode.recorded`.
     """
 
     eos: EosToken
     max_length: MaxLength
     processors: tuple[LogitsProcessor, ...]
-    stopping_criteria: tuple[Any, ...]
+    stopping_criteria: tuple[Callable[..., jax.Array], ...]
     longest: int
     key: Any
     vocab_size: int
@@ -38,10 +42,10 @@ class Parts:
 
 @dataclass(frozen=True)
 class Mode:
-    """The host half of a decoding mode: how it reads the configuration, and what its outputs are.
+    """The host half of a decoding mode: it reads the configuration and sorts the outputs.
 
-    The device half is the strategy of the same name in `decoding/`. Everything that depends on the mode is asked here;
-    what is written below holds for one text per row, which no later step changes.
+    The device half is the strategy of the same name in `decoding/`. Everything on the host that depends on the mode is
+    a method here. The defaults below suit modes with one text per row, whose tokens do not change in later steps.
 
     Attributes:
         config: of the call.
@@ -51,30 +55,31 @@ class Mode:
     output: ClassVar[type[GenerateOutput]] = GenerateDecoderOnlyOutput
     streams: ClassVar[bool] = True  # whether tokens can be shown before the end
 
-    # Of the configuration, before there is a mode
+    # Before there is a mode: these read the merged GenerationConfig. transformers 5 still declares `num_beam_groups`,
+    # `diversity_penalty` and `penalty_alpha` there, though only its code on the Hub reads them.
 
     @classmethod
-    def applies(cls, fields: Any) -> bool:
-        """Whether a GenerationConfig asks for this mode; the first of `MODES` that says so is it."""
+    def applies(cls, fields: "GenerationConfig") -> bool:
+        """Whether a GenerationConfig asks for this mode; the first of `MODES` that applies is chosen."""
         raise NotImplementedError
 
     @classmethod
-    def check(cls, fields: Any) -> None:
-        """Raises a ValueError if the mode's own fields are out of range or do not go together; asked of all modes."""
+    def check(cls, fields: "GenerationConfig") -> None:
+        """Raises a ValueError if the mode's own fields are out of range or conflict. Called for every mode."""
 
     @classmethod
-    def unheeded(cls, fields: Any) -> dict[str, Any]:
-        """The mode's own fields that transformers does not heed beside the others, with the values that mean off."""
+    def unheeded(cls, fields: "GenerationConfig") -> dict[str, object]:
+        """The mode's own fields that transformers ignores given the other fields, with their values for off."""
         del fields
         return {}
 
     @classmethod
-    def unchecked(cls, given: Callable[[str], Any]) -> set[str]:
-        """Fields that the mode reads though transformers 5 knows no reader of them, and so would refuse them."""
+    def unchecked(cls, given: Callable[[str], object]) -> set[str]:
+        """Fields that the mode reads, but that transformers 5 would refuse since it does not have the mode."""
         del given
         return set()
 
-    # Of a call
+    # Before the call runs
 
     def check_inputs(self, inputs: Inputs) -> None:
         """Raises a ValueError if the mode cannot continue such a prompt."""
@@ -87,34 +92,34 @@ class Mode:
 
     @property
     def sequences_per_prompt(self) -> int:
-        """The texts that are kept of each prompt while it is decoded."""
+        """The number of texts per prompt during the decode."""
         return self.config.num_return_sequences
 
     @property
     def rows_per_processor(self) -> int:
-        """The texts of each prompt that a processor sees at a time."""
+        """The number of texts per prompt that a processor sees in one call."""
         return self.sequences_per_prompt
 
     @property
     def rows_per_criterion(self) -> int:
-        """The texts of each prompt that a stopping criterion sees at a time."""
+        """The number of texts per prompt that a stopping criterion sees in one call."""
         return self.sequences_per_prompt
 
     @property
     def min_tokens_to_keep(self) -> int:
-        """How many tokens the rules of sampling leave at least."""
+        """The minimum number of tokens that the rules of sampling leave."""
         return 1
 
     @property
     def whole_texts_per_step(self) -> bool:
-        """Whether without a cache the outputs of a step are arrays of their own, since texts may change their past."""
+        """Whether with `use_cache=False` each step returns its own arrays, because texts may change their past."""
         return False
 
     def recorded(self, intermediates: tuple[str, ...], logprobs: bool) -> tuple[str, ...]:
-        """What the strategy is to record of every step: outputs, and what it takes to sort the intermediates.
+        """The arrays that the strategy records at every step: outputs, and those that sort the intermediates.
 
         Raises:
-            ValueError: if there are no log-probabilities in this mode.
+            ValueError: if this mode does not have log-probabilities.
         """
         del intermediates
         outputs = tuple(name for name in ("scores", "logits") if name in self.config.outputs)
@@ -133,10 +138,10 @@ class Mode:
         """The strategy of the call."""
         raise NotImplementedError
 
-    # Of what the device returns
+    # After the decode
 
     def texts(self, fetched: Mapping[str, np.ndarray], rows: int, prompt_length: int) -> dict[str, np.ndarray]:
-        """The fields of the output that there are with and without scores.
+        """The fields of the output that do not depend on `return_dict_in_generate`.
 
         Args:
             fetched: the outputs of the strategy.
@@ -147,29 +152,29 @@ class Mode:
         return {"sequences": fetched["sequences"][: rows * self.sequences_per_prompt, : fetched["length"]].copy()}
 
     def cached_steps(self, cache: Cache, first: int, rows: int, steps: int) -> np.ndarray:
-        """int [rows, C, steps]: the slots, counted from `first`, in which each text has its tokens of the first steps.
+        """int [rows, C, steps]: for each text, the slots of its tokens of the first steps, counted from `first`.
 
         Args:
             cache: at the end of the decode.
-            first: the slot behind the prompt.
-            rows: of the cache that count.
+            first: the slot after the prompt.
+            rows: the number of rows of the cache that belong to the caller.
             steps: forward passes after the prompt's.
         """
         del cache, first
         return np.broadcast_to(np.arange(steps), (rows, 1, steps))
 
     def attended_steps(self, fetched: Mapping[str, np.ndarray], rows: int, steps: int) -> list[np.ndarray]:
-        """Of each step, int [rows, C, t]: the slots, counted likewise, that the texts attend, their own tokens last."""
+        """For each step, int [rows, C, t]: the slots that the texts attend, counted from the same slot, newest last."""
         del fetched
         return [np.broadcast_to(np.arange(step + 1), (rows, 1, step + 1)) for step in range(steps)]
 
     def branches_of_step(self, fetched: Mapping[str, np.ndarray], rows: int, step: int) -> np.ndarray | None:
-        """int [rows, C]: which of the columns that the model read in a step are in the texts; None for all of them."""
+        """int [rows, C]: which of the tokens that the model read in a step belong to the texts; None for all."""
         del fetched, rows, step
         return None
 
     def lineages(self, fetched: Mapping[str, np.ndarray], rows: int, steps: int) -> list[np.ndarray]:
-        """For each step but the prompt's, int [t, M]: the rows, of all steps up to it, that its M rows descend from.
+        """For each step after the prompt, int [t, M]: the rows that its M rows descend from, at each step so far.
 
         Empty if every row descends from itself.
         """

@@ -1,21 +1,24 @@
 """Beam search and beam sampling."""
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from jaxgen.decoding.beam_search import BeamSearch
 from jaxgen.generation.modes.base import Parts
 from jaxgen.generation.modes.beams import BeamsMode
 from jaxgen.generation.validators import positive
 
+if TYPE_CHECKING:
+    from jaxgen.lazy import GenerationConfig
+
 
 class BeamSearchMode(BeamsMode):
     @classmethod
-    def applies(cls, fields: Any) -> bool:
+    def applies(cls, fields: "GenerationConfig") -> bool:
         return (positive("num_beams", fields.num_beams) or 1) > 1
 
     @property
     def rows_per_criterion(self) -> int:
-        return self.num_beams * self.candidates_per_beam  # beams are finished, or not, while they are candidates
+        return self.num_beams * self.candidates_per_beam  # criteria are asked about candidates
 
     def build(self, parts: Parts) -> BeamSearch:
         self.check_candidates(parts)
@@ -23,7 +26,7 @@ class BeamSearchMode(BeamsMode):
         return BeamSearch(
             eos=parts.eos,
             max_length=parts.max_length,
-            # Same as transformers 5.24, which takes a `pad_token_id` of 0 for a missing one.
+            # Same as transformers 5.24, which treats a `pad_token_id` of 0 as not set.
             fill=(self.config.pad_token_id or eos[0]) if eos else -1,
             length_penalty=self.length_penalty,
             stop_when_full=self.stop_when_full,

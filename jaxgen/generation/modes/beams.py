@@ -1,7 +1,7 @@
-"""What the modes with beams have in common."""
+"""The common part of the modes with beams."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -11,15 +11,18 @@ from jaxgen.generation.modes.base import Mode, Parts
 from jaxgen.generation.outputs import GenerateBeamDecoderOnlyOutput
 from jaxgen.generation.validators import number, positive
 
+if TYPE_CHECKING:
+    from jaxgen.lazy import GenerationConfig
+
 
 class BeamsMode(Mode):
-    """Several texts per prompt that share a cache: a step reads a column for each, in C slots side by side."""
+    """Several beams per prompt that share a cache. A step reads one token for each, in C neighbouring slots."""
 
     output = GenerateBeamDecoderOnlyOutput
-    streams = False  # beams change their tokens until the end
+    streams = False  # beams may change their tokens until the end
 
     @classmethod
-    def check(cls, fields: Any) -> None:
+    def check(cls, fields: "GenerationConfig") -> None:
         positive("num_beams", fields.num_beams)
         number("length_penalty", fields.length_penalty, 1.0)
         if type(early := fields.early_stopping) is int and not early:  # 0, as in some files
@@ -45,14 +48,14 @@ class BeamsMode(Mode):
 
     @property
     def candidates_per_beam(self) -> int:
-        """Enough for every beam to go on though the likeliest tokens end it."""
+        """Enough for every beam to continue even if all its other candidates are end-of-sequence ids."""
         return max(2, 1 + len(self.config.eos_token_id))
 
     def check_candidates(self, parts: Parts) -> None:
         if self.candidates_per_beam > parts.vocab_size:
             raise ValueError(
                 f"`eos_token_id` holds {len(self.config.eos_token_id)} ids, but a model with {parts.vocab_size} ids "
-                "needs one that is none of them to go on. Pass fewer."
+                "needs another one to continue. Pass fewer."
             )
 
     def check_streamer(self) -> None:
@@ -81,11 +84,11 @@ class BeamsMode(Mode):
         return (*super().recorded(intermediates, logprobs), *(["parents"] if sorted_by_beam else []))
 
     def text_slots(self, prompt_slots: int, new_tokens: int) -> int:
-        return prompt_slots + bucket(new_tokens)  # every further column costs a slot for each beam
+        return prompt_slots + bucket(new_tokens)  # apart, since each new token takes a slot per beam
 
     def texts(self, fetched: Mapping[str, np.ndarray], rows: int, prompt_length: int) -> dict[str, np.ndarray]:
-        """The beams to return, as wide as the longest of them, with their scores and indices."""
-        kept = (slice(rows), slice(self.config.num_return_sequences))
+        """The beams to return, padded to the longest of them, with their scores and indices."""
+        kept = (slice(rows), slice(self.config.num_return_sequences))  # of [N, C, ...], best beams first
         beam_indices = fetched["beam_indices"][kept]
         new_tokens = (beam_indices >= 0).sum(axis=2).max()
         width = prompt_length + new_tokens
@@ -97,11 +100,15 @@ class BeamsMode(Mode):
             fields["sequences_scores"] = fetched["sequences_scores"][kept].reshape(-1)
         return fields
 
-    # Slots behind the prompt, for 3 beams: step 0 wrote 0 1 2, step 1 wrote 3 4 5, step 2 wrote 6 7 8. A beam attends
-    # one of each three. If beam 0 comes from beam 2 of step 1, and that from beam 1 of step 0, then these are 1, 5, 6.
+    # Slots after the prompt with 3 beams. A beam attends one slot of each step: its ancestor's.
+    #
+    #     step           0       1       2
+    #     slots        0 1 2 | 3 4 5 | 6 7 8
+    #     beam 0         1         5   6        it continues beam 2 of step 1, which continues beam 1 of step 0
 
     def cached_steps(self, cache: Cache, first: int, rows: int, steps: int) -> np.ndarray:
         beams = self.num_beams
+        # `valid` [rows, C, S] is True at one slot of each step, so `argmax` over the last axis finds the ancestor.
         attended = np.asarray(cache.valid)[:rows, :, first : first + beams * steps]
         return beams * np.arange(steps) + attended.reshape(rows, beams, steps, beams).argmax(axis=3)
 
@@ -110,21 +117,26 @@ class BeamsMode(Mode):
         return [self.num_beams * np.arange(step + 1) + line for step, line in enumerate(lines)]
 
     def lineages(self, fetched: Mapping[str, np.ndarray], rows: int, steps: int) -> list[np.ndarray]:
-        first_beams = self.num_beams * np.arange(rows)[:, None, None]
+        first_beams = self.num_beams * np.arange(rows)[:, None, None]  # row 0 of each prompt, in the flat [B * C]
         lines = ancestors(fetched["parents"][:, :rows], steps)
         return [(first_beams + line).reshape(rows * self.num_beams, -1).T for line in lines]
 
 
 def ancestors(parents: np.ndarray, steps: int) -> list[np.ndarray]:
-    """Of each step after the prompt's, int [B, C, t]: the beam of each step so far that a beam descends from.
+    """For each step after the prompt, int [B, C, t]: the beam that each beam descends from, at each step so far.
 
     Args:
-        parents: int [T, B, C]. Which beam of the step before each one continues.
-        steps: how many to give.
+        parents: int [T, B, C]. The beam of the previous step that each beam continues.
+        steps: the number of steps to return.
     """
-    own = np.broadcast_to(np.arange(parents.shape[2])[:, None], (*parents.shape[1:], 1))
-    lines = [own][:steps]
+    # A beam has its parent's ancestors, followed by itself:
+    #
+    #     lines[0]          0, 1, 2              3 beams after step 0
+    #     parents[1]        1, 1, 0
+    #     lines[1]          1 0, 1 1, 0 2        their ancestors after step 1
+    beams = np.broadcast_to(np.arange(parents.shape[2])[:, None], (*parents.shape[1:], 1))
+    lines = [beams][:steps]
     for step in range(1, steps):
-        continued = np.take_along_axis(lines[-1], parents[step][:, :, None], axis=1)
-        lines.append(np.concatenate([continued, own], axis=2))
+        continued = np.take_along_axis(lines[-1], parents[step][:, :, None], axis=1)  # [B, C, step]
+        lines.append(np.concatenate([continued, beams], axis=2))
     return lines

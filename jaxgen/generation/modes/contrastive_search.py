@@ -1,7 +1,7 @@
-"""Contrastive search, with the fields and checks of transformers 4.41, which had it."""
+"""Contrastive search, with the fields and checks of transformers 4.41."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -10,19 +10,27 @@ from jaxgen.generation.inputs import Inputs
 from jaxgen.generation.modes.base import Mode, Parts
 from jaxgen.generation.validators import integer, number, positive
 
+if TYPE_CHECKING:
+    from jaxgen.lazy import GenerationConfig
+
 
 class ContrastiveSearchMode(Mode):
-    """A step reads the C candidates of a row, in C slots side by side, and then one of them is chosen.
+    """A step reads the C candidates of a row, in C neighbouring slots, and then chooses one of them.
 
-    Only the chosen one is kept, in the first of its slots, so that later candidates take the slot behind it.
+    The chosen one moves to the first of these slots, and the next candidates are written right after it:
+
+    ```
+    slots after the prompt    a a a . .      step 0: 3 candidates of the first token
+                              1 b b b .      step 1: the chosen one, and 3 candidates of the second token
+    ```
     """
 
     @classmethod
-    def applies(cls, fields: Any) -> bool:
+    def applies(cls, fields: "GenerationConfig") -> bool:
         return bool(fields.penalty_alpha)
 
     @classmethod
-    def check(cls, fields: Any) -> None:
+    def check(cls, fields: "GenerationConfig") -> None:
         alpha = number("penalty_alpha", fields.penalty_alpha, 0.0)
         if not 0 <= alpha <= 1:
             raise ValueError(f"`penalty_alpha`={alpha} must be from 0 to 1.")
@@ -30,22 +38,22 @@ class ContrastiveSearchMode(Mode):
             return
         if fields.do_sample or (positive("num_beams", fields.num_beams) or 1) > 1:
             raise ValueError(
-                f"`penalty_alpha`={alpha} asks for contrastive search, which neither draws nor has beams. Leave out "
-                "`do_sample` and `num_beams`, or `penalty_alpha`."
+                f"`penalty_alpha`={alpha} asks for contrastive search, which does not sample and does not have beams. "
+                "Leave out `do_sample` and `num_beams`, or `penalty_alpha`."
             )
         if (top_k := integer("top_k", fields.top_k)) is None or top_k < 2:
             raise ValueError(
-                f"`penalty_alpha`={alpha} chooses among the `top_k` likeliest tokens, but `top_k`={top_k}. Pass at "
+                f"`penalty_alpha`={alpha} chooses among the `top_k` most likely tokens, but `top_k`={top_k}. Pass at "
                 "least 2."
             )
 
     @classmethod
-    def unheeded(cls, fields: Any) -> dict[str, Any]:
+    def unheeded(cls, fields: "GenerationConfig") -> dict[str, object]:
         alone = bool(fields.penalty_alpha) and fields.do_sample is not True and (fields.num_beams or 1) == 1
         return {} if alone and (integer("top_k", fields.top_k) or 0) > 1 else {"penalty_alpha": None}
 
     @classmethod
-    def unchecked(cls, given: Callable[[str], Any]) -> set[str]:
+    def unchecked(cls, given: Callable[[str], object]) -> set[str]:
         return {"top_k"} if given("penalty_alpha") else set()
 
     def check_inputs(self, inputs: Inputs) -> None:
@@ -74,6 +82,7 @@ class ContrastiveSearchMode(Mode):
         )
 
     def attended_steps(self, fetched: Mapping[str, np.ndarray], rows: int, steps: int) -> list[np.ndarray]:
+        # Attention is recorded before the chosen candidate moves, so its own slot is still its place among the C.
         attended = super().attended_steps(fetched, rows, steps)
         own = [step + fetched["chosen"][step + 1][:rows, None, None] for step in range(steps)]
         return [np.concatenate([slots[..., :-1], last], axis=2) for slots, last in zip(attended, own, strict=True)]

@@ -1,20 +1,23 @@
-"""Diverse beam search, with the fields and checks of transformers 4.41, which had it."""
+"""Diverse beam search, with the fields and checks of transformers 4.41."""
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from jaxgen.decoding.group_beam_search import GroupBeamSearch
 from jaxgen.generation.modes.base import Parts
 from jaxgen.generation.modes.beams import BeamsMode
 from jaxgen.generation.validators import number, positive
 
+if TYPE_CHECKING:
+    from jaxgen.lazy import GenerationConfig
+
 
 class GroupBeamSearchMode(BeamsMode):
     @classmethod
-    def applies(cls, fields: Any) -> bool:
+    def applies(cls, fields: "GenerationConfig") -> bool:
         return (positive("num_beam_groups", fields.num_beam_groups) or 1) > 1
 
     @classmethod
-    def check(cls, fields: Any) -> None:
+    def check(cls, fields: "GenerationConfig") -> None:
         super().check(fields)
         groups, beams = positive("num_beam_groups", fields.num_beam_groups) or 1, fields.num_beams or 1
         penalty = number("diversity_penalty", fields.diversity_penalty, 0.0)
@@ -26,17 +29,19 @@ class GroupBeamSearchMode(BeamsMode):
             return
         if beams % groups:
             raise ValueError(
-                f"`num_beams`={beams} must be a multiple of `num_beam_groups`={groups}: groups are of one size."
+                f"`num_beams`={beams} must be a multiple of `num_beam_groups`={groups}: all groups have the same size."
             )
         if not penalty > 0:
             raise ValueError(
                 f"`diversity_penalty`={penalty} must be above 0, or all {groups} groups of beams are the same."
             )
         if fields.do_sample:
-            raise ValueError("`do_sample`=True does not go with `num_beam_groups`: diverse beam search draws nothing.")
+            raise ValueError(
+                "`do_sample`=True does not go with `num_beam_groups`: diverse beam search does not sample."
+            )
 
     @classmethod
-    def unheeded(cls, fields: Any) -> dict[str, Any]:
+    def unheeded(cls, fields: "GenerationConfig") -> dict[str, object]:
         grouped = (fields.num_beams or 1) != 1 and (fields.num_beam_groups or 1) != 1
         return {} if grouped else {"num_beam_groups": 1, "diversity_penalty": 0.0}
 

@@ -1,14 +1,17 @@
 """Greedy decoding and sampling: one token per row and step."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxgen.decoding.sampling import Sample
 from jaxgen.generation.modes.base import Mode, Parts
 
+if TYPE_CHECKING:
+    from jaxgen.lazy import GenerationConfig
+
 
 class SamplingMode(Mode):
     @classmethod
-    def applies(cls, fields: Any) -> bool:
+    def applies(cls, fields: "GenerationConfig") -> bool:
         del fields
         return True
 
@@ -16,7 +19,7 @@ class SamplingMode(Mode):
         return (*super().recorded(intermediates, False), *(["logprobs"] if logprobs else []))
 
     def build(self, parts: Parts) -> Sample:
-        # Without an eos, rows that a criterion finishes go on until all are, as in transformers.
+        # Without an eos, rows that a criterion finishes continue until all rows are finished, as in transformers.
         pad: Any = self.config.fill_token_id if self.config.eos_token_id or not parts.stopping_criteria else None
         return Sample(
             eos=parts.eos,
