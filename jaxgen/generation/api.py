@@ -145,7 +145,10 @@ _BUILT_IN = ("transformers-community/contrastive-search", "transformers-communit
 
 
 def stream(
-    model: Model, inputs: "ArrayLike | None" = None, generation_config: "GenerationConfig | None" = None, **kwargs: Any
+    model: Model,
+    inputs: "ArrayLike | None" = None,
+    generation_config: "GenerationConfig | None" = None,
+    **kwargs: object,
 ) -> Iterator[np.ndarray]:
     """The new tokens as they come: `for chunk in stream(model, **prompts)`.
 
@@ -206,7 +209,10 @@ def _chunks(model: Model, prepared: PreparedCall) -> Generator[np.ndarray, None,
 
 
 def prepare(
-    model: Model, inputs: "ArrayLike | None" = None, generation_config: "GenerationConfig | None" = None, **kwargs: Any
+    model: Model,
+    inputs: "ArrayLike | None" = None,
+    generation_config: "GenerationConfig | None" = None,
+    **kwargs: object,
 ) -> Call:
     """Checks and prepares a call of `generate` without running it, for `decode` inside your own `jit`.
 

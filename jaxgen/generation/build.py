@@ -70,9 +70,8 @@ def build_call(model: Model, request: Request, mode: Mode, inputs: Inputs) -> Pr
 
     host = HostFunctions()
     processors = processor_list(
-        mode, prompt_length, stop.max_length, model.vocab_size, logits_processor, request.prefix_allowed_tokens_fn,
-        host, prompts,
-    )  # fmt: skip
+        mode, inputs, stop.max_length, model.vocab_size, logits_processor, request.prefix_allowed_tokens_fn, host
+    )
     criteria_rows = prompts * mode.rows_per_criterion
     eos, max_length, criteria = stopping_criteria(model, stop, request.tokenizer, host, criteria_rows)
     collect = tuple(name for name in ("attentions", "hidden_states") if name in mode.config.outputs)

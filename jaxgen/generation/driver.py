@@ -1,6 +1,6 @@
-"""The driver of every call: it dispatches the programs in chunks of steps, which can be watched and stopped.
+"""The driver of every call: dispatches the programs in chunks of steps, which can be streamed and stopped.
 
-While the device works on a chunk, the host reads the progress of the one before and has queued the next, so that the
+While the device runs a chunk, the host has queued the next one and reads the progress of the previous one, so that the
 device never waits:
 
     device   | prefill | chunk 1 | chunk 2 | chunk 3 | ...
@@ -28,19 +28,19 @@ from jaxgen.generation.call import PreparedCall
 from jaxgen.generation.compile_clock import compile_seconds
 from jaxgen.processors.stopping_criteria import MaxLength
 
-# For a guess at the first chunk of an unwatched call: a tenth of the bytes per second that weights are read with, since
-# rows and cache take their time too.
+# To guess the length of the first chunk of an unwatched call: a tenth of the bandwidth in bytes per second at which
+# weights are read, since rows and cache take time too.
 _BANDWIDTH, _BANDWIDTH_ELSEWHERE = {"cpu": 2e9, "gpu": 3e11}, 1e11
 
 
 @dataclass(frozen=True)
 class ChunkSchedule:
-    """How long chunks are.
+    """The length of chunks.
 
     Attributes:
-        seconds: what a chunk should take, which is what an interrupt or a limit of time has to wait for.
-        max_steps: of a chunk.
-        watched: whether somebody wants to see every chunk, the first token at once.
+        seconds: target time of a chunk. An interrupt or `max_time` takes effect at the next chunk.
+        max_steps: maximum number of steps of a chunk.
+        watched: whether every chunk is streamed, with the first token as soon as possible.
     """
 
     seconds: float
@@ -48,32 +48,33 @@ class ChunkSchedule:
     watched: bool
 
     def first(self, weights: int) -> int:
-        """Steps of a first chunk that takes no longer, with so many bytes of weights; of few the whole call."""
+        """Number of steps of the first chunk, from the size of the weights in bytes."""
         bandwidth = _BANDWIDTH.get(jax.default_backend(), _BANDWIDTH_ELSEWHERE)
         return max(1, int(self.seconds * bandwidth / max(weights, 1)))
 
-    def next(self, steps: int, per_step: float, left: float) -> int:
-        """Steps of the next chunk: at most twice those of the last, and what `left` seconds are enough for."""
-        return max(1, min(int(min(self.seconds, left) / max(per_step, 1e-6)), 2 * steps, self.max_steps))
+    def next(self, steps: int, seconds_per_step: float, seconds_left: float) -> int:
+        """Number of steps of the next chunk: at most twice the last, and no more than the time left allows."""
+        fitting = int(min(self.seconds, seconds_left) / max(seconds_per_step, 1e-6))
+        return max(1, min(fitting, 2 * steps, self.max_steps))
 
 
 WATCHED = ChunkSchedule(seconds=0.1, max_steps=16, watched=True)
 UNWATCHED = ChunkSchedule(seconds=0.25, max_steps=2**20, watched=False)
 
-# A cache smaller than this is not worth a program of its own.
+# A smaller cache would not save enough time to pay for compiling its program.
 _FEWEST_SLOTS = 256
 
-# From here on the steps of a text cost so much more than a compile that sizes lie closer to each other.
+# From here on decode steps cost so much more than a compile that sizes are closer to each other.
 _LONG = 2048
 
 
 @dataclass(frozen=True)
 class CacheSize:
-    """A size of the cache, and how long it is enough.
+    """A size of the cache, and for how many steps it suffices.
 
     Attributes:
-        slots: of each row.
-        steps_until_full: decode steps until this size is full, with one in reserve for a call that ends early.
+        slots: per row.
+        steps_until_full: decode steps until this size is full, keeping one step in reserve for an early stop.
     """
 
     slots: int
@@ -83,32 +84,34 @@ class CacheSize:
 def cache_sizes(model: Model, prepared: PreparedCall, weights: int) -> Generator[CacheSize]:
     """The sizes that the cache of a call grows through: powers of two up to 2048 slots, buckets beyond.
 
-    Every step reads all slots, so there are at most twice as many as are needed, and beyond 2048 at most 1.5 times.
-    Two exceptions: slots that are few bytes beside the weights, and a last size up to 1.5 times the one that it saves.
-    Each size costs a compile, which takes a long text to pay for itself: 3072 slots instead of 4096 save 6 ms of each
-    of a thousand steps (135M on a CPU, batch 1).
+    Every step reads the whole cache, so capacity is at most 2x the slots in use, and beyond 2048 at most 1.5x. Two
+    exceptions: slots that take few bytes compared to the weights, and a last size of up to 1.5x the size that it makes
+    unnecessary. Each size costs a compile, which takes a long text to pay for itself: 3072 slots instead of 4096 save
+    6 ms of each of a thousand steps (135M on a CPU, batch 1).
     """
-    if prepared.reserved:  # and doubled, so that a conversation meets few sizes
+    if prepared.reserved:  # doubles when full, so that a conversation has few sizes
         size, used = prepared.reserved, int(prepared.prompt_slots[-1]) + 1
         while size <= used + prepared.forward_passes:
             yield CacheSize(size, size - used - 1)
             size *= 2
         yield CacheSize(size, prepared.forward_passes)
         return
-    strategy, columns, most = prepared.call.strategy, prepared.call.prompt_slots, prepared.cache_slots
-    most_passes = prepared.forward_passes
-    enough = min(most, strategy.cache_slots(columns, most_passes + 1))
+    strategy, prompt_slots, max_size = prepared.call.strategy, prepared.call.prompt_slots, prepared.cache_slots
+    max_passes = prepared.forward_passes
+    enough = min(max_size, strategy.cache_slots(prompt_slots, max_passes + 1))
     rows = prepared.call.model_rows * strategy.copies
-    unnoticed = weights // 64 // (rows * model.cache_bytes_per_token)
-    passes, whole = 0, "attentions" in prepared.collect  # whose buffers are as wide as the cache
+    negligible = weights // 64 // (rows * model.cache_bytes_per_token)
+    passes, never_grows = 0, "attentions" in prepared.collect  # whose buffers are as wide as the cache
     while True:
-        needed = max(strategy.cache_slots(columns, passes + 2), unnoticed, _FEWEST_SLOTS)
+        needed = max(strategy.cache_slots(prompt_slots, passes + 2), negligible, _FEWEST_SLOTS)
         size = bucket(needed) if needed > _LONG else 1 << (needed - 1).bit_length()
-        size = most if whole or (size <= _LONG and most <= size * 3 // 2) else min(size, most)
+        last = never_grows or (size <= _LONG and max_size <= size * 3 // 2)
+        size = max_size if last else min(size, max_size)
         if enough <= size:
-            yield CacheSize(size, most_passes)
+            yield CacheSize(size, max_passes)
             return
-        passes = bisect.bisect(range(most_passes), size, key=lambda new: strategy.cache_slots(columns, new + 1)) - 1
+        # The most decode steps whose new tokens fit, with one more in reserve.
+        passes = bisect.bisect(range(max_passes), size, key=lambda new: strategy.cache_slots(prompt_slots, new + 1)) - 1
         yield CacheSize(size, passes)
 
 
@@ -116,10 +119,10 @@ Chunks = Generator[Progress, bool | None, DecodeState]
 
 
 def drive(model: Model, prepared: PreparedCall, schedule: ChunkSchedule) -> Chunks:
-    """Runs a call, yielding the progress of its chunks as host arrays; the generator returns the state at the end.
+    """Runs a call, yields the progress of its chunks as host arrays, and returns the state at the end.
 
-    True sent back ends it there: the state may then be a chunk ahead of the progress, which was queued already.
-    Whatever ends it early, an interrupt or an error where it is read, leaves the device idle.
+    Sending True stops it. The state can then be one chunk ahead of the progress, since that chunk was queued already.
+    After an interrupt or an error of the reader the device is idle.
     """
     max_time = math.inf if prepared.config.max_time is None else prepared.config.max_time
     waits = schedule.watched or max_time < math.inf
@@ -133,11 +136,11 @@ def drive(model: Model, prepared: PreparedCall, schedule: ChunkSchedule) -> Chun
     try:
         unread = deque([(1, progress)])
         steps = 1 if waits else schedule.first(weights)
-        ahead = 0 if waits else 1  # the first token does not wait for the compiler
+        ahead = 0 if waits else 1  # 0: the first token is shown before the second program compiles
         before = 0.0
         while True:
             while done < prepared.forward_passes and len(unread) <= ahead:
-                compiled = compile_seconds()  # here, since each chunk of a stream may be asked for by another thread
+                compiled = compile_seconds()  # of this thread: each chunk of a stream can be read by another one
                 if done == size.steps_until_full:
                     size = next(sizes)
                     state = replace(state, cache=grow(state.cache, size.slots))
@@ -155,21 +158,21 @@ def drive(model: Model, prepared: PreparedCall, schedule: ChunkSchedule) -> Chun
             now = time.monotonic() - started - compiling
             if not read.unfinished:
                 return state
-            if now > max_time and read.length > prepared.prompt_length:  # one token there is, however short the time
+            if now > max_time and read.length > prepared.prompt_length:  # at least one token, however short the limit
                 return _stopped(model, prepared, state, read)
             steps = schedule.next(steps, (now - before) / chunk, max_time - now)
             before = now
-            if max_time == math.inf:  # or else nothing is queued ahead, since it could not be called back
+            if max_time == math.inf:  # with a limit nothing is queued ahead, since it could not be cancelled
                 ahead = 1
     except BaseException:
-        # What an interrupted dispatch had taken over is gone.
+        # Arrays that were donated to an interrupted dispatch are deleted.
         arrays = (each for each in jax.tree.leaves((state, progress)) if isinstance(each, jax.Array))
         jax.block_until_ready([each for each in arrays if not each.is_deleted()])
         raise
 
 
 def _stopped(model: Model, prepared: PreparedCall, state: DecodeState, read: Progress) -> DecodeState:
-    """The state of a call that ends early. Beams get one more step, whose candidates all end at their length."""
+    """The state of a call that ends early. Beams run one more step, at whose length all candidates end."""
     if read.text is not None:
         return state
     strategy: Any = prepared.call.strategy
@@ -178,7 +181,7 @@ def _stopped(model: Model, prepared: PreparedCall, state: DecodeState, read: Pro
 
 
 def collect(chunks: Chunks, look: Callable[[Progress], bool | None] = lambda progress: None) -> DecodeState:
-    """The state that `drive` ends with, after `look` has seen every chunk; it may answer True to end it."""
+    """Runs `drive` to its end and returns the state. `look` gets the progress of every chunk; True from it stops."""
     stop = None
     with contextlib.closing(chunks):
         while True:

@@ -1,7 +1,7 @@
-"""The table of generation fields: every public field of transformers' GenerationConfig, and what jaxgen does with it.
+"""The table of generation fields: every public field of transformers' GenerationConfig, and its meaning in jaxgen.
 
-The configuration, the command line, ARGUMENTS.md and the types of `generate`'s keywords are made from it. Nothing heavy
-is imported here: `jaxgen --help` reads it before JAX is there.
+The configuration, the command line, ARGUMENTS.md and the types of the keywords of `generate` are made from it. It must
+not import JAX or transformers, because `jaxgen --help` reads it and should be fast.
 """
 
 from collections.abc import Sequence
@@ -10,25 +10,25 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypedDict
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 else:
-    ArrayLike = Any
+    ArrayLike = object
 
 
 class Field(NamedTuple):
-    """What users are told about a keyword of `generate`; its type stands before it.
+    """The description of a keyword of `generate` for users, which follows its type in `Annotated`.
 
     Attributes:
-        group: the heading it comes under; "refused" and "no effect" say what jaxgen does with it. The type of a refused
-            field is the values that switch it off, which are accepted.
-        help: what it does, and its range, as on the command line; of a refused field what it does in transformers, and
-            of one without effect why.
-        default: as transformers resolves it, if neither the call nor the checkpoint sets it.
-        note: what else to know, and differences from transformers.
+        group: its heading in ARGUMENTS.md. Fields under "refused" and "no effect" are not supported; the type of a
+            refused field lists the values that switch it off, which are accepted.
+        help: its effect and range, also for the command line. For a refused field, the effect in transformers; for one
+            without effect, the reason.
+        default: the default of transformers, if neither the call nor the checkpoint sets it.
+        note: more details, and differences from transformers.
         alias: its short name on the command line.
     """
 
     group: str
     help: str
-    default: Any = None
+    default: object = None
     note: str = ""
     alias: str = ""
 
@@ -193,7 +193,7 @@ class GenerationFields(TypedDict, total=False):
         int | None,
         Field(
             "beams",
-            "number of beams; 1 is no beam search",
+            "number of beams; 1 for no beam search",
             1,
             "Beams with the same score keep the order of their columns; the order of torch is arbitrary.",
         ),
@@ -240,7 +240,7 @@ class GenerationFields(TypedDict, total=False):
         float | None,
         Field(
             "beams",
-            "diverse beam search: what a token's score loses for each beam of another group that just chose it",
+            "diverse beam search: subtracted from a token's score for each beam of another group that just chose it",
             0.0,
             "Must be above 0 with `num_beam_groups`. Without groups it is refused; transformers ignores it.",
         ),
@@ -251,9 +251,9 @@ class GenerationFields(TypedDict, total=False):
             "beams",
             "contrastive search: weight of the penalty on tokens that resemble the text so far, from 0 to 1; needs "
             "`top_k` of 2 or more",
-            note="The tokens are those of transformers 4.41, except that padding is not compared with and a forbidden "
-            "token is never chosen; transformers 5 downloads this mode from the Hub. Sampling, beams or a smaller "
-            "`top_k` are refused beside it; transformers ignores it then.",
+            note="The tokens are those of transformers 4.41, except that padding is ignored and a forbidden token is "
+            "never chosen; transformers 5 downloads this mode from the Hub. With sampling, beams or a "
+            "smaller `top_k` it is refused; transformers ignores it then.",
         ),
     ]
 
@@ -264,7 +264,7 @@ class GenerationFields(TypedDict, total=False):
         dict[tuple[int, ...], float] | Sequence[Sequence[list[int] | float]] | None,
         Field(
             "other rules",
-            "what is added to the score of the token that completes a sequence: `[[[5,6],-2.0]]`",
+            "bias added to the score of the token that completes a sequence: `[[[5,6],-2.0]]`",
             note="In Python also a dict: `{(5, 6): -2.0}`.",
         ),
     ]
@@ -376,7 +376,7 @@ class GenerationFields(TypedDict, total=False):
         Field(
             "outputs",
             "return the attention weights of each step and layer",
-            note="The rows of masked columns are zeros; in transformers they hold numbers without a meaning.",
+            note="The rows of masked tokens are zeros; in transformers their values are not meaningful.",
         ),
     ]
     output_hidden_states: Annotated[bool | None, Field("outputs", "return the hidden states of each step and layer")]
@@ -409,7 +409,7 @@ class GenerationFields(TypedDict, total=False):
     disable_compile: Annotated[bool | None, Field("no effect", "is about torch.compile; jaxgen compiles every call")]
     max_cache_len: Annotated[int | None, Field("no effect", "sizes a static cache; jaxgen's cache grows with the text")]
     cache_config: Annotated[
-        dict[str, Any] | None,
+        object,
         Field("no effect", "is about quantised caches, which `cache_implementation` would have to ask for"),
     ]
     continuous_batching_config: Annotated[
@@ -495,13 +495,13 @@ REFUSED_ARGUMENTS = {
 }
 
 
-def described(keywords: Any) -> dict[str, tuple[Any, Field]]:
-    """The type and the description of each keyword of one of the tables here."""
+def described(keywords: type) -> dict[str, tuple[object, Field]]:
+    """The type and the description of each keyword in a table of this module."""
     return {name: get_args(hint) for name, hint in get_type_hints(keywords, include_extras=True).items()}
 
 
 FIELDS = described(GenerationFields)
-REFUSED: dict[str, tuple[Any, ...]] = {
+REFUSED: dict[str, tuple[object, ...]] = {
     name: get_args(values) for name, (values, field) in FIELDS.items() if field.group == "refused"
 }
 NO_EFFECT = {name: field.help for name, (_, field) in FIELDS.items() if field.group == "no effect"}

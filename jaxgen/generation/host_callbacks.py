@@ -1,14 +1,14 @@
-"""Python code inside the compiled loop: Hugging Face's own processors and criteria, and NumPy functions.
+"""Python functions inside the compiled loop: processors and criteria of transformers, and NumPy functions.
 
-The program knows a number in the place of the function, so that another function, or another instance of the same
-processor, compiles nothing. Each call costs a trip to the host and a copy of the scores, at every step.
+The program holds a number in place of the function, so that another function, or another instance of the same
+processor, does not compile again. Each call costs a trip to the host and a copy of the scores, at every step.
 """
 
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,9 @@ from jax.experimental import io_callback
 from jaxgen import lazy
 from jaxgen.base import LogitsProcessor
 from jaxgen.pytree import Int32, pytree
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
 
 HostFunction = Callable[[np.ndarray, np.ndarray | None], np.ndarray]
 
@@ -31,8 +34,8 @@ class HostProcessor(LogitsProcessor):
     """Calls `function(input_ids [rows, cur_len], scores [rows, V])` on the host, in the order of the steps.
 
     Attributes:
-        number: int32 []. Of a function that is `registered`.
-        rows: int32 []. The rows of the caller; those of the bucket are none of its business.
+        number: int32 []. The number of a function that is `registered`.
+        rows: int32 []. The caller's rows; the function does not see the padding rows after them.
     """
 
     number: Int32
@@ -62,7 +65,7 @@ class HostCriterion:
 
 
 class HostFunctions:
-    """The functions of one call and what went wrong in them."""
+    """The functions of one call, and the error that one of them raised."""
 
     def __init__(self) -> None:
         self._functions: dict[int, HostFunction] = {}
@@ -71,18 +74,18 @@ class HostFunctions:
     def __bool__(self) -> bool:
         return bool(self._functions)
 
-    def add(self, function: HostFunction, argument: str) -> Any:
+    def add(self, function: HostFunction, argument: str) -> np.int32:
         """The number that stands for the function in a program.
 
         Raises:
-            ValueError: if JAX has no CPU to call it on, naming the argument of `generate` that it came with.
+            ValueError: if JAX has no CPU backend, naming the argument of `generate` that the function came with.
         """
         try:
             jax.local_devices(backend="cpu")
         except RuntimeError as error:
             platforms = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
             raise ValueError(
-                f"`{argument}` runs as Python on the host, for which JAX needs its CPU beside the accelerator, but "
+                f"`{argument}` runs as Python on the host, for which JAX needs its CPU backend too, but "
                 f"JAX_PLATFORMS is {platforms!r}. Set JAX_PLATFORMS={platforms},cpu, or pass a JAX function of "
                 "(input_ids, scores, cur_len)."
             ) from error
@@ -100,7 +103,7 @@ class HostFunctions:
 
     @contextmanager
     def registered(self) -> Iterator[None]:
-        """Makes the functions callable, until the call's results are there; an error of theirs is raised as it was."""
+        """Makes the functions callable while the call runs, and raises their errors unchanged instead of XLA's."""
         _functions.update(self._functions)
         try:
             yield
@@ -113,8 +116,8 @@ class HostFunctions:
                 _functions.pop(number, None)
 
 
-def for_processor(function: Callable[..., Any]) -> HostFunction:
-    """`function` with NumPy in and out; a subclass of transformers' LogitsProcessor gets tensors."""
+def for_processor(function: Callable[..., object]) -> HostFunction:
+    """`function` with NumPy arrays in and out; a subclass of transformers' LogitsProcessor gets tensors."""
     if _is_transformers(function):
         function = _with_tensors(function)
 
@@ -128,10 +131,10 @@ def for_processor(function: Callable[..., Any]) -> HostFunction:
     return process
 
 
-def for_prefix(prefix_allowed_tokens_fn: Callable[[int, np.ndarray], Any], copies: int) -> HostFunction:
+def for_prefix(prefix_allowed_tokens_fn: Callable[[int, np.ndarray], "ArrayLike"], copies: int) -> HostFunction:
     """Same as transformers 5.24 `PrefixConstrainedLogitsProcessor`, whose function gets the number of the prompt.
 
-    A prompt has `copies` rows: its beams, or its samples.
+    Each prompt has `copies` neighbouring rows: its beams or samples.
     """
 
     def constrain(input_ids: np.ndarray, scores: np.ndarray | None) -> np.ndarray:
@@ -143,7 +146,7 @@ def for_prefix(prefix_allowed_tokens_fn: Callable[[int, np.ndarray], Any], copie
             if not allowed.size:
                 raise ValueError(
                     f"`prefix_allowed_tokens_fn` returned an empty list for batch ID {batch_id}. Return at least one "
-                    "token, an eos for a text that may only end."
+                    "token: an eos id if the text may only end here."
                 )
             if allowed.min() < 0 or allowed.max() >= mask.shape[1]:
                 raise ValueError(
@@ -152,15 +155,15 @@ def for_prefix(prefix_allowed_tokens_fn: Callable[[int, np.ndarray], Any], copie
                 )
             mask[row, allowed] = 0
         constrained = scores + mask
-        # Where the model rules out all that is allowed, in every row of a prompt, the constraint wins.
+        # If all rows of a prompt have only -inf left, the constraint takes precedence over the scores.
         unsatisfiable = np.isneginf(constrained.max(axis=1)).reshape(-1, copies).all(axis=1)
         return np.where(np.repeat(unsatisfiable, copies)[:, None], mask, constrained)
 
     return constrain
 
 
-def for_criterion(function: Callable[..., Any]) -> HostFunction:
-    """`function` with a bool per row out, whatever it returns; see `for_processor`."""
+def for_criterion(function: Callable[..., object]) -> HostFunction:
+    """`function` that returns bool [rows], from one bool or one per row; otherwise as `for_processor`."""
     if _is_transformers(function):
         function = _with_tensors(function)
 
@@ -173,12 +176,12 @@ def for_criterion(function: Callable[..., Any]) -> HostFunction:
     return finished
 
 
-def _is_transformers(function: Any) -> bool:
+def _is_transformers(function: object) -> bool:
     return isinstance(function, (lazy.torch_class("LogitsProcessor"), lazy.torch_class("StoppingCriteria")))
 
 
-def _with_tensors(function: Callable[..., Any]) -> HostFunction:
-    # Only torch can make these classes, so it is there; NumPy arrays know how to become its tensors and back.
+def _with_tensors(function: Callable[..., object]) -> HostFunction:
+    # These classes exist only if torch is imported.
     tensor = lazy.torch().tensor
 
     def call(input_ids: np.ndarray, scores: np.ndarray | None) -> np.ndarray:
@@ -188,18 +191,23 @@ def _with_tensors(function: Callable[..., Any]) -> HostFunction:
     return call
 
 
-def _processed(number: Any, rows: Any, input_ids: Any, scores: Any, cur_len: Any) -> np.ndarray:
-    whole = np.array(scores)
-    rows = int(rows)
-    given = whole[:rows]
-    result = _functions[int(number)](np.asarray(input_ids)[:rows, : int(cur_len)].copy(), given.copy())
-    whole[:rows] = result
-    return whole
+# The arguments of a callback are padded, [N, S] and [N, V]. The functions see the caller's part of them:
+#
+#     input_ids      [ rows, cur_len | unwritten positions ]
+#                    [ padding rows of the bucket          ]
 
 
-def _finished(number: Any, rows: Any, input_ids: Any, cur_len: Any) -> np.ndarray:
-    ids = np.asarray(input_ids)
-    finished = np.ones(len(ids), bool)
-    rows = int(rows)
-    finished[:rows] = _functions[int(number)](ids[:rows, : int(cur_len)].copy(), None)
+def _processed(
+    number: jax.Array, rows: jax.Array, input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array
+) -> np.ndarray:
+    processed, count = np.array(scores), int(rows)
+    prefix = np.asarray(input_ids)[:count, : int(cur_len)].copy()
+    processed[:count] = _functions[int(number)](prefix, processed[:count].copy())
+    return processed
+
+
+def _finished(number: jax.Array, rows: jax.Array, input_ids: jax.Array, cur_len: jax.Array) -> np.ndarray:
+    finished, count = np.ones(len(input_ids), bool), int(rows)  # padding rows never hold up the end
+    prefix = np.asarray(input_ids)[:count, : int(cur_len)].copy()
+    finished[:count] = _functions[int(number)](prefix, None)
     return finished

@@ -1,11 +1,11 @@
-"""What callers pass, checked on the host: prompts in all their forms, masks, negative prompts and keys."""
+"""Checks of the inputs of a call on the host: prompts in all forms, masks, negative prompts and keys."""
 
 import logging
 import operator
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,9 @@ from jaxgen.base import Model
 from jaxgen.generation.decode_config import DecodeConfig
 from jaxgen.generation.past_key_values import PastKeyValues
 
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
 logger = logging.getLogger(__name__)
 
 
@@ -24,14 +27,20 @@ logger = logging.getLogger(__name__)
 class Inputs:
     """The checked prompt of a call.
 
-    M are its columns for the model: those of `past`, then T that the model has yet to see.
+    The model attends M positions, which can differ from the P tokens of the text:
+
+    ```
+    M positions    c c c c | n n n     those in the cache, then T new ones, which prefill reads
+    P tokens       t t t t   t t t     the whole text, or
+                             t t t     the new tokens only, or none with `inputs_embeds`
+    ```
 
     Attributes:
-        input_ids: int32 [B, P]. The text; without columns if there are embeddings only.
-        text_mask: bool [B, P]. Which columns of the text are no padding.
+        input_ids: int32 [B, P]. The text; P is 0 if there are embeddings only.
+        text_mask: bool [B, P]. False on padding.
         attention_mask: bool [B, M].
-        num_new: T.
-        position_ids: int32 [B, T], or None to count the unmasked columns.
+        num_new: T, the number of prompt tokens not in the cache yet.
+        position_ids: int32 [B, T], or None to count unmasked positions.
         embeddings: float [B, T, D], or None.
         past: the cache to continue, or None.
     """
@@ -46,11 +55,11 @@ class Inputs:
 
     @property
     def plain(self) -> bool:
-        """Whether the model's columns are those of the text, at the positions that it would count."""
+        """Whether the model reads just the ids, at the default positions."""
         return self.position_ids is None and self.embeddings is None and self.past is None
 
     def check_plain(self, name: str, why: str, chunk: int | None) -> None:
-        """Raises a ValueError, with the name of what needs a plain prompt read at once, and why, if it is not one."""
+        """Raises ValueError unless the prompt is plain and prefilled at once, which `name` needs because of `why`."""
         given = {
             "cache": self.past,
             "inputs_embeds": self.embeddings,
@@ -62,21 +71,23 @@ class Inputs:
                 raise ValueError(f"`{other}` does not go with {name}, {why}. Leave out one of them.")
 
 
-def checked_inputs(model: Model, inputs: Any, model_inputs: dict[str, Any], config: DecodeConfig) -> Inputs:
-    """The prompt of a call, from the arguments it may come in.
+def checked_inputs(
+    model: Model, inputs: "ArrayLike | None", model_inputs: Mapping[str, Any], config: DecodeConfig
+) -> Inputs:
+    """The prompt of a call, from all arguments that can hold it.
 
     Raises:
-        ValueError: naming the argument, its value, the range and the next step.
+        ValueError: naming the argument, its value, the range and a way out.
     """
     if inputs is not None and model_inputs.get("input_ids") is not None:
-        raise ValueError("`inputs` and `input_ids` were both passed, and they mean the same. Pass one of them.")
+        raise ValueError("`inputs` and `input_ids` were both passed, but are the same argument. Pass one of them.")
     given = model_inputs.get("input_ids") if inputs is None else inputs
     mask, past = _mask_array("attention_mask", model_inputs.get("attention_mask")), model_inputs.get("cache")
     if isinstance(past, lazy.torch_class("Cache")):
         past = PastKeyValues.from_transformers(model, past)
     embeddings = _embeddings(model_inputs.get("inputs_embeds"), model.hidden_size)
     if embeddings is not None and (given is None or np.shape(given)[1:] == (0,)):
-        input_ids = np.zeros((len(embeddings if given is None else given), 0), np.int32)
+        input_ids = np.zeros((len(embeddings) if given is None else np.shape(given)[0], 0), np.int32)
     else:
         if given is None:
             if config.bos_token_id is None:
@@ -87,36 +98,37 @@ def checked_inputs(model: Model, inputs: Any, model_inputs: dict[str, Any], conf
     if embeddings is not None and len(embeddings) != rows:
         raise ValueError(f"`inputs_embeds` has {len(embeddings)} rows, but `input_ids` has {rows}. They must be equal.")
     shape = (rows, columns if embeddings is None else embeddings.shape[1])
-    seen = 0 if past is None else _seen_columns(past, rows)
+    num_cached = 0 if past is None else _num_cached(past, rows)
     if mask is not None:
-        # With a cache the mask has all columns, and the ids have them all too or the new ones only.
-        shape = (rows, seen + columns) if mask.shape == (rows, seen + columns) and embeddings is None else shape
+        # With a cache the mask has all M columns, and the ids are all M tokens or only the T new ones.
+        only_new = mask.shape == (rows, num_cached + columns) and embeddings is None
+        shape = (rows, num_cached + columns) if only_new else shape
         mask = _mask("attention_mask", mask, shape)
     warn_about_padding(input_ids, mask, config, embeddings is not None)
     if mask is None:
         if columns not in (0, shape[1]):
             raise ValueError(
                 f"`inputs_embeds` has {shape[1]} columns, but `input_ids` has {columns}. Pass the `attention_mask` of "
-                "the former."
+                "`inputs_embeds`."
             )
         mask = infer_attention_mask(input_ids, config) if columns else np.ones(shape, bool)
-    num_new = mask.shape[1] - seen
+    num_new = mask.shape[1] - num_cached
     if num_new < 1:
         raise ValueError(
-            f"`cache` holds {seen} columns, and the prompt has {mask.shape[1]}: nothing is left to read. "
-            f"Pass the whole text, or new `input_ids` with an `attention_mask` of {seen} columns more; or "
-            "`cache.crop` what is to be read again."
+            f"`cache` holds {num_cached} tokens, and the prompt has {mask.shape[1]}: no token is left to read. "
+            f"Pass the whole text, or new `input_ids` with an `attention_mask` that is {num_cached} columns longer, or "
+            "remove tokens with `cache.crop`."
         )
     _check_logits_to_keep(model_inputs.get("logits_to_keep"))
     positions = _positions(model_inputs.get("position_ids"), rows, num_new)
     text_mask = np.ones((rows, columns), bool)
-    if embeddings is None or columns == mask.shape[1]:
+    if embeddings is None or columns == mask.shape[1]:  # the ids are the last P of the M tokens
         text_mask = mask[:, -columns:]
     embeddings = None if embeddings is None else embeddings[:, -num_new:]
     return Inputs(input_ids, text_mask, mask, num_new, positions, embeddings, past)
 
 
-def _embeddings(given: Any, hidden_size: int) -> np.ndarray | None:
+def _embeddings(given: "ArrayLike | None", hidden_size: int) -> np.ndarray | None:
     """float [B, T, D]."""
     if given is None:
         return None
@@ -124,11 +136,11 @@ def _embeddings(given: Any, hidden_size: int) -> np.ndarray | None:
     try:
         embeddings = lazy.as_numpy(given)
     except ValueError as error:
-        raise ValueError(f"`inputs_embeds` is no rectangular array ({error}).") from error
+        raise ValueError(f"`inputs_embeds` is not a rectangular array ({error}).") from error
     if embeddings.ndim != 3 or embeddings.shape[2] != hidden_size or 0 in embeddings.shape:
         raise ValueError(
-            f"`inputs_embeds` has shape {embeddings.shape}, but must be [prompts, columns, {hidden_size}], neither "
-            "empty. Take it from `model.embed_tokens(input_ids)`."
+            f"`inputs_embeds` has shape {embeddings.shape}, but must be [prompts, columns, {hidden_size}] and "
+            "not empty. Take it from `model.embed_tokens(input_ids)`."
         )
     if not jnp.issubdtype(embeddings.dtype, jnp.floating):
         raise ValueError(
@@ -137,7 +149,8 @@ def _embeddings(given: Any, hidden_size: int) -> np.ndarray | None:
     return embeddings
 
 
-def _seen_columns(past: Any, rows: int) -> int:
+def _num_cached(past: object, rows: int) -> int:
+    """The number of tokens per row in a cache."""
     if not isinstance(past, PastKeyValues):
         raise ValueError(
             f"`cache` is of type {type(past).__name__}, but must be the `cache` of an earlier call of "
@@ -145,43 +158,45 @@ def _seen_columns(past: Any, rows: int) -> int:
         )
     if past.batch_size not in (1, rows):
         raise ValueError(
-            f"`cache` has {past.batch_size} rows, but there are {rows} prompts. Pass a cache of as many, or "
-            "of one, which all prompts then share."
+            f"`cache` has {past.batch_size} rows, but there are {rows} prompts. Pass a cache with one row per "
+            "prompt, or with a single row that all prompts share."
         )
     return past.get_seq_length()
 
 
-def _check_logits_to_keep(given: Any) -> None:
-    """The logits of the last column are always kept, and no others are read, as in transformers."""
+def _check_logits_to_keep(given: object) -> None:
+    """The value changes nothing: `generate` reads the logits of the last token alone, as in transformers."""
     if given is not None and (not isinstance(given, (int, np.integer)) or isinstance(given, bool) or given < 0):
         raise ValueError(
-            f"`logits_to_keep`={given!r} must be a number of columns, 0 for all of them; `generate` reads those of the "
+            f"`logits_to_keep`={given!r} must be a number of tokens, or 0 for all; `generate` reads the logits of the "
             "last one only. Leave it out."
         )
 
 
-def _positions(given: Any, rows: int, num_new: int) -> np.ndarray | None:
-    """int32 [B, T]: of what is given, the columns that are to be read."""
+def _positions(given: "ArrayLike | None", rows: int, num_new: int) -> np.ndarray | None:
+    """int32 [B, T]: the positions of the new tokens."""
     if given is None:
         return None
     positions = _array("position_ids", given)
     if not np.issubdtype(positions.dtype, np.integer) or ((positions >= 2**30) | (positions < -(2**30))).any():
-        raise ValueError(f"`position_ids` has dtype {positions.dtype}, but must hold integers of less than 2**30.")
+        raise ValueError(
+            f"`position_ids` has dtype {positions.dtype}, but must hold integers from -2**30 to 2**30 - 1."
+        )
     if positions.shape[0] not in (1, rows) or positions.shape[1] < num_new:
         raise ValueError(
-            f"`position_ids` has shape {positions.shape}, but {rows} prompts have {num_new} columns to be read. Pass "
+            f"`position_ids` has shape {positions.shape}, but {rows} prompts have {num_new} new tokens. Pass "
             "one position for each."
         )
     return np.broadcast_to(positions[:, -num_new:], (rows, num_new)).astype(np.int32)
 
 
 def counted_positions(mask: np.ndarray) -> np.ndarray:
-    """int32 [B, M]: the positions of unmasked columns, and 0."""
+    """int32 [B, M]: unmasked positions counted from 0 in each row, and 0 where masked."""
     return np.where(mask, np.cumsum(mask, axis=1) - 1, 0).astype(np.int32)
 
 
-def _token_ids(name: str, given: Any, vocab_size: int) -> np.ndarray:
-    """int32 [B, P], each an id of the model."""
+def _token_ids(name: str, given: "ArrayLike", vocab_size: int) -> np.ndarray:
+    """int32 [B, P], all of them in the vocabulary."""
     ids = _array(name, given)
     if ids.size == 0:
         raise ValueError(f"`{name}` has shape {ids.shape}, but every prompt needs at least one token.")
@@ -196,7 +211,8 @@ def _token_ids(name: str, given: Any, vocab_size: int) -> np.ndarray:
     return ids.astype(np.int32)
 
 
-def _mask_array(name: str, given: Any) -> np.ndarray | None:
+def _mask_array(name: str, given: "ArrayLike | None") -> np.ndarray | None:
+    """The mask as an array with two dimensions; its shape and values are not checked yet."""
     if given is None:
         return None
     array = _rectangular(name, given)
@@ -206,17 +222,18 @@ def _mask_array(name: str, given: Any) -> np.ndarray | None:
 
 
 def _mask(name: str, mask: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """bool, of a shape, with at most a warning about rows that are all masked."""
     if mask.shape != shape:
         raise ValueError(f"`{name}` has shape {mask.shape}, but its ids have {shape}. They must be equal.")
     if not np.isin(mask, (0, 1)).all():
-        raise ValueError(f"`{name}` holds {mask[~np.isin(mask, (0, 1))][0]}, but may hold 0 and 1 only.")
+        raise ValueError(f"`{name}` holds {mask[~np.isin(mask, (0, 1))][0]}, but must hold 0 and 1 only.")
     if not mask.any(axis=1).all():
         row = int(np.flatnonzero(~mask.any(axis=1))[0])
-        logger.warning("`%s` masks all of row %d: its continuation will mean nothing.", name, row)
+        logger.warning("`%s` masks all of row %d: its continuation will not be meaningful.", name, row)
     return mask.astype(bool)
 
 
-def _rectangular(name: str, given: Any) -> np.ndarray:
+def _rectangular(name: str, given: "ArrayLike") -> np.ndarray:
     refuse_tracer(given)
     _refuse_text(name, given)
     if isinstance(given, Mapping):
@@ -224,10 +241,10 @@ def _rectangular(name: str, given: Any) -> np.ndarray:
     try:
         return np.asarray(given)
     except ValueError as error:
-        raise ValueError(f"`{name}` is no rectangular array ({error}). Pad the rows to one length.") from error
+        raise ValueError(f"`{name}` is not a rectangular array ({error}). Pad the rows to one length.") from error
 
 
-def _array(name: str, given: Any) -> np.ndarray:
+def _array(name: str, given: "ArrayLike") -> np.ndarray:
     array = _rectangular(name, given)
     if array.ndim != 2:
         raise ValueError(
@@ -236,7 +253,7 @@ def _array(name: str, given: Any) -> np.ndarray:
     return array
 
 
-def _refuse_text(name: str, given: Any) -> None:
+def _refuse_text(name: str, given: object) -> None:
     first = given
     while isinstance(first, (list, tuple)) and first:
         first = first[0]
@@ -250,16 +267,17 @@ def _refuse_text(name: str, given: Any) -> None:
         )
 
 
-def refuse_tracer(value: Any) -> None:
+def refuse_tracer(value: object) -> None:
+    """Raises ValueError if the value belongs to a trace."""
     if isinstance(value, Tracer):
         raise ValueError(
             "`generate`, `stream` and `prepare` run on the host, not inside jit, vmap or grad. Use `jaxgen.decode` "
-            "there, with what `prepare` returned outside."
+            "there, with a call that `prepare` returned outside of it."
         )
 
 
 def warn_about_padding(input_ids: np.ndarray, mask: np.ndarray | None, config: DecodeConfig, embedded: bool) -> None:
-    """The warnings of transformers 5.24 `_prepare_special_tokens` and `generate`, which concern batches only."""
+    """The warnings of transformers 5.24 `_prepare_special_tokens` and `generate` about padding, for batches only."""
     eos, pad = config.eos_token_id, config.pad_token_id
     if len(input_ids) == 1 or (pad is None and not eos):
         return
@@ -286,13 +304,15 @@ def warn_about_padding(input_ids: np.ndarray, mask: np.ndarray | None, config: D
 
 
 def infer_attention_mask(input_ids: np.ndarray, config: DecodeConfig) -> np.ndarray:
-    """Without a mask, pad ids are padding, unless padding and the end of a text are the same id."""
+    """bool [B, P], False on `pad_token_id`; all True if that is not set or is also an `eos_token_id`."""
     if config.pad_token_id is None or config.pad_token_id in config.eos_token_id:
         return np.ones(input_ids.shape, bool)
     return input_ids != config.pad_token_id
 
 
-def checked_negatives(model: Model, inputs: Inputs, given_ids: Any, given_mask: Any) -> tuple[np.ndarray, np.ndarray]:
+def checked_negatives(
+    model: Model, inputs: Inputs, given_ids: "ArrayLike | None", given_mask: "ArrayLike | None"
+) -> tuple[np.ndarray, np.ndarray]:
     """The negative prompts, int32 [B, P'] and bool [B, P']: by default the last token of each prompt."""
     rows = len(inputs.input_ids)
     ids, mask = inputs.input_ids[:, -1:], np.ones((rows, 1), bool)
@@ -305,18 +325,22 @@ def checked_negatives(model: Model, inputs: Inputs, given_ids: Any, given_mask: 
     return ids, mask if given is None else _mask("negative_prompt_attention_mask", given, ids.shape)
 
 
-def key_data(key: Any, config: DecodeConfig, padded_rows: int, rows: int) -> Any:
-    """uint32 [2], or [N, 2] of one key per prompt; None for greedy decoding."""
+def key_data(key: "ArrayLike | None", config: DecodeConfig, padded_rows: int, rows: int) -> np.ndarray | None:
+    """uint32 [2], or [N, 2] for one key per prompt; None for greedy decoding.
+
+    Raises:
+        ValueError: if `key` is not a key, or there is not one per prompt.
+    """
     if not config.do_sample:
         if key is not None:
-            logger.warning("`key` has no effect without `do_sample=True`: nothing is drawn.")
+            logger.warning("`key` has no effect without `do_sample=True`: nothing is sampled.")
         return None
     if key is None:
         key = secrets.randbits(64)
     refuse_tracer(key)
     advice = "Pass an int, a jax.random key, or one of either per prompt."
     if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        words = np.asarray(jax.random.key_data(key))[..., :2]
+        words = np.asarray(jax.random.key_data(key))[..., :2]  # of the two or four words of an implementation
     else:
         try:
             given = np.asarray(key)
@@ -328,6 +352,7 @@ def key_data(key: Any, config: DecodeConfig, padded_rows: int, rows: int) -> Any
         if given.dtype == np.uint32 and given.ndim and given.shape[-1] in (2, 4):  # jax.random.PRNGKey
             words = given[..., :2]
         else:
+            # High and low word, as `jax.random.PRNGKey` splits a seed of 64 bits.
             words = np.stack([seeds >> 32 & 0xFFFFFFFF, seeds & 0xFFFFFFFF], axis=-1).astype(np.uint32)
     if words.shape not in ((2,), (rows, 2)):
         raise ValueError(f"`key` has shape {words.shape[:-1]}, but there are {rows} prompts. {advice}")

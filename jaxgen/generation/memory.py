@@ -1,4 +1,4 @@
-"""Whether a call fits into the memory here, by the sizes of what it certainly holds."""
+"""Whether a call fits into memory, by the arrays that it is certain to hold."""
 
 import os
 
@@ -9,22 +9,25 @@ from jaxgen.generation.call import PreparedCall
 
 
 def check_memory(model: Model, prepared: PreparedCall) -> None:
-    """Refuses what no allocator could give, before anything is compiled for it."""
+    """Raises ValueError if the arrays of a call exceed the memory, before anything is compiled."""
     call, config, mode = prepared.call, prepared.config, prepared.mode
-    columns, cache_slots = call.prompt_slots, prepared.cache_slots
+    prompt_slots, cache_slots = call.prompt_slots, prepared.cache_slots
     rows, steps = call.model_rows * call.strategy.copies, call.slots - call.prompt.input_ids.shape[1]
     needed = {"the cache": rows * cache_slots * model.cache_bytes_per_token}
     scored = call.model_rows * mode.sequences_per_prompt
     for name in config.outputs:
         if name in prepared.collect:
-            of_prompt = call.model_rows * model.internals_bytes(name, columns, columns)
+            of_prompt = call.model_rows * model.internals_bytes(name, prompt_slots, prompt_slots)
             of_step = rows * model.internals_bytes(name, call.strategy.branches, cache_slots)
             needed[f"`output_{name}`"] = of_prompt + steps * of_step
             if not config.use_cache:
                 width = prepared.prompt_length + steps
-                texts = steps if mode.whole_texts_per_step else 1  # rows that do not change their past share one array
+                texts = (
+                    steps if mode.whole_texts_per_step else 1
+                )  # without beams all steps share the arrays of the last one
                 needed[f"`output_{name}`"] += scored * texts * model.internals_bytes(name, width, width)
         else:
+            # float32, hence 4 bytes
             needed[f"`output_{name}`"] = 4 * scored * steps * model.vocab_size
     available = memory_bytes() * (1 if model.mesh is None else model.mesh.size)
     place = "the device has" if model.mesh is None else "the devices have"
@@ -38,7 +41,7 @@ def check_memory(model: Model, prepared: PreparedCall) -> None:
 
 
 def memory_bytes() -> int:
-    """What a device has here; a CPU has the machine's."""
+    """The memory of a device in bytes; for a CPU, that of the machine."""
     device = jax.local_devices()[0]
     stats = device.memory_stats() if device.platform != "cpu" else None
     return stats["bytes_limit"] if stats else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

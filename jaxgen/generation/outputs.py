@@ -1,8 +1,8 @@
-"""What `generate` returns with `return_dict_in_generate`, and what is computed from it."""
+"""The outputs of `generate` with `return_dict_in_generate`, and `compute_transition_scores`."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -11,11 +11,14 @@ from jaxgen import lazy
 from jaxgen.generation.past_key_values import PastKeyValues
 from jaxgen.generation.user_warnings import warn_once
 
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
 
 class _Output:
-    """Fields that are not None by key or place, as of transformers' outputs.
+    """Access to the fields that are not None by key or index, as in transformers' outputs.
 
-    The cache has both of its names; among the keys it goes by the one of the installed transformers.
+    The cache can be read under both of its names; `keys` has that of the installed transformers.
     """
 
     cache: PastKeyValues | None
@@ -46,24 +49,23 @@ class _Output:
 
 @dataclass(frozen=True)
 class GenerateDecoderOnlyOutput(_Output):
-    """Same as transformers 5.24 `GenerateDecoderOnlyOutput`; fields that are not None by attribute, key or place.
+    """Same as transformers 5.24 `GenerateDecoderOnlyOutput`; fields that are not None by attribute, key or index.
 
-    L are the columns of `sequences`, T the steps that ran (L less the prompt), N rows are B * R. Scores, logits and
-    logprobs are arrays whose first axis stands for transformers' tuple over steps. In a step that a row spent finished,
-    its numbers mean nothing and its logprobs are 0.
+    L is the length of `sequences`, T the number of steps (L minus the prompt length), and N = B * R rows. `scores` and
+    `logits` are arrays with a first axis of steps, in place of transformers' tuple over steps. After the end of a row
+    its scores and logits are not meaningful, and its logprobs are 0.
 
     Attributes:
         sequences: int32 [N, L]. The prompt and the new tokens.
-        scores: float32 [T, N, V]. Processed, as tokens were chosen by them.
-        logits: float32 [T, N, V]. As the model gave them.
-        attentions: T tuples over layers, the first [N, Q, P, P], then [N, Q, 1, P + t]; zeros where the column itself
-            is masked. With `use_cache=False` all are of the whole text, [N, Q, P + t, P + t], and read-only.
-        hidden_states: T tuples over layers and one more, the first [N, P, D], then [N, 1, D]. With `use_cache=False`
-            all are of the whole text, [N, P + t, D], and read-only.
-        cache: the cache of the columns that the model has seen: all but the last, and those of a cache that
-            was continued.
-        logprobs: float32 [N, T]. The chosen tokens' log-probabilities by the model: temperature 1, whole vocabulary.
-        processed_logprobs: float32 [N, T]. The same by the processed scores: of the draw that was made.
+        scores: float32 [T, N, V]. After all processors.
+        logits: float32 [T, N, V]. Of the model, before all processors.
+        attentions: T tuples over layers, first [N, Q, P, P], then [N, Q, 1, P + t]; zeros at masked queries. With
+            `use_cache=False` each step has the whole text, [N, Q, P + t, P + t], and is read-only.
+        hidden_states: T tuples over layers and the embeddings, first [N, P, D], then [N, 1, D]. With `use_cache=False`
+            each step has the whole text, [N, P + t, D], and is read-only.
+        cache: the cache of all tokens but the last, which the model has not read; it includes a continued cache.
+        logprobs: float32 [N, T]. The log-probabilities of the chosen tokens under the model, at temperature 1.
+        processed_logprobs: float32 [N, T]. The same under the processed scores, from which the tokens were sampled.
     """
 
     sequences: np.ndarray
@@ -78,23 +80,23 @@ class GenerateDecoderOnlyOutput(_Output):
 
 @dataclass(frozen=True)
 class GenerateBeamDecoderOnlyOutput(_Output):
-    """Same as transformers 5.24 `GenerateBeamDecoderOnlyOutput`; fields that are not None by attribute, key or place.
+    """Same as transformers 5.24 `GenerateBeamDecoderOnlyOutput`; fields that are not None by attribute, key or index.
 
-    L are the columns of `sequences`, T the steps that ran (at least L less the prompt), N returned rows are B * R, M
-    running beams are B * num_beams. Scores and logits are arrays whose first axis stands for transformers' tuple over
-    steps; a step's rows are the running beams before its tokens are chosen.
+    L is the length of `sequences`, T the number of steps (at least L minus the prompt length), N = B * R returned rows,
+    and M = B * num_beams running beams. `scores` and `logits` are arrays with a first axis of steps, in place of
+    transformers' tuple over steps; the rows of a step are the running beams before its tokens are chosen.
 
     Attributes:
         sequences: int32 [N, L]. The prompt and the new tokens, the best beam of each prompt first.
-        sequences_scores: float32 [N], with `output_scores`. The sum of the tokens' scores, by the length penalty.
-        scores: float32 [T, M, V]. Processed log-probabilities.
-        logits: float32 [T, M, V]. As the model gave them.
-        beam_indices: int32 [N, L - P]. The row of `scores` that each new token was chosen in, -1 after the end.
-        attentions: T tuples over layers, the first [M, Q, P, P], then [M, Q, 1, P + t]; with `use_cache=False` of the
-            whole text of each beam, [M, Q, P + t, P + t].
-        hidden_states: T tuples over layers and one more, the first [M, P, D], then [M, 1, D]; with `use_cache=False`
-            [M, P + t, D].
-        cache: the cache of the columns that the model has seen, P + T - 1 of each running beam.
+        sequences_scores: float32 [N], with `output_scores`. The sum of the tokens' scores, after the length penalty.
+        scores: float32 [T, M, V]. Log-probabilities after all processors.
+        logits: float32 [T, M, V]. Of the model, before all processors.
+        beam_indices: int32 [N, L - P]. The row of `scores` that each new token was chosen from, -1 after the end.
+        attentions: T tuples over layers, first [M, Q, P, P], then [M, Q, 1, P + t]; with `use_cache=False` each step
+            has the whole text of each beam, [M, Q, P + t, P + t].
+        hidden_states: T tuples over layers and the embeddings, first [M, P, D], then [M, 1, D]; with
+            `use_cache=False` [M, P + t, D].
+        cache: the cache of the tokens that the model has read, P + T - 1 of each running beam.
     """
 
     sequences: np.ndarray
@@ -111,21 +113,24 @@ GenerateOutput = GenerateDecoderOnlyOutput | GenerateBeamDecoderOnlyOutput
 
 
 def compute_transition_scores(
-    sequences: Any, scores: Any, beam_indices: Any = None, normalize_logits: bool = False
+    sequences: "ArrayLike",
+    scores: "ArrayLike",
+    beam_indices: "ArrayLike | None" = None,
+    normalize_logits: bool = False,
 ) -> np.ndarray:
     """The scores of the chosen tokens. Same as transformers 5.24 `GenerationMixin.compute_transition_scores`.
 
     Args:
         sequences: int [N, L], from `generate`.
         scores: float [T, rows, V], from `generate(..., output_scores=True, return_dict_in_generate=True)`.
-        beam_indices: int [N, T], the row each token was chosen in, negative after the end; each its own by default.
-        normalize_logits: whether to make the scores log-probabilities first.
+        beam_indices: int [N, T], the row of `scores` of each token, negative after the end; by default n for text n.
+        normalize_logits: whether to apply log-softmax to the scores first.
 
     Returns:
         float32 [N, T], 0 after the end of a beam.
 
     Raises:
-        ValueError: if the shapes do not belong together.
+        ValueError: if the shapes do not fit together.
     """
     sequences, scores = np.asarray(sequences), np.asarray(scores)
     if scores.ndim != 3 or sequences.ndim != 2:
@@ -137,13 +142,14 @@ def compute_transition_scores(
         beam_indices = np.broadcast_to(np.arange(scores.shape[1])[:, None], (scores.shape[1], len(scores)))
     beam_indices = np.asarray(beam_indices)
     ended = beam_indices < 0
-    steps = int((~ended).sum(axis=1).max(initial=0))
+    steps = int((~ended).sum(axis=1).max(initial=0))  # of the longest beam; later columns are padding
     beam_indices, ended = np.where(ended, 0, beam_indices)[:, :steps], ended[:, :steps]
     if len(beam_indices) != len(sequences) or steps > min(len(scores), sequences.shape[1]):
         raise ValueError(
             f"{len(sequences)} sequences of {sequences.shape[1]} columns do not belong to scores of {len(scores)} "
             f"steps and {len(beam_indices)} rows. Pass `sequences`, `scores` and `beam_indices` of one call."
         )
+    # For text n and step t: scores[t, beam_indices[n, t], tokens[n, t]].
     tokens = sequences[:, sequences.shape[1] - steps :]
     chosen = scores[np.arange(steps), beam_indices, tokens]
     if normalize_logits:

@@ -1,7 +1,7 @@
-"""The cache of a finished call, as the caller sees it and as a later call continues it."""
+"""The cache of a finished call: the view of the caller, and the cache that a later call continues."""
 
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any, Self, overload
 
 import jax
 import jax.numpy as jnp
@@ -10,32 +10,35 @@ import numpy as np
 from jaxgen import lazy
 from jaxgen.base import Cache, Model, no_mesh
 
+Layer = tuple[jax.Array, jax.Array]  # keys and values
 
-class PastKeyValues(Sequence):
+
+class PastKeyValues(Sequence[Layer]):
     """The cache of a call without its padding: `past[layer]` is a pair, each [M, K, L, H] on the device.
 
-    The M rows are those of the call's `sequences`, or of its running beams; the L columns are those that the model has
-    seen. Given to another call as `cache`, it is read and never changed: any number of calls may continue it.
+    The M rows are those of the call's `sequences`, or its running beams; L is the number of tokens that the model has
+    read. Later calls can continue it as their `cache`, any number of them, and never change it.
     """
 
-    def __init__(self, cache: Any, slots: np.ndarray):
-        """Of a cache of N rows, int [N, C, L] slots: for each continuation of each row, where its columns are."""
-        rows, branches, columns = slots.shape
+    def __init__(self, cache: Cache, slots: np.ndarray):
+        """From a cache of N rows and int [N, C, L], the slots of the tokens of each branch of each row."""
+        rows, branches, length = slots.shape
+        # Row m of the view is branch m % C of row m // C of the cache.
         self._cache = cache
         self._rows = np.repeat(np.arange(rows, dtype=np.int32), branches)
-        self._slots = slots.reshape(rows * branches, columns).astype(np.int32)
+        self._slots = slots.reshape(rows * branches, length).astype(np.int32)
 
     @classmethod
-    def from_transformers(cls, model: Model, given: Any) -> Self | None:
-        """A copy of a transformers `Cache` that torch has filled; None of an empty one.
+    def from_transformers(cls, model: Model, given: object) -> Self | None:
+        """A copy of a transformers `Cache` of torch tensors; None if it is empty.
 
         Raises:
-            ValueError: if it is of another model, or no longer holds all columns.
+            ValueError: if it belongs to another model, or no longer holds all tokens.
         """
         layers = getattr(given, "layers", None)
         if layers is None:
             raise ValueError(
-                f"`cache` is of type {type(given).__name__}. Pass a `DynamicCache`, or that of an earlier call."
+                f"`cache` is of type {type(given).__name__}. Pass a `DynamicCache`, or the `cache` of an earlier call."
             )
         lengths = [int(layer.get_seq_length()) for layer in layers]
         if not any(lengths):
@@ -49,7 +52,7 @@ class PastKeyValues(Sequence):
             held = layer.keys.shape[2]
             if held < length:
                 raise ValueError(
-                    f"`cache` holds {held} of {length} columns in layer {number}, a {type(layer).__name__}, and jaxgen "
+                    f"`cache` holds {held} of {length} tokens in layer {number}, a {type(layer).__name__}, and jaxgen "
                     "needs them all. Pass the whole text without a cache."
                 )
         pairs = [(layer.keys[:, :, :columns], layer.values[:, :, :columns]) for layer in layers]
@@ -59,7 +62,7 @@ class PastKeyValues(Sequence):
 
         if [[*map(kind, pair)] for pair in pairs] != [[*map(kind, pair)] for pair in expected]:
             raise ValueError(_ANOTHER_MODEL)
-        # A copy: on a CPU `asarray` may share the memory of torch, which goes on to change it.
+        # A copy, since on a CPU `asarray` may share memory with torch, which later changes it.
         arrays = tuple(
             tuple(jnp.array(lazy.as_numpy(array), each.dtype, copy=True) for array, each in zip(*pair, strict=True))
             for pair in zip(pairs, expected, strict=True)
@@ -70,13 +73,19 @@ class PastKeyValues(Sequence):
     def __len__(self) -> int:
         return self._cache.num_layers
 
-    def __getitem__(self, layer: Any) -> Any:
+    @overload
+    def __getitem__(self, layer: int) -> Layer: ...
+    @overload
+    def __getitem__(self, layer: slice) -> list[Layer]: ...
+    def __getitem__(self, layer: int | slice) -> Layer | list[Layer]:
         if isinstance(layer, slice):
             return [self[each] for each in range(len(self))[layer]]
+        # [M, 1, 1] rows, [1, K, 1] heads and [M, 1, L] slots index [N, K, S, H], which gives [M, K, L, H].
         heads = np.arange(self._cache.layer(0)[0].shape[1])[None, :, None]
-        place = self._rows[:, None, None], heads, self._slots[:, None]
+        index = self._rows[:, None, None], heads, self._slots[:, None]
         with no_mesh(), jax.transfer_guard("allow"):
-            return tuple(array[place] for array in self._cache.layer(range(len(self))[layer]))
+            keys, values = self._cache.layer(range(len(self))[layer])
+            return keys[index], values[index]
 
     @property
     def batch_size(self) -> int:
@@ -84,58 +93,59 @@ class PastKeyValues(Sequence):
         return len(self._rows)
 
     def get_seq_length(self) -> int:
-        """L: columns of the prompt and the new tokens that the model has seen."""
+        """L: the number of tokens that the model has read, those of the prompt included."""
         return self._slots.shape[1]
 
     @property
     def slots(self) -> int:
-        """The columns that there is room for."""
+        """The number of tokens per row that the cache has room for."""
         return self._cache.slots
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forgets the last -`tokens_to_remove` columns. Same as transformers 5.24 `Cache.crop`.
+        """Removes the last `-tokens_to_remove` tokens. Same as transformers 5.24 `Cache.crop`.
 
         Raises:
-            ValueError: unless it is an integer from -L to 0.
+            ValueError: if it is not an integer from -L to 0.
         """
-        columns = self.get_seq_length()
-        if type(tokens_to_remove) is not int or not -columns <= tokens_to_remove <= 0:
+        length = self.get_seq_length()
+        if type(tokens_to_remove) is not int or not -length <= tokens_to_remove <= 0:
             raise ValueError(
-                f"`crop` removes columns by a negative number, of the {columns} that there are, but got "
-                f"{tokens_to_remove!r}. Pass an integer from {-columns} to 0."
+                f"`crop` removes some of the {length} tokens, given as a negative number, but got "
+                f"{tokens_to_remove!r}. Pass an integer from {-length} to 0."
             )
-        self._slots = self._slots[:, : columns + tokens_to_remove]
+        self._slots = self._slots[:, : length + tokens_to_remove]
 
     def to_cache(self, model: Model, rows: int, slots: int, mask: np.ndarray) -> Cache:
-        """The cache to continue in a program.
+        """A cache for a program to continue.
 
         Args:
-            model: that goes on.
+            model: of the call.
             rows: N, at least the B rows of the call.
-            slots: to have, at least L. The columns are in the first of them; the others are room for more.
-            mask: bool [B, L]. Which columns may be attended. A cache of one row is that of every row.
+            slots: size of the new cache, at least L. The tokens are in its first slots; the others are free.
+            mask: bool [B, L]. Which tokens may be attended. A cache of one row is repeated for every row.
 
         Raises:
-            ValueError: if the cache is not of this model.
+            ValueError: if the cache belongs to another model.
         """
-        batch, columns = mask.shape
-        own = np.broadcast_to(np.arange(batch) if self.batch_size > 1 else 0, batch)
-        below, after = (0, rows - batch), (0, slots - columns)
-        chosen = (
-            np.pad(self._rows[own], below),
-            np.pad(self._slots[own], (below, after)),
+        batch, length = mask.shape
+        indices = np.broadcast_to(np.arange(batch) if self.batch_size > 1 else 0, batch)
+        # [B, L] becomes [N, S]: padding rows below, free slots to the right.
+        below, after = (0, rows - batch), (0, slots - length)
+        arguments = (
+            np.pad(self._rows[indices], below),
+            np.pad(self._slots[indices], (below, after)),
             np.pad(mask, (below, after)),
-            np.int32(columns),
+            np.int32(length),
         )
         expected = jax.eval_shape(lambda: model.make_cache(rows, slots))
-        if jax.eval_shape(_select, self._cache, *chosen) != expected:
+        if jax.eval_shape(_select, self._cache, *arguments) != expected:
             raise ValueError(_ANOTHER_MODEL)
-        return _select(self._cache, *chosen)
+        return _select(self._cache, *arguments)
 
 
 _ANOTHER_MODEL = (
-    "`cache` is of another model: its layers, heads or dtype differ. Pass what a call with this model returned, or "
-    "leave it out."
+    "`cache` belongs to another model: its layers, heads or dtype differ. Pass the `cache` of a call with this model, "
+    "or leave it out."
 )
 
 

@@ -1,15 +1,15 @@
-"""The processors of a call, in Hugging Face's order: the one place that writes it.
+"""The logits processors of a call, in the order of transformers.
 
-Same as transformers 5.24 `GenerationMixin._get_logits_processor`: which field makes which processor, what it refuses,
-and where the caller's own ones come in.
+Same as transformers 5.24 `GenerationMixin._get_logits_processor`: which field makes which processor, which values are
+refused, and where the caller's processors come in.
 """
 
 import functools
 import inspect
 import math
 import weakref
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
@@ -17,7 +17,8 @@ import numpy as np
 from jaxgen import lazy
 from jaxgen.base import LogitsProcessor
 from jaxgen.generation.decode_config import DecodeConfig
-from jaxgen.generation.host_callbacks import HostFunctions, HostProcessor, for_prefix, for_processor
+from jaxgen.generation.host_callbacks import HostFunction, HostFunctions, HostProcessor, for_prefix, for_processor
+from jaxgen.generation.inputs import Inputs
 from jaxgen.generation.modes import Mode
 from jaxgen.generation.user_warnings import warn_once
 from jaxgen.generation.validators import is_float, is_integer
@@ -25,31 +26,36 @@ from jaxgen.processors import logits_process
 from jaxgen.processors.logits_process import token_mask
 from jaxgen.processors.watermarking import GreenlistWatermark, SynthIDWatermark
 
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
+    from jaxgen.lazy import GenerationConfig
+
 
 def processor_list(
     mode: Mode,
-    prompt_length: int,
+    inputs: Inputs,
     max_length: int,
     vocab_size: int,
-    customs: Sequence[Any],
-    prefix_allowed_tokens_fn: Callable[..., Any] | None,
+    customs: Sequence[Callable[..., object]],
+    prefix_allowed_tokens_fn: "Callable[[int, np.ndarray], ArrayLike] | None",
     host: HostFunctions,
-    prompts: int,
 ) -> tuple[LogitsProcessor, ...]:
-    """The processors of one call, but for guidance, which is part of the prefill and of the loop.
+    """The processors of one call, except guidance, which is part of prefill and of the decode loop.
 
     Args:
-        mode: of the call, with its configuration.
-        prompt_length, max_length: in tokens.
+        mode: of the call; it holds the configuration.
+        inputs: the prompts.
+        max_length: in tokens, prompt included.
         vocab_size: V.
-        customs: the caller's, of any kind that `custom_processor` takes.
+        customs: the caller's processors, of any kind that `custom_processor` takes.
         prefix_allowed_tokens_fn: as in transformers.
         host: takes the functions that run on the host.
-        prompts: B.
 
     Raises:
         ValueError: naming the field, its value and the range.
     """
+    prompts, prompt_length = inputs.input_ids.shape
     config, rows = mode.config, prompts * mode.rows_per_processor
     fields = config.merged
     eos = token_mask(config.eos_token_id, vocab_size)
@@ -88,8 +94,8 @@ def processor_list(
     return tuple(processors)
 
 
-def custom_processor(custom: Any, host: HostFunctions, rows: int) -> LogitsProcessor:
-    """A caller's processor as one of ours: a JAX function of three arguments is compiled, others run on the host."""
+def custom_processor(custom: Callable[..., object], host: HostFunctions, rows: int) -> LogitsProcessor:
+    """A LogitsProcessor for a caller's processor: JAX functions are compiled, others run on the host."""
     if isinstance(custom, LogitsProcessor):
         return custom
     if takes_cur_len("logits_processor", custom):
@@ -97,18 +103,19 @@ def custom_processor(custom: Any, host: HostFunctions, rows: int) -> LogitsProce
     return _on_host(for_processor(custom), "logits_processor", host, rows)
 
 
-def takes_cur_len(argument: str, function: Any) -> bool:
-    """Whether a caller's function is a JAX one of (input_ids, scores, cur_len), or a Python one without `cur_len`.
+def takes_cur_len(argument: str, function: object) -> bool:
+    """Whether a caller's function is a JAX function of (input_ids, scores, cur_len); a Python one lacks `cur_len`.
 
     Raises:
-        ValueError: if it is neither.
+        ValueError: if it is not a callable of two or three required arguments.
     """
     if not callable(function):
-        raise ValueError(f"`{argument}` holds {function!r}, which is no callable. Pass a list of functions.")
+        raise ValueError(f"`{argument}` holds {function!r}, which is not callable. Pass a list of functions.")
     if isinstance(function, (lazy.torch_class("LogitsProcessor"), lazy.torch_class("StoppingCriteria"))):
         return False
     parameters = inspect.signature(function).parameters.values()
-    required = [each for each in parameters if each.default is each.empty and each.kind in (0, 1)]
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    required = [each for each in parameters if each.default is each.empty and each.kind in positional]
     if len(required) not in (2, 3):
         raise ValueError(
             f"`{argument}` holds {function!r} of {len(required)} required arguments. A JAX function takes (input_ids, "
@@ -117,41 +124,41 @@ def takes_cur_len(argument: str, function: Any) -> bool:
     return len(required) == 3
 
 
-def as_pytree(function: Any) -> Any:
-    """A callable pytree as it is, since its numbers are traced; any other function as a constant of the program."""
+def as_pytree(function: Callable[..., object]) -> Callable[..., object]:
+    """The function if it is a pytree, whose numbers are traced; else wrapped as a constant of the program."""
     return jax.tree_util.Partial(function) if jax.tree_util.all_leaves([function]) else function
 
 
-# Of the code of functions that became constants of programs, the hashes of the functions in the call before.
-_constants: weakref.WeakKeyDictionary[Any, frozenset[int]] = weakref.WeakKeyDictionary()
+# For the code of functions that are constants of programs, the hashes of the functions in the previous call.
+_constants: weakref.WeakKeyDictionary[object, frozenset[int]] = weakref.WeakKeyDictionary()
 
 
-def warn_about_new_functions(argument: str, functions: Sequence[Any]) -> None:
-    """Says once that a JAX function was made anew since the last call: it is a constant, so its programs are, too."""
+def warn_about_new_functions(argument: str, functions: Sequence[Callable[..., object]]) -> None:
+    """Warns once if a JAX function is a new object since the previous call, because each new one compiles again."""
     constants = [each for each in functions if jax.tree_util.all_leaves([each]) and takes_cur_len(argument, each)]
-    calls: dict[Any, set[int]] = {}
+    calls: dict[object, set[int]] = {}
     for function in constants:
         calls.setdefault(_code(function), set()).add(hash(function))
     for code, hashes in calls.items():
         if hashes - _constants.get(code, frozenset(hashes)):
             name = getattr(code, "co_qualname", getattr(code, "__qualname__", code))
             warn_once(
-                f"`{argument}` holds `{name}`, which is another object than in the call before. Each new one compiles "
-                "the call again, and its programs stay in memory. Make it once, and pass numbers that change as "
-                "`jax.tree_util.Partial(function, number)`."
+                f"`{argument}` holds `{name}`, which is another object than in the previous call. Each new one "
+                "compiles the call again, and its programs stay in memory. Make it once, and pass numbers that change "
+                "as `jax.tree_util.Partial(function, number)`."
             )
         _constants[code] = frozenset(hashes)
 
 
-def _code(function: Any) -> Any:
-    """What functions have in common that one place of a program makes: their code, or their class."""
+def _code(function: Callable[..., object]) -> object:
+    """The code of a function, or its class: the same for all functions made by one line of a program."""
     while isinstance(function, functools.partial):
         function = function.func
     function = inspect.unwrap(getattr(function, "__func__", function))
     return getattr(function, "__code__", type(function))
 
 
-def _on_host(function: Any, argument: str, host: HostFunctions, rows: int) -> HostProcessor:
+def _on_host(function: HostFunction, argument: str, host: HostFunctions, rows: int) -> HostProcessor:
     number = host.add(function, argument)
     warn_once(
         f"`{argument}` runs as Python on the host: every step waits for it and copies the scores there and back. A "
@@ -160,7 +167,7 @@ def _on_host(function: Any, argument: str, host: HostFunctions, rows: int) -> Ho
     return HostProcessor(number, rows)
 
 
-def warn_about_precedence(kind: str, custom: Any) -> None:
+def warn_about_precedence(kind: str, custom: object) -> None:
     """The warning of transformers 5.24 `_merge_criteria_processor_list`."""
     warn_once(
         f"A custom {kind} of type {type(custom)} has been passed to `.generate()`, but it was also created in "
@@ -170,13 +177,14 @@ def warn_about_precedence(kind: str, custom: Any) -> None:
 
 
 def _merge(
-    table: dict[str, LogitsProcessor | None], customs: Sequence[Any], host: HostFunctions, rows: int
+    table: dict[str, LogitsProcessor | None], customs: Sequence[Callable[..., object]], host: HostFunctions, rows: int
 ) -> list[LogitsProcessor]:
-    """The built-in processors, those of a custom one's type replaced by it, then the other custom ones."""
+    """The built-in processors, or the custom one of the same type in their place, then the other custom ones."""
     by_class = {lazy.torch_class(name): name for name in table}
+    # Reversed, so that the first custom one of a type wins. The others of that type run after the built-in processors.
     replaced = {by_class[type(custom)]: custom for custom in reversed(customs) if type(custom) in by_class}
     merged: list[LogitsProcessor] = []
-    used: list[Any] = []
+    used: list[Callable[..., object]] = []
     for name, built_in in table.items():
         if built_in is not None and name in replaced:
             custom = replaced[name]
@@ -192,7 +200,9 @@ def _merge(
     return merged
 
 
-def _penalty(fields: Any, name: str, processor: Any) -> LogitsProcessor | None:
+def _penalty(
+    fields: "GenerationConfig", name: str, processor: Callable[[float | np.floating], LogitsProcessor]
+) -> LogitsProcessor | None:
     penalty = getattr(fields, name)
     if penalty is None or penalty == 1.0:
         return None
@@ -201,7 +211,7 @@ def _penalty(fields: Any, name: str, processor: Any) -> LogitsProcessor | None:
     return processor(penalty)
 
 
-def _number(fields: Any, name: str) -> float | None:
+def _number(fields: "GenerationConfig", name: str) -> float | None:
     value = getattr(fields, name)
     if value is None:
         return None
@@ -210,7 +220,9 @@ def _number(fields: Any, name: str) -> float | None:
     return float(value)
 
 
-def _ngram(fields: Any, name: str, processor: Any) -> LogitsProcessor | None:
+def _ngram(
+    fields: "GenerationConfig", name: str, processor: Callable[[int], LogitsProcessor]
+) -> LogitsProcessor | None:
     size = getattr(fields, name)
     if size is None or (_number(fields, name) or 0) <= 0:
         return None
@@ -219,7 +231,7 @@ def _ngram(fields: Any, name: str, processor: Any) -> LogitsProcessor | None:
     return processor(int(size))
 
 
-def _sequence_bias(fields: Any, vocab_size: int) -> LogitsProcessor | None:
+def _sequence_bias(fields: "GenerationConfig", vocab_size: int) -> LogitsProcessor | None:
     given = fields.sequence_bias
     if given is None:
         return None
@@ -230,7 +242,7 @@ def _sequence_bias(fields: Any, vocab_size: int) -> LogitsProcessor | None:
     for pair in pairs:
         key_type = tuple if isinstance(given, dict) else list
         if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and isinstance(pair[0], key_type) and pair[0]):
-            raise ValueError(f"`sequence_bias` holds {pair!r}, which is no sequence of ids with its bias. {advice}")
+            raise ValueError(f"`sequence_bias` holds {pair!r}, which is not a sequence of ids with its bias. {advice}")
         if not isinstance(pair[1], float):
             raise ValueError(f"`sequence_bias` has the bias {pair[1]!r} for {pair[0]}, but it must be a float.")
     biases = {tuple(sequence): bias for sequence, bias in pairs}
@@ -238,7 +250,7 @@ def _sequence_bias(fields: Any, vocab_size: int) -> LogitsProcessor | None:
     return logits_process.SequenceBias.build(biases, vocab_size)
 
 
-def _bad_words(fields: Any, eos_token_id: Sequence[int], vocab_size: int) -> LogitsProcessor | None:
+def _bad_words(fields: "GenerationConfig", eos_token_id: Sequence[int], vocab_size: int) -> LogitsProcessor | None:
     given = fields.bad_words_ids
     if given is None:
         return None
@@ -249,16 +261,16 @@ def _bad_words(fields: Any, eos_token_id: Sequence[int], vocab_size: int) -> Log
     return logits_process.SequenceBias.build(dict.fromkeys(words, -math.inf), vocab_size)
 
 
-def _check_ids(name: str, sequences: Any, vocab_size: int) -> None:
+def _check_ids(name: str, sequences: Iterable[Iterable[object]], vocab_size: int) -> None:
     for token in (token for sequence in sequences for token in sequence):
         if not is_integer(token) or not 0 <= token < vocab_size:
             raise ValueError(f"`{name}` holds {token!r}, but ids of this model are 0 to {vocab_size - 1}.")
 
 
 def _min_lengths(
-    config: DecodeConfig, eos: Any, prompt_length: int, max_length: int
+    config: DecodeConfig, eos: jax.Array, prompt_length: int, max_length: int
 ) -> dict[str, LogitsProcessor | None]:
-    """Both are built for `min_new_tokens`, as in transformers, so that a custom one of either type replaces its own."""
+    """Both processors for `min_new_tokens`, as in transformers, so that a custom one of either type replaces one."""
     min_length = config.min_length_for(prompt_length, max_length)
     min_new_tokens = config.min_new_tokens or 0
     if not config.eos_token_id:
@@ -275,17 +287,17 @@ def _min_lengths(
     }
 
 
-def _forced(fields: Any, name: str, length: int, vocab_size: int) -> LogitsProcessor | None:
+def _forced(fields: "GenerationConfig", name: str, length: int, vocab_size: int) -> LogitsProcessor | None:
     token_ids = _ids(name, getattr(fields, name))
     if token_ids is None:
         return None
     if not token_ids:
-        raise ValueError(f"`{name}`={getattr(fields, name)!r} names no token. Leave it out to force none.")
+        raise ValueError(f"`{name}`={getattr(fields, name)!r} is empty. Leave it out to force no token.")
     _check_ids(name, [token_ids], vocab_size)
     return logits_process.ForceTokensAt(length, token_mask(token_ids, vocab_size))
 
 
-def _ids(name: str, value: Any) -> list[int] | None:
+def _ids(name: str, value: "ArrayLike | None") -> list[int] | None:
     if value is None:
         return None
     ids = np.asarray(value).reshape(-1)
@@ -294,8 +306,9 @@ def _ids(name: str, value: Any) -> list[int] | None:
     return ids.tolist()
 
 
-def _suppressed(fields: Any, prompt_length: int, vocab_size: int) -> dict[str, LogitsProcessor | None]:
+def _suppressed(fields: "GenerationConfig", prompt_length: int, vocab_size: int) -> dict[str, LogitsProcessor | None]:
     always, at_begin = (_ids(name, getattr(fields, name)) for name in ("suppress_tokens", "begin_suppress_tokens"))
+    # With a forced first token, the one after it is the first that can be suppressed.
     begin = prompt_length + (prompt_length == 1 and fields.forced_bos_token_id is not None)
     return {
         "SuppressTokensLogitsProcessor": None
@@ -308,7 +321,7 @@ def _suppressed(fields: Any, prompt_length: int, vocab_size: int) -> dict[str, L
 
 
 def _exponential_decay(
-    fields: Any, eos_token_id: Sequence[int], eos: Any, prompt_length: int
+    fields: "GenerationConfig", eos_token_id: Sequence[int], eos: jax.Array, prompt_length: int
 ) -> LogitsProcessor | None:
     given = fields.exponential_decay_length_penalty
     if given is None:
@@ -321,14 +334,14 @@ def _exponential_decay(
     if not eos_token_id or min(eos_token_id) < 0:
         raise ValueError(
             f"`exponential_decay_length_penalty` raises the score of `eos_token_id`, but that is {[*eos_token_id]}. "
-            "Set it to the ids that end a text."
+            "Set it to the ids that end a sequence."
         )
     start, factor = int(given[0]), float(given[1])
     return logits_process.ExponentialDecayLengthPenalty(prompt_length + start, factor, eos)
 
 
-def _warpers(fields: Any, vocab_size: int, min_tokens_to_keep: int) -> list[LogitsProcessor]:
-    """The rules of sampling. Temperature, top_k and top_p are always there, so that their numbers compile nothing."""
+def _warpers(fields: "GenerationConfig", vocab_size: int, min_tokens_to_keep: int) -> list[LogitsProcessor]:
+    """The rules of sampling. Temperature, top_k and top_p are always there, so that new values compile nothing."""
     keep = min_tokens_to_keep
     temperature = 1.0 if fields.temperature is None else fields.temperature
     if temperature != 1.0 and (not is_float(temperature) or not temperature > 0):
@@ -365,6 +378,6 @@ def _warpers(fields: Any, vocab_size: int, min_tokens_to_keep: int) -> list[Logi
     return chain
 
 
-def _watermark(config: Any, vocab_size: int) -> LogitsProcessor:
+def _watermark(config: object, vocab_size: int) -> LogitsProcessor:
     synth_id = isinstance(config, lazy.generation_configs().SynthIDTextWatermarkingConfig)
     return (SynthIDWatermark if synth_id else GreenlistWatermark).from_config(config, vocab_size)

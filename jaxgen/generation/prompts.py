@@ -1,4 +1,4 @@
-"""Prompts as a program takes them: padded to their buckets, so that one program serves many shapes."""
+"""Prompts padded to buckets, so that one program serves many shapes."""
 
 from dataclasses import replace
 from typing import Any
@@ -9,25 +9,29 @@ from jaxgen.base import Model, Prefill, Prompt, row_shards
 from jaxgen.buckets import bucket, row_bucket
 from jaxgen.generation.inputs import Inputs, counted_positions
 
-_MIN_PROMPT_BUCKET = 16  # one program serves every short prompt; 16 columns cost hardly more than one
-_RESERVED_CHUNK = 32  # a short turn of a conversation; of more columns XLA:CPU packs the weights anew at every product
-_RESERVED_ANSWER = 256  # new tokens that a reserved cache is to hold; it grows for those beyond
+_MIN_PROMPT_BUCKET = 16  # one program for all short prompts; 16 tokens take hardly longer than one
+_RESERVED_CHUNK = 32  # a short turn of a conversation; for more, XLA:CPU packs the weights again at every matmul
+_RESERVED_ANSWER = 256  # new tokens that a reserved cache has room for; beyond, it grows
 
 
 def pad_to_buckets(model: Model, input_ids: np.ndarray, attention_mask: np.ndarray, least: int = 0) -> Prompt:
-    """The prompt in the upper right corner of its bucket: masked columns before it, finished rows below it.
+    """The prompt in the upper right corner of its bucket, which has at least `least` columns.
 
-    The bucket has at least `least` columns.
+    ```
+    . . . p p p      masked columns to the left of the B prompts
+    . . . p p p
+    . . . . . .      rows of the bucket, which are finished from the start
+    ```
     """
-    rows, columns = input_ids.shape
-    width = (
+    rows, length = input_ids.shape
+    padding = (
         (0, row_bucket(row_shards(model.mesh), rows) - rows),
-        (bucket(max(columns, least, _MIN_PROMPT_BUCKET)) - columns, 0),
+        (bucket(max(length, least, _MIN_PROMPT_BUCKET)) - length, 0),
     )
     return Prompt(
-        input_ids=np.pad(input_ids, width),
-        attention_mask=np.pad(attention_mask, width),
-        length=columns,
+        input_ids=np.pad(input_ids, padding),
+        attention_mask=np.pad(attention_mask, padding),
+        length=length,
         rows=rows,
     )
 
@@ -35,17 +39,17 @@ def pad_to_buckets(model: Model, input_ids: np.ndarray, attention_mask: np.ndarr
 def padded_prompt(
     model: Model, inputs: Inputs, chunk: int | None, reserve: int, new_tokens: int
 ) -> tuple[Prompt, Prefill | None, np.ndarray]:
-    """The prompt in its buckets, what the model reads of it, and int [M], the cache slots of its columns after that.
+    """The prompt in its bucket, the `Prefill` if the model reads more than these tokens, and int [M] cache slots.
 
-    With `reserve` the shapes depend on the size of the cache alone, whatever comes from it and whatever is new: a
+    With `reserve` all shapes depend on the size of the cache alone, not on how many tokens are cached or new, so that a
     conversation needs one program until its cache is full.
 
     Args:
-        model: that reads it.
+        model: of the call.
         inputs: of the call.
         chunk: `prefill_chunk_size`.
-        reserve: slots that the cache has at least, from the start; 0 for as many as the prompt needs.
-        new_tokens: for which reserved slots should be enough, too.
+        reserve: minimum number of cache slots from the start; 0 for as many as the prompt needs.
+        new_tokens: the number of tokens that reserved slots should also have room for.
     """
     num_new = inputs.num_new
     if reserve:
@@ -56,18 +60,19 @@ def padded_prompt(
         prompt = pad_to_buckets(model, inputs.input_ids, inputs.text_mask)
         width = prompt.input_ids.shape[1]
         return prompt, None, np.arange(width - num_new, width)
-    cached = inputs.attention_mask.shape[1] - num_new
+    num_cached = inputs.attention_mask.shape[1] - num_new
     size = bucket(max(num_new, _MIN_PROMPT_BUCKET)) if chunk is None else chunk
-    # Chunks as transformers cuts them: full ones, and what is left. That one is padded on the left, so that all are of
-    # one size. 7 columns in chunks of 3, behind 2 in the cache:
+    # Chunks as transformers cuts them: full ones, then the rest, which is padded on the left to the same size. For 7
+    # new tokens in chunks of 3, after 2 in the cache:
     #
-    #     column      0 1 | 2 3 4 | 5 6 7 | . . 8
+    #     position    0 1 | 2 3 4 | 5 6 7 | . . 8
     #     slot        0 1 | 2 3 4 | 5 6 7 | 8 9 10
+    #     offsets           0 1 2   3 4 5       8     of the new tokens from the first slot after the cache
     full = (num_new - 1) // size
     padding = (full + 1) * size - num_new
-    places = np.arange(num_new) + np.where(np.arange(num_new) < full * size, 0, padding)
+    offsets = np.arange(num_new) + np.where(np.arange(num_new) < full * size, 0, padding)
     if reserve:
-        needed = cached + (full + 1) * size + min(new_tokens, _RESERVED_ANSWER)
+        needed = num_cached + (full + 1) * size + min(new_tokens, _RESERVED_ANSWER)
         reserve = max(reserve, 1 << (needed - 1).bit_length())
         width = -(-reserve // size) * size
     else:
@@ -75,40 +80,43 @@ def padded_prompt(
     prompt = pad_to_buckets(model, inputs.input_ids, inputs.text_mask, reserve)
     rows = len(prompt.input_ids)
 
-    def laid_out(array: np.ndarray) -> Any:
-        """[N, T, ...] of [B, columns to be read, ...]."""
-        whole = np.zeros((rows, width, *array.shape[2:]), array.dtype)
-        whole[: len(array), places] = array
-        return whole
+    def padded(array: np.ndarray) -> Any:
+        """[B, new tokens, ...] -> [N, T, ...] in chunks, zeros on padding."""
+        chunks = np.zeros((rows, width, *array.shape[2:]), array.dtype)
+        chunks[: len(array), offsets] = array
+        return chunks
 
     positions = inputs.position_ids
     if positions is None:
         positions = counted_positions(inputs.attention_mask)[:, -num_new:]
     past = None
     if inputs.past is not None:
-        past = inputs.past.to_cache(model, rows, reserve or bucket(cached + width), inputs.attention_mask[:, :cached])
+        past = inputs.past.to_cache(
+            model, rows, reserve or bucket(num_cached + width), inputs.attention_mask[:, :num_cached]
+        )
     elif reserve:
         past = model.make_cache(rows, reserve)
-    shift: Any = padding
-    chunks: Any = None if chunk is None else full
+    left_padding: Any = padding
+    full_chunks: Any = None if chunk is None else full
     prefill = Prefill(
-        inputs=laid_out(inputs.input_ids[:, -num_new:] if inputs.embeddings is None else inputs.embeddings),
-        attention_mask=laid_out(inputs.attention_mask[:, -num_new:]),
-        position_ids=laid_out(positions),
+        inputs=padded(inputs.input_ids[:, -num_new:] if inputs.embeddings is None else inputs.embeddings),
+        attention_mask=padded(inputs.attention_mask[:, -num_new:]),
+        position_ids=padded(positions),
         past=past,
-        padding=shift,
-        full_chunks=chunks,
+        padding=left_padding,
+        full_chunks=full_chunks,
         chunk=chunk,
     )
-    return prompt, prefill, np.concatenate([np.arange(cached), cached + places])
+    return prompt, prefill, np.concatenate([np.arange(num_cached), num_cached + offsets])
 
 
 def guided_prompt(
     model: Model, inputs: Inputs, negative_ids: np.ndarray, negative_mask: np.ndarray, guidance_scale: float
 ) -> tuple[Prompt, Prefill, np.ndarray]:
-    """As `padded_prompt`, with negative prompts [B, P'] below the others: one batch, whose weights are read once."""
+    """As `padded_prompt`, with negative prompts [B, P'] below the prompts: one batch, so that weights are read once."""
     width = max(inputs.input_ids.shape[1], negative_ids.shape[1])
 
+    # Both are padded on the left to one width, so that their last tokens are in the same column.
     def widen(array: np.ndarray) -> np.ndarray:
         return np.pad(array, ((0, 0), (width - array.shape[1], 0)))
 
@@ -116,7 +124,8 @@ def guided_prompt(
         pad_to_buckets(model, widen(ids), widen(mask))
         for ids, mask in ((inputs.input_ids, inputs.text_mask), (negative_ids, negative_mask))
     )
-    # Transformers counts the positions of a prompt by its mask, but those of a negative prompt by its columns.
+    # transformers counts the positions of a prompt by its mask, but those of a negative prompt by its columns:
+    # the first of its P' columns is at position 0.
     by_mask = counted_positions(np.asarray(prompt.attention_mask))
     by_column = np.maximum(np.arange(by_mask.shape[1]) - by_mask.shape[1] + negative_ids.shape[1], 0)
     ids: Any = np.concatenate([prompt.input_ids, negative.input_ids])

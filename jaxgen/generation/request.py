@@ -39,11 +39,11 @@ class Request:
 
     @classmethod
     def of(
-        cls, inputs: "ArrayLike | None", generation_config: "GenerationConfig | None", keywords: Mapping[str, Any]
+        cls, inputs: "ArrayLike | None", generation_config: "GenerationConfig | None", keywords: Mapping[str, object]
     ) -> Self:
         """From keywords that mix arguments and generation fields, as those of `stream` and `prepare`."""
         names = {each.name for each in fields(cls)} - {"keywords", "reserve"}
-        arguments = {name: value for name, value in keywords.items() if name in names}
+        arguments: dict[str, Any] = {name: value for name, value in keywords.items() if name in names}
         arguments |= {name: listed(name, arguments.get(name)) for name in ("logits_processor", "stopping_criteria")}
         rest = {name: value for name, value in keywords.items() if name not in names}
         return cls(inputs=inputs, generation_config=generation_config, keywords=rest, **arguments)

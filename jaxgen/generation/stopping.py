@@ -1,11 +1,12 @@
-"""When the texts of a call end: its length, its eos ids, stop strings, and the caller's own criteria."""
+"""When the texts of a call end: at a length, at eos ids, at stop strings, and by the caller's criteria."""
 
 import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import jax
 import numpy as np
 
 from jaxgen import lazy
@@ -18,6 +19,9 @@ from jaxgen.generation.user_warnings import warn_once
 from jaxgen.processors.stop_strings import StopStrings
 from jaxgen.processors.stopping_criteria import CustomCriterion, EosToken, MaxLength
 
+if TYPE_CHECKING:
+    from jaxgen.lazy import PreTrainedTokenizerBase
+
 logger = logging.getLogger(__name__)
 
 
@@ -26,10 +30,10 @@ class Stopping:
     """How the texts of a call end.
 
     Attributes:
-        config: of the call, with what the criteria of transformers among the caller's replace in it.
-        max_length: as the configuration says it, which some processors go by.
-        length: at which all texts end, whatever says so.
-        eos_token_id: the ids that end a text.
+        config: of the call, without the fields that the caller's criteria of transformers replace.
+        max_length: of the configuration, which some processors depend on.
+        length: at which all texts end, by the configuration or by a criterion.
+        eos_token_id: the token ids that end a text.
         criteria: the caller's other criteria.
     """
 
@@ -37,14 +41,14 @@ class Stopping:
     max_length: int
     length: int
     eos_token_id: tuple[int, ...]
-    criteria: list[Any]
+    criteria: list[Callable[..., object]]
 
 
-def stopping(model: Model, criteria: Sequence[Any], config: DecodeConfig, inputs: Inputs) -> Stopping:
-    """From the configuration and the caller's criteria, with warnings about lengths and ids that do not fit the model.
+def stopping(model: Model, criteria: Sequence[Callable[..., object]], config: DecodeConfig, inputs: Inputs) -> Stopping:
+    """How texts end, from configuration and criteria. Warns about lengths and ids that do not fit the model.
 
     Raises:
-        ValueError: if the prompt leaves no room for a token, or the length is out of range.
+        ValueError: if the prompt is already as long as `max_length`, or a length is out of range.
     """
     prompt_length = inputs.input_ids.shape[1]
     stop = _split(criteria, config, config.length_for(prompt_length, model.max_position_embeddings))
@@ -53,14 +57,14 @@ def stopping(model: Model, criteria: Sequence[Any], config: DecodeConfig, inputs
             f"The requested length is {stop.length} tokens; the limit is 2**31 - 1. Lower `max_new_tokens` or "
             "`max_length` (a tokenizer without a limit reports 10**30)."
         )
-    seen = inputs.attention_mask.shape[1]
-    if (whole := seen + stop.length - prompt_length) > model.max_position_embeddings:
+    positions = inputs.attention_mask.shape[1]
+    if (total := positions + stop.length - prompt_length) > model.max_position_embeddings:
         logger.warning(
-            "%d tokens are asked for, and the model was made for %d (`max_position_embeddings`): expect poor text "
+            "%d tokens are requested, and the model was trained for %d (`max_position_embeddings`): expect poor text "
             "beyond. %s to avoid it.",
-            whole,
+            total,
             model.max_position_embeddings,
-            "Lower `max_new_tokens`" if seen < model.max_position_embeddings else "Shorten the prompt",
+            "Lower `max_new_tokens`" if positions < model.max_position_embeddings else "Shorten the prompt",
         )
     if max(stop.eos_token_id, default=0) >= model.vocab_size:
         logger.warning(
@@ -71,9 +75,9 @@ def stopping(model: Model, criteria: Sequence[Any], config: DecodeConfig, inputs
     return stop
 
 
-def _split(criteria: Sequence[Any], config: DecodeConfig, max_length: int) -> Stopping:
-    """What transformers' own criteria replace of the configuration. Several of one type all act, as there."""
-    given = {
+def _split(criteria: Sequence[Callable[..., object]], config: DecodeConfig, max_length: int) -> Stopping:
+    """Criteria of transformers replace fields of the configuration. As there, several of one type all apply."""
+    given: dict[str, list[Any]] = {
         name: [each for each in criteria if type(each) is lazy.torch_class(name)]
         for name in ("MaxLengthCriteria", "EosTokenCriteria", "MaxTimeCriteria", "StopStringCriteria")
     }
@@ -92,35 +96,37 @@ def _split(criteria: Sequence[Any], config: DecodeConfig, max_length: int) -> St
             if not isinstance(each, int) or each < 1:
                 raise ValueError(f"`stopping_criteria` holds a length of {each!r}, which must be a positive integer.")
         length = min(lengths)
-    if ends := [np.asarray(each.eos_token_id).reshape(-1).tolist() for each in given["EosTokenCriteria"]]:
-        eos_token_id = tuple(dict.fromkeys(itertools.chain(*ends)))
+    if eos_lists := [np.asarray(each.eos_token_id).reshape(-1).tolist() for each in given["EosTokenCriteria"]]:
+        eos_token_id = tuple(dict.fromkeys(itertools.chain(*eos_lists)))
     if times := [each.max_time for each in given["MaxTimeCriteria"]]:
         config = replace(config, max_time=min(times))
-    if given["StopStringCriteria"]:
+    if given["StopStringCriteria"]:  # these run on the host themselves
         config = replace(config, stop_strings=())
     replacing = [*given["MaxLengthCriteria"], *given["EosTokenCriteria"], *given["MaxTimeCriteria"]]
-    others = [each for each in criteria if not any(each is other for other in replacing)]
-    return Stopping(config, max_length, length, eos_token_id, others)
+    remaining = [each for each in criteria if not any(each is other for other in replacing)]
+    return Stopping(config, max_length, length, eos_token_id, remaining)
 
 
 def stopping_criteria(
-    model: Model, stop: Stopping, tokenizer: Any, host: HostFunctions, rows: int
-) -> tuple[EosToken, MaxLength, tuple[Any, ...]]:
-    """The criteria of a strategy: both that every one has, and the others.
+    model: Model, stop: Stopping, tokenizer: "PreTrainedTokenizerBase | None", host: HostFunctions, rows: int
+) -> tuple[EosToken, MaxLength, tuple[Callable[..., jax.Array], ...]]:
+    """The criteria of a strategy: the two that every strategy has, and the others.
 
     Args:
-        model: whose ids they are.
+        model: of the call.
         stop: how the texts end.
         tokenizer: the model's, for stop strings.
         host: takes the functions that run on the host.
-        rows: that a criterion sees at a time.
+        rows: the number of rows that a criterion sees.
     """
     strings = _stop_strings(stop.config.stop_strings, tokenizer, model.vocab_size)
-    others = (*strings, *(_criterion(each, host, rows) for each in stop.criteria))
-    return EosToken.build(stop.eos_token_id, model.vocab_size), MaxLength(stop.length), others
+    criteria = (*strings, *(_criterion(each, host, rows) for each in stop.criteria))
+    return EosToken.build(stop.eos_token_id, model.vocab_size), MaxLength(stop.length), criteria
 
 
-def _stop_strings(strings: tuple[str, ...], tokenizer: Any, vocab_size: int) -> tuple[StopStrings, ...]:
+def _stop_strings(
+    strings: tuple[str, ...], tokenizer: "PreTrainedTokenizerBase | None", vocab_size: int
+) -> tuple[StopStrings, ...]:
     if not strings:
         return ()
     if tokenizer is None:
@@ -132,7 +138,7 @@ def _stop_strings(strings: tuple[str, ...], tokenizer: Any, vocab_size: int) -> 
     return (StopStrings.build(strings, tokenizer, vocab_size),)
 
 
-def _criterion(criterion: Any, host: HostFunctions, rows: int) -> Any:
+def _criterion(criterion: Callable[..., object], host: HostFunctions, rows: int) -> Callable[..., jax.Array]:
     if isinstance(criterion, (EosToken, MaxLength)):
         return criterion
     if takes_cur_len("stopping_criteria", criterion):

@@ -1,12 +1,12 @@
-"""Token healing: the last token of each prompt is chosen anew among those that extend its text.
+"""Token healing: the last token of each prompt is chosen again among those that extend its text.
 
-A prompt that ends within a word, as "The link is http:" does, was cut by the tokenizer where no text would have been.
+The tokenizer cuts a prompt that ends within a word, such as "The link is http:", where it would not cut a longer text.
 Same as transformers 5.24 `GenerationMixin.heal_tokens`.
 """
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,24 +16,27 @@ from jaxgen.generation.config import resolve
 from jaxgen.generation.inputs import Inputs, key_data
 from jaxgen.generation.request import Request
 
-_BIAS = 10.0  # makes every extension likelier than any other token
-_OWN_BIAS = 1.0  # for the token that is there, so that "http" does not become "https" without a reason
+if TYPE_CHECKING:
+    from jaxgen.lazy import GenerationConfig, PreTrainedTokenizerBase
+
+_BIAS = 10.0  # makes every extension more likely than any other token
+_OWN_BIAS = 1.0  # for the present token, so that "http" does not become "https" without a reason
 
 
-OneToken = Callable[[np.ndarray, Any, Any], np.ndarray]
+OneToken = Callable[[np.ndarray, "GenerationConfig", np.ndarray | None], np.ndarray]
 
 
 def healed_inputs(model: Model, inputs: Inputs, request: Request, one_token: OneToken) -> Inputs:
-    """The checked prompt of a request with its last tokens chosen anew.
+    """The checked prompt of a request with its last tokens chosen again.
 
     Args:
         model: of the call.
-        inputs: the prompt as it was passed.
+        inputs: the prompt before healing.
         request: for its tokenizer and its key.
-        one_token: continues int32 [1, P] by a token, under a GenerationConfig and with a key.
+        one_token: continues int32 [1, P] by one token, with a GenerationConfig and a key.
 
     Raises:
-        ValueError: without a tokenizer, or if the prompt is more than text.
+        ValueError: without a tokenizer, or with a cache, embeddings or positions.
     """
     tokenizer = request.tokenizer
     if tokenizer is None:
@@ -49,38 +52,42 @@ def healed_inputs(model: Model, inputs: Inputs, request: Request, one_token: One
             "`position_ids`. Leave out one of them."
         )
 
-    # Drawn if the checkpoint's own settings say so, as in transformers.
+    # Samples only if the checkpoint's config has `do_sample`, as in transformers.
     keys, rows = None, len(inputs.input_ids)
     if request.key is not None and model.generation_config.do_sample:
         keys = key_data(request.key, resolve(model.generation_config, None, {})[0], rows, rows)
 
-    def with_key(prompt: np.ndarray, bias: Any, row: int) -> np.ndarray:
-        return one_token(prompt, bias, keys if keys is None or keys.ndim == 1 else keys[row])
+    def with_key(prompt: np.ndarray, config: "GenerationConfig", row: int) -> np.ndarray:
+        return one_token(prompt, config, keys if keys is None or keys.ndim == 1 else keys[row])
 
     input_ids = heal(inputs.input_ids, tokenizer, with_key)
     if input_ids.shape == inputs.input_ids.shape:
         return replace(inputs, input_ids=input_ids)
     if not inputs.attention_mask.all():
         raise ValueError(
-            f"`token_healing` made prompts of {input_ids.shape[1]} columns, for which the `attention_mask` of "
-            f"{inputs.attention_mask.shape[1]} does not hold. Heal one prompt at a time."
+            f"`token_healing` made prompts of {input_ids.shape[1]} tokens, which the `attention_mask` of "
+            f"{inputs.attention_mask.shape[1]} does not fit. Heal one prompt at a time."
         )
     mask = np.ones(input_ids.shape, bool)
     return replace(inputs, input_ids=input_ids, text_mask=mask, attention_mask=mask, num_new=input_ids.shape[1])
 
 
-def heal(input_ids: np.ndarray, tokenizer: Any, one_token: Callable[[np.ndarray, Any, int], np.ndarray]) -> np.ndarray:
-    """The healed prompts, int32 [B, P'] of int32 [B, P]; P' differs where the tokenizer cuts the text in other places.
+def heal(
+    input_ids: np.ndarray,
+    tokenizer: "PreTrainedTokenizerBase",
+    one_token: Callable[[np.ndarray, "GenerationConfig", int], np.ndarray],
+) -> np.ndarray:
+    """The healed prompts, int32 [B, P']; P' differs from P if the tokenizer cuts the text in other places.
 
     Args:
-        input_ids: the prompts.
+        input_ids: int32 [B, P].
         tokenizer: the model's.
-        one_token: continues int32 [1, P] by a token under a GenerationConfig, for a row of the prompts.
+        one_token: continues int32 [1, P] by one token, with a GenerationConfig, for a row of the prompts.
     """
     bos, pad = tokenizer.bos_token_id, tokenizer.pad_token_id
-    # White space around a prompt means nothing, and would keep its last word from being extended.
+    # White space at the end would keep the last word from being extended.
     texts = [text.strip() for text in tokenizer.batch_decode(input_ids, skip_special_tokens=True)]
-    input_ids = tokenizer(texts, return_tensors="np", padding=True)["input_ids"].astype(np.int32)
+    input_ids = np.asarray(tokenizer(texts, return_tensors="np", padding=True)["input_ids"], np.int32)
     if bos is not None and pad is not None:
         input_ids = np.where(input_ids == bos, pad, input_ids)
     vocabulary = tokenizer.get_vocab()
@@ -89,10 +96,11 @@ def heal(input_ids: np.ndarray, tokenizer: Any, one_token: Callable[[np.ndarray,
         tail = ids[-1:].tolist()
         if not tail or (ids == pad).all():
             continue
-        prefix = _as_token(tokenizer.decode(tail), tokenizer)
+        prefix = _as_token(tokenizer.batch_decode([tail])[0], tokenizer)
         bias = {(token,): _BIAS for text, token in vocabulary.items() if text.startswith(prefix)}
         if (tail[0],) not in bias or len(bias) == 1 or len(ids) == 1:
             continue
+        # The prompt without its last token is continued by one token, with the bias towards extensions of that token.
         bias[(tail[0],)] += _OWN_BIAS
         config.update(sequence_bias=bias)
         trimmed = ids[:-1].copy()
@@ -102,7 +110,7 @@ def heal(input_ids: np.ndarray, tokenizer: Any, one_token: Callable[[np.ndarray,
     return input_ids
 
 
-def _as_token(text: str, tokenizer: Any) -> str:
-    """The text as tokens spell it, where a space may be another character."""
+def _as_token(text: str, tokenizer: "PreTrainedTokenizerBase") -> str:
+    """The text as it is spelled in tokens, where another character may stand for a space."""
     space = tokenizer.convert_tokens_to_ids(" ")
     return text if space is None else text.replace(" ", tokenizer.convert_ids_to_tokens(space)[0])

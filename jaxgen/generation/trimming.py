@@ -1,4 +1,4 @@
-"""From the state at the end of a decode to what `generate` returns: without buckets, in transformers' shapes."""
+"""From the state at the end of a decode to the outputs of `generate`: without buckets, in transformers' shapes."""
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,17 +19,17 @@ PerStep = tuple[tuple[np.ndarray, ...], ...]  # over steps, then over layers
 
 
 def to_output(prepared: PreparedCall, state: DecodeState) -> np.ndarray | GenerateOutput:
-    """What `generate` returns, from the state at the end of the decode; waits for the device.
+    """The output of `generate`, from the state at the end of the decode. Waits for the device.
 
-    Copies are writable and do not keep a bucket alive.
+    Arrays are copies, which are writable and do not keep the padded ones alive.
     """
     outputs = finalize(prepared.call.strategy, state)
     refuse_tracer(outputs["length"])
-    # `device_get` can be interrupted while the device works, `np.asarray` cannot.
+    # `device_get` can be interrupted while the device runs, `np.asarray` cannot.
     fetched = jax.device_get(dict(outputs))
     if fetched["invalid"].any():
         logger.warning(
-            "The scores of rows %s held NaN or infinity: their tokens mean nothing. Check the weights, load as "
+            "Rows %s produced NaN or infinite scores; their tokens are not meaningful. Check the weights, load as "
             "float32, or pass `remove_invalid_values=True`.",
             np.flatnonzero(fetched["invalid"]).tolist(),
         )
@@ -47,13 +47,15 @@ def to_output(prepared: PreparedCall, state: DecodeState) -> np.ndarray | Genera
 
 
 def _past_key_values(prepared: PreparedCall, state: DecodeState, steps: int) -> PastKeyValues:
-    rows, prompt = prepared.rows * prepared.call.strategy.copies, prepared.prompt_slots
-    generated = prompt[-1] + 1 + prepared.mode.cached_steps(state.cache, prompt[-1] + 1, rows, steps - 1)
-    return PastKeyValues(state.cache, _after(prompt, generated))
+    rows, prompt_slots = prepared.rows * prepared.call.strategy.copies, prepared.prompt_slots
+    first = prompt_slots[-1] + 1
+    # The model has not read the token of the last step, so that is not in the cache.
+    generated = first + prepared.mode.cached_steps(state.cache, first, rows, steps - 1)
+    return PastKeyValues(state.cache, _after(prompt_slots, generated))
 
 
 def _after(prompt_slots: np.ndarray, generated: np.ndarray) -> np.ndarray:
-    """int [N, C, M + T]: the slots int [M] of the prompt, then those of each text, int [N, C, T]."""
+    """int [N, C, M + T]: the slots of the prompt, int [M], then the slots of each text, int [N, C, T]."""
     prompts = np.broadcast_to(prompt_slots, (*generated.shape[:2], len(prompt_slots)))
     return np.concatenate([prompts, generated], axis=2)
 
@@ -61,14 +63,14 @@ def _after(prompt_slots: np.ndarray, generated: np.ndarray) -> np.ndarray:
 def _intermediates(
     name: str, prepared: PreparedCall, fetched: Mapping[str, np.ndarray], state: DecodeState, steps: int
 ) -> PerStep:
-    """Transformers' tuple over steps of tuples over layers, from the buffers and their buckets.
+    """A tuple over steps of tuples over layers, as in transformers, from the padded buffers.
 
-    Step 0 holds the prompt, or its last chunk, repeated for each text of it. Later steps hold one token per text: one
-    per beam, or the chosen candidate of contrastive search. Attention is cut to the slots that hold a text's past:
+    Step 0 holds the prompt, or its last chunk, repeated per text. Later steps hold one token per text: one per beam, or
+    the chosen candidate in contrastive search. Attention is cut to the slots that a text attends:
 
     ```
     slots of a row     . . p p p | 0 1 2 | 3 4 5 | 6 7 8 | . .      3 beams, after 3 steps; "." is never attended
-    beam 0 attends         p p p     1         5   6                its ancestors' slots: what is returned
+    beam 0 attends         p p p     1         5   6                its ancestors' slots, which are returned
     ```
     """
     first, later = jax.device_get((state.prompt_internals[name], state.step_internals[name]))
@@ -80,12 +82,12 @@ def _intermediates(
     attended = mode.attended_steps(fetched, rows, steps - 1) if name == "attentions" else []
 
     def prompt(array: np.ndarray) -> np.ndarray:
-        """[B, T, D] or [B, Q, T, S], of all columns of the bucket, -> the same of the prompt's, for each text."""
+        """[B, T, D] or [B, Q, T, S], padded to the bucket -> the prompt's part of it, repeated per text."""
         repeated = np.repeat(array[: prepared.rows], texts, axis=0)
         return repeated[:, :, -num_new:][..., prompt_slots] if name == "attentions" else repeated[:, -num_new:]
 
     def step(array: np.ndarray, step: int) -> np.ndarray:
-        """[N, C, D] -> [N * C, 1, D], or [N, Q, C, S] -> [N * C, Q, 1, t], where only branches of the texts count."""
+        """[N, C, D] -> [N * C, 1, D], or [N, Q, C, S] -> [N * C, Q, 1, t], for the branches that are texts."""
         array = array[:rows]
         if (branches := mode.branches_of_step(fetched, rows, step)) is not None:
             index = branches.reshape(rows, *[1] * (array.ndim - 3), -1, 1)
@@ -93,43 +95,51 @@ def _intermediates(
         if name == "hidden_states":
             return array.reshape(-1, 1, array.shape[-1])
         slots = _after(prompt_slots, prompt_slots[-1] + 1 + attended[step])
-        taken = np.take_along_axis(array, slots[:, None], axis=3)
-        return taken.swapaxes(1, 2).reshape(-1, taken.shape[1], 1, taken.shape[3])
+        attention = np.take_along_axis(array, slots[:, None], axis=3)  # [N, Q, C, t]
+        return attention.swapaxes(1, 2).reshape(-1, attention.shape[1], 1, attention.shape[3])
 
-    own = (
+    per_step = (
         tuple(prompt(layer) for layer in first),
-        *(tuple(step(layer[place], place) for layer in later) for place in range(steps - 1)),
+        *(tuple(step(layer[index], index) for layer in later) for index in range(steps - 1)),
     )
     if prepared.config.use_cache:
-        return own
-    return _of_the_whole_text(own, mode.lineages(fetched, rows, steps - 1))
+        return per_step
+    return _whole_texts(per_step, mode.lineages(fetched, rows, steps - 1))
 
 
-def _of_the_whole_text(own: PerStep, lineages: Sequence[np.ndarray]) -> PerStep:
-    """What a forward pass over the whole text, as transformers makes without a cache, gives at every step.
+def _whole_texts(per_step: PerStep, lineages: Sequence[np.ndarray]) -> PerStep:
+    """The intermediates of the whole text at every step, as transformers computes them without a cache.
 
-    A column sees nothing after it, so its numbers are those of the step that first read it. Without beams the steps are
-    read-only views of the last one, since each holds all that came before.
+    A token does not attend later ones, so its values are those of the step that first read it. Without beams the steps
+    are read-only views of the last one, which holds all of them. Attention of step t, with a row per query:
+
+    ```
+    p p . .      the prompt, padded to the width of step t
+    p p . .
+    1 1 1 .      step 1
+    2 2 2 2      step 2
+    ```
 
     Args:
-        own: of each step its new columns, per layer [N, T, D] or [N, Q, T, S].
-        lineages: with beams, of each step but the first, int [t, N]: the rows of all steps up to it that its rows
-            descend from.
+        per_step: the new tokens of each step, per layer [N, T, D] or [N, Q, T, S].
+        lineages: with beams, for each step after the prompt, int [t, N]: the rows that its rows descend from, at each
+            step so far.
     """
-    layers, steps = len(own[0]), len(own)
+    layers, steps = len(per_step[0]), len(per_step)
 
-    def whole(layer: int, lineage: Iterable[Any]) -> np.ndarray:
-        parts = [own[0][layer], *(own[step + 1][layer][rows] for step, rows in enumerate(lineage))]
+    def whole(layer: int, lineage: Iterable[np.ndarray | slice]) -> np.ndarray:
+        parts = [per_step[0][layer], *(per_step[step + 1][layer][rows] for step, rows in enumerate(lineage))]
         if parts[0].ndim == 3:
             return np.concatenate(parts, axis=1)
         width = parts[-1].shape[3]
         return np.concatenate([np.pad(each, (*[(0, 0)] * 3, (0, width - each.shape[3]))) for each in parts], axis=2)
 
     if lineages:
-        return own[0], *(tuple(whole(layer, lineage) for layer in range(layers)) for lineage in lineages)
+        return per_step[0], *(tuple(whole(layer, lineage) for layer in range(layers)) for lineage in lineages)
     last = [whole(layer, [slice(None)] * (steps - 1)) for layer in range(layers)]
     for array in last:
         array.flags.writeable = False
+    # One more query per step, and for attention one more key.
     widths = [last[0].shape[-2] - steps + 1 + step for step in range(steps)]
     return tuple(
         tuple(array[:, :width] if array.ndim == 3 else array[:, :, :width, :width] for array in last)

@@ -1,4 +1,4 @@
-"""Warnings to the caller of `generate`, which point at the caller's line."""
+"""Warnings to the caller of `generate`."""
 
 import logging
 import sys
@@ -9,14 +9,14 @@ _warned: set[str] = set()
 
 
 def warn_once(message: str) -> None:
-    """Logs a message the first time that this process has it to say."""
+    """Logs a message once per process."""
     if message not in _warned:
         _warned.add(message)
         logger.warning(message)
 
 
 def warn_caller(message: str, category: type[Warning] = UserWarning) -> None:
-    """Warns, with the line outside of jaxgen that led here as the origin."""
+    """Warns with the caller's line, outside of jaxgen, as the origin."""
     frame, depth = sys._getframe(), 1
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "jaxgen":
         frame, depth = frame.f_back, depth + 1

@@ -202,7 +202,7 @@ def test_the_output_is_the_callers_own(model: Any) -> None:
 def test_inside_a_transformation_the_error_points_to_decode(model: Any) -> None:
     with pytest.raises(ValueError, match=r"Use `jaxgen\.decode`"):
         jax.jit(lambda ids: jaxgen.generate(model, ids, max_new_tokens=3))(jnp.array(PROMPT))
-    with pytest.raises(ValueError, match=r"`prepare` run on the host.*with what `prepare` returned outside"):
+    with pytest.raises(ValueError, match=r"`prepare` run on the host.*with a call that `prepare` returned outside"):
         jax.jit(lambda ids: jaxgen.prepare(model, ids, max_new_tokens=3))(jnp.array(PROMPT))
     with pytest.raises(ValueError, match=r"Use `jaxgen\.decode`"):
         jax.jit(lambda model: jaxgen.generate(model, PROMPT, max_new_tokens=3))(model)
@@ -262,14 +262,14 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "transformers' Flax name of the key": (PROMPT, {"prng_key": 0}, "`prng_key` is not an argument.*Pass `key=`"),
     "a seed": (PROMPT, {"seed": 0}, "`seed` is not an argument.*Pass `key=`"),
     "a torch generator": (PROMPT, {"generator": object()}, "`generator` is not an argument.*Pass `key=`"),
-    "a negative logits_to_keep": (PROMPT, {"logits_to_keep": -1}, "`logits_to_keep`=-1 must be a number of columns"),
+    "a negative logits_to_keep": (PROMPT, {"logits_to_keep": -1}, "`logits_to_keep`=-1 must be a number of tokens"),
     "columns to keep by number": (PROMPT, {"logits_to_keep": np.array([2])}, "`logits_to_keep`=array"),
     "floats": ([[0.5]], {}, r"dtype float64.*Tokenise"),
     "both names of the prompt": (PROMPT, {"input_ids": PROMPT}, "`inputs` and `input_ids`"),
     "no prompt and no bos": (None, {"bos_token_id": None}, "`bos_token_id` has to be defined when no `input_ids`"),
     "a mask of another shape": (PROMPT, {"attention_mask": [[1, 1]]}, r"`attention_mask` has shape \(1, 2\).*\(1, 3\)"),
     "a mask of three dimensions": (PROMPT, {"attention_mask": [[[1, 1, 1]]]}, "must be 2D"),
-    "a mask of other numbers": (PROMPT, {"attention_mask": [[1, 2, 1]]}, "holds 2, but may hold 0 and 1"),
+    "a mask of other numbers": (PROMPT, {"attention_mask": [[1, 2, 1]]}, "holds 2, but must hold 0 and 1"),
     "max_new_tokens=0": (PROMPT, {"max_new_tokens": 0}, "`max_new_tokens` must be greater than 0, but is 0"),
     "max_new_tokens=-1": (PROMPT, {"max_new_tokens": -1}, "must be greater than 0, but is -1"),
     "a length beyond 32 bits": (PROMPT, {"max_new_tokens": 10**30}, "requested length is.*Lower `max_new_tokens`"),
@@ -304,7 +304,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "top_p as NaN": (PROMPT, {**SAMPLED, "top_p": math.nan}, "`top_p` has to be a number, but is nan"),
     "eta_cutoff as text": (PROMPT, {**SAMPLED, "eta_cutoff": "0.1"}, "`eta_cutoff` has to be a number, but is '0.1'"),
     "a bad word of True": (PROMPT, {"bad_words_ids": [[True]]}, "`bad_words_ids` holds True, but ids"),
-    "a forced eos of nothing": (PROMPT, {"forced_eos_token_id": []}, "`forced_eos_token_id`=.. names no token"),
+    "a forced eos of nothing": (PROMPT, {"forced_eos_token_id": []}, "`forced_eos_token_id`=.. is empty"),
     "a decay as text": (
         PROMPT,
         {"exponential_decay_length_penalty": (1, "1.5"), "eos_token_id": 4},
@@ -328,7 +328,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "a negative bad word": (PROMPT, {"bad_words_ids": [[-1]]}, "`bad_words_ids` holds -1, but ids"),
     "an empty bias": (PROMPT, {"sequence_bias": {}}, "`sequence_bias` has to be a non-empty"),
     "a bias as an int": (PROMPT, {"sequence_bias": {(5,): 2}}, r"`sequence_bias` has the bias 2 for \(5,\)"),
-    "a bias on an id": (PROMPT, {"sequence_bias": {5: 2.0}}, "`sequence_bias` holds .5, 2.0., which is no sequence"),
+    "a bias on an id": (PROMPT, {"sequence_bias": {5: 2.0}}, "`sequence_bias` holds .5, 2.0., which is not a sequence"),
     "a bias beyond the vocabulary": (PROMPT, {"sequence_bias": [[[97], 1.0]]}, "`sequence_bias` holds 97, but ids"),
     "a forced eos beyond": (PROMPT, {"forced_eos_token_id": 97}, "`forced_eos_token_id` holds 97, but ids of this"),
     "decay without an eos": (
@@ -424,7 +424,7 @@ def test_nan_weights_are_reported_with_the_rows_they_spoiled(folder: Path, caplo
     model.embed_tokens.weight[...] = model.embed_tokens.weight[...].at[50].set(np.nan)
     with caplog.at_level(logging.WARNING, logger="jaxgen"):
         jaxgen.generate(model, [[5, 6], [50, 6]], attention_mask=np.ones((2, 2)), max_new_tokens=3, eos_token_id=None)
-    assert "scores of rows [1] held NaN or infinity" in caplog.text
+    assert "Rows [1] produced NaN or infinite scores" in caplog.text
 
 
 def test_an_ordinary_call_says_nothing(model: Any, caplog: pytest.LogCaptureFixture, capfd: Any) -> None:

@@ -123,12 +123,12 @@ def test_caches_of_torch_that_do_not_fit_are_refused(model: Any, twin: Any, bund
     import transformers
 
     filled = twin.generate(torch.tensor(IDS[:1]), return_dict_in_generate=True, **PLAIN).past_key_values
-    with pytest.raises(ValueError, match="`cache` is of another model"):
+    with pytest.raises(ValueError, match="`cache` belongs to another model"):
         jaxgen.generate(bundled, IDS, cache=filled, **PLAIN)
     half = transformers.DynamicCache()
     for layer, (keys, values) in enumerate((each.keys, each.values) for each in filled.layers):
         half.update(keys.bfloat16(), values.bfloat16(), layer)
-    with pytest.raises(ValueError, match="`cache` is of another model"):
+    with pytest.raises(ValueError, match="`cache` belongs to another model"):
         jaxgen.generate(model, IDS, cache=half, **PLAIN)
     with pytest.raises(ValueError, match="`cache` is of type EncoderDecoderCache"):
         both = transformers.EncoderDecoderCache(transformers.DynamicCache(), transformers.DynamicCache())
@@ -266,7 +266,7 @@ def test_a_cache_can_be_cropped_and_go_on_elsewhere(model: Any) -> None:
     past.crop(0)
     assert past.get_seq_length() == COLUMNS and past[0][0].shape[2] == COLUMNS and len(past[:1]) == 1
     for wrong in (1, -COLUMNS - 1, None, -1.5, True):
-        with pytest.raises(ValueError, match="`crop` removes columns by a negative number"):
+        with pytest.raises(ValueError, match=r"`crop` removes some of the \d+ tokens, given as a negative number"):
             past.crop(wrong)
 
 
@@ -462,10 +462,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "embeddings of another size": ({"inputs_embeds": EMBEDDINGS[..., :5]}, r"must be \[prompts, columns, 32\]"),
     "embeddings that are ids": ({"inputs_embeds": EMBEDDINGS.astype(int)}, "has dtype int64, but must be floating"),
     "embeddings of other rows": ({"inputs_embeds": EMBEDDINGS[:2]}, "`inputs_embeds` has 2 rows"),
-    "embeddings of other columns": ({"inputs_embeds": EMBEDDINGS[:, :4]}, "Pass the `attention_mask` of the former"),
+    "embeddings of other columns": ({"inputs_embeds": EMBEDDINGS[:, :4]}, "the `attention_mask` of `inputs_embeds`"),
     "too few positions": ({"position_ids": MASK[:, :3]}, r"`position_ids` has shape \(3, 3\), but 3 prompts have 9"),
     "ids of other rows": (EMPTY, "`inputs_embeds` has 3 rows, but `input_ids` has 2"),
-    "ragged embeddings": ({"inputs_embeds": [[[1.0] * 32], [[1.0] * 32] * 2]}, "`inputs_embeds` is no rectangular"),
+    "ragged embeddings": ({"inputs_embeds": [[[1.0] * 32], [[1.0] * 32] * 2]}, "`inputs_embeds` is not a rectangular"),
     "positions beyond integers": ({"position_ids": MASK - 2**62}, "of less than"),
     "text for a tokenizer": ({"token_healing": True, "tokenizer": "x"}, "`tokenizer` must be a tokenizer, but is 'x'"),
     "positions of floats": ({"position_ids": MASK * 1.0}, "`position_ids` has dtype float64"),
@@ -493,9 +493,9 @@ def test_a_cache_that_does_not_fit_is_refused(model: Any, bundled: Any) -> None:
     past = start.cache
     with pytest.raises(ValueError, match="`cache` has 3 rows, but there are 2 prompts"):
         jaxgen.generate(model, start.sequences[:2], cache=past, **PLAIN)
-    with pytest.raises(ValueError, match="holds 14 columns, and the prompt has 1: nothing is left to read"):
+    with pytest.raises(ValueError, match="holds 14 tokens, and the prompt has 1: no token is left to read"):
         jaxgen.generate(model, start.sequences[:, -1:], cache=past, **PLAIN)
-    with pytest.raises(ValueError, match="`cache` is of another model"):
+    with pytest.raises(ValueError, match="`cache` belongs to another model"):
         jaxgen.generate(bundled, start.sequences, cache=past, **PLAIN)
     with pytest.raises(ValueError, match="Passing both `cache_implementation`"):
         jaxgen.generate(model, start.sequences, cache=past, cache_implementation="static", **PLAIN)

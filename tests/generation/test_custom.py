@@ -184,7 +184,7 @@ def test_a_jax_function_made_anew_for_each_call_is_announced_once(
         for _ in range(3):
             made.append(make())
             jaxgen.prepare(model, IDS, **ARGUMENTS, **{argument: [made[-1]]})
-    assert caplog.text.count("which is another object than in the call before") == 1
+    assert caplog.text.count("which is another object than in the previous call") == 1
     assert f"`{argument}` holds `" in caplog.text and name in caplog.text
     watched = weakref.ref(made[-1])
     made.clear()
@@ -226,7 +226,7 @@ def test_scores_of_another_shape_are_refused(model: Any) -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ([3], "`logits_processor` holds 3, which is no callable"),
+        ([3], "`logits_processor` holds 3, which is not callable"),
         ([lambda scores: scores], "1 required arguments.*A JAX function takes"),
         (negate_late, "must be a list of callables"),
     ],

@@ -136,13 +136,13 @@ def test_a_mask_of_zeros_and_ones_is_a_mask_of_bools(dtype: type) -> None:
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
-        ([[0.5, 1, 1, 1], [1] * 4], "`attention_mask` holds 0.5, but may hold 0 and 1"),
+        ([[0.5, 1, 1, 1], [1] * 4], "`attention_mask` holds 0.5, but must hold 0 and 1"),
         ([[-1, 1, 1, 1], [1] * 4], "`attention_mask` holds -1"),
         (MASK[:1], r"`attention_mask` has shape \(1, 4\), but its ids have \(2, 4\)"),
         (MASK[:, :3], r"`attention_mask` has shape \(2, 3\)"),
         (MASK[0], r"`attention_mask` has shape \(4,\)"),
         (np.ones((2, 1, 4, 4)), "`attention_mask` passed to `generate` must be 2D, but has 4 dimensions"),
-        ([[1] * 4, [1] * 3], "`attention_mask` is no rectangular array"),
+        ([[1] * 4, [1] * 3], "`attention_mask` is not a rectangular array"),
         (3, r"`attention_mask` has shape \(\), but must be \[prompts, tokens\]"),
     ],
     ids=["a half", "minus one", "too few rows", "too few columns", "one row", "four dimensions", "ragged", "a number"],
@@ -209,7 +209,7 @@ def test_positions_are_those_of_the_columns_to_be_read(given: Any, expected: Any
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (np.zeros((3, 4), int), r"`position_ids` has shape \(3, 4\), but 2 prompts have 4 columns"),
+        (np.zeros((3, 4), int), r"`position_ids` has shape \(3, 4\), but 2 prompts have 4 new tokens"),
         ([[0, 1, 2, 2**30]], r"`position_ids` .* of less than 2\*\*30"),
         ([[0, 1, 2, -(2**30) - 1]], r"`position_ids` .* of less than 2\*\*30"),
         (np.zeros((2, 4, 1), int), r"`position_ids` has shape \(2, 4, 1\)"),
@@ -243,7 +243,7 @@ def test_behind_a_cache_the_ids_are_the_whole_text_or_the_new_ones(rows: int) ->
 def test_positions_behind_a_cache_may_be_those_of_the_whole_text() -> None:
     found = read(IDS, cache=cache(2, 3), position_ids=[[0, 1, 2, 30], [0, 1, 2, 40]]).position_ids
     assert found is not None and found.tolist() == [[30], [40]]
-    with pytest.raises(ValueError, match=r"`position_ids` has shape \(2, 1\), but 2 prompts have 4 columns"):
+    with pytest.raises(ValueError, match=r"`position_ids` has shape \(2, 1\), but 2 prompts have 4 new tokens"):
         read(IDS, cache=cache(2, 3), attention_mask=longer(MASK, 3), position_ids=[[30], [40]])
 
 
@@ -266,8 +266,8 @@ def test_a_filled_cache_of_torch_is_read_and_an_empty_one_is_none() -> None:
     ("arguments", "message"),
     [
         ({"cache": cache(3, 3)}, "`cache` has 3 rows, but there are 2 prompts"),
-        ({"cache": cache(2, 4)}, "`cache` holds 4 columns, and the prompt has 4: nothing is left to read"),
-        ({"cache": cache(1, 9)}, "`cache` holds 9 columns, and the prompt has 4"),
+        ({"cache": cache(2, 4)}, "`cache` holds 4 tokens, and the prompt has 4: no token is left to read"),
+        ({"cache": cache(1, 9)}, "`cache` holds 9 tokens, and the prompt has 4"),
         (
             {"cache": cache(2, 3), "attention_mask": longer(MASK, 2)},
             r"`attention_mask` has shape \(2, 6\), but its ids have \(2, 4\)",
@@ -329,7 +329,7 @@ def test_a_number_of_logits_to_keep_changes_nothing(kept: Any) -> None:
 
 @pytest.mark.parametrize("kept", [True, 1.0, "1"], ids=repr)
 def test_what_is_no_number_of_logits_is_refused(kept: Any) -> None:
-    with pytest.raises(ValueError, match=f"`logits_to_keep`={kept!r} must be a number of columns"):
+    with pytest.raises(ValueError, match=f"`logits_to_keep`={kept!r} must be a number of tokens"):
         read(IDS, logits_to_keep=kept)
 
 

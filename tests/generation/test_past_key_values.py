@@ -17,7 +17,7 @@ from jaxgen.kv_cache import KVCache
 LAYERS, ROWS, HEADS, SLOTS, SIZE = 3, 2, 2, 6, 4
 TAKEN = np.array([[[0, 1, 3], [0, 1, 4]], [[2, 1, 5], [2, 0, 5]]])
 ROW = np.array([0, 0, 1, 1])
-ANOTHER = "`cache` is of another model: its layers, heads or dtype differ"
+ANOTHER = "`cache` belongs to another model: its layers, heads or dtype differ"
 
 
 def filled(layers: int = LAYERS, rows: int = ROWS, heads: int = HEADS) -> KVCache:
@@ -210,7 +210,7 @@ def test_a_layer_that_has_let_go_of_columns_is_refused_by_its_number() -> None:
     theirs = transformers.DynamicCache(config=config)
     for layer in range(2):
         theirs.update(torch.ones(1, HEADS, 6, SIZE), torch.ones(1, HEADS, 6, SIZE), layer)
-    with pytest.raises(ValueError, match=r"`cache` holds 3 of 6 columns in layer 1, a DynamicSlidingWindowLayer"):
+    with pytest.raises(ValueError, match=r"`cache` holds 3 of 6 tokens in layer 1, a DynamicSlidingWindowLayer"):
         PastKeyValues.from_transformers(model(2), theirs)
 
 

@@ -148,7 +148,7 @@ def test_a_window_of_torch_goes_on_until_columns_have_left_it(windowed: Any, win
     expected = windowed_twin.generate(**tensors(input_ids=ids, attention_mask=np.ones_like(ids)), **PLAIN)
     got = jaxgen.generate(windowed, ids, attention_mask=np.ones_like(ids), cache=filled(window - 1), **PLAIN)
     np.testing.assert_array_equal(got, expected)
-    with pytest.raises(ValueError, match=rf"`cache` holds {window - 1} of {window + 2} columns in layer \d, a Dynamic"):
+    with pytest.raises(ValueError, match=rf"`cache` holds {window - 1} of {window + 2} tokens in layer \d, a Dynamic"):
         jaxgen.generate(windowed, ids, attention_mask=np.ones_like(ids), cache=filled(window + 2), **PLAIN)
 
 

@@ -342,19 +342,21 @@ MUTANTS = [
     ),
     Mutant(
         DRIVER,
-        "cache_sizes, unnoticed",
-        "unnoticed = weights // 64",
-        "unnoticed = 0 * weights // 64",
+        "cache_sizes, negligible slots",
+        "negligible = weights // 64",
+        "negligible = 0 * weights // 64",
         f"{RESERVED}[1-sizes0]",
     ),
     Mutant(
         DRIVER,
-        "cache_sizes, unnoticed of several rows",
+        "cache_sizes, negligible slots of several rows",
         "// (rows * model.cache",
         "// (model.cache",
         f"{RESERVED}[2-sizes1]",
     ),
-    Mutant(DRIVER, "cache_sizes, the last size", "most <= size * 3 // 2", "most <= size", f"{RESERVED}[64-sizes2]"),
+    Mutant(
+        DRIVER, "cache_sizes, the last size", "max_size <= size * 3 // 2", "max_size <= size", f"{RESERVED}[64-sizes2]"
+    ),
     Mutant(
         DRIVER,
         "cache_sizes, over 2048 slots",
@@ -365,15 +367,15 @@ MUTANTS = [
     Mutant(
         DRIVER,
         "cache_sizes, attentions",
-        'whole = 0, "attentions" in prepared.collect',
-        "whole = 0, False",
+        'never_grows = 0, "attentions" in prepared.collect',
+        "never_grows = 0, False",
         f"{STAGES}a_cache_whose_attentions_are_asked_for_has_all_its_slots_from_the_start",
     ),
     Mutant(
         DRIVER,
         "cache_sizes, the passes of a size",
-        "key=lambda new: strategy.cache_slots(columns, new + 1)) - 1",
-        "key=lambda new: strategy.cache_slots(columns, new + 1))",
+        "key=lambda new: strategy.cache_slots(prompt_slots, new + 1)) - 1",
+        "key=lambda new: strategy.cache_slots(prompt_slots, new + 1))",
         f"{STAGES}a_cache_of_any_size_grows_until_the_call_is_done",
     ),
     Mutant(

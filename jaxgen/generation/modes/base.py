@@ -134,6 +134,13 @@ class Mode:
         """S, the bucket of the token buffer."""
         return bucket(prompt_slots + new_tokens)
 
+    def pad_token_id(self, parts: Parts) -> Any:
+        """The token id that finished rows receive; None to let them continue until all rows are finished.
+
+        As in transformers, they continue if only a criterion finishes them, because there is no eos.
+        """
+        return self.config.fill_token_id if self.config.eos_token_id or not parts.stopping_criteria else None
+
     def build(self, parts: Parts) -> Strategy:
         """The strategy of the call."""
         raise NotImplementedError

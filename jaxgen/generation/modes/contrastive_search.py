@@ -1,7 +1,7 @@
 """Contrastive search, with the fields and checks of transformers 4.41."""
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -69,11 +69,10 @@ class ContrastiveSearchMode(Mode):
         return (*super().recorded(intermediates, logprobs), *(["chosen"] if intermediates else []))
 
     def build(self, parts: Parts) -> ContrastiveSearch:
-        pad: Any = self.config.fill_token_id if self.config.eos_token_id or not parts.stopping_criteria else None
         return ContrastiveSearch(
             eos=parts.eos,
             max_length=parts.max_length,
-            pad_token_id=pad,
+            pad_token_id=self.pad_token_id(parts),
             penalty_alpha=number("penalty_alpha", self.config.merged.penalty_alpha, 0.0),
             processors=parts.processors,
             stopping_criteria=parts.stopping_criteria,

@@ -1,6 +1,6 @@
 """Greedy decoding and sampling: one token per row and step."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jaxgen.decoding.sampling import Sample
 from jaxgen.generation.modes.base import Mode, Parts
@@ -19,12 +19,10 @@ class SamplingMode(Mode):
         return (*super().recorded(intermediates, False), *(["logprobs"] if logprobs else []))
 
     def build(self, parts: Parts) -> Sample:
-        # Without an eos, rows that a criterion finishes continue until all rows are finished, as in transformers.
-        pad: Any = self.config.fill_token_id if self.config.eos_token_id or not parts.stopping_criteria else None
         return Sample(
             eos=parts.eos,
             max_length=parts.max_length,
-            pad_token_id=pad,
+            pad_token_id=self.pad_token_id(parts),
             key=parts.key,
             processors=parts.processors,
             stopping_criteria=parts.stopping_criteria,
