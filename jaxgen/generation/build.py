@@ -85,6 +85,7 @@ def build_call(model: Model, request: Request, mode: Mode, inputs: Inputs) -> Pr
             key=key_data(request.key, mode.config, row_bucket(row_shards(model.mesh), prompts), prompts),
             vocab_size=model.vocab_size,
             recorded=mode.recorded(collect, request.output_logprobs),
+            has_eos=bool(stop.eos_token_id),
         )
     )
     call = Call(prompt, strategy, mode.text_slots(prompt.input_ids.shape[1], new_tokens), prefill)

@@ -50,33 +50,12 @@ def resolve(
     levels = (kwargs.get("max_length"), getattr(generation_config, "max_length", None), model_config.max_length)
     has_default_max_length = all(level is None for level in levels)
     min_levels = (kwargs.get("min_length"), getattr(generation_config, "min_length", None), model_config.min_length)
-    if isinstance(watermark := kwargs.get("watermarking_config"), dict):
-        try:
-            watermark = lazy.generation_configs().WatermarkingConfig.from_dict(watermark)
-        except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"`watermarking_config`={watermark!r} is not a valid WatermarkingConfig: {error}."
-            ) from error
-        kwargs = {**kwargs, "watermarking_config": watermark}
+    kwargs = _with_watermark(kwargs)
     merged = copy.deepcopy(generation_config) or config_class()
     merged.update(**model_config.to_dict(), defaults_only=True, allow_custom_entries=True)
     merged.update(**merged._get_default_generation_params(), defaults_only=True)
     fields = set(vars(merged))
-
-    def given(name: str) -> object:
-        return kwargs.get(name, getattr(merged, name))
-
-    unchecked = set().union(*(mode.unchecked(given) for mode in MODES)) & set(kwargs)
-    checked = {name: value for name, value in kwargs.items() if name not in unchecked}
-    try:
-        others = merged.update(**checked)
-    except (TypeError, AttributeError) as error:  # transformers compares values before it checks their types
-        ours = {name: value for name, value in checked.items() if name in fields}
-        wrong = {name: value for name, value in ours.items() if not _has_valid_type(config_class, name, value)} or ours
-        shown = ", ".join(f"`{name}`={value!r}" for name, value in wrong.items())
-        raise ValueError(f"{shown} has the wrong type: {error}.") from error
-    for name in unchecked:
-        setattr(merged, name, kwargs[name])
+    others = _update(merged, kwargs)
     if generation_config is not None and (passed := sorted(set(kwargs) - set(others))):
         warn_once(
             f"Passing `generation_config` together with generation-related arguments=({passed}) is deprecated and will "
@@ -100,6 +79,36 @@ def resolve(
             resolved.min_length,
         )
     return resolved, others
+
+
+def _with_watermark(kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The keywords with a `watermarking_config` that is a dict made into transformers' class."""
+    if not isinstance(watermark := kwargs.get("watermarking_config"), dict):
+        return kwargs
+    try:
+        return {**kwargs, "watermarking_config": lazy.generation_configs().WatermarkingConfig.from_dict(watermark)}
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`watermarking_config`={watermark!r} is not a valid WatermarkingConfig: {error}.") from error
+
+
+def _update(merged: "GenerationConfig", kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Sets and validates the fields among the keywords, as transformers does, and returns the other keywords."""
+
+    def given(name: str) -> object:
+        return kwargs.get(name, getattr(merged, name))
+
+    unchecked = set().union(*(mode.unchecked(given) for mode in MODES)) & set(kwargs)
+    checked = {name: value for name, value in kwargs.items() if name not in unchecked}
+    try:
+        others = merged.update(**checked)
+    except (TypeError, AttributeError) as error:  # transformers compares values before it checks their types
+        ours = {name: value for name, value in checked.items() if name in vars(merged)}
+        wrong = {name: value for name, value in ours.items() if not _has_valid_type(type(merged), name, value)} or ours
+        shown = ", ".join(f"`{name}`={value!r}" for name, value in wrong.items())
+        raise ValueError(f"{shown} has the wrong type: {error}.") from error
+    for name in unchecked:
+        setattr(merged, name, kwargs[name])
+    return others
 
 
 def _has_valid_type(config_class: "type[GenerationConfig]", name: str, value: Any) -> bool:

@@ -58,6 +58,13 @@ class Inputs:
         """Whether the model reads just the ids, at the default positions."""
         return self.position_ids is None and self.embeddings is None and self.past is None
 
+    @property
+    def new_positions(self) -> np.ndarray:
+        """int32 [B, T]: the positions of the columns that the model has yet to read."""
+        if self.position_ids is not None:
+            return self.position_ids
+        return counted_positions(self.attention_mask)[:, -self.num_new :]
+
     def check_plain(self, name: str, why: str, chunk: int | None) -> None:
         """Raises ValueError unless the prompt is plain and prefilled at once, which `name` needs because of `why`."""
         given = {

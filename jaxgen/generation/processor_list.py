@@ -9,7 +9,7 @@ import inspect
 import math
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -124,7 +124,7 @@ def takes_cur_len(argument: str, function: object) -> bool:
     return len(required) == 3
 
 
-def as_pytree(function: Callable[..., object]) -> Callable[..., object]:
+def as_pytree(function: Callable[..., object]) -> Any:
     """The function if it is a pytree, whose numbers are traced; else wrapped as a constant of the program."""
     return jax.tree_util.Partial(function) if jax.tree_util.all_leaves([function]) else function
 
@@ -268,7 +268,7 @@ def _check_ids(name: str, sequences: Iterable[Iterable[object]], vocab_size: int
 
 
 def _min_lengths(
-    config: DecodeConfig, eos: jax.Array, prompt_length: int, max_length: int
+    config: DecodeConfig, eos: np.ndarray, prompt_length: int, max_length: int
 ) -> dict[str, LogitsProcessor | None]:
     """Both processors for `min_new_tokens`, as in transformers, so that a custom one of either type replaces one."""
     min_length = config.min_length_for(prompt_length, max_length)
@@ -321,7 +321,7 @@ def _suppressed(fields: "GenerationConfig", prompt_length: int, vocab_size: int)
 
 
 def _exponential_decay(
-    fields: "GenerationConfig", eos_token_id: Sequence[int], eos: jax.Array, prompt_length: int
+    fields: "GenerationConfig", eos_token_id: Sequence[int], eos: np.ndarray, prompt_length: int
 ) -> LogitsProcessor | None:
     given = fields.exponential_decay_length_penalty
     if given is None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxgen.base import Model, Prefill, Prompt, row_shards
+from jaxgen.base import Cache, Model, Prefill, Prompt, row_shards
 from jaxgen.buckets import bucket, row_bucket
 from jaxgen.generation.inputs import Inputs, counted_positions
 
@@ -86,28 +86,25 @@ def padded_prompt(
         chunks[: len(array), offsets] = array
         return chunks
 
-    positions = inputs.position_ids
-    if positions is None:
-        positions = counted_positions(inputs.attention_mask)[:, -num_new:]
-    past = None
-    if inputs.past is not None:
-        past = inputs.past.to_cache(
-            model, rows, reserve or bucket(num_cached + width), inputs.attention_mask[:, :num_cached]
-        )
-    elif reserve:
-        past = model.make_cache(rows, reserve)
     left_padding: Any = padding
     full_chunks: Any = None if chunk is None else full
     prefill = Prefill(
         inputs=padded(inputs.input_ids[:, -num_new:] if inputs.embeddings is None else inputs.embeddings),
         attention_mask=padded(inputs.attention_mask[:, -num_new:]),
-        position_ids=padded(positions),
-        past=past,
+        position_ids=padded(inputs.new_positions),
+        past=_past(model, inputs, rows, reserve or bucket(num_cached + width), bool(reserve)),
         padding=left_padding,
         full_chunks=full_chunks,
         chunk=chunk,
     )
     return prompt, prefill, np.concatenate([np.arange(num_cached), num_cached + offsets])
+
+
+def _past(model: Model, inputs: Inputs, rows: int, slots: int, reserved: bool) -> Cache | None:
+    """The cache before the new tokens, with N rows and so many slots; None if nothing is cached or reserved."""
+    if inputs.past is None:
+        return model.make_cache(rows, slots) if reserved else None
+    return inputs.past.to_cache(model, rows, slots, inputs.attention_mask[:, : -inputs.num_new])
 
 
 def guided_prompt(

@@ -20,7 +20,7 @@ from jaxgen.processors.stop_strings import StopStrings
 from jaxgen.processors.stopping_criteria import CustomCriterion, EosToken, MaxLength
 
 if TYPE_CHECKING:
-    from jaxgen.lazy import PreTrainedTokenizerBase
+    pass
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ def _split(criteria: Sequence[Callable[..., object]], config: DecodeConfig, max_
 
 
 def stopping_criteria(
-    model: Model, stop: Stopping, tokenizer: "PreTrainedTokenizerBase | None", host: HostFunctions, rows: int
+    model: Model, stop: Stopping, tokenizer: Any, host: HostFunctions, rows: int
 ) -> tuple[EosToken, MaxLength, tuple[Callable[..., jax.Array], ...]]:
     """The criteria of a strategy: the two that every strategy has, and the others.
 
@@ -124,9 +124,7 @@ def stopping_criteria(
     return EosToken.build(stop.eos_token_id, model.vocab_size), MaxLength(stop.length), criteria
 
 
-def _stop_strings(
-    strings: tuple[str, ...], tokenizer: "PreTrainedTokenizerBase | None", vocab_size: int
-) -> tuple[StopStrings, ...]:
+def _stop_strings(strings: tuple[str, ...], tokenizer: Any, vocab_size: int) -> tuple[StopStrings, ...]:
     if not strings:
         return ()
     if tokenizer is None:
@@ -138,7 +136,7 @@ def _stop_strings(
     return (StopStrings.build(strings, tokenizer, vocab_size),)
 
 
-def _criterion(criterion: Callable[..., object], host: HostFunctions, rows: int) -> Callable[..., jax.Array]:
+def _criterion(criterion: Callable[..., Any], host: HostFunctions, rows: int) -> Callable[..., jax.Array]:
     if isinstance(criterion, (EosToken, MaxLength)):
         return criterion
     if takes_cur_len("stopping_criteria", criterion):

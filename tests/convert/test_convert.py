@@ -484,6 +484,7 @@ def test_an_interrupted_command_says_how_to_go_on(source: Path, tmp_path: Path) 
         "import signal, sys; from jaxgen.cli.main import main\n"
         "from jaxgen.checkpoint.safetensors_file import StoredTensor\n"
         "StoredTensor.read = lambda *_: signal.raise_signal(signal.SIGINT)\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # which a process in the background is without
         "sys.exit(main(sys.argv[1:]))"
     )
     command = [sys.executable, "-c", program, "convert", str(source), str(tmp_path / "converted")]

@@ -28,6 +28,7 @@ class Parts:
         key: see `Sample.key`; None unless `do_sample`.
         vocab_size: V.
         recorded: names of the arrays to record at every step, see `Mode.recorded`.
+        has_eos: whether any id ends a text, whether the configuration or a criterion of the caller says so.
     """
 
     eos: EosToken
@@ -38,6 +39,7 @@ class Parts:
     key: Any
     vocab_size: int
     recorded: tuple[str, ...]
+    has_eos: bool
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ class Mode:
 
         As in transformers, they continue if only a criterion finishes them, because there is no eos.
         """
-        return self.config.fill_token_id if self.config.eos_token_id or not parts.stopping_criteria else None
+        return self.config.fill_token_id if parts.has_eos or not parts.stopping_criteria else None
 
     def build(self, parts: Parts) -> Strategy:
         """The strategy of the call."""
