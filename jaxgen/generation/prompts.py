@@ -62,15 +62,7 @@ def padded_prompt(
         return prompt, None, np.arange(width - num_new, width)
     num_cached = inputs.attention_mask.shape[1] - num_new
     size = bucket(max(num_new, _MIN_PROMPT_BUCKET)) if chunk is None else chunk
-    # Chunks as transformers cuts them: full ones, then the rest, which is padded on the left to the same size. For 7
-    # new tokens in chunks of 3, after 2 in the cache:
-    #
-    #     position    0 1 | 2 3 4 | 5 6 7 | . . 8
-    #     slot        0 1 | 2 3 4 | 5 6 7 | 8 9 10
-    #     offsets           0 1 2   3 4 5       8     of the new tokens from the first slot after the cache
-    full = (num_new - 1) // size
-    padding = (full + 1) * size - num_new
-    offsets = np.arange(num_new) + np.where(np.arange(num_new) < full * size, 0, padding)
+    full, padding, offsets = _chunks(num_new, size)
     if reserve:
         needed = num_cached + (full + 1) * size + min(new_tokens, _RESERVED_ANSWER)
         reserve = max(reserve, 1 << (needed - 1).bit_length())
@@ -98,6 +90,20 @@ def padded_prompt(
         chunk=chunk,
     )
     return prompt, prefill, np.concatenate([np.arange(num_cached), num_cached + offsets])
+
+
+def _chunks(num_new: int, size: int) -> tuple[int, int, np.ndarray]:
+    """The full chunks, the padding of the last one, and int [T]: the offsets of the new tokens behind the cache."""
+    # Chunks as transformers cuts them: full ones, then the rest, which is padded on the left to the same size. For 7
+    # new tokens in chunks of 3, after 2 in the cache:
+    #
+    #     position    0 1 | 2 3 4 | 5 6 7 | . . 8
+    #     slot        0 1 | 2 3 4 | 5 6 7 | 8 9 10
+    #     offsets           0 1 2   3 4 5       8     of the new tokens from the first slot after the cache
+    full = (num_new - 1) // size
+    padding = (full + 1) * size - num_new
+    offsets = np.arange(num_new) + np.where(np.arange(num_new) < full * size, 0, padding)
+    return full, padding, offsets
 
 
 def _past(model: Model, inputs: Inputs, rows: int, slots: int, reserved: bool) -> Cache | None:
