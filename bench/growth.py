@@ -24,8 +24,8 @@ from common import bandwidth, continued, positive, random_prompts, record, step_
 import jaxgen
 from jaxgen.buckets import bucket
 from jaxgen.generation.api import prepare_call
-from jaxgen.generation.driver import cache_sizes
 from jaxgen.generation.request import Request
+from jaxgen.generation.running.driver import cache_sizes
 from jaxgen.planning.shapes import SHAPES
 
 FRESH = 16  # columns of a prompt that its call reads, the others being in a cache

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from jaxgen.decoding.sampling import Sample
     from jaxgen.generation.api import generate, prepare, stream
     from jaxgen.generation.outputs import compute_transition_scores
-    from jaxgen.generation.past_key_values import PastKeyValues
+    from jaxgen.generation.prompt.past_key_values import PastKeyValues
     from jaxgen.generation.text_stream import stream_text
     from jaxgen.processors.stopping_criteria import EosToken, MaxLength
 else:  # type checkers see only the names above, so that they report a misspelt one
@@ -40,7 +40,7 @@ _HOMES = {
     "LogitsProcessor": "base",
     "MaxLength": "processors.stopping_criteria",
     "Model": "base",
-    "PastKeyValues": "generation.past_key_values",
+    "PastKeyValues": "generation.prompt.past_key_values",
     "Prompt": "base",
     "Sample": "decoding.sampling",
     "Strategy": "base",

@@ -10,7 +10,7 @@ from jaxgen.base import Model
 from jaxgen.generation.api import prepare_call
 from jaxgen.generation.call import PreparedCall
 from jaxgen.generation.outputs import GenerateOutput
-from jaxgen.generation.past_key_values import PastKeyValues
+from jaxgen.generation.prompt.past_key_values import PastKeyValues
 from jaxgen.generation.request import Request
 
 # Cache slots of a new conversation. They double when the cache is full, and each size has its own programs. 1024 hold

@@ -143,7 +143,7 @@ RECORDED_BY_MODES = {"parents", "chosen"}
 ROOMS = {
     *(ROOT / "jaxgen" / "generation" / "modes").glob("*.py"),
     *(ROOT / "jaxgen" / "decoding" / f"{name}.py" for name in STRATEGIES),
-    ROOT / "jaxgen" / "generation" / "fields.py",  # the table of all fields
+    ROOT / "jaxgen" / "generation" / "config" / "fields.py",  # the table of all fields
 }
 # Callers of `generate`, which name its arguments as users do.
 CALLERS = {"chat", "cli", "planning"}

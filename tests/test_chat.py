@@ -9,9 +9,9 @@ import pytest
 import jaxgen
 from jaxgen import chat
 from jaxgen.chat import Conversation
-from jaxgen.generation import prompts
 from jaxgen.generation.call import PreparedCall
-from jaxgen.generation.driver import UNWATCHED, collect, drive
+from jaxgen.generation.prompt import prompts
+from jaxgen.generation.running.driver import UNWATCHED, collect, drive
 from jaxgen.generation.trimming import to_output
 
 ARGUMENTS = {"max_new_tokens": 12, "repetition_penalty": 1.3}

@@ -13,7 +13,7 @@ import jax
 import pytest
 
 import jaxgen
-from jaxgen.generation.memory import memory_bytes
+from jaxgen.generation.running.memory import memory_bytes
 
 HELPERS = Path(__file__).parent / "helpers"
 

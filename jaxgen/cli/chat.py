@@ -17,7 +17,7 @@ from jaxgen.chat import APART, Conversation
 from jaxgen.cli.options import Arguments, decoding_arguments
 from jaxgen.cli.terminal import Times, checked_text, decode, open_model, say
 from jaxgen.generation.call import PreparedCall
-from jaxgen.generation.config import resolve
+from jaxgen.generation.config.resolve import resolve
 from jaxgen.generation.outputs import GenerateOutput
 from jaxgen.generation.text_stream import TextPieces
 

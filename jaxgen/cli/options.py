@@ -7,7 +7,7 @@ import argparse
 import json
 from typing import Any, get_args
 
-from jaxgen.generation.fields import FIELDS, SUPPORTED
+from jaxgen.generation.config.fields import FIELDS, SUPPORTED
 
 Arguments = dict[str, Any]  # keywords of `generate`
 

@@ -17,8 +17,8 @@ from jaxgen.checkpoint.load import BUNDLED_MODEL, load
 from jaxgen.cli import compile_cache
 from jaxgen.decoding.loop import Progress
 from jaxgen.generation.call import PreparedCall
-from jaxgen.generation.driver import WATCHED, collect, drive
-from jaxgen.generation.streaming import NewTokens
+from jaxgen.generation.running.driver import WATCHED, collect, drive
+from jaxgen.generation.running.streaming import NewTokens
 from jaxgen.generation.trimming import to_output
 
 if TYPE_CHECKING:

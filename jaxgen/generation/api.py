@@ -15,14 +15,14 @@ import numpy as np
 from jaxgen.base import Call, Model, no_mesh
 from jaxgen.generation.build import build_call, read_request
 from jaxgen.generation.call import PreparedCall
+from jaxgen.generation.config.fields import GenerateKeywords
 from jaxgen.generation.custom_generate import call_custom, call_repository, check_custom_generate, own_arguments
-from jaxgen.generation.driver import UNWATCHED, WATCHED, collect, drive
-from jaxgen.generation.fields import GenerateKeywords
-from jaxgen.generation.memory import check_memory
 from jaxgen.generation.outputs import GenerateOutput
+from jaxgen.generation.prompt.token_healing import healed_inputs
 from jaxgen.generation.request import Request, listed
-from jaxgen.generation.streaming import NewTokens, Streamer, to_streamer
-from jaxgen.generation.token_healing import healed_inputs
+from jaxgen.generation.running.driver import UNWATCHED, WATCHED, collect, drive
+from jaxgen.generation.running.memory import check_memory
+from jaxgen.generation.running.streaming import NewTokens, Streamer, to_streamer
 from jaxgen.generation.trimming import to_output
 
 if TYPE_CHECKING:

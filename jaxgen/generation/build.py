@@ -15,16 +15,16 @@ from jaxgen import lazy
 from jaxgen.base import Call, Model, Prefill, Prompt, row_shards
 from jaxgen.buckets import row_bucket
 from jaxgen.generation.call import PreparedCall
-from jaxgen.generation.config import resolve
-from jaxgen.generation.decode_config import DecodeConfig
-from jaxgen.generation.fields import REFUSED_ARGUMENTS
-from jaxgen.generation.host_callbacks import HostFunctions
-from jaxgen.generation.inputs import Inputs, checked_inputs, checked_negatives, key_data
+from jaxgen.generation.config.decode_config import DecodeConfig
+from jaxgen.generation.config.fields import REFUSED_ARGUMENTS
+from jaxgen.generation.config.resolve import resolve
 from jaxgen.generation.modes import Mode, mode_for
 from jaxgen.generation.modes.base import Parts
 from jaxgen.generation.processor_list import processor_list, warn_about_new_functions
-from jaxgen.generation.prompts import guided_prompt, padded_prompt
+from jaxgen.generation.prompt.inputs import Inputs, checked_inputs, checked_negatives, key_data
+from jaxgen.generation.prompt.prompts import guided_prompt, padded_prompt
 from jaxgen.generation.request import Request
+from jaxgen.generation.running.host_callbacks import HostFunctions
 from jaxgen.generation.stopping import stopping, stopping_criteria
 from jaxgen.generation.user_warnings import warn_caller
 

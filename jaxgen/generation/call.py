@@ -6,10 +6,10 @@ import numpy as np
 
 from jaxgen.base import Call
 from jaxgen.buckets import bucket
-from jaxgen.generation.decode_config import DecodeConfig
-from jaxgen.generation.host_callbacks import HostFunctions
-from jaxgen.generation.inputs import Inputs
+from jaxgen.generation.config.decode_config import DecodeConfig
 from jaxgen.generation.modes.base import Mode
+from jaxgen.generation.prompt.inputs import Inputs
+from jaxgen.generation.running.host_callbacks import HostFunctions
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from jax.typing import ArrayLike
 from jaxgen import lazy
 from jaxgen.base import LogitsProcessor, Model, Prompt
 from jaxgen.generation.call import PreparedCall
-from jaxgen.generation.inputs import counted_positions
+from jaxgen.generation.prompt.inputs import counted_positions
 from jaxgen.generation.request import Request
 from jaxgen.processors.logits_process import process
 from jaxgen.processors.stopping_criteria import any_of

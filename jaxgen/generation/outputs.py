@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from jaxgen import lazy
-from jaxgen.generation.past_key_values import PastKeyValues
+from jaxgen.generation.prompt.past_key_values import PastKeyValues
 from jaxgen.generation.user_warnings import warn_once
 
 if TYPE_CHECKING:

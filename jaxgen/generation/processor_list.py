@@ -16,12 +16,18 @@ import numpy as np
 
 from jaxgen import lazy
 from jaxgen.base import LogitsProcessor
-from jaxgen.generation.decode_config import DecodeConfig
-from jaxgen.generation.host_callbacks import HostFunction, HostFunctions, HostProcessor, for_prefix, for_processor
-from jaxgen.generation.inputs import Inputs
+from jaxgen.generation.config.decode_config import DecodeConfig
+from jaxgen.generation.config.validators import is_float, is_integer
 from jaxgen.generation.modes import Mode
+from jaxgen.generation.prompt.inputs import Inputs
+from jaxgen.generation.running.host_callbacks import (
+    HostFunction,
+    HostFunctions,
+    HostProcessor,
+    for_prefix,
+    for_processor,
+)
 from jaxgen.generation.user_warnings import warn_once
-from jaxgen.generation.validators import is_float, is_integer
 from jaxgen.processors import logits_process
 from jaxgen.processors.logits_process import token_mask
 from jaxgen.processors.watermarking import GreenlistWatermark, SynthIDWatermark

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from numpy import ndarray
     from numpy.typing import ArrayLike
 
-    from jaxgen.generation.streaming import Streamer
+    from jaxgen.generation.running.streaming import Streamer
     from jaxgen.lazy import GenerationConfig, PreTrainedTokenizerBase
 
 

@@ -11,10 +11,10 @@ import numpy as np
 
 from jaxgen import lazy
 from jaxgen.base import Model
-from jaxgen.generation.decode_config import DecodeConfig
-from jaxgen.generation.host_callbacks import HostCriterion, HostFunctions, for_criterion
-from jaxgen.generation.inputs import Inputs
+from jaxgen.generation.config.decode_config import DecodeConfig
 from jaxgen.generation.processor_list import as_pytree, takes_cur_len, warn_about_precedence
+from jaxgen.generation.prompt.inputs import Inputs
+from jaxgen.generation.running.host_callbacks import HostCriterion, HostFunctions, for_criterion
 from jaxgen.generation.user_warnings import warn_once
 from jaxgen.processors.stop_strings import StopStrings
 from jaxgen.processors.stopping_criteria import CustomCriterion, EosToken, MaxLength

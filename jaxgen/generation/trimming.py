@@ -9,9 +9,9 @@ import numpy as np
 
 from jaxgen.decoding.loop import DecodeState, finalize
 from jaxgen.generation.call import PreparedCall
-from jaxgen.generation.inputs import refuse_tracer
 from jaxgen.generation.outputs import GenerateOutput
-from jaxgen.generation.past_key_values import PastKeyValues
+from jaxgen.generation.prompt.inputs import refuse_tracer
+from jaxgen.generation.prompt.past_key_values import PastKeyValues
 
 logger = logging.getLogger(__name__)
 

@@ -20,8 +20,8 @@ from jax.sharding import AbstractMesh
 from jaxgen.buckets import bucket, row_bucket
 from jaxgen.checkpoint.load import abstract, check_quantize, named_leaves, open_folder, weights_dtype
 from jaxgen.generation.build import build_call, read_request
-from jaxgen.generation.memory import memory_bytes
 from jaxgen.generation.request import Request
+from jaxgen.generation.running.memory import memory_bytes
 from jaxgen.models import FAMILIES, LoadedModel
 from jaxgen.models.family import Config, Family, ForwardPass
 from jaxgen.planning.shapes import SHAPES

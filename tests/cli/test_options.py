@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from jaxgen.cli.options import add_decoding_options, decoding_arguments
-from jaxgen.generation.fields import FIELDS, SUPPORTED
+from jaxgen.generation.config.fields import FIELDS, SUPPORTED
 
 # What shapes the object that `generate` returns has no place on a command line.
 OUTPUTS = {name for name in SUPPORTED if name.startswith("output_")} | {"return_dict_in_generate"}

@@ -8,7 +8,7 @@ import pytest
 from transformers import GenerationConfig
 
 import jaxgen
-from jaxgen.generation.fields import FIELDS, REFUSED_ARGUMENTS, SUPPORTED, GenerateKeywords, described
+from jaxgen.generation.config.fields import FIELDS, REFUSED_ARGUMENTS, SUPPORTED, GenerateKeywords, described
 
 TESTS = Path(__file__).parents[1]
 PARAMETERS = set(inspect.signature(jaxgen.generate).parameters) - {"model", "kwargs"}
@@ -51,8 +51,10 @@ SHOWN_BY = {
         "num_beam_groups diversity_penalty".split(),
         "decoding/test_group_beam_search.py::test_sequences_and_scores_are_those_of_transformers_4_41",
     ),
-    "streamer": "generation/test_streaming.py::test_streamed_tokens_are_those_of_the_plain_call_from_the_same_programs",
-    "max_time": "generation/test_streaming.py::test_a_limit_of_time_is_kept_to_a_chunk_and_compiling_takes_none_of_it",
+    "streamer": "generation/running/test_streaming.py::"
+    "test_streamed_tokens_are_those_of_the_plain_call_from_the_same_programs",
+    "max_time": "generation/running/test_streaming.py::"
+    "test_a_limit_of_time_is_kept_to_a_chunk_and_compiling_takes_none_of_it",
     **dict.fromkeys(
         ["stop_strings", "tokenizer"], "processors/test_stop_strings.py::test_generated_texts_stop_as_in_transformers"
     ),
@@ -66,12 +68,12 @@ SHOWN_BY = {
     "position_ids": "generation/test_continuing.py::test_positions_of_the_callers_own_equal_transformers",
     "prefill_chunk_size": "generation/test_continuing.py::test_a_prompt_read_in_chunks_gives_the_same_tokens",
     "use_cache": "generation/test_outputs.py::test_use_cache_false_changes_no_token_and_returns_no_cache",
-    "token_healing": "generation/test_token_healing.py::test_healed_prompts_and_what_follows_equal_transformers",
+    "token_healing": "generation/prompt/test_token_healing.py::test_healed_prompts_and_what_follows_equal_transformers",
     "penalty_alpha": "decoding/test_contrastive_search.py::test_sequences_are_those_of_transformers_4_41",
     "inputs": "generation/test_api.py::test_prompts_come_as_lists_or_arrays_of_any_integer_type_under_either_name",
     "input_ids": "generation/test_api.py::test_prompts_come_as_lists_or_arrays_of_any_integer_type_under_either_name",
     "attention_mask": _SAME,
-    "generation_config": "generation/test_config.py::"
+    "generation_config": "generation/config/test_resolve.py::"
     "test_keywords_win_over_the_calls_config_over_the_models_over_the_defaults",
     "logits_processor": "generation/test_custom.py::test_transformers_own_processors_run_as_they_are",
     "stopping_criteria": "generation/test_custom.py::test_criteria_of_any_kind_finish_rows_as_in_transformers",

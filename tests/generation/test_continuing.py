@@ -18,7 +18,7 @@ import jaxgen
 from jaxgen import lazy
 from jaxgen.buckets import bucket
 from jaxgen.decoding import loop
-from jaxgen.generation.driver import cache_sizes
+from jaxgen.generation.running.driver import cache_sizes
 
 RNG = np.random.default_rng(0)
 ROWS, COLUMNS, NEW = 3, 9, 6

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import jaxgen
-from jaxgen.generation.fields import FIELDS, REFUSED_ARGUMENTS, GenerateKeywords, described
+from jaxgen.generation.config.fields import FIELDS, REFUSED_ARGUMENTS, GenerateKeywords, described
 
 FILE = Path(__file__).parents[2] / "ARGUMENTS.md"
 _KEYWORDS = described(GenerateKeywords)
@@ -25,8 +25,8 @@ sets the field; the keyword `None` switches a field off. On the command line a f
 No argument is ignored without a word: a name that `generate` does not know, a value out of range, and any but the
 accepted values of a refused field raise a `ValueError` before anything is compiled.
 
-This page is written by `python tests/scripts/arguments.py`. Change `jaxgen/generation/fields.py` or the docstring of
-`generate`, not the page.
+This page is written by `python tests/scripts/arguments.py`. Change `jaxgen/generation/config/fields.py` or the
+docstring of `generate`, not the page.
 """
 
 

@@ -32,7 +32,11 @@ class Mutant(NamedTuple):
 
 
 LAYERS, TOP_K, SAMPLING = "jaxgen/models/layers.py", "jaxgen/processors/top_k.py", "jaxgen/decoding/sampling.py"
-RULES, DRIVER, CACHE = "jaxgen/processors/logits_process.py", "jaxgen/generation/driver.py", "jaxgen/kv_cache.py"
+RULES, DRIVER, CACHE = (
+    "jaxgen/processors/logits_process.py",
+    "jaxgen/generation/running/driver.py",
+    "jaxgen/kv_cache.py",
+)
 TENSORS, WRITING = "jaxgen/checkpoint/safetensors_file.py", "convert/writing.py"
 REAL = "tests/test_real_sizes.py::test_"
 DRAWN = f"{REAL}draws_from_fifty_thousand_tokens_equal_transformers_with_the_same_noise"
@@ -42,7 +46,7 @@ PRODUCT = "tests/models/test_layers.py::test_a_product_is_the_plain_one_rounded_
 GROUPED = "tests/models/test_layers.py::test_the_rows_of_a_group_are_multiplied_one_by_one_or_together_with_one_result"
 KEEPS = "tests/processors/test_logits_process.py::test_large_vocabularies_keep_what_transformers_keeps"
 HIGHEST = "tests/processors/test_top_k.py::test_the_highest_scores_are_found_in_blocks_as_in_the_whole"
-STAGES = "tests/generation/test_streaming.py::test_"
+STAGES = "tests/generation/running/test_streaming.py::test_"
 RESERVED = f"{STAGES}slots_that_are_little_beside_the_weights_are_reserved_at_once"
 LARGER = "tests/checkpoint/test_safetensors_file.py::"
 LARGER += "test_a_tensor_larger_than_a_block_arrives_whole_in_any_dtype_and_from_any_row"
@@ -285,14 +289,14 @@ MUTANTS = [
         f"{REAL}a_long_prompt_in_chunks_gives_the_tokens_of_the_whole[256]",
     ),
     Mutant(
-        "jaxgen/generation/prompts.py",
+        "jaxgen/generation/prompt/prompts.py",
         "padded_prompt, a last chunk that is not full",
         "np.where(np.arange(num_new) < full * size, 0, padding)",
         "np.where(np.arange(num_new) < 0, 0, padding)",
         f"{REAL}a_long_prompt_in_chunks_gives_the_tokens_of_the_whole[150]",
     ),
     Mutant(
-        "jaxgen/generation/prompts.py",
+        "jaxgen/generation/prompt/prompts.py",
         "padded_prompt, a chunk of over 256 columns",
         "full = (num_new - 1) // size",
         "full = min(num_new // size, 1) - 1 + (size < 257)",
@@ -306,7 +310,7 @@ MUTANTS = [
         "tests/generation/test_api.py::test_a_bucket_is_at_most_half_as_much_again",
     ),
     Mutant(
-        "jaxgen/generation/past_key_values.py",
+        "jaxgen/generation/prompt/past_key_values.py",
         "to_cache, a row for all prompts",
         "np.arange(batch) if self.batch_size > 1 else 0",
         "np.arange(batch)",

@@ -1,6 +1,6 @@
 """The decoding modes. The host half of each is here, and its strategy is in `decoding/` under the same name."""
 
-from jaxgen.generation.decode_config import DecodeConfig
+from jaxgen.generation.config.decode_config import DecodeConfig
 from jaxgen.generation.modes.base import Mode
 from jaxgen.generation.modes.beam_search import BeamSearchMode
 from jaxgen.generation.modes.contrastive_search import ContrastiveSearchMode

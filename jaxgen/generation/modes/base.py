@@ -9,9 +9,9 @@ import numpy as np
 
 from jaxgen.base import Cache, LogitsProcessor, Strategy
 from jaxgen.buckets import bucket
-from jaxgen.generation.decode_config import DecodeConfig
-from jaxgen.generation.inputs import Inputs
+from jaxgen.generation.config.decode_config import DecodeConfig
 from jaxgen.generation.outputs import GenerateDecoderOnlyOutput, GenerateOutput
+from jaxgen.generation.prompt.inputs import Inputs
 from jaxgen.processors.stopping_criteria import EosToken, MaxLength
 
 if TYPE_CHECKING:

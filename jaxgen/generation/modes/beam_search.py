@@ -3,9 +3,9 @@
 from typing import TYPE_CHECKING
 
 from jaxgen.decoding.beam_search import BeamSearch
+from jaxgen.generation.config.validators import positive
 from jaxgen.generation.modes.base import Parts
 from jaxgen.generation.modes.beams import BeamsMode
-from jaxgen.generation.validators import positive
 
 if TYPE_CHECKING:
     from jaxgen.lazy import GenerationConfig

@@ -7,9 +7,9 @@ import numpy as np
 
 from jaxgen.base import Cache
 from jaxgen.buckets import bucket
+from jaxgen.generation.config.validators import number, positive
 from jaxgen.generation.modes.base import Mode, Parts
 from jaxgen.generation.outputs import GenerateBeamDecoderOnlyOutput
-from jaxgen.generation.validators import number, positive
 
 if TYPE_CHECKING:
     from jaxgen.lazy import GenerationConfig

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from jaxgen.decoding.contrastive_search import ContrastiveSearch
-from jaxgen.generation.inputs import Inputs
+from jaxgen.generation.config.validators import integer, number, positive
 from jaxgen.generation.modes.base import Mode, Parts
-from jaxgen.generation.validators import integer, number, positive
+from jaxgen.generation.prompt.inputs import Inputs
 
 if TYPE_CHECKING:
     from jaxgen.lazy import GenerationConfig

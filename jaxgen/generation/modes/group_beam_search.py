@@ -3,9 +3,9 @@
 from typing import TYPE_CHECKING
 
 from jaxgen.decoding.group_beam_search import GroupBeamSearch
+from jaxgen.generation.config.validators import number, positive
 from jaxgen.generation.modes.base import Parts
 from jaxgen.generation.modes.beams import BeamsMode
-from jaxgen.generation.validators import number, positive
 
 if TYPE_CHECKING:
     from jaxgen.lazy import GenerationConfig

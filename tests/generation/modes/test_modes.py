@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from transformers import GenerationConfig
 
-from jaxgen.generation.config import resolve
+from jaxgen.generation.config.resolve import resolve
 from jaxgen.generation.modes import MODES, Mode, mode_for
 from jaxgen.generation.modes.beam_search import BeamSearchMode
 from jaxgen.generation.modes.beams import ancestors

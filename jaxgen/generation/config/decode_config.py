@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from jaxgen.generation.fields import FLAGS
+from jaxgen.generation.config.fields import FLAGS
+from jaxgen.generation.config.validators import integer, number, positive, token_id, token_ids
 from jaxgen.generation.user_warnings import warn_caller
-from jaxgen.generation.validators import integer, number, positive, token_id, token_ids
 
 if TYPE_CHECKING:
     from jaxgen.lazy import GenerationConfig

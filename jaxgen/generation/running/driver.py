@@ -25,7 +25,7 @@ from jaxgen.base import Model
 from jaxgen.buckets import bucket
 from jaxgen.decoding.loop import DecodeState, Progress, advance, drop_programs_if_many, grow, prefill
 from jaxgen.generation.call import PreparedCall
-from jaxgen.generation.compile_clock import compile_seconds
+from jaxgen.generation.running.compile_clock import compile_seconds
 from jaxgen.processors.stopping_criteria import MaxLength
 
 # To guess the length of the first chunk of an unwatched call: a tenth of the bandwidth in bytes per second at which

@@ -21,7 +21,7 @@ from random_calls import PROCESSORS, WARPERS, call, some
 import jaxgen
 from jaxgen.base import Prefill
 from jaxgen.decoding.loop import Progress
-from jaxgen.generation import driver
+from jaxgen.generation.running import driver
 
 COMBINATIONS, CALLS_EACH = 4, 50
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgen.generation.past_key_values import PastKeyValues
+from jaxgen.generation.prompt.past_key_values import PastKeyValues
 from jaxgen.kv_cache import KVCache
 
 # Of two rows with two branches each: three columns, in whatever slots they were written to.

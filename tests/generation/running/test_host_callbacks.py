@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgen.generation import host_callbacks
-from jaxgen.generation.host_callbacks import (
+from jaxgen.generation.running import host_callbacks
+from jaxgen.generation.running.host_callbacks import (
     HostCriterion,
     HostFunctions,
     HostProcessor,

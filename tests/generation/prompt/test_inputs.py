@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from transformers import GenerationConfig
 
-from jaxgen.generation.config import resolve
-from jaxgen.generation.decode_config import DecodeConfig
-from jaxgen.generation.inputs import (
+from jaxgen.generation.config.decode_config import DecodeConfig
+from jaxgen.generation.config.resolve import resolve
+from jaxgen.generation.prompt.inputs import (
     Inputs,
     checked_inputs,
     checked_negatives,
@@ -20,7 +20,7 @@ from jaxgen.generation.inputs import (
     key_data,
     refuse_tracer,
 )
-from jaxgen.generation.past_key_values import PastKeyValues
+from jaxgen.generation.prompt.past_key_values import PastKeyValues
 from jaxgen.kv_cache import KVCache
 
 VOCAB, HIDDEN = 97, 4

@@ -14,8 +14,8 @@ from jax.core import Tracer
 
 from jaxgen import lazy
 from jaxgen.base import Model
-from jaxgen.generation.decode_config import DecodeConfig
-from jaxgen.generation.past_key_values import PastKeyValues
+from jaxgen.generation.config.decode_config import DecodeConfig
+from jaxgen.generation.prompt.past_key_values import PastKeyValues
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike

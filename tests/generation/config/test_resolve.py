@@ -13,9 +13,9 @@ from oracle import torch_generate, torch_model
 from transformers import GenerationConfig
 
 import jaxgen
-from jaxgen.generation import config as module
 from jaxgen.generation import user_warnings
-from jaxgen.generation.decode_config import DecodeConfig
+from jaxgen.generation.config import resolve as module
+from jaxgen.generation.config.decode_config import DecodeConfig
 from jaxgen.generation.modes import mode_for
 from jaxgen.generation.modes.beam_search import BeamSearchMode
 from jaxgen.generation.modes.contrastive_search import ContrastiveSearchMode

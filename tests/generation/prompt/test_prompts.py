@@ -7,8 +7,8 @@ import pytest
 
 import jaxgen
 from jaxgen.base import Prefill
-from jaxgen.generation.inputs import Inputs
-from jaxgen.generation.prompts import guided_prompt, padded_prompt
+from jaxgen.generation.prompt.inputs import Inputs
+from jaxgen.generation.prompt.prompts import guided_prompt, padded_prompt
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import jaxgen
-from jaxgen.generation import driver
-from jaxgen.generation.compile_clock import compile_seconds
+from jaxgen.generation.running import driver
+from jaxgen.generation.running.compile_clock import compile_seconds
 
 
 def test_only_a_call_that_compiles_takes_compile_time() -> None:

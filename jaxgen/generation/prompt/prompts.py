@@ -7,7 +7,7 @@ import numpy as np
 
 from jaxgen.base import Cache, Model, Prefill, Prompt, row_shards
 from jaxgen.buckets import bucket, row_bucket
-from jaxgen.generation.inputs import Inputs, counted_positions
+from jaxgen.generation.prompt.inputs import Inputs, counted_positions
 
 _MIN_PROMPT_BUCKET = 16  # one program for all short prompts; 16 tokens take hardly longer than one
 _RESERVED_CHUNK = 32  # a short turn of a conversation; for more, XLA:CPU packs the weights again at every matmul

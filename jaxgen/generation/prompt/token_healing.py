@@ -12,8 +12,8 @@ import numpy as np
 
 from jaxgen import lazy
 from jaxgen.base import Model
-from jaxgen.generation.config import resolve
-from jaxgen.generation.inputs import Inputs, key_data
+from jaxgen.generation.config.resolve import resolve
+from jaxgen.generation.prompt.inputs import Inputs, key_data
 from jaxgen.generation.request import Request
 
 if TYPE_CHECKING:

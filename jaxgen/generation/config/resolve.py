@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from jaxgen import lazy
-from jaxgen.generation.decode_config import DecodeConfig, freeze
-from jaxgen.generation.fields import MODEL_INPUTS, NO_EFFECT, REFUSED, SUPPORTED
+from jaxgen.generation.config.decode_config import DecodeConfig, freeze
+from jaxgen.generation.config.fields import MODEL_INPUTS, NO_EFFECT, REFUSED, SUPPORTED
 from jaxgen.generation.modes import MODES
 from jaxgen.generation.user_warnings import warn_once
 

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxgen.generation.validators import integer, number, positive, token_id, token_ids
+from jaxgen.generation.config.validators import integer, number, positive, token_id, token_ids
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""Host: which configuration wins, and what it says."""

@@ -1,0 +1,1 @@
+"""Host: prompts, checked and laid out for the programs."""

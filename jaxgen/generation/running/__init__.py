@@ -1,0 +1,1 @@
+"""Host: what runs a call and watches it."""
