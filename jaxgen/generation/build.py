@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from jaxgen import lazy
-from jaxgen.base import Call, Model, Prefill, Prompt, row_shards
+from jaxgen.base import Call, Model, Prefill, Prompt, Strategy, row_shards
 from jaxgen.buckets import row_bucket
 from jaxgen.generation.call import PreparedCall
 from jaxgen.generation.config.decode_config import DecodeConfig
@@ -25,7 +25,7 @@ from jaxgen.generation.prompt.inputs import Inputs, checked_inputs, checked_nega
 from jaxgen.generation.prompt.prompts import guided_prompt, padded_prompt
 from jaxgen.generation.request import Request
 from jaxgen.generation.running.host_callbacks import HostFunctions
-from jaxgen.generation.stopping import stopping, stopping_criteria
+from jaxgen.generation.stopping import Stopping, stopping, stopping_criteria
 from jaxgen.generation.user_warnings import warn_caller
 
 logger = logging.getLogger(__name__)
@@ -58,36 +58,14 @@ def build_call(model: Model, request: Request, mode: Mode, inputs: Inputs) -> Pr
     Raises:
         ValueError: naming the argument, its value, the range and a way out.
     """
-    prompts, prompt_length = inputs.input_ids.shape
     stop = stopping(model, request.stopping_criteria, _fitted(mode.config, inputs), inputs)
     mode = replace(mode, config=stop.config)
     mode.check_inputs(inputs)
-    new_tokens = max(stop.length - prompt_length, 1)
     guidance_scale, logits_processor = _guidance(mode.config, request)
+    new_tokens = max(stop.length - inputs.input_ids.shape[1], 1)
     prompt, prefill, prompt_slots = _prompt(model, request, mode.config, inputs, guidance_scale, new_tokens)
-    warn_about_new_functions("logits_processor", request.logits_processor)
-    warn_about_new_functions("stopping_criteria", request.stopping_criteria)
-
     host = HostFunctions()
-    processors = processor_list(
-        mode, inputs, stop.max_length, model.vocab_size, logits_processor, request.prefix_allowed_tokens_fn, host
-    )
-    criteria_rows = prompts * mode.rows_per_criterion
-    eos, max_length, criteria = stopping_criteria(model, stop, request.tokenizer, host, criteria_rows)
-    collect = tuple(name for name in ("attentions", "hidden_states") if name in mode.config.outputs)
-    strategy = mode.build(
-        Parts(
-            eos=eos,
-            max_length=max_length,
-            processors=processors,
-            stopping_criteria=criteria,
-            longest=stop.max_length,
-            key=key_data(request.key, mode.config, row_bucket(row_shards(model.mesh), prompts), prompts),
-            vocab_size=model.vocab_size,
-            recorded=mode.recorded(collect, request.output_logprobs),
-            has_eos=bool(stop.eos_token_id),
-        )
-    )
+    strategy = _strategy(model, request, mode, inputs, stop, logits_processor, host)
     call = Call(prompt, strategy, mode.text_slots(prompt.input_ids.shape[1], new_tokens), prefill)
     return PreparedCall(
         call=call,
@@ -97,7 +75,6 @@ def build_call(model: Model, request: Request, mode: Mode, inputs: Inputs) -> Pr
         host=host,
         prompt_slots=prompt_slots,
         forward_passes=strategy.forward_passes(new_tokens),
-        collect=collect,
         reserved=call.prompt_slots if request.reserve else 0,
     )
 
@@ -161,7 +138,7 @@ def _fitted(config: DecodeConfig, inputs: Inputs) -> DecodeConfig:
                 "`position_ids` that do not go up by one are packed texts to transformers if `use_cache` is False. "
                 "Leave out `use_cache`, or pass one text per row."
             )
-    if not config.use_cache and {"attentions", "hidden_states"} & {*config.outputs} and inputs.past is not None:
+    if not config.use_cache and config.intermediates and inputs.past is not None:
         raise ValueError(
             "`use_cache`=False asks for the attentions and hidden states of the whole text at every step, which does "
             "not go with `cache`. Leave `use_cache` out: each column's are returned once."
@@ -220,3 +197,36 @@ def _prompt(
     inputs.check_plain("`guidance_scale`", "which reads negative prompts in the same batch", config.prefill_chunk_size)
     negatives = checked_negatives(model, inputs, request.negative_prompt_ids, request.negative_prompt_attention_mask)
     return guided_prompt(model, inputs, *negatives, guidance_scale)
+
+
+def _strategy(
+    model: Model,
+    request: Request,
+    mode: Mode,
+    inputs: Inputs,
+    stop: Stopping,
+    logits_processor: list[Callable[..., object]],
+    host: HostFunctions,
+) -> Strategy:
+    """The strategy of the mode, with processors, criteria and key. Functions that run on the host go to `host`."""
+    warn_about_new_functions("logits_processor", request.logits_processor)
+    warn_about_new_functions("stopping_criteria", request.stopping_criteria)
+    prompts = len(inputs.input_ids)
+    processors = processor_list(
+        mode, inputs, stop.max_length, model.vocab_size, logits_processor, request.prefix_allowed_tokens_fn, host
+    )
+    rows = prompts * mode.rows_per_criterion
+    eos, max_length, criteria = stopping_criteria(model, stop, request.tokenizer, host, rows)
+    return mode.build(
+        Parts(
+            eos=eos,
+            max_length=max_length,
+            processors=processors,
+            stopping_criteria=criteria,
+            longest=stop.max_length,
+            key=key_data(request.key, mode.config, row_bucket(row_shards(model.mesh), prompts), prompts),
+            vocab_size=model.vocab_size,
+            recorded=mode.recorded(mode.config.intermediates, request.output_logprobs),
+            has_eos=bool(stop.eos_token_id),
+        )
+    )

@@ -24,7 +24,6 @@ class PreparedCall:
         host: the Python functions that run on the host.
         prompt_slots: int [M]. The cache slots of the prompt tokens; those of a continued cache come first.
         forward_passes: maximum number of decode steps after prefill.
-        collect: which intermediates to return: "attentions", "hidden_states".
         reserved: cache slots per row from the start; 0 to let the cache grow with the text.
     """
 
@@ -35,8 +34,12 @@ class PreparedCall:
     host: HostFunctions
     prompt_slots: np.ndarray
     forward_passes: int
-    collect: tuple[str, ...]
     reserved: int = 0
+
+    @property
+    def collect(self) -> tuple[str, ...]:
+        """The intermediates that the programs collect; see `DecodeConfig.intermediates`."""
+        return self.config.intermediates
 
     @property
     def rows(self) -> int:

@@ -58,6 +58,11 @@ class DecodeConfig:
             return self.pad_token_id
         return self.eos_token_id[0] if self.eos_token_id else 0
 
+    @property
+    def intermediates(self) -> tuple[str, ...]:
+        """Which arrays of the model's layers to return: "attentions", "hidden_states"."""
+        return tuple(name for name in self.outputs if name in ("attentions", "hidden_states"))
+
     def length_for(self, prompt_length: int, max_position_embeddings: int) -> int:
         """The `max_length` for a prompt: 20 new tokens if neither the call nor the checkpoint sets a length.
 

@@ -59,7 +59,7 @@ class ContrastiveSearchMode(Mode):
     def check_inputs(self, inputs: Inputs) -> None:
         chunk = self.config.prefill_chunk_size
         inputs.check_plain("`penalty_alpha`", "which compares the hidden states of the text", chunk)
-        if not self.config.use_cache and {"attentions", "hidden_states"} & {*self.config.outputs}:
+        if not self.config.use_cache and self.config.intermediates:
             raise ValueError(
                 "`use_cache`=False asks for the attentions and hidden states of the whole text at every step, "
                 "which does not go with `penalty_alpha`. Leave `use_cache` out: each column's are returned once."
