@@ -9,7 +9,8 @@ Dimension letters, used in every docstring of the package:
     P  prompt columns                   S  cache slots, and columns of the token buffer
     T  columns of one forward pass      E  end-of-sequence ids
     V  vocabulary                       D  hidden size              I  MLP size
-    W  candidates of one step           M  sequences of a rule      R  returned sequences per prompt
+    W  candidates of one step           M  other rows, as said      R  returned sequences per prompt
+    L  tokens of a text, cached ones included
     C  branches of a row, such as beams
     Q  query heads                      K  key-value heads          G  query heads per key-value head (Q = K * G)
     H  head dimension

@@ -444,7 +444,9 @@ def _check_numbers(config: Config) -> None:
     for field in fields(config):
         value = getattr(config, field.name)
         if (type(value) is int and value >= 1 << 31) or (type(value) is float and not math.isfinite(value)):
-            raise ValueError(f"`{field.name}`={value!r} in config.json is too large.")
+            raise ValueError(
+                f"`{field.name}`={value!r} in config.json must be finite, and below 2**31 if it is an integer."
+            )
 
 
 def _with_names_of(known: set[str], prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -82,7 +82,7 @@ def _share(planned: Plan) -> dict[str, str]:
 
 
 def _changes(given: Plan, other: Plan) -> str:
-    """The options that differ, as they would be typed."""
+    """The options in which `other` differs from `given`, as they are typed on the command line."""
     changes = {
         "batch": other.batch if other.batch != given.batch else None,
         "quantize": other.quantize if other.quantize != given.quantize else None,

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def say(message: str) -> None:
-    """Prints a message of jaxgen's own, apart from the text on standard output."""
+    """Prints a message of jaxgen's own to standard error: standard output holds only the text."""
     print(f"jaxgen: {message}", file=sys.stderr, flush=True)
 
 

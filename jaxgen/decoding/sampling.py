@@ -251,9 +251,10 @@ def _candidates(scores: jax.Array, top_k: TopK, warpers: list[Warper], finished:
     """
     vocab_size = scores.shape[1]
     window = min(WINDOW, vocab_size)
-    top_p = jnp.float32(1)
+    nucleus = TopP(jnp.float32(1))
     if warpers and isinstance(first := warpers[0], TopP):
-        top_p, warpers = first.top_p, warpers[1:]
+        nucleus, warpers = first, warpers[1:]
+    top_p = nucleus.top_p
     limited = top_k.top_k <= window
 
     values, token_ids, invalid = blocked_top_k(scores, window)
@@ -280,7 +281,7 @@ def _candidates(scores: jax.Array, top_k: TopK, warpers: list[Warper], finished:
     if warpers:  # they break ties by the order of the token ids
         token_ids, values = lax.sort((token_ids, values), dimension=1, num_keys=1)
     values = jnp.where(limited & (values < last), -jnp.inf, values)
-    values = TopP(top_p).keep_nucleus(values, rest, token_ids)
+    values = nucleus.keep_nucleus(values, rest, token_ids)
     for warper in warpers:
         values = warper.warp(values)
     return _Candidates(values, token_ids, complete.all(), invalid)

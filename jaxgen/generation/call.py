@@ -22,7 +22,7 @@ class PreparedCall:
         config: the configuration of the call.
         mode: its decoding mode.
         host: the Python functions that run on the host.
-        prompt_slots: int [M]. The cache slots of the prompt tokens; those of a continued cache come first.
+        prompt_slots: int [L]. The cache slots of the prompt tokens; those of a continued cache come first.
         forward_passes: maximum number of decode steps after prefill.
         reserved: cache slots per row from the start; 0 to let the cache grow with the text.
     """

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 
 class _Output:
-    """Access to the fields that are not None by key or index, as in transformers' outputs.
+    """Access by key or index to the fields that are not None, as in transformers' outputs.
 
-    The cache can be read under both of its names; `keys` has that of the installed transformers.
+    The cache can be read under both of its names; `keys()` lists the name that the installed transformers uses.
     """
 
     cache: PastKeyValues | None

@@ -110,7 +110,7 @@ def custom_processor(custom: Callable[..., object], host: HostFunctions, rows: i
 
 
 def takes_cur_len(argument: str, function: object) -> bool:
-    """Whether a caller's function is a JAX function of (input_ids, scores, cur_len); a Python one lacks `cur_len`.
+    """Whether a caller's function is a JAX function of (input_ids, scores, cur_len); one for the host lacks `cur_len`.
 
     Raises:
         ValueError: if it is not a callable of two or three required arguments.

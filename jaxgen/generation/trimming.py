@@ -55,7 +55,7 @@ def _past_key_values(prepared: PreparedCall, state: DecodeState, steps: int) -> 
 
 
 def _after(prompt_slots: np.ndarray, generated: np.ndarray) -> np.ndarray:
-    """int [N, C, M + T]: the slots of the prompt, int [M], then the slots of each text, int [N, C, T]."""
+    """int [N, C, L + T]: the slots of the prompt, int [L], then the slots of each text, int [N, C, T]."""
     prompts = np.broadcast_to(prompt_slots, (*generated.shape[:2], len(prompt_slots)))
     return np.concatenate([prompts, generated], axis=2)
 

@@ -176,13 +176,13 @@ def test_what_is_no_key_or_not_one_per_prompt_is_refused(key: Any, model: Any) -
 
 
 @pytest.mark.parametrize("top_k", [1, 3, 7, 8, 9, 97])
-@pytest.mark.parametrize("top_p", [0.2, 0.9, 1.0])
+@pytest.mark.parametrize(("top_p", "keep"), [(0.2, 1), (0.9, 1), (1.0, 1), (0.01, 3)])
 def test_a_draw_from_few_candidates_is_the_draw_from_all(
-    top_k: int, top_p: float, monkeypatch: pytest.MonkeyPatch
+    top_k: int, top_p: float, keep: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With ties at every border: the scores are whole numbers."""
     logits = np.random.default_rng(top_k).integers(-3, 4, 97).astype(np.float32)
-    chain = [logits_process.TopK(jnp.int32(top_k)), logits_process.TopP(jnp.float32(top_p))]
+    chain = [logits_process.TopK(jnp.int32(top_k)), logits_process.TopP(jnp.float32(top_p), keep)]
     whole = drawn(
         [*chain, logits_process.Custom(jax.tree_util.Partial(_unchanged), type(_unchanged))],
         logits,

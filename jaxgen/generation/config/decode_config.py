@@ -64,7 +64,7 @@ class DecodeConfig:
         return tuple(name for name in self.outputs if name in ("attentions", "hidden_states"))
 
     def length_for(self, prompt_length: int, max_position_embeddings: int) -> int:
-        """The `max_length` for a prompt: 20 new tokens if neither the call nor the checkpoint sets a length.
+        """The maximum length: `max_new_tokens` after the prompt, else `max_length`, else 20 tokens after the prompt.
 
         Raises:
             ValueError: if the prompt is already as long as `max_length`.

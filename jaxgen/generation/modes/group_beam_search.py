@@ -33,7 +33,7 @@ class GroupBeamSearchMode(BeamsMode):
             )
         if not penalty > 0:
             raise ValueError(
-                f"`diversity_penalty`={penalty} must be above 0, or all {groups} groups of beams are the same."
+                f"`diversity_penalty`={penalty} must be above 0: otherwise all {groups} groups find the same beams."
             )
         if fields.do_sample:
             raise ValueError(

@@ -27,10 +27,10 @@ logger = logging.getLogger(__name__)
 class Inputs:
     """The checked prompt of a call.
 
-    The model attends M positions, which can differ from the P tokens of the text:
+    The model attends L positions, which can differ from the P tokens of the text:
 
     ```
-    M positions    c c c c | n n n     those in the cache, then T new ones, which prefill reads
+    L positions    c c c c | n n n     those in the cache, then T new ones, which prefill reads
     P tokens       t t t t   t t t     the whole text, or
                              t t t     the new tokens only, or none with `inputs_embeds`
     ```
@@ -38,7 +38,7 @@ class Inputs:
     Attributes:
         input_ids: int32 [B, P]. The text; P is 0 if there are embeddings only.
         text_mask: bool [B, P]. False on padding.
-        attention_mask: bool [B, M].
+        attention_mask: bool [B, L].
         num_new: T, the number of prompt tokens not in the cache yet.
         position_ids: int32 [B, T], or None to count unmasked positions.
         embeddings: float [B, T, D], or None.
@@ -107,7 +107,7 @@ def checked_inputs(
     shape = (rows, columns if embeddings is None else embeddings.shape[1])
     num_cached = 0 if past is None else _num_cached(past, rows)
     if mask is not None:
-        # With a cache the mask has all M columns, and the ids are all M tokens or only the T new ones.
+        # With a cache the mask has all L columns, and the ids are all L tokens or only the T new ones.
         only_new = mask.shape == (rows, num_cached + columns) and embeddings is None
         shape = (rows, num_cached + columns) if only_new else shape
         mask = _mask("attention_mask", mask, shape)
@@ -129,7 +129,7 @@ def checked_inputs(
     _check_logits_to_keep(model_inputs.get("logits_to_keep"))
     positions = _positions(model_inputs.get("position_ids"), rows, num_new)
     text_mask = np.ones((rows, columns), bool)
-    if embeddings is None or columns == mask.shape[1]:  # the ids are the last P of the M tokens
+    if embeddings is None or columns == mask.shape[1]:  # the ids are the last P of the L tokens
         text_mask = mask[:, -columns:]
     embeddings = None if embeddings is None else embeddings[:, -num_new:]
     return Inputs(input_ids, text_mask, mask, num_new, positions, embeddings, past)
@@ -185,10 +185,10 @@ def _positions(given: "ArrayLike | None", rows: int, num_new: int) -> np.ndarray
     if given is None:
         return None
     positions = _array("position_ids", given)
-    if not np.issubdtype(positions.dtype, np.integer) or ((positions >= 2**30) | (positions < -(2**30))).any():
-        raise ValueError(
-            f"`position_ids` has dtype {positions.dtype}, but must hold integers from -2**30 to 2**30 - 1."
-        )
+    if not np.issubdtype(positions.dtype, np.integer):
+        raise ValueError(f"`position_ids` has dtype {positions.dtype}, but must hold integers.")
+    if (outside := (positions >= 2**30) | (positions < -(2**30))).any():
+        raise ValueError(f"`position_ids` holds {positions[outside][0]}, but may hold -2**30 to 2**30 - 1.")
     if positions.shape[0] not in (1, rows) or positions.shape[1] < num_new:
         raise ValueError(
             f"`position_ids` has shape {positions.shape}, but {rows} prompts have {num_new} new tokens. Pass "
@@ -198,7 +198,7 @@ def _positions(given: "ArrayLike | None", rows: int, num_new: int) -> np.ndarray
 
 
 def counted_positions(mask: np.ndarray) -> np.ndarray:
-    """int32 [B, M]: unmasked positions counted from 0 in each row, and 0 where masked."""
+    """int32 [B, L]: unmasked positions counted from 0 in each row, and 0 where masked."""
     return np.where(mask, np.cumsum(mask, axis=1) - 1, 0).astype(np.int32)
 
 

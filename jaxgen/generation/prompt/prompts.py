@@ -39,7 +39,7 @@ def pad_to_buckets(model: Model, input_ids: np.ndarray, attention_mask: np.ndarr
 def padded_prompt(
     model: Model, inputs: Inputs, chunk: int | None, reserve: int, new_tokens: int
 ) -> tuple[Prompt, Prefill | None, np.ndarray]:
-    """The prompt in its bucket, the `Prefill` if the model reads more than these tokens, and int [M] cache slots.
+    """The prompt in its bucket, the `Prefill` if the model reads more than these tokens, and int [L] cache slots.
 
     With `reserve` all shapes depend on the size of the cache alone, not on how many tokens are cached or new, so that a
     conversation needs one program until its cache is full.

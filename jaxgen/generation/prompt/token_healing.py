@@ -45,7 +45,9 @@ def healed_inputs(model: Model, inputs: Inputs, request: Request, one_token: One
             "`generate`."
         )
     if not callable(tokenizer):
-        raise ValueError(f"`tokenizer` must be a tokenizer, but is {tokenizer!r}. Pass the model's tokenizer.")
+        raise ValueError(
+            f"`tokenizer` must be a transformers tokenizer, but is {tokenizer!r}. Pass the model's tokenizer."
+        )
     if not inputs.plain:
         raise ValueError(
             "`token_healing` changes the prompt, which then does not go with `cache`, `inputs_embeds` or "

@@ -210,8 +210,8 @@ def test_positions_are_those_of_the_columns_to_be_read(given: Any, expected: Any
     ("given", "message"),
     [
         (np.zeros((3, 4), int), r"`position_ids` has shape \(3, 4\), but 2 prompts have 4 new tokens"),
-        ([[0, 1, 2, 2**30]], r"`position_ids` .* of less than 2\*\*30"),
-        ([[0, 1, 2, -(2**30) - 1]], r"`position_ids` .* of less than 2\*\*30"),
+        ([[0, 1, 2, 2**30]], f"`position_ids` holds {2**30}, but may hold"),
+        ([[0, 1, 2, -(2**30) - 1]], f"`position_ids` holds {-(2**30) - 1}, but may hold"),
         (np.zeros((2, 4, 1), int), r"`position_ids` has shape \(2, 4, 1\)"),
     ],
     ids=["other rows", "too large", "too small", "three dimensions"],
