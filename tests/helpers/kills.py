@@ -12,16 +12,22 @@ import random
 import shutil
 import signal
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
 
-os.environ["TQDM_DISABLE"] = "1"  # its lock is shared with the children, who may die with it
+os.environ["TQDM_DISABLE"] = "1"
 
 from checkpoints import hashes
+from tqdm import tqdm
 
 from jaxgen import CheckpointError, convert
 from jaxgen.checkpoint.load import open_folder
+
+# A progress bar takes its lock even if it is disabled. By default forked children share it, and may be killed with it.
+tqdm.monitor_interval = 0
+tqdm.set_lock(threading.RLock())
 
 CHANGES = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree", "fcntl.flock"}
 

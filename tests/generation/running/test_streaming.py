@@ -395,5 +395,5 @@ def test_stream_refuses_at_the_call_what_it_cannot_yield(model: Any) -> None:
     for arguments in ({"streamer": Recorder()}, {"output_logprobs": True}):
         with pytest.raises(ValueError, match="`stream` yields tokens only"):
             jaxgen.stream(model, [[5, 6]], **arguments)
-    with pytest.raises(ValueError, match="has no streamer and no clock"):
+    with pytest.raises(ValueError, match="without a streamer or a clock"):
         jaxgen.prepare(model, [[5, 6]], max_new_tokens=3, max_time=1.0)
