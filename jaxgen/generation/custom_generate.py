@@ -18,7 +18,6 @@ from jax.typing import ArrayLike
 from jaxgen import lazy
 from jaxgen.base import LogitsProcessor, Model, Prompt
 from jaxgen.generation.call import PreparedCall
-from jaxgen.generation.prompt.inputs import counted_positions
 from jaxgen.generation.request import Request
 from jaxgen.processors.logits_process import process
 from jaxgen.processors.stopping_criteria import any_of
@@ -153,9 +152,6 @@ def call_custom(
         # With one row per prompt first: its cache is read once, and the rows are repeated on the device.
         prompts = inputs.past.to_cache(model, len(inputs.input_ids), num_cached, inputs.attention_mask[:, :num_cached])
         cache = prompts.take(jnp.repeat(jnp.arange(len(inputs.input_ids)), copies)).grow(slots)
-    positions = inputs.position_ids
-    if positions is None:
-        positions = counted_positions(inputs.attention_mask)[:, num_cached:]
     merged = copy.copy(config.merged)
     merged.max_length = max_length
     merged.pad_token_id = config.fill_token_id
@@ -163,7 +159,7 @@ def call_custom(
     prompt = Prompt(input_ids, repeated(inputs.text_mask), jnp.int32(prompt_length), jnp.int32(rows))
     arguments = {
         "attention_mask": repeated(inputs.attention_mask),
-        "position_ids": repeated(positions),
+        "position_ids": repeated(inputs.new_positions),
         "cache": cache,
         "use_cache": config.use_cache,
     }

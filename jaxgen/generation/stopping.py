@@ -4,7 +4,7 @@ import itertools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,9 +18,6 @@ from jaxgen.generation.running.host_callbacks import HostCriterion, HostFunction
 from jaxgen.generation.user_warnings import warn_once
 from jaxgen.processors.stop_strings import StopStrings
 from jaxgen.processors.stopping_criteria import CustomCriterion, EosToken, MaxLength
-
-if TYPE_CHECKING:
-    pass
 
 logger = logging.getLogger(__name__)
 
