@@ -29,7 +29,8 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxgen.base import Call
-from jaxgen.checkpoint.load import abstract, named_leaves
+from jaxgen.checkpoint.load import abstract
+from jaxgen.checkpoint.source import named_leaves
 from jaxgen.decoding import loop
 from jaxgen.generation.build import build_call, read_request
 from jaxgen.generation.request import Request

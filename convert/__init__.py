@@ -23,7 +23,8 @@ import numpy as np
 
 from jaxgen import __version__
 from jaxgen.checkpoint.files import CheckpointError, Json, checkpoint_folder, file_in, read_json
-from jaxgen.checkpoint.load import INDEX, MANIFEST, Source, listed, open_folder, weights_dtype
+from jaxgen.checkpoint.folder import INDEX, listed
+from jaxgen.checkpoint.source import MANIFEST, Source, open_folder, weights_dtype
 
 from .layout import SHARD_BYTES, File, hugging_face_files, hugging_face_tensors, index, manifest, native_files
 from .lora import merged

@@ -10,17 +10,9 @@ import numpy as np
 
 from jaxgen import __version__
 from jaxgen.checkpoint.files import CheckpointError, Json, check_name, file_in, holds, parse_json, read_text
-from jaxgen.checkpoint.load import (
-    INDEX,
-    MANIFEST,
-    NATIVE_FORMAT,
-    SINGLE_FILE,
-    Source,
-    listed,
-    named_leaves,
-    weight_files,
-)
+from jaxgen.checkpoint.folder import INDEX, SINGLE_FILE, listed, weight_files
 from jaxgen.checkpoint.safetensors_file import NAMES, StoredTensor, Tensor, header, header_text
+from jaxgen.checkpoint.source import MANIFEST, NATIVE_FORMAT, Source, named_leaves
 
 SHARD_BYTES = 5 * 10**9  # as in `save_pretrained` of transformers
 
@@ -208,7 +200,7 @@ def _original_files(source: Source, tensors: Mapping[str, Tensor], origin: Json)
 
 
 def _name_in(tensors: Mapping[str, Tensor], name: str, prefix: str) -> str:
-    """The name that loading gave to a tensor, with or without the prefix; see `checkpoint.load`."""
+    """The name that loading gave to a tensor, with or without the prefix; see `checkpoint.source`."""
     names = (name, name.removeprefix(prefix), prefix + name)
     return next((known for known in names if known in tensors), name)
 

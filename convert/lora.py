@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from jaxgen.checkpoint.files import CheckpointError, Json, holds, read_json
-from jaxgen.checkpoint.load import listed, same_bytes
+from jaxgen.checkpoint.folder import listed
 from jaxgen.checkpoint.safetensors_file import DTYPES, ComputedTensor, StoredTensor, Tensor, read_header
+from jaxgen.checkpoint.source import same_bytes
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."

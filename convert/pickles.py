@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from packaging.version import Version
 
 from jaxgen.checkpoint.files import CheckpointError, Json, LinkedFolder, checkpoint_folder, file_in, holds, read_json
-from jaxgen.checkpoint.load import INDEX, SINGLE_FILE
+from jaxgen.checkpoint.folder import INDEX, SINGLE_FILE
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,7 +9,8 @@ import numpy as np
 
 from jaxgen.checkpoint.files import CheckpointError, checkpoint_folder, contained, file_in, holds, lies_in
 from jaxgen.checkpoint.float8 import KEYS, wide_dtype
-from jaxgen.checkpoint.load import INDEX, MANIFEST, SINGLE_FILE, Source, listed, weight_files
+from jaxgen.checkpoint.folder import INDEX, SINGLE_FILE, listed, weight_files
+from jaxgen.checkpoint.source import MANIFEST, Source
 
 TEMPLATES = "additional_chat_templates"  # the only folder with files of a tokenizer
 _FILES = [

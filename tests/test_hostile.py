@@ -15,7 +15,7 @@ from checkpoints import CONFIG, write_checkpoint, write_json, write_safetensors
 from mutations import attempt, dumped, watched
 
 from jaxgen import CheckpointError, convert
-from jaxgen.checkpoint.load import open_folder
+from jaxgen.checkpoint.source import open_folder
 
 INDEX, SHARD, NORM = "model.safetensors.index.json", "model-00002-of-00002.safetensors", "model.norm.weight"
 HELPERS = Path(__file__).parent / "helpers"

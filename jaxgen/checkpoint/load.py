@@ -1,58 +1,41 @@
-"""Reading and writing checkpoints: a Hugging Face folder, or the native folder that `convert` makes.
-
-Loading takes two passes. The first reads only names and shapes and accounts for everything: each tensor is used once,
-each parameter is filled once, and every shape matches, or nothing is loaded. The second reads one parameter at a time,
-and each tensor straight into its rows of the parameter, so the host holds one parameter besides the model.
-"""
+"""Making a model: from a checkpoint, from a config with random weights, or with shapes alone; and saving one."""
 
 import functools
 import json
-import math
-import re
 import warnings
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from jaxgen import lazy
-from jaxgen.base import no_mesh, tensor_shards
-from jaxgen.checkpoint import float8, safetensors_file
-from jaxgen.checkpoint.files import CheckpointError, Json, check_name, checkpoint_folder, holds, read_json, read_text
-from jaxgen.checkpoint.safetensors_file import DTYPES, STORED, Tensor
+from jaxgen.base import no_mesh
+from jaxgen.checkpoint import safetensors_file
+from jaxgen.checkpoint.files import Json
+from jaxgen.checkpoint.folder import INDEX, SINGLE_FILE, listed
+from jaxgen.checkpoint.source import (
+    MANIFEST,
+    abstract_model,
+    automatic_mesh,
+    named_leaves,
+    open_folder,
+    parse_config,
+    row_slices,
+    unread_message,
+    weights_dtype,
+)
 from jaxgen.models import FAMILIES, LoadedModel
 from jaxgen.models.family import Config, Family
 from jaxgen.models.int8 import Int8, quantised
 
 if TYPE_CHECKING:
-    from jaxgen.lazy import GenerationConfig, PreTrainedConfig
+    from jaxgen.lazy import PreTrainedConfig
 
-MANIFEST = "jaxgen.json"
-NATIVE_FORMAT = 2
-INDEX = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
-MISTRAL_FILE = "consolidated.safetensors"
-_MISTRAL = (
-    f"in Mistral's own format (params.json, {MISTRAL_FILE}), where tensors have other names and another order. "
-    "Download config.json and model*.safetensors, which most repositories of Mistral models also hold."
-)
-# What wrappers of a model add to the names of its tensors, and how to save the model itself.
-_WRAPPERS = {
-    "_orig_mod": "torch.compile (`model._orig_mod.save_pretrained(...)`)",
-    "module": "DistributedDataParallel or DeepSpeed (`model.module.save_pretrained(...)`)",
-    "_fsdp_wrapped_module": "FSDP (gather the full state dict, and pass it to `save_pretrained`)",
-    "_checkpoint_wrapped_module": "activation checkpointing (save the model without it)",
-    "_forward_module": "Lightning (`model.module.save_pretrained(...)`)",
-    "base_model": "peft (`model.merge_and_unload().save_pretrained(...)`)",
-}
-_MOST_LAYERS = 256  # Llama 405B has 126; a limit keeps a broken config from making a long list
 BUNDLED_MODEL = Path(__file__).parent.parent / "stories"
 
 
@@ -86,7 +69,7 @@ def load(
             `dtype` or `quantize`.
     """
     check_quantize(quantize)
-    source = open_folder(path, None if mesh is None else _automatic(mesh), follow_links)
+    source = open_folder(path, None if mesh is None else automatic_mesh(mesh), follow_links)
     for message in source.warnings:
         warnings.warn(message, stacklevel=2)
     target = source.dtype if dtype in (None, "auto") else weights_dtype(dtype)
@@ -122,8 +105,8 @@ def from_config(
     """
     check_quantize(quantize)
     raw = config if isinstance(config, Mapping) else config.to_dict()
-    family, parsed, generation_config = _parse_config(raw, None)
-    for message in _unread_keys(family, raw):
+    family, parsed, generation_config = parse_config(raw, None)
+    for message in unread_message(family, raw):
         warnings.warn(message, stacklevel=2)
     with no_mesh():
         key = jax.random.key(key) if isinstance(key, int) else key
@@ -139,11 +122,7 @@ def abstract(config: Json, mesh: Mesh | None = None) -> LoadedModel:
         config: the content of a config.json.
         mesh: see `load`.
     """
-    return _abstract(*_parse_config(config, None), None if mesh is None else _automatic(mesh))
-
-
-def _abstract(family: Family, config: Config, generation_config: "GenerationConfig", mesh: Mesh | None) -> LoadedModel:
-    return nnx.eval_shape(lambda: family.build(config, _OneKey(), generation_config, mesh))
+    return abstract_model(*parse_config(config, None), None if mesh is None else automatic_mesh(mesh))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -200,478 +179,6 @@ def save(model: LoadedModel, path: str | Path) -> None:
         np.concatenate([parameter[rows] for rows in slices])
         for path, sources in stacks.items()
         for parameter in [jax.device_get(parameters[path])]
-        for slices in _row_slices(sources, model.mesh)
+        for slices in row_slices(sources, model.mesh)
     )
     safetensors_file.write(folder / SINGLE_FILE, header, arrays)
-
-
-@dataclass(frozen=True)
-class Source:
-    """A checkpoint folder whose tensors are all accounted for; only their values are not read yet.
-
-    Attributes:
-        folder: that was opened.
-        raw: its config.json.
-        family: of the model.
-        abstract: the model with shapes in place of weights.
-        pieces: parameter path -> the tensors that are stacked along the first axis to make it.
-        buffers: tensors whose values follow from the config, by name; not loaded.
-        copies: name of a tensor -> name of the tensor that holds the same values.
-        native: whether the folder was converted.
-        warnings: to show the user.
-    """
-
-    folder: Path
-    raw: Json
-    family: Family
-    abstract: LoadedModel
-    pieces: Mapping[str, list[Tensor]]
-    buffers: Mapping[str, Tensor]
-    copies: Mapping[str, str]
-    native: bool
-    warnings: tuple[str, ...]
-
-    @property
-    def dtype(self) -> np.dtype:
-        """The dtype of `load` by default; float32 for float64, which JAX supports only in its double precision mode."""
-        if self.is_float64:
-            return np.dtype(np.float32)
-        named = self.raw.get("dtype") or self.raw.get("torch_dtype")
-        try:
-            return weights_dtype(named) if named else self.own_dtype(self.family.embedding)
-        except ValueError as error:
-            raise CheckpointError(f"{self.folder / 'config.json'}: {error} Or pass `dtype` to `load`.") from error
-
-    @property
-    def is_float64(self) -> bool:
-        named = self.raw.get("dtype") or self.raw.get("torch_dtype")
-        return str(named or self.own_dtype(self.family.embedding)) == "float64"
-
-    def own_dtype(self, path: str) -> np.dtype:
-        """The dtype that holds all tensors of a parameter without loss."""
-        return functools.reduce(jnp.promote_types, [tensor.dtype for tensor in self.pieces[path]])
-
-    def parameters(self, dtype: np.dtype) -> Iterator[np.ndarray]:
-        """The values, one parameter at a time in the order of the model's leaves."""
-        for path, leaf in named_leaves(self.abstract):
-            array = np.empty(leaf.shape, dtype)
-            sources = {tensor.name: tensor.rows for tensor in self.pieces[path]}
-            for tensor, slices in zip(self.pieces[path], _row_slices(sources, self.abstract.mesh), strict=True):
-                start = 0
-                for rows in slices:
-                    tensor.read_into(array[rows], start)
-                    start += rows.stop - rows.start
-            yield array
-
-    def shardings(self) -> list[NamedSharding | None]:
-        """The sharding of each parameter, in the order of the model's leaves; None without a mesh.
-
-        Raises:
-            ValueError: see `load`.
-        """
-        mesh, paths = self.abstract.mesh, [path for path, _ in named_leaves(self.abstract)]
-        if mesh is None:
-            return [None] * len(paths)
-        spec = self.family.partition(self.abstract.config, mesh)
-        return [NamedSharding(mesh, spec(path)) for path in paths]
-
-
-def open_folder(path: str | Path, mesh: Mesh | None = None, follow_links: bool = False) -> Source:
-    """Reads the configs and headers of a folder, and accounts for every tensor and parameter.
-
-    Args:
-        path, mesh, follow_links: see `load`.
-
-    Raises:
-        CheckpointError: see `load`.
-    """
-    folder = checkpoint_folder(path, follow_links)
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a folder. Pass the one that holds config.json; nothing is downloaded.")
-    if holds(folder, "adapter_config.json"):
-        raise CheckpointError(
-            f"{folder} holds a LoRA adapter, not a model. Merge it into its base model: `jaxgen convert BASE DST "
-            f"--merge-lora {folder}`."
-        )
-    raw, generation = _read_configs(folder)
-    native = holds(folder, MANIFEST)
-    if native and (version := read_json(folder, MANIFEST).get("format")) != NATIVE_FORMAT:
-        raise CheckpointError(
-            f"{folder} is a converted folder of format {version!r}, but this jaxgen reads {NATIVE_FORMAT}. Convert the "
-            "original again."
-        )
-    return _account(folder, raw, generation, read_tensors(folder), native, mesh)
-
-
-def _read_configs(folder: Path) -> tuple[Json, Json | None]:
-    """The config.json of a folder and its generation_config.json, if there is one."""
-    if not holds(folder, "config.json") and (reason := _why_without_config(folder)):
-        raise CheckpointError(f"{folder} {reason}")
-    generation = "generation_config.json"
-    return read_json(folder, "config.json"), read_json(folder, generation) if holds(folder, generation) else None
-
-
-def _why_without_config(folder: Path) -> str | None:
-    """Why a folder has no config.json, and the next step: the rest of a sentence about it, None if unknown."""
-    names = sorted(path.name for path in folder.iterdir())
-    if any(name.endswith(".pth") for name in names) and "params.json" in names:
-        return "is a checkpoint as Meta distributes it, with pickles. `jaxgen convert --allow-pickle` reads it."
-    if MISTRAL_FILE in names:
-        return f"is {_MISTRAL}"
-    if ggufs := [name for name in names if name.endswith(".gguf")]:
-        return f"holds {_gguf(folder, ggufs[0])}"
-    inner = folder / "snapshots" if "snapshots" in names else folder
-    if models := [path for path in sorted(inner.iterdir()) if path.is_dir() and holds(path, "config.json")]:
-        if holds(folder, "refs/main"):  # the hub's cache: list the newest snapshot first
-            newest = read_text(folder, "refs/main").strip()
-            models.sort(key=lambda path: path.name != newest)
-        return f"has no config.json, but {listed([str(path) for path in models])} has. Pass that folder."
-    return None
-
-
-def _gguf(folder: Path, file: str) -> str:
-    return (
-        f"{file}: jaxgen does not read GGUF. Convert it with transformers and the package gguf: "
-        f"`AutoModelForCausalLM.from_pretrained({str(folder)!r}, gguf_file={file!r}).save_pretrained(...)`, and the "
-        "same with AutoTokenizer."
-    )
-
-
-def _account(
-    folder: Path,
-    raw: Json,
-    generation: Json | None,
-    tensors: Mapping[str, Tensor],
-    native: bool,
-    mesh: Mesh | None,
-) -> Source:
-    """Assigns every tensor to a parameter, and checks that every parameter is filled.
-
-    Args:
-        folder: for messages.
-        raw: the content of config.json.
-        generation: the content of generation_config.json, if there is one.
-        tensors: of the checkpoint, by name.
-        native: whether tensors are named by parameter paths, as in a converted folder.
-        mesh: see `load`.
-
-    Raises:
-        CheckpointError: see `load`.
-    """
-    _check_layers(folder, raw, len(tensors))
-    unquantised = {key: value for key, value in raw.items() if key not in float8.KEYS}
-    try:
-        family, config, generation_config = _parse_config(unquantised, generation)
-        _check_numbers(config)
-        # Buffers follow from the config, so the model has no parameters for them.
-        buffers = {name: tensor for name, tensor in tensors.items() if name.endswith(tuple(family.buffers))}
-        tensors = {name: tensor for name, tensor in tensors.items() if name not in buffers}
-        untied = family.weight_map(replace(config, tie_word_embeddings=False))
-        head, embedding = (path if native else next(iter(untied[path])) for path in (family.head, family.embedding))
-        # Names get their prefix below, but the dtype is needed before that.
-        stored = tensors.get(embedding, tensors.get(embedding.removeprefix(family.prefix)))
-        tensors = float8.dequantised(tensors, raw, None if stored is None else stored.dtype)
-    except ValueError as error:
-        raise CheckpointError(f"{folder}: {error}") from error
-    if unreadable := sorted({str(t.dtype) for t in tensors.values()} - set(map(str, STORED.values()))):
-        raise CheckpointError(f"{folder} holds tensors of dtype {unreadable}; jaxgen reads {list(STORED)}.")
-    if not native:
-        known = {name for sources in untied.values() for name in sources}
-        tensors = _with_names_of(known, family.prefix, tensors)
-    config, copies = _resolve_head(folder, raw, config, tensors, head, embedding)
-    # The head decides whether the weight map has one, the vocabulary the shapes: so both come before the weight map.
-    config, resized = _resolve_vocabulary(config, tensors, head, embedding)
-    weight_map = family.weight_map(config)
-    if native:
-        weight_map = {path: _native_names(path, sources, tensors) for path, sources in weight_map.items()}
-    # A tied head that is stored too was compared with the embedding, and is not loaded.
-    used = {name: tensor for name, tensor in tensors.items() if name not in copies}
-    _match_names(folder, weight_map, used)
-    model = _abstract(family, config, generation_config, mesh)
-    _match_shapes(folder, {name: leaf.shape for name, leaf in named_leaves(model)}, weight_map, used)
-    pieces = {path: [tensors[name] for name in sources] for path, sources in weight_map.items()}
-    source = Source(folder, raw, family, model, pieces, buffers, copies, native, ())
-    messages = [*resized, *_unread_keys(family, unquantised), *_ignored_keys(raw)]
-    messages += _wrong_buffers(family, config, buffers)
-    if source.is_float64:
-        messages.append("its weights are float64. They are held as float32, unless `dtype` says otherwise.")
-    return replace(source, warnings=tuple(f"{folder}: {message}" for message in messages))
-
-
-def _check_layers(folder: Path, raw: Json, tensors: int) -> None:
-    """Raises CheckpointError for more layers than there can be, before the names of their tensors are listed."""
-    layers = raw.get("num_hidden_layers")
-    if isinstance(layers, int) and layers > min(tensors, _MOST_LAYERS):
-        raise CheckpointError(
-            f"{folder} holds {tensors} tensors, but its config.json has `num_hidden_layers`={layers}. Each "
-            f"layer needs tensors of its own, and the limit is {_MOST_LAYERS} layers. Download it again."
-        )
-
-
-def _parse_config(raw: Json, generation: Json | None) -> tuple[Family, Config, "GenerationConfig"]:
-    """The family, its config, and the generation config, from the parsed JSON files."""
-    generation_class = lazy.transformers().GenerationConfig
-    if str(raw.get("model_type")) not in FAMILIES:
-        code = " Code that comes with a checkpoint (`auto_map`) is never run." if raw.get("auto_map") else ""
-        raise ValueError(
-            f"`model_type`={raw.get('model_type')!r} is not supported; it may be one of {list(FAMILIES)}.{code}"
-        )
-    family = FAMILIES[raw["model_type"]]
-    config = family.config(raw, _generation_fields())
-    try:
-        if generation is not None:
-            return family, config, generation_class.from_dict(dict(generation))
-        return family, config, generation_class.from_model_config(dict(raw))
-    except Exception as error:  # transformers raises many kinds for values of the wrong type
-        name = "config.json" if generation is None else "generation_config.json"
-        raise ValueError(f"transformers cannot read the generation config in {name} ({error!r}).") from error
-
-
-def _generation_fields() -> frozenset[str]:
-    return frozenset(lazy.transformers().GenerationConfig().to_dict())
-
-
-def _unread_keys(family: Family, raw: Json) -> Iterator[str]:
-    if keys := family.unread_keys(raw, _generation_fields()):
-        yield (
-            f"config.json has {listed(keys, most=40)}. Neither transformers nor jaxgen reads these keys in a "
-            f"{raw['model_type']}: the model is the same without them."
-        )
-
-
-def _check_numbers(config: Config) -> None:
-    """Raises ValueError for an integer that overflows int32, or a float that is not finite."""
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if (type(value) is int and value >= 1 << 31) or (type(value) is float and not math.isfinite(value)):
-            raise ValueError(
-                f"`{field.name}`={value!r} in config.json must be finite, and below 2**31 if it is an integer."
-            )
-
-
-def _with_names_of(known: set[str], prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors under the names of a model with a head, given as `known`.
-
-    A model that was saved without its head lacks the prefix. As transformers 5.23 `rename_source_key`, name by name.
-    """
-    renamed: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        others = (name.removeprefix(prefix), prefix + name)
-        new = name if name in known else next((other for other in others if other in known), name)
-        # Two tensors with one new name: the second keeps its own, and is later refused as unused.
-        if new != name and new not in tensors and new not in renamed:
-            name, tensor = new, replace(tensor, name=new)
-        renamed[name] = tensor
-    return renamed
-
-
-def _resolve_head(
-    folder: Path, raw: Json, config: Config, tensors: Mapping[str, Tensor], head: str, embedding: str
-) -> tuple[Config, dict[str, str]]:
-    """Ties a missing head to the embedding, whatever the config says; a head that the config ties must equal it.
-
-    Returns:
-        The config with the flag that holds, and {head: embedding} if the checkpoint has both of a tied pair.
-    """
-    if head not in tensors:
-        if not config.tie_word_embeddings and any(
-            str(name).endswith("Model") for name in raw.get("architectures") or []
-        ):
-            raise CheckpointError(
-                f"{folder} holds a model without a head (`architectures`={raw['architectures']!r}, no `{head}`). Save "
-                "the model with its language modelling head."
-            )
-        return replace(config, tie_word_embeddings=True), {}
-    if not config.tie_word_embeddings or embedding not in tensors:
-        return config, {}
-    if not same_bytes(tensors[head], tensors[embedding]):
-        raise CheckpointError(
-            f"{folder}: config.json has `tie_word_embeddings`=true, but `{head}` differs from `{embedding}`. Set the "
-            "flag to false if the checkpoint has a head of its own."
-        )
-    return config, {head: embedding}
-
-
-def same_bytes(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors have the same dtype, shape and values."""
-    if (first.dtype, first.shape) != (second.dtype, second.shape):
-        return False
-    return all(
-        np.array_equal(one.reshape(-1).view(np.uint8), other.reshape(-1).view(np.uint8))
-        for one, other in zip(first.blocks(), second.blocks(), strict=True)
-    )
-
-
-def _resolve_vocabulary(
-    config: Config, tensors: Mapping[str, Tensor], head: str, embedding: str
-) -> tuple[Config, tuple[str, ...]]:
-    """Takes the size of the vocabulary from the embedding: configs often miss added tokens and padding rows."""
-    shapes = {tensors[name].shape for name in (head, embedding) if name in tensors}
-    # Where the two differ or are not [V, D], `_match_shapes` reports it.
-    if embedding not in tensors or len(shapes) != 1 or (shape := shapes.pop())[1:] != (config.hidden_size,):
-        return config, ()
-    if shape[0] in (config.vocab_size, 0):
-        return config, ()
-    message = f"the embedding has {shape[0]} rows and not `vocab_size`={config.vocab_size}, as config.json says."
-    return replace(config, vocab_size=shape[0]), (message,)
-
-
-def _ignored_keys(raw: Json) -> Iterator[str]:
-    if raw.get("auto_map"):
-        yield "config.json has `auto_map`: code that comes with a checkpoint is never run."
-    if raw.get("pretraining_tp") not in (None, 1):
-        yield f"`pretraining_tp`={raw['pretraining_tp']!r} in config.json is ignored, as by transformers 5."
-
-
-def _wrong_buffers(family: Family, config: Config, buffers: Mapping[str, Tensor]) -> Iterator[str]:
-    for name, tensor in buffers.items():
-        values = next(values for end, values in family.buffers.items() if name.endswith(end))
-        if values is not None:
-            expected = values(config)
-            # Stored in another float dtype, a value differs by rounding.
-            matches = tensor.dtype in DTYPES.values() and tensor.shape == expected.shape
-            if matches:
-                stored = np.concatenate([block.astype(np.float32) for block in tensor.blocks()])
-                matches = np.allclose(stored, expected, rtol=4 * float(jnp.finfo(tensor.dtype).eps), atol=0)
-            if not matches:
-                yield f"`{name}` is not what config.json says, and is ignored."
-
-
-def _native_names(path: str, sources: Mapping[str, int], tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """The tensors that make a parameter in a converted folder: one, or one per source if their dtypes differ."""
-    if path in tensors or len(sources) == 1:
-        return {path: sum(sources.values())}
-    return {f"{path}.{number}": rows for number, rows in enumerate(sources.values())}
-
-
-class _OneKey:
-    """In place of `nnx.Rngs` where only shapes are needed: its counters would take most of the time."""
-
-    def __init__(self) -> None:
-        self.key = jax.random.key(0)
-
-    def params(self) -> jax.Array:
-        return self.key
-
-
-def _match_names(folder: Path, weight_map: Mapping[str, Mapping[str, int]], tensors: Mapping[str, Tensor]) -> None:
-    """Raises CheckpointError unless every tensor is used, and every parameter filled, exactly once."""
-    names = [name for sources in weight_map.values() for name in sources]
-    for name in sorted(set(tensors) - set(names)):
-        if wrapper := next((part for part in name.split(".") if part in _WRAPPERS), None):
-            raise CheckpointError(
-                f"{folder} holds `{name:.100}`, where `{wrapper}.` is a trace of {_WRAPPERS[wrapper]}. Save the model "
-                f"itself, or remove `{wrapper}.` from the names in every file and the index."
-            )
-    if missing := [name for name in names if name not in tensors]:
-        raise CheckpointError(f"{folder} lacks {listed(missing)}. The checkpoint is incomplete; download it again.")
-    if unknown := sorted(set(tensors) - set(names)):
-        raise CheckpointError(f"{folder} holds {listed(unknown)}, which the model in its config.json does not use.")
-
-
-def _match_shapes(
-    folder: Path,
-    shapes: Mapping[str, tuple[int, ...]],
-    weight_map: Mapping[str, Mapping[str, int]],
-    tensors: Mapping[str, Tensor],
-) -> None:
-    """Raises CheckpointError unless every tensor has the shape of its part of the parameter."""
-    for path, sources in weight_map.items():
-        for name, rows in sources.items():
-            expected = (rows, *shapes[path][1:])
-            if tensors[name].shape != expected:
-                raise CheckpointError(
-                    f"{folder}: `{name}` has shape {tensors[name].shape}, but its config.json implies {expected}."
-                )
-
-
-def weight_files(folder: Path) -> Mapping[str, set[str] | None]:
-    """{file: the tensors that the index lists for it}; None in place of the tensors if there is no index.
-
-    With an index, files that it does not name are never read.
-    """
-    if not holds(folder, INDEX):
-        if not holds(folder, SINGLE_FILE):
-            raise CheckpointError(f"{folder} has neither {INDEX} nor {SINGLE_FILE}{_instead(folder)}")
-        return {SINGLE_FILE: None}
-    index = read_json(folder, INDEX).get("weight_map")
-    if not isinstance(index, dict) or not all(isinstance(file, str) for file in index.values()):
-        raise CheckpointError(f"{folder / INDEX} has no `weight_map` from tensors to files. Download it again.")
-    listing: dict[str, set[str]] = {}
-    for name, file in index.items():
-        listing.setdefault(file, set()).add(name)
-    for file in sorted(listing):
-        check_name(file, folder / INDEX)
-        if not file.endswith(".safetensors"):
-            raise CheckpointError(f"{folder / INDEX} names {file!r}, which is not a safetensors file.")
-    return dict(sorted(listing.items()))
-
-
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder."""
-    tensors: dict[str, Tensor] = {}
-    for file, names in weight_files(folder).items():
-        stored = safetensors_file.read_header(folder, file)
-        if names is not None and (difference := sorted(names ^ set(stored))):
-            raise CheckpointError(f"{INDEX} and {folder / file} disagree about {listed(difference)}.")
-        tensors |= stored
-    return tensors
-
-
-def _instead(folder: Path) -> str:
-    """The rest of a sentence about a folder without safetensors: what it holds, and the next step."""
-    names = sorted(path.name for path in folder.iterdir())
-    if shards := [name for name in names if re.fullmatch(r"model-\d+-of-\d+\.safetensors", name)]:
-        return f", but {shards[:3]}, which are parts of a model. Download {INDEX} too, which lists their tensors."
-    if MISTRAL_FILE in names:
-        return f", but {MISTRAL_FILE}, the weights {_MISTRAL}"
-    if ggufs := [name for name in names if name.endswith(".gguf")]:
-        return f", but {_gguf(folder, ggufs[0])}"
-    if pickles := [name for name in names if name.endswith((".bin", ".pth", ".pt"))]:
-        return f", but {pickles}: pickles, which can run code, are read by `jaxgen convert --allow-pickle` only."
-    others = [name for name in names if name.endswith((".safetensors", ".msgpack", ".h5"))]
-    return f"; jaxgen does not read {others}. Save the model as safetensors." if others else "."
-
-
-def named_leaves(model: object) -> Iterator[tuple[str, Any]]:
-    """Pairs of a path, such as "layers.0.self_attn.qkv_proj.weight", and an array, in the order of the leaves."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(model):
-        keys = (str(getattr(key, "name", getattr(key, "idx", getattr(key, "key", None)))) for key in path)
-        yield ".".join(keys).removesuffix(".value"), leaf
-
-
-def _row_slices(sources: Mapping[str, int], mesh: Mesh | None) -> Iterator[list[slice]]:
-    """For each source, {tensor: rows}, the rows of the parameter that it fills: one slice for each shard.
-
-    On a mesh every device has its share of each source, so that it multiplies whole heads or units. Queries of 4 rows,
-    keys of 2 and values of 2, without a mesh and over 2 devices:
-
-        q q q q k k v v        q q k v | q q k v
-    """
-    shards = tensor_shards(mesh) if len(sources) > 1 else 1
-    shard_rows = sum(sources.values()) // shards
-    start = 0  # of the source within a shard
-    for rows in sources.values():
-        stop = start + rows // shards
-        yield [slice(shard * shard_rows + start, shard * shard_rows + stop) for shard in range(shards)]
-        start = stop
-
-
-def _automatic(mesh: Mesh) -> Mesh:
-    """The mesh with automatic axes, in which XLA chooses the shardings of activations."""
-    if not mesh.axis_names or {*mesh.axis_names} - {"data", "tensor"}:
-        raise ValueError(f"`mesh` has the axes {mesh.axis_names}; they may be 'data' and 'tensor'.")
-    return Mesh(mesh.devices, mesh.axis_names)
-
-
-def weights_dtype(dtype: jax.typing.DTypeLike) -> np.dtype:
-    try:
-        return next(known for known in DTYPES.values() if known == jnp.dtype(dtype))
-    except (TypeError, StopIteration) as error:
-        names = [str(known) for known in DTYPES.values()]
-        raise ValueError(f"`dtype`={dtype!r} is not supported; it may be one of {names}.") from error
-
-
-def listed(names: list[str], most: int = 5) -> str:
-    shown = ", ".join(f"`{name:.200}`" for name in names[:most])
-    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
-from jaxgen.checkpoint.load import MANIFEST, Source, named_leaves, open_folder
+from jaxgen.checkpoint.source import MANIFEST, Source, named_leaves, open_folder
 from jaxgen.cli.terminal import byte_count, counted, open_tokenizer
 
 if TYPE_CHECKING:

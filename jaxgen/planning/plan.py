@@ -18,7 +18,8 @@ import numpy as np
 from jax.sharding import AbstractMesh
 
 from jaxgen.buckets import bucket, row_bucket
-from jaxgen.checkpoint.load import abstract, check_quantize, named_leaves, open_folder, weights_dtype
+from jaxgen.checkpoint.load import abstract, check_quantize
+from jaxgen.checkpoint.source import named_leaves, open_folder, weights_dtype
 from jaxgen.generation.build import build_call, read_request
 from jaxgen.generation.request import Request
 from jaxgen.generation.running.memory import memory_bytes

@@ -11,12 +11,12 @@ import huggingface_hub
 import numpy as np
 import pytest
 from checkpoints import CONFIG, write_checkpoint
-from jaxgen.convert import sources
-from jaxgen.convert.sources import converted_config, identity, local_folder, other_files, tokenizer_trouble
 from layouts import BF16, F16, F32, mixed
 
 from jaxgen.checkpoint.files import CheckpointError, LinkedFolder
-from jaxgen.checkpoint.load import open_folder
+from jaxgen.checkpoint.source import open_folder
+from jaxgen.convert import sources
+from jaxgen.convert.sources import converted_config, identity, local_folder, other_files, tokenizer_trouble
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from checkpoints import hashes
 from tqdm import tqdm
 
 from jaxgen import CheckpointError, convert
-from jaxgen.checkpoint.load import open_folder
+from jaxgen.checkpoint.source import open_folder
 
 # A progress bar takes its lock even if it is disabled. By default forked children share it, and may be killed with it.
 tqdm.monitor_interval = 0

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 
 import jaxgen
 from jaxgen import CheckpointError, convert
-from jaxgen.checkpoint.load import named_leaves, open_folder
+from jaxgen.checkpoint.source import named_leaves, open_folder
 from jaxgen.cli.main import main
 from jaxgen.kv_cache import KVCache
 from jaxgen.models import FAMILIES

@@ -427,14 +427,14 @@ MUTANTS = [
         f"{SCALED}[a scale per channel]",
     ),
     Mutant(
-        "jaxgen/checkpoint/load.py",
+        "jaxgen/checkpoint/source.py",
         "same_bytes, the last block",
         "for one, other in zip(first.blocks(), second.blocks(), strict=True)",
         "for one, other in [next(zip(first.blocks(), second.blocks(), strict=True))]",
         "tests/checkpoint/test_load.py::test_a_head_that_differs_in_its_last_value_only_is_another_head",
     ),
     Mutant(
-        "jaxgen/checkpoint/load.py",
+        "jaxgen/checkpoint/source.py",
         "_check_layers, over 256 layers",
         "layers > min(tensors, _MOST_LAYERS)",
         "layers > tensors",
