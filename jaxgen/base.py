@@ -3,17 +3,20 @@
 The model side (`models/`, `kv_cache`, `checkpoint/`) and the decoding side (`decoding/`, `processors/`) never import
 each other. They meet through the Protocols of this file, so a test can use a transition table in place of a Llama.
 
-Dimension letters, used in every docstring of the package:
+Dimension letters, with one meaning in all docstrings. Programs round B, N, P, T and S up to buckets:
 
-    B  prompts of one call              N  rows of a program: B, rounded up, times R
-    P  prompt columns                   S  cache slots, and columns of the token buffer
-    T  columns of one forward pass      E  end-of-sequence ids
-    V  vocabulary                       D  hidden size              I  MLP size
-    W  candidates of one step           M  other rows, as said      R  returned sequences per prompt
-    L  tokens of a text, cached ones included
-    C  branches of a row, such as beams
+    B  prompts of a call
+    N  rows of a batch: B, or B * num_return_sequences once the prompts are repeated
+    M  rows gathered from N rows
+    C  branches of a row: beams, or the candidates of contrastive search
+    W  candidates of a row for one step
+    P  tokens of a prompt               L  tokens of a text, cached ones included
+    T  columns of a forward pass        S  slots of a cache, and columns of the token buffer
+    V  vocabulary                       E  end-of-sequence ids
+    D  hidden size                      H  head dimension
     Q  query heads                      K  key-value heads          G  query heads per key-value head (Q = K * G)
-    H  head dimension
+
+With guidance the model has 2N rows. Other sizes are words, as in [steps, N, V].
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -117,12 +120,12 @@ class Prompt:
 class Prefill:
     """The inputs of the prompt's forward pass, for calls that read more or less than the prompt's tokens.
 
-    There are M rows: the N rows of the prompt, and with guidance N negative prompts below them.
+    With guidance there are 2N rows instead of N: the prompts, and below them their negative prompts.
 
     Attributes:
-        inputs: int32 [M, T] tokens, or float [M, T, D] embeddings.
-        attention_mask: bool [M, T]. False on padding.
-        position_ids: int32 [M, T].
+        inputs: int32 [N, T] tokens, or float [N, T, D] embeddings.
+        attention_mask: bool [N, T]. False on padding.
+        position_ids: int32 [N, T].
         past: the cache of earlier columns, with slots for these T columns too; None if there are no earlier columns.
         padding: int32 []. Columns of bucket padding at the start of the forward pass, or with a `chunk` of its last
             chunk. May be None if there is neither a `past` nor a `chunk`.
@@ -164,7 +167,7 @@ class Call:
 
     @property
     def model_rows(self) -> int:
-        """M: the rows of the prompt's forward pass."""
+        """The rows of the prompt's forward pass: N, or 2N with guidance."""
         return len(self.prompt.input_ids if self.prefill is None else self.prefill.attention_mask)
 
     @property

@@ -91,8 +91,8 @@ def decode(model: Model, call: Call) -> Mapping[str, jax.Array]:
         call: a pytree, from `prepare` or made of a `Prompt`, a strategy and a number of slots.
 
     Returns:
-        The strategy's outputs: `sequences` int32 [N * R, S], of which the first `length` columns are valid, and others
-        that depend on the strategy.
+        The strategy's outputs: `sequences`, int32 [N, S] or [B, C, S] of beams, with the first `length` columns valid,
+        and others that depend on the strategy.
 
     Raises:
         ValueError: if `slots` leaves no room for a token.

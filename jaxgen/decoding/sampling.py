@@ -75,7 +75,7 @@ class Sample(Strategy[SampleState]):
             Sequence i of a prompt folds i into that.
         processors: applied in this order; see `logits_process`.
         stopping_criteria: the caller's own, called with (input_ids, scores, cur_len) after each token.
-        num_return_sequences: R, static.
+        num_return_sequences: static.
         outputs: the arrays to record at every step, static: "scores", "logits", "logprobs".
     """
 

@@ -132,7 +132,7 @@ def call_custom(
     """Calls the function and returns its result.
 
     It gets the model, int32 [N, P] `input_ids`, both lists, the merged GenerationConfig, and as keywords
-    `attention_mask` (bool [N, L]), `position_ids` (int32 [N, T], of the T tokens that are not cached), a `cache` with
+    `attention_mask` (bool [N, L]), `position_ids` (int32 [N, T], of the tokens that are not cached), a `cache` with
     room for the longest text, `use_cache`, and its own arguments. The N rows are the prompts, each repeated for its
     beams or samples.
     """

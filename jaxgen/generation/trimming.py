@@ -55,7 +55,7 @@ def _past_key_values(prepared: PreparedCall, state: DecodeState, steps: int) -> 
 
 
 def _after(prompt_slots: np.ndarray, generated: np.ndarray) -> np.ndarray:
-    """int [N, C, L + T]: the slots of the prompt, int [L], then the slots of each text, int [N, C, T]."""
+    """int [N, C, L + steps]: the slots of the prompt, int [L], then the slots of each text, int [N, C, steps]."""
     prompts = np.broadcast_to(prompt_slots, (*generated.shape[:2], len(prompt_slots)))
     return np.concatenate([prompts, generated], axis=2)
 
@@ -87,7 +87,7 @@ def _intermediates(
         return repeated[:, :, -num_new:][..., prompt_slots] if name == "attentions" else repeated[:, -num_new:]
 
     def step(array: np.ndarray, step: int) -> np.ndarray:
-        """[N, C, D] -> [N * C, 1, D], or [N, Q, C, S] -> [N * C, Q, 1, t], for the branches that are texts."""
+        """[N, C, D] -> [N * C, 1, D], or [N, Q, C, S] -> [N * C, Q, 1, slots], for the branches that are texts."""
         array = array[:rows]
         if (branches := mode.branches_of_step(fetched, rows, step)) is not None:
             index = branches.reshape(rows, *[1] * (array.ndim - 3), -1, 1)
@@ -95,7 +95,7 @@ def _intermediates(
         if name == "hidden_states":
             return array.reshape(-1, 1, array.shape[-1])
         slots = _after(prompt_slots, prompt_slots[-1] + 1 + attended[step])
-        attention = np.take_along_axis(array, slots[:, None], axis=3)  # [N, Q, C, t]
+        attention = np.take_along_axis(array, slots[:, None], axis=3)  # [N, Q, C, slots]
         return attention.swapaxes(1, 2).reshape(-1, attention.shape[1], 1, attention.shape[3])
 
     per_step = (
@@ -122,8 +122,8 @@ def _whole_texts(per_step: PerStep, lineages: Sequence[np.ndarray]) -> PerStep:
 
     Args:
         per_step: the new tokens of each step, per layer [N, T, D] or [N, Q, T, S].
-        lineages: with beams, for each step after the prompt, int [t, N]: the rows that its rows descend from, at each
-            step so far.
+        lineages: with beams, for each step after the prompt, int [step, N]: the rows that its rows descend from,
+            at each step so far.
     """
     layers, steps = len(per_step[0]), len(per_step)
 

@@ -53,21 +53,22 @@ def reorder(processors: Sequence[LogitsProcessor], states: Sequence[object], row
 class SequenceBias(LogitsProcessor):
     """Adds a bias to the token that would complete a sequence. `SequenceBiasLogitsProcessor`; -inf forbids a sequence.
 
-    The sequences (5,), (7, 8) and (1, 2, 3), in a bucket of M = 4 and T = 4:
+    The sequences (5,), (7, 8) and (1, 2, 3), in buckets of 4 sequences and 4 tokens:
 
     ```
     single[5] = bias        prefixes             last        a row that ends with  1 2
                             -1  -1  -1   7       8           gets the bias of the second sequence on token 3:
-                            -1  -1   1   2       3           its last T tokens equal the prefix where it is not -1
+                            -1  -1   1   2       3           its last 4 tokens equal the prefix where it is not -1
                             -1  -1  -1  -1       V           V is outside of the vocabulary, so nothing is added
                             -1  -1  -1  -1       V
     ```
 
     Attributes:
         single: float32 [V]. The biases of sequences of one token.
-        prefixes: int32 [M, T]. The longer sequences without their last tokens, right-aligned; -1 matches any token.
-        last: int32 [M]. The last tokens of the longer sequences; V in unused rows.
-        biases: float32 [M].
+        prefixes: int32 [sequences, tokens]. The longer sequences without their last tokens, right-aligned; -1 matches
+            any token.
+        last: int32 [sequences]. The last tokens of the longer sequences; V in unused rows.
+        biases: float32 [sequences].
     """
 
     single: Float32
@@ -77,7 +78,7 @@ class SequenceBias(LogitsProcessor):
 
     @classmethod
     def build(cls, sequences: Mapping[tuple[int, ...], float], vocab_size: int) -> Self:
-        """From the biases by sequence. M and T are rounded up, so that other sequences reuse the program."""
+        """From the biases by sequence. Array sizes are rounded up, so that other sequences reuse the program."""
         single = np.zeros(vocab_size, np.float32)
         for sequence, bias in sequences.items():
             if len(sequence) == 1:
@@ -96,7 +97,7 @@ class SequenceBias(LogitsProcessor):
     def __call__(self, input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array) -> jax.Array:
         bias = jnp.broadcast_to(self.single, scores.shape)
         if len(self.last):
-            # The last T columns, cur_len - T to cur_len - 1. Before column 0 there is -2, which only -1 matches.
+            # The last columns of the row, as many as a prefix has. Before column 0 there is -2, which only -1 matches.
             columns = cur_len - self.prefixes.shape[1] + jnp.arange(self.prefixes.shape[1])
             recent = jnp.where(columns[None] >= 0, jnp.take(input_ids, columns, axis=1, mode="clip"), -2)
             prefixes = self.prefixes[None]

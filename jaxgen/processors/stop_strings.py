@@ -45,16 +45,16 @@ class Tokenizer(Protocol):
 @pytree
 @dataclass(frozen=True)
 class StopStrings:
-    """Finishes a row on the token that completes one of M strings.
+    """Finishes a row on the token that completes one of the strings.
 
     Lengths are in characters, or in bytes for tokenizers that work on bytes. Row V of the tables is for columns before
     the text. Tables are padded with -1.
 
     Attributes:
-        overlaps: int16 [V + 1, M, E]. The numbers of last characters of a string that a token may begin with.
-        places: int16 [V + 1, M, T]. The numbers of characters of a string that may follow a token in it.
+        overlaps: int16 [V + 1, strings, numbers]. How many last characters of a string a token may begin with.
+        places: int16 [V + 1, strings, numbers]. How many characters of a string may follow a token in it.
         lengths: int32 [V + 1]. Length of each token.
-        targets: int32 [M]. Length of each string; 2**30 in unused places.
+        targets: int32 [strings]. Length of each string; 2**30 in unused places.
         window: static: the maximum number of tokens in a string.
     """
 
@@ -111,9 +111,9 @@ class StopStrings:
         columns = cur_len - 1 - jnp.arange(min(self.window, input_ids.shape[1]))  # the newest token first
         no_token = len(self.lengths) - 1
         tokens = jnp.where(columns[None] >= 0, jnp.take(input_ids, columns, axis=1, mode="clip"), no_token)
-        ends = self.overlaps[tokens[:, 0]].astype(jnp.int32)  # [N, M, E]
+        ends = self.overlaps[tokens[:, 0]].astype(jnp.int32)  # [N, strings, overlaps]
         earlier = jnp.cumsum(self.lengths[tokens[:, 1:]], axis=1)
-        # [N, window, M, E]: the characters from the end of the string to the beginning of each token, for each overlap.
+        # [N, window, strings, overlaps]: the characters from the beginning of each token to the end of the string.
         reached = jnp.concatenate([ends[:, None], ends[:, None] + earlier[:, :, None, None]], axis=1)
         # A token fits if one of its places is where the token after it begins; the newest one if it overlaps at all.
         fits = (reached[:, :-1, :, None] == self.places[tokens[:, 1:]][..., None].astype(jnp.int32)).any(axis=3)
@@ -126,7 +126,7 @@ Numbers = dict[int, list[int]]  # by token id
 
 
 def _table(strings: Sequence[Numbers], rows: int) -> jax.Array:
-    """int16 [V + 1, M, T] of the numbers of each token, for each string."""
+    """int16 [V + 1, strings, numbers] of the numbers of each token, for each string."""
     most = max((len(numbers) for string in strings for numbers in string.values()), default=1)
     shape = rows + 1, bucket(max(len(strings), _MIN_STRINGS)), bucket(max(most, _MIN_NUMBERS))
     table = np.full(shape, _PADDING, np.int16)

@@ -173,7 +173,7 @@ class Mode:
         return np.broadcast_to(np.arange(steps), (rows, 1, steps))
 
     def attended_steps(self, fetched: Mapping[str, np.ndarray], rows: int, steps: int) -> list[np.ndarray]:
-        """For each step, int [rows, C, t]: the slots that the texts attend, counted from the same slot, newest last."""
+        """For each step, int [rows, C, step + 1]: the slots that the texts attend, counted as above, newest last."""
         del fetched
         return [np.broadcast_to(np.arange(step + 1), (rows, 1, step + 1)) for step in range(steps)]
 
@@ -183,7 +183,7 @@ class Mode:
         return None
 
     def lineages(self, fetched: Mapping[str, np.ndarray], rows: int, steps: int) -> list[np.ndarray]:
-        """For each step after the prompt, int [t, M]: the rows that its M rows descend from, at each step so far.
+        """For each step after the prompt, int [step, rows]: the rows that its rows descend from, at each step so far.
 
         Empty if every row descends from itself.
         """

@@ -123,10 +123,10 @@ class BeamsMode(Mode):
 
 
 def ancestors(parents: np.ndarray, steps: int) -> list[np.ndarray]:
-    """For each step after the prompt, int [B, C, t]: the beam that each beam descends from, at each step so far.
+    """For each step after the prompt, int [B, C, step]: the beam that each beam descends from, at each step so far.
 
     Args:
-        parents: int [T, B, C]. The beam of the previous step that each beam continues.
+        parents: int [steps, B, C]. The beam of the previous step that each beam continues.
         steps: the number of steps to return.
     """
     # A beam has its parent's ancestors, followed by itself:

@@ -30,7 +30,7 @@ class Inputs:
     The model attends L positions, which can differ from the P tokens of the text:
 
     ```
-    L positions    c c c c | n n n     those in the cache, then T new ones, which prefill reads
+    L positions    c c c c | n n n     those in the cache, then T new ones, which the model reads
     P tokens       t t t t   t t t     the whole text, or
                              t t t     the new tokens only, or none with `inputs_embeds`
     ```

@@ -14,16 +14,16 @@ Layer = tuple[jax.Array, jax.Array]  # keys and values
 
 
 class PastKeyValues(Sequence[Layer]):
-    """The cache of a call without its padding: `past[layer]` is a pair, each [M, K, L, H] on the device.
+    """The cache of a call without its padding: `past[layer]` is a pair, each [N * C, K, L, H] on the device.
 
-    The M rows are those of the call's `sequences`, or its running beams; L is the number of tokens that the model has
+    The rows are those of the call's `sequences`, or its running beams; L is the number of tokens that the model has
     read. Later calls can continue it as their `cache`, any number of them, and never change it.
     """
 
     def __init__(self, cache: Cache, slots: np.ndarray):
         """From a cache of N rows and int [N, C, L], the slots of the tokens of each branch of each row."""
         rows, branches, length = slots.shape
-        # Row m of the view is branch m % C of row m // C of the cache.
+        # Row i of the view is branch i % C of row i // C of the cache.
         self._cache = cache
         self._rows = np.repeat(np.arange(rows, dtype=np.int32), branches)
         self._slots = slots.reshape(rows * branches, length).astype(np.int32)
@@ -80,7 +80,7 @@ class PastKeyValues(Sequence[Layer]):
     def __getitem__(self, layer: int | slice) -> Layer | list[Layer]:
         if isinstance(layer, slice):
             return [self[each] for each in range(len(self))[layer]]
-        # [M, 1, 1] rows, [1, K, 1] heads and [M, 1, L] slots index [N, K, S, H], which gives [M, K, L, H].
+        # [N, K, S, H] indexed with [N * C, 1, 1] rows, [1, K, 1] heads and [N * C, 1, L] slots is [N * C, K, L, H].
         heads = np.arange(self._cache.layer(0)[0].shape[1])[None, :, None]
         index = self._rows[:, None, None], heads, self._slots[:, None]
         with no_mesh(), jax.transfer_guard("allow"):
@@ -89,7 +89,7 @@ class PastKeyValues(Sequence[Layer]):
 
     @property
     def batch_size(self) -> int:
-        """M."""
+        """N * C."""
         return len(self._rows)
 
     def get_seq_length(self) -> int:

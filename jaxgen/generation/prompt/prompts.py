@@ -73,7 +73,7 @@ def padded_prompt(
     rows = len(prompt.input_ids)
 
     def padded(array: np.ndarray) -> Any:
-        """[B, new tokens, ...] -> [N, T, ...] in chunks, zeros on padding."""
+        """[B, T, ...] -> [N, width, ...] in chunks, zeros on padding."""
         chunks = np.zeros((rows, width, *array.shape[2:]), array.dtype)
         chunks[: len(array), offsets] = array
         return chunks
