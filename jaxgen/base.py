@@ -279,7 +279,7 @@ def rows_axis(mesh: Mesh, rows: int) -> str | None:
 AnyCache = TypeVar("AnyCache", bound=Cache)
 
 # Arrays of a forward pass besides its logits, by name: one [N, T, D] or [N, Q, T, S] per layer; see `Model.extend`.
-Internals = dict[str, tuple[jax.Array, ...]]
+Intermediates = dict[str, tuple[jax.Array, ...]]
 
 
 class Model(Protocol[AnyCache]):
@@ -307,8 +307,8 @@ class Model(Protocol[AnyCache]):
     @property
     def cache_bytes_per_token(self) -> int: ...
 
-    def internals_bytes(self, name: str, columns: int, slots: int) -> int:
-        """Bytes per row of one of the internals of `extend`, for T columns that attend S slots."""
+    def intermediates_bytes(self, name: str, columns: int, slots: int) -> int:
+        """Bytes per row of one of the intermediates of `extend`, for T columns that attend S slots."""
         ...
 
     def make_cache(self, rows: int, slots: int) -> AnyCache: ...
@@ -319,19 +319,19 @@ class Model(Protocol[AnyCache]):
         input_ids: jax.Array,
         attention_mask: jax.Array,
         position_ids: jax.Array | None = None,
-        collect: tuple[str, ...] = (),
-    ) -> tuple[jax.Array, AnyCache, Internals]:
+        intermediates: tuple[str, ...] = (),
+    ) -> tuple[jax.Array, AnyCache, Intermediates]:
         """One forward pass over the next T columns.
 
         Args:
             input_ids: int32 [N, T], or float [N, T, D] embeddings. With branches T is C, one column for each branch.
             attention_mask: bool [N, T]. False for columns that later columns may not attend.
             position_ids: int32 [N, T], or None to continue counting.
-            collect: which internals to return: "hidden_states", "attentions".
+            intermediates: which of them to return: "hidden_states", "attentions".
 
         Returns:
             float32 [N, V] logits of the last column, or [N * C, V] of the last column of each branch; the cache, T
-            columns longer; and the internals asked for. `hidden_states` are [N, T, D] each, one more than there are
+            columns longer; and the intermediates asked for. `hidden_states` are [N, T, D] each, one more than there are
             layers, `attentions` [N, Q, T, S] each, one per layer.
         """
         ...
@@ -458,7 +458,7 @@ class Strategy(Generic[State]):
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """The internals that `start` and `step` read; see `Model.extend`."""
+        """The intermediates that `start` and `step` read; see `Model.extend`."""
         return ()
 
     def cache_slots(self, columns: int, new_tokens: int) -> int:
@@ -473,7 +473,9 @@ class Strategy(Generic[State]):
         """The state before the first token, with S columns in the token buffer. The prompt is not repeated yet."""
         raise NotImplementedError
 
-    def start(self, prompt: Prompt, slots: int, logits: jax.Array, scores: jax.Array, internals: Internals) -> State:
+    def start(
+        self, prompt: Prompt, slots: int, logits: jax.Array, scores: jax.Array, intermediates: Intermediates
+    ) -> State:
         """The state after the prompt's forward pass, with the first token chosen.
 
         Args:
@@ -481,14 +483,14 @@ class Strategy(Generic[State]):
             slots: S, the columns of the token buffer.
             logits: float32 [N, V]; rows are not repeated yet.
             scores: float32 [N, V], the input of the processors: logits, log-probabilities or guided scores.
-            internals: of the prompt, see `needs`.
+            intermediates: of the prompt, see `needs`.
         """
         state = self.init(prompt, slots, logits.shape[1])
         # Rows a, b become a, a, b, b: the copies, or the branches, of a prompt are neighbours, as in the cache.
         logits, scores = (jnp.repeat(array, self.copies * self.branches, axis=0) for array in (logits, scores))
-        return self.step(logits, scores, internals, state)
+        return self.step(logits, scores, intermediates, state)
 
-    def step(self, logits: jax.Array, scores: jax.Array, internals: Internals, state: State) -> State:
+    def step(self, logits: jax.Array, scores: jax.Array, intermediates: Intermediates, state: State) -> State:
         """The state after a forward pass over `state.tokens`; logits and scores are float32 [N, V], or [N * C, V]."""
         raise NotImplementedError
 

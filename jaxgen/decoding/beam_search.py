@@ -25,7 +25,7 @@ from jax import lax
 
 from jaxgen.base import (
     EosCriterion,
-    Internals,
+    Intermediates,
     LengthCriterion,
     LogitsProcessor,
     Prompt,
@@ -151,7 +151,7 @@ class BeamSearch(Strategy[BeamState]):
             recorded=step_buffers(self.outputs, slots - columns, shapes),
         )
 
-    def step(self, logits: jax.Array, scores: jax.Array, internals: Internals, state: BeamState) -> BeamState:
+    def step(self, logits: jax.Array, scores: jax.Array, intermediates: Intermediates, state: BeamState) -> BeamState:
         sequences = state.running.sequences.reshape(len(scores), -1)  # [B, C, S] -> [B * C, S], as the scores
         scores, states = process(self.processors, sequences, scores, state.cur_len, state.processors)
 

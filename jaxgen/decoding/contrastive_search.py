@@ -21,7 +21,7 @@ from jax import lax
 
 from jaxgen.base import (
     EosCriterion,
-    Internals,
+    Intermediates,
     LengthCriterion,
     LogitsProcessor,
     Prompt,
@@ -108,7 +108,7 @@ class ContrastiveSearch(Strategy[ContrastiveState]):
         return new_tokens  # one more than usual: a token is chosen only after the model has run on it
 
     def start(
-        self, prompt: Prompt, slots: int, logits: jax.Array, scores: jax.Array, internals: Internals
+        self, prompt: Prompt, slots: int, logits: jax.Array, scores: jax.Array, intermediates: Intermediates
     ) -> ContrastiveState:
         rows, columns = prompt.input_ids.shape
         vocab_size = logits.shape[1]
@@ -124,7 +124,7 @@ class ContrastiveSearch(Strategy[ContrastiveState]):
             probabilities=jnp.zeros((rows, self.top_k), jnp.float32),
             scores=jnp.zeros((rows, vocab_size), jnp.float32) if self.stopping_criteria else None,
             chosen=jnp.zeros(rows, jnp.int32),
-            context=prompt.moved_left(_unit(internals["hidden_states"][-1]), slots),
+            context=prompt.moved_left(_unit(intermediates["hidden_states"][-1]), slots),
             compared=prompt.moved_left(prompt.attention_mask, slots),
             finished=jnp.arange(rows) >= prompt.rows,
             invalid=jnp.zeros(rows, bool),
@@ -135,10 +135,10 @@ class ContrastiveSearch(Strategy[ContrastiveState]):
         return self._propose(logits, scores, state)
 
     def step(
-        self, logits: jax.Array, scores: jax.Array, internals: Internals, state: ContrastiveState
+        self, logits: jax.Array, scores: jax.Array, intermediates: Intermediates, state: ContrastiveState
     ) -> ContrastiveState:
         rows = len(state.sequences)
-        hidden = _unit(internals["hidden_states"][-1])
+        hidden = _unit(intermediates["hidden_states"][-1])
         cosines = jnp.einsum("ncd,nsd->ncs", hidden, state.context)
         similarity = jnp.where(state.compared[:, None], cosines, -jnp.inf).max(axis=2)
         ranking = (1 - self.penalty_alpha) * state.probabilities - self.penalty_alpha * similarity

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from jaxgen.base import (
     EosCriterion,
-    Internals,
+    Intermediates,
     LengthCriterion,
     LogitsProcessor,
     Prompt,
@@ -159,7 +159,7 @@ class GroupBeamSearch(Strategy[GroupState]):
             recorded=step_buffers(self.outputs, slots - columns, shapes),
         )
 
-    def step(self, logits: jax.Array, scores: jax.Array, internals: Internals, state: GroupState) -> GroupState:
+    def step(self, logits: jax.Array, scores: jax.Array, intermediates: Intermediates, state: GroupState) -> GroupState:
         # [B * C, V] -> [B, num_beam_groups, group_size, V]: the beams of a group are neighbours.
         by_group = scores.reshape(-1, self.num_beam_groups, self.group_size, scores.shape[1])
         counts = jnp.zeros((len(by_group), scores.shape[1]), jnp.float32)  # of each token, chosen by earlier groups

@@ -15,7 +15,7 @@ from jax import lax
 
 from jaxgen.base import (
     EosCriterion,
-    Internals,
+    Intermediates,
     LengthCriterion,
     LogitsProcessor,
     Prompt,
@@ -115,7 +115,9 @@ class Sample(Strategy[SampleState]):
             recorded=step_buffers(names, slots - columns, shapes),
         )
 
-    def step(self, logits: jax.Array, scores: jax.Array, internals: Internals, state: SampleState) -> SampleState:
+    def step(
+        self, logits: jax.Array, scores: jax.Array, intermediates: Intermediates, state: SampleState
+    ) -> SampleState:
         top_k, warpers = self._warpers_of_candidates()
         count = len(self.processors) - len(warpers) - (top_k is not None)  # of processors on the whole vocabulary
         states = state.processors

@@ -239,8 +239,8 @@ def prepare(
             "`decode` is a pure function, but a processor or criterion of this call runs on the host. Write it as a "
             "JAX function of (input_ids, scores, cur_len)."
         )
-    if prepared.collect:
-        raise ValueError(f"`decode` does not collect {[*prepared.collect]}. Use `generate`, or the model itself.")
+    if prepared.intermediates:
+        raise ValueError(f"`decode` does not return {[*prepared.intermediates]}. Use `generate`, or the model itself.")
     return prepared.call
 
 

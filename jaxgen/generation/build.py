@@ -63,7 +63,7 @@ def build_call(model: Model, request: Request, mode: Mode, inputs: Inputs) -> Pr
     mode.check_inputs(inputs)
     guidance_scale, logits_processor = _guidance(mode.config, request)
     new_tokens = max(stop.length - inputs.input_ids.shape[1], 1)
-    prompt, prefill, prompt_slots = _prompt(model, request, mode.config, inputs, guidance_scale, new_tokens)
+    prompt, prefill, token_slots = _prompt(model, request, mode.config, inputs, guidance_scale, new_tokens)
     host = HostFunctions()
     strategy = _strategy(model, request, mode, inputs, stop, logits_processor, host)
     call = Call(prompt, strategy, mode.text_slots(prompt.input_ids.shape[1], new_tokens), prefill)
@@ -73,7 +73,7 @@ def build_call(model: Model, request: Request, mode: Mode, inputs: Inputs) -> Pr
         config=mode.config,
         mode=mode,
         host=host,
-        prompt_slots=prompt_slots,
+        token_slots=token_slots,
         forward_passes=strategy.forward_passes(new_tokens),
         reserved=call.prompt_slots if request.reserve else 0,
     )

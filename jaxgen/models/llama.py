@@ -15,7 +15,7 @@ from flax import nnx
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxgen.base import Internals, no_mesh, rows_axis, tensor_shards
+from jaxgen.base import Intermediates, no_mesh, rows_axis, tensor_shards
 from jaxgen.kv_cache import KVCache
 from jaxgen.models import config_keys, rope
 from jaxgen.models.layers import Embed, HostOnly, Linear, RMSNorm, attend, unfuse
@@ -400,8 +400,8 @@ class Llama(nnx.Module):
         config = self.config
         return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * self.dtype.itemsize
 
-    def internals_bytes(self, name: str, columns: int, slots: int) -> int:
-        """See `base.Model.internals_bytes`."""
+    def intermediates_bytes(self, name: str, columns: int, slots: int) -> int:
+        """See `base.Model.intermediates_bytes`."""
         config = self.config
         per_column = {
             "hidden_states": (config.num_hidden_layers + 1) * config.hidden_size,
@@ -457,12 +457,12 @@ class Llama(nnx.Module):
         input_ids: jax.Array,
         attention_mask: jax.Array,
         position_ids: jax.Array | None = None,
-        collect: tuple[str, ...] = (),
-    ) -> tuple[jax.Array, KVCache, Internals]:
+        intermediates: tuple[str, ...] = (),
+    ) -> tuple[jax.Array, KVCache, Intermediates]:
         """See `base.Model.extend`. The head runs only on the last column, or on the last column of each branch."""
-        hidden, cache, internals = self._hidden_states(cache, input_ids, attention_mask, position_ids, collect)
+        hidden, cache, computed = self._hidden_states(cache, input_ids, attention_mask, position_ids, intermediates)
         last = hidden[:, -cache.branches :].reshape(-1, hidden.shape[-1])
-        return self._logits(last), cache, internals
+        return self._logits(last), cache, computed
 
     def _hidden_states(
         self,
@@ -470,9 +470,9 @@ class Llama(nnx.Module):
         input_ids: jax.Array,
         attention_mask: jax.Array,
         position_ids: jax.Array | None = None,
-        collect: tuple[str, ...] = (),
-    ) -> tuple[jax.Array, KVCache, Internals]:
-        """float [N, T, D] after the final norm, the cache T columns longer, and the internals asked for."""
+        intermediates: tuple[str, ...] = (),
+    ) -> tuple[jax.Array, KVCache, Intermediates]:
+        """float [N, T, D] after the final norm, the cache T columns longer, and the intermediates asked for."""
         x = self.embed_tokens(input_ids) if input_ids.ndim == 2 else input_ids.astype(self.dtype)
         if self.mesh is not None:
             x = lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(rows_axis(self.mesh, len(x)))))
@@ -485,15 +485,15 @@ class Llama(nnx.Module):
         for layer, pair, kind in zip(self.layers, cache.layers, self.config.layer_types, strict=True):
             # A cache of one layer, so that all layers have the same types and `_run` is traced once.
             layer_cache = replace(cache, layers=(pair,))
-            x, layer_cache, weights = _run(layer, x, cos, sin, masks[kind], layer_cache, "attentions" in collect)
+            x, layer_cache, weights = _run(layer, x, cos, sin, masks[kind], layer_cache, "attentions" in intermediates)
             pairs += layer_cache.layers
             hidden_states.append(x)
             attentions.append(weights)
         cache = replace(cache, layers=tuple(pairs))
         x = self.norm(x)
         # As in transformers, the last hidden state is the one after the final norm, which replaces the one before it.
-        internals = {"hidden_states": (*hidden_states[:-1], x), "attentions": tuple(attentions)}
-        return x, cache, {name: internals[name] for name in collect}
+        computed = {"hidden_states": (*hidden_states[:-1], x), "attentions": tuple(attentions)}
+        return x, cache, {name: computed[name] for name in intermediates}
 
     def _logits(self, hidden: jax.Array) -> jax.Array:
         """[..., D] -> float32 [..., V], rounded to the model's dtype as in transformers."""

@@ -132,9 +132,9 @@ class Mode:
             )
         return outputs
 
-    def text_slots(self, prompt_slots: int, new_tokens: int) -> int:
-        """S, the bucket of the token buffer."""
-        return bucket(prompt_slots + new_tokens)
+    def text_slots(self, columns: int, new_tokens: int) -> int:
+        """S of the token buffer, for a prompt of `columns` columns in its bucket."""
+        return bucket(columns + new_tokens)
 
     def pad_token_id(self, parts: Parts) -> Any:
         """The token id that finished rows receive; None to let them continue until all rows are finished.

@@ -83,8 +83,8 @@ class BeamsMode(Mode):
         sorted_by_beam = "attentions" in intermediates or (intermediates and not self.config.use_cache)
         return (*super().recorded(intermediates, logprobs), *(["parents"] if sorted_by_beam else []))
 
-    def text_slots(self, prompt_slots: int, new_tokens: int) -> int:
-        return prompt_slots + bucket(new_tokens)  # apart, since each new token takes a slot per beam
+    def text_slots(self, columns: int, new_tokens: int) -> int:
+        return columns + bucket(new_tokens)  # apart, since each new token takes a slot per beam
 
     def texts(self, fetched: Mapping[str, np.ndarray], rows: int, prompt_length: int) -> dict[str, np.ndarray]:
         """The beams to return, padded to the longest of them, with their scores and indices."""

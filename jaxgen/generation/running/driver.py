@@ -90,7 +90,7 @@ def cache_sizes(model: Model, prepared: PreparedCall, weights: int) -> Generator
     6 ms of each of a thousand steps (135M on a CPU, batch 1).
     """
     if prepared.reserved:  # doubles when full, so that a conversation has few sizes
-        size, used = prepared.reserved, int(prepared.prompt_slots[-1]) + 1
+        size, used = prepared.reserved, int(prepared.token_slots[-1]) + 1
         while size <= used + prepared.forward_passes:
             yield CacheSize(size, size - used - 1)
             size *= 2
@@ -101,7 +101,7 @@ def cache_sizes(model: Model, prepared: PreparedCall, weights: int) -> Generator
     enough = min(max_size, strategy.cache_slots(prompt_slots, max_passes + 1))
     rows = prepared.call.model_rows * strategy.copies
     negligible = weights // 64 // (rows * model.cache_bytes_per_token)
-    passes, never_grows = 0, "attentions" in prepared.collect  # whose buffers are as wide as the cache
+    passes, never_grows = 0, "attentions" in prepared.intermediates  # whose buffers are as wide as the cache
     while True:
         needed = max(strategy.cache_slots(prompt_slots, passes + 2), negligible, _FEWEST_SLOTS)
         size = bucket(needed) if needed > _LONG else 1 << (needed - 1).bit_length()
@@ -131,7 +131,7 @@ def drive(model: Model, prepared: PreparedCall, schedule: ChunkSchedule) -> Chun
     weights = sum(each.nbytes for each in jax.tree.leaves(model))
     sizes = cache_sizes(model, prepared, weights)
     size, done = next(sizes), 0
-    state, progress = prefill(model, prepared.call, prepared.collect, size.slots)
+    state, progress = prefill(model, prepared.call, prepared.intermediates, size.slots)
     compiling = compile_seconds() - compiled
     try:
         unread = deque([(1, progress)])
@@ -145,7 +145,7 @@ def drive(model: Model, prepared: PreparedCall, schedule: ChunkSchedule) -> Chun
                     size = next(sizes)
                     state = replace(state, cache=grow(state.cache, size.slots))
                 chunk = min(steps, size.steps_until_full - done)
-                state, progress = advance(model, state, prepared.call.strategy, np.int32(chunk), prepared.collect)
+                state, progress = advance(model, state, prepared.call.strategy, np.int32(chunk), prepared.intermediates)
                 compiling += compile_seconds() - compiled
                 unread.append((chunk, progress))
                 done += chunk
@@ -177,7 +177,7 @@ def _stopped(model: Model, prepared: PreparedCall, state: DecodeState, read: Pro
         return state
     strategy: Any = prepared.call.strategy
     strategy = replace(strategy, max_length=MaxLength(np.int32(read.length + 1)))
-    return advance(model, state, strategy, np.int32(1), prepared.collect)[0]
+    return advance(model, state, strategy, np.int32(1), prepared.intermediates)[0]
 
 
 def collect(chunks: Chunks, look: Callable[[Progress], bool | None] = lambda progress: None) -> DecodeState:
