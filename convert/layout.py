@@ -115,7 +115,7 @@ def hugging_face_tensors(source: Source, manifest: Json) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = dict(source.buffers)
     for path, parts in source.family.weight_map(source.abstract.config).items():
         stored = cast(list[StoredTensor], source.pieces[path])
-        if len(stored) > 1:
+        if len(stored) > 1:  # parts of different dtypes, which are separate tensors
             tensors |= {
                 name: tensor.part(name, 0, rows) for (name, rows), tensor in zip(parts.items(), stored, strict=True)
             }

@@ -45,6 +45,7 @@ def no_mesh() -> Iterator[None]:
         try:
             aside = jax.set_mesh(None)
         except ValueError:  # inside a `jit`, where `set_mesh` is not allowed
+            # Explicit axes are part of the types of arrays, so they have to go. Auto axes are left to the compiler.
             if all(kind == AxisType.Explicit for kind in mesh.axis_types):
                 aside = jax.sharding.use_abstract_mesh(AbstractMesh((), ()))
     with aside:

@@ -136,6 +136,7 @@ class KVCache:
         """
         assert self.columns is not None, "made without `windowed`"
         num_new = mask.shape[1]
+        # A column attends the slots whose numbers are above its own minus the window.
         new_columns = lax.dynamic_slice_in_dim(self.columns, self.length - num_new, num_new)
         return mask & (self.columns[None] > new_columns[:, None] - window)[None]
 
@@ -231,7 +232,7 @@ class KVCache:
             layers=tuple((select(keys), select(values)) for keys, values in self.layers),
             valid=valid,
             length=jnp.asarray(length, jnp.int32),
-            position=jnp.zeros(len(rows), jnp.int32),
+            position=jnp.zeros(len(rows), jnp.int32),  # not known here
             columns=None if self.columns is None else jnp.where(numbers < length, numbers, -1),
         )
 
@@ -310,6 +311,7 @@ class BranchedCache(KVCache):
         """
         if position_ids is None:
             position_ids = self.position
+        # [N, C, C]: each branch attends its own new slot, or none of them if its column is masked.
         new_valid = jnp.eye(self.branches, dtype=bool)[None] & attention_mask[:, None]
         valid = lax.dynamic_update_slice_in_dim(self.valid, new_valid, self.length, axis=2)
         cache = replace(self, valid=valid, length=self.length + self.branches, position=position_ids + 1)
@@ -340,6 +342,7 @@ class BranchedCache(KVCache):
         start = self.length - self.branches
 
         def keep(array: jax.Array) -> jax.Array:
+            # Slots are the last axis but one, whether or not N and K are left out.
             last = lax.dynamic_slice_in_dim(array, start, self.branches, axis=-2)
             columns = last.reshape(len(chosen), -1, *last.shape[-2:])  # [N, K, C, H]
             kept = jnp.take_along_axis(columns, chosen[:, None, None, None], axis=2)

@@ -72,6 +72,7 @@ def lies_in(real: Path, folder: Path) -> bool:
 def check_name(name: str, said_by: Path) -> None:
     """Raises a CheckpointError unless the name is a relative path of a file inside the folder."""
     parts = PurePosixPath(name).parts
+    # Also what would be absolute or a drive on Windows, and names too long to open.
     odd = not name.isprintable() or "\\" in name or any(part in ("/", "..") or len(part) > 255 for part in parts)
     if odd or not parts or ":" in name or len(name) > 1000:
         raise CheckpointError(

@@ -48,6 +48,7 @@ class ScaledTensor(ComputedTensor):
         """See `Tensor.read`."""
         scale = np.empty((self.scale.rows, *self.scale.shape[1:]), np.float32)
         self.scale.read_into(scale)
+        # A block of rows at a time: in float32 the whole weight would take four times its size.
         done = 0
         for rows in self.weight.blocks(start, start + len(out)):
             wide = rows.astype(np.float32)
@@ -143,6 +144,7 @@ def _is_float8(weights: object) -> bool:
 
 def _check_scale(weight: Tensor, scale: Tensor, block: int | None) -> None:
     rows, *columns = weight.shape or (1,)
+    # A scale per tensor or per row, in all spellings; or one per block, with part blocks at the end.
     shapes: list[tuple[int, ...]] = [(), (1,), (1, 1), (rows,), (rows, 1)]
     if block and len(columns) == 1:
         shapes = [(-(-rows // block), -(-columns[0] // block))]

@@ -136,6 +136,7 @@ class BeamSearch(Strategy[BeamState]):
         return BeamState(
             # All beams start as copies of the prompt. Only the first one may win, or all would choose the same tokens.
             running=replace(beams, scores=beams.scores.at[:, 1:].set(NEVER)),
+            # Placeholders, which any beam that finishes replaces. Rows of the bucket are full from the start.
             finished=replace(beams, scores=beams.scores + NEVER, finished=beams.finished | unused[:, None]),
             cur_len=prompt.length,
             prompt_length=prompt.length,
@@ -156,6 +157,7 @@ class BeamSearch(Strategy[BeamState]):
         scores, states = process(self.processors, sequences, scores, state.cur_len, state.processors)
 
         candidates, sources, invalid = self._candidates(scores, state)
+        # At the length with the new token, though the scores are of the running beams, as in transformers.
         criteria = self.eos, self.max_length, *self.stopping_criteria
         # Criteria see the W candidates as rows, [B * W, S].
         flat = candidates.sequences.reshape(-1, candidates.sequences.shape[2])
@@ -169,8 +171,10 @@ class BeamSearch(Strategy[BeamState]):
         finished = self._finish(replace(candidates, finished=hits), state)
         improvable = state.improvable & self._improvable(running, finished, state)
 
+        # The end is decided for all prompts of the caller together; rows of the bucket do not hold it up.
         unused = (jnp.arange(len(hits)) >= state.rows)[:, None]
         full = (finished.finished | unused).all() & self.stop_when_full
+        # The tokens just written: column `cur_len` of [B, C, S], as the next input [B * C].
         tokens = lax.dynamic_index_in_dim(running.sequences, state.cur_len, axis=2, keepdims=False).reshape(-1)
         # Beam c of prompt p is row p * C + c of the scores: parents [[1, 1], [0, 1]] are rows [1, 1, 2, 3].
         rows = (jnp.arange(len(parents))[:, None] * self.num_beams + parents).reshape(-1)
@@ -186,6 +190,7 @@ class BeamSearch(Strategy[BeamState]):
             improvable=improvable,
             # As transformers' `_beam_search_has_unfinished_sequences`, for all prompts at once.
             ended=~improvable.any() | full | (hits | unused).all(),
+            # Scores of a prompt that is done no longer affect its text.
             invalid=state.invalid | (invalid & state.improvable),
             keys=state.keys,
             processors=reorder(self.processors, states, rows),
@@ -207,6 +212,7 @@ class BeamSearch(Strategy[BeamState]):
         if state.keys is None:
             values, indices, invalid = blocked_top_k(totals, self.num_candidates)
         else:
+            # The key of a prompt and the index in [C * V] tell the continuations of different beams apart.
             noise = gumbel(state.keys, step, jnp.broadcast_to(jnp.arange(totals.shape[1]), totals.shape))
             _, indices, invalid = blocked_top_k(totals + noise, self.num_candidates)
             # They come in the order of their noisy totals; transformers sorts its samples by score.
@@ -221,6 +227,7 @@ class BeamSearch(Strategy[BeamState]):
         """The best C of the finished beams and the finished candidates, of which only the first C count."""
         new_tokens = (state.cur_len + 1 - state.prompt_length).astype(jnp.float32)
         just_finished = candidates.finished & (jnp.arange(self.num_candidates) < self.num_beams)[None]
+        # With `early_stopping`, a prompt with C finished beams takes no more.
         full = state.finished.finished.all(axis=1, keepdims=True) & self.stop_when_full
         scores = candidates.scores / new_tokens**self.length_penalty
         # Three separate additions, as in transformers: these sums rank the placeholders.
@@ -233,6 +240,7 @@ class BeamSearch(Strategy[BeamState]):
         """bool [B]: whether the best running beam may still beat a finished beam or replace a placeholder."""
         columns = jnp.where(self.assume_longest, self.longest, state.cur_len + 1)
         new_tokens = (columns - state.prompt_length).astype(jnp.float32)
+        # Running beams are sorted, so the first is the best; while a placeholder is left, it only has to beat NEVER.
         best = running.scores[:, :1] / new_tokens**self.length_penalty
         worst = jnp.where(finished.finished, finished.scores.min(axis=1, keepdims=True), NEVER)
         return (best > worst).any(axis=1)

@@ -39,6 +39,7 @@ class Beams:
         return cls(
             sequences,
             jnp.zeros((rows, beams), jnp.float32),
+            # S - P, the new tokens that there is room for, whatever the length of the prompt in its bucket.
             jnp.full((rows, beams, slots - columns), -1, jnp.int32),
             jnp.zeros((rows, beams), bool),
         )
@@ -81,6 +82,7 @@ class Beams:
             cur_len: int32 []. Valid columns of the beams.
             step: int32 []. New tokens so far.
         """
+        # `beam_indices` has columns for new tokens only, so they are written at `step` and not at `cur_len`.
         continued = self.take(sources)
         write = lax.dynamic_update_slice_in_dim
         return replace(

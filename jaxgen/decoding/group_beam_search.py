@@ -140,6 +140,7 @@ class GroupBeamSearch(Strategy[GroupState]):
         group = Group(
             # All beams start as copies of the prompt. Only the first one may win, or all would choose the same tokens.
             running=replace(beams, scores=beams.scores.at[:, 1:].set(NEVER)),
+            # transformers 4.41 starts without finished beams, so these placeholders lose against any score.
             finished=replace(beams, scores=jnp.full_like(beams.scores, -jnp.inf)),
             done=jnp.arange(rows) >= prompt.rows,
             processors=tuple(processor.init(repeated, vocab_size) for processor in self.processors),
@@ -177,6 +178,7 @@ class GroupBeamSearch(Strategy[GroupState]):
         sequences = sequences.reshape(len(scores), -1)
         unused = jnp.repeat(jnp.arange(len(by_group)) >= state.rows, self.num_beams)
         criteria = self.eos, self.max_length, *self.stopping_criteria
+        # Criteria see the running beams of all groups as one batch.
         hits = unused | any_of(criteria, sequences, processed, state.cur_len + 1)
         values = {"scores": processed, "logits": logits, "parents": parents}
         return GroupState(
@@ -219,12 +221,15 @@ class GroupBeamSearch(Strategy[GroupState]):
         next_tokens = jnp.where(done, self.pad_token_id, take(tokens, going_on))
         parents = jnp.where(done, same_beam, take(sources, going_on))
         rows = jnp.arange(len(scores))[:, None] * self.num_beams + first + parents
+        # Beams of a prompt that is done get the score 0, as in transformers.
         continued = running.extend(
             parents, next_tokens, jnp.where(done, 0, take(values, going_on)), rows, state.cur_len, step
         )
 
+        # As in beam search, only the first `group_size` candidates may finish.
         finishes = ends & (jnp.arange(self.num_candidates) < size)[None] & ~done
         finished = group.finished.beside(self._scored(candidates, finishes, step + 1)).best(size)
+        # Candidates and finished beams are sorted: the best candidate cannot beat the worst finished beam.
         best = values[:, 0] / self._new_tokens(state).astype(jnp.float32) ** self.length_penalty
         hopeless = finished.scores[:, -1] >= best
         is_done = group.done | (finished.finished.all(axis=1) & (self.stop_when_full | hopeless))

@@ -123,6 +123,7 @@ def _prefill(
     `cache_slots`, or to the most that the strategy can need. Its rows are repeated or branch only after the pass, so
     that several sequences of one prompt share it.
     """
+    # The token buffer has S columns: P of the prompt in its bucket, the rest for new tokens.
     strategy, new_tokens = call.strategy, call.slots - call.prompt.input_ids.shape[1]
     logits, cache, computed = _read(model, call, _needed(intermediates, strategy))
     logits, scores, guided = _guided(strategy, call.guidance_scale, logits, computed)
@@ -189,7 +190,7 @@ def _advance(
     model: Model, state: DecodeState, strategy: Strategy, n_steps: jax.Array, intermediates: tuple[str, ...] = ()
 ) -> DecodeState:
     """Chooses up to `n_steps` (traced) more tokens per row; stops early once every row is finished."""
-    end = state.steps + n_steps
+    end = state.steps + n_steps  # `steps` counts over all chunks
 
     def unfinished(state: DecodeState) -> jax.Array:
         return (state.steps < end) & strategy.unfinished(state.inner)
@@ -199,6 +200,7 @@ def _advance(
         logits, cache, computed = _extend(
             model, state.cache, state.inner.tokens, scale, _needed(intermediates, strategy)
         )
+        # Entry 0 is of the first step after the prompt, whose own intermediates are kept apart.
         write = functools.partial(lax.dynamic_update_index_in_dim, index=state.steps, axis=0)
         buffers = jax.tree.map(write, state.step_intermediates, {name: computed[name] for name in intermediates})
         inner = strategy.step(*_guided(strategy, scale, logits, computed), state.inner)
@@ -223,6 +225,7 @@ def _extend(
     Returns:
         Logits, the cache, a `BranchedCache` if `cache` is one, and intermediates.
     """
+    # One column for each branch: [N, 1], or [N, C].
     columns = _for_both_halves(tokens, guidance_scale).reshape(-1, cache.branches)
     return model.extend(cache, columns, jnp.ones_like(columns, bool), None, intermediates)
 
@@ -287,6 +290,7 @@ def prefill(
     return state, _progress(call.strategy, state)
 
 
+# Donated, so that XLA writes the cache and the buffers in place.
 @functools.partial(jax.jit, static_argnums=4, donate_argnums=1)
 def advance(
     model: Model, state: DecodeState, strategy: Strategy, n_steps: jax.Array, intermediates: tuple[str, ...] = ()

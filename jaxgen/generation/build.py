@@ -150,6 +150,7 @@ def _fitted(config: DecodeConfig, inputs: Inputs) -> DecodeConfig:
         "Passing `{}` with `inputs_embeds` and without `input_ids` to `generate` will apply {} only to newly generated "
         "tokens, not to the prompt."
     )
+    # The value that switches each rule off, and what transformers says if it is on.
     cautions = [
         ("encoder_repetition_penalty", 1.0, needs_text, ""),
         ("encoder_no_repeat_ngram_size", 0, needs_text, ""),
@@ -162,6 +163,7 @@ def _fitted(config: DecodeConfig, inputs: Inputs) -> DecodeConfig:
     for name, off, message, what in cautions:
         if getattr(config.merged, name) not in (None, off):
             warn_caller(message.format(name, what))
+    # These two read the prompt's tokens, which embeddings do not have.
     merged = copy.copy(config.merged)
     merged.encoder_repetition_penalty = merged.encoder_no_repeat_ngram_size = None
     # With embeddings and without ids, `input_ids` starts empty, and lengths count from there.

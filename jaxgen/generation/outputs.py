@@ -139,6 +139,7 @@ def compute_transition_scores(
             f"`scores` has shape {scores.shape} and `sequences` {sequences.shape}, but they must be [steps, rows, "
             "vocabulary] and [rows, columns]. Pass those of one call of `generate`."
         )
+    # Without beams every token of text n was chosen from row n.
     if beam_indices is None:
         beam_indices = np.broadcast_to(np.arange(scores.shape[1])[:, None], (scores.shape[1], len(scores)))
     beam_indices = np.asarray(beam_indices)

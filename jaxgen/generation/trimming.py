@@ -78,7 +78,7 @@ def _intermediates(
     rows, texts = prepared.rows * prepared.call.strategy.copies, mode.sequences_per_prompt
     num_new, prefill = prepared.inputs.num_new, prepared.call.prefill
     if prefill is not None and prefill.chunk is not None:
-        num_new = (num_new - 1) % prefill.chunk + 1
+        num_new = (num_new - 1) % prefill.chunk + 1  # of the last chunk
     attended = mode.attended_steps(fetched, rows, steps - 1) if name == "attentions" else []
 
     def prompt(array: np.ndarray) -> np.ndarray:
@@ -88,6 +88,7 @@ def _intermediates(
 
     def step(array: np.ndarray, step: int) -> np.ndarray:
         """[N, C, D] -> [N * C, 1, D], or [N, Q, C, S] -> [N * C, Q, 1, slots], for the branches that are texts."""
+        # Branches are the last axis but one: columns of hidden states, queries of attention.
         array = array[:rows]
         if (branches := mode.branches_of_step(fetched, rows, step)) is not None:
             index = branches.reshape(rows, *[1] * (array.ndim - 3), -1, 1)

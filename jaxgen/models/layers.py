@@ -114,6 +114,7 @@ def unfuse(x: jax.Array, sizes: tuple[int, ...], shards: int, axis: int) -> list
     borders = list(itertools.accumulate(shares))[:-1]
     if shards == 1:
         return jnp.split(x, borders, axis)
+    # The axis becomes [shards, size of a shard]; each shard is split, and the shards of a part are joined.
     by_shard = x.reshape(*x.shape[:axis], shards, -1, *x.shape[axis + 1 :])
     return [
         part.reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :]) for part in jnp.split(by_shard, borders, axis=axis + 1)
@@ -161,8 +162,9 @@ def _attend_at_once(
 ) -> tuple[jax.Array, Callable[[], jax.Array]]:
     """As `attend`, for all columns at once."""
     *batch, slots, head_dim = keys.shape
+    # m is G * T rows: [N, K, G, T, H] -> [N, K, G * T, H], and N and K are missing wherever they are in `keys`.
     scores = _grouped("...mh,...sh->...ms", queries.reshape(*batch, -1, head_dim), keys)
-    allowed = mask[:, None, None]
+    allowed = mask[:, None, None]  # [N, 1, 1, T, S]
     scores = jnp.where(allowed, scores.reshape(*queries.shape[:-1], slots) * head_dim**-0.5, -jnp.inf)
     # Finite even where no slot is allowed: -inf minus -inf would be NaN.
     highest = jnp.maximum(scores.max(axis=-1, keepdims=True), jnp.finfo(jnp.float32).min)

@@ -160,6 +160,7 @@ class LlamaConfig:
         heads = settings["num_attention_heads"]
         settings["num_key_value_heads"] = settings["num_key_value_heads"] or heads
         settings["head_dim"] = settings["head_dim"] or settings["hidden_size"] // heads
+        # A Llama has one flag for all four projections; other families fix this one.
         settings.setdefault("o_proj_bias", settings["attention_bias"])
         settings["sliding_window"], settings["layer_types"] = _windows(settings)
         settings["rope"] = rope.from_config(values, settings["head_dim"])
@@ -245,6 +246,7 @@ def _windows(settings: Mapping[str, Any]) -> tuple[int | None, tuple[str, ...]]:
     layers, kinds = settings["num_hidden_layers"], settings.get("layer_types")
     window = settings.get("sliding_window") if settings.get("use_sliding_window", True) else None
     if kinds is None:
+        # In Qwen2 the first `max_window_layers` layers are full; in Mistral, without this key, none is.
         full = layers if window is None else settings.get("max_window_layers", 0)
         kinds = [FULL if layer < full else SLIDING for layer in range(layers)]
     if not isinstance(kinds, list | tuple) or any(kind not in (FULL, SLIDING) for kind in kinds):
@@ -461,6 +463,7 @@ class Llama(nnx.Module):
     ) -> tuple[jax.Array, KVCache, Intermediates]:
         """See `base.Model.extend`. The head runs only on the last column, or on the last column of each branch."""
         hidden, cache, computed = self._hidden_states(cache, input_ids, attention_mask, position_ids, intermediates)
+        # Branches are columns, so the last C columns are the last column of each branch.
         last = hidden[:, -cache.branches :].reshape(-1, hidden.shape[-1])
         return self._logits(last), cache, computed
 
@@ -477,6 +480,7 @@ class Llama(nnx.Module):
         if self.mesh is not None:
             x = lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(rows_axis(self.mesh, len(x)))))
         cache, positions, mask = cache.extend(attention_mask, position_ids)
+        # One mask for each kind of layer, and not for each layer.
         masks = {FULL: mask}
         if (window := self.config.sliding_window) is not None:
             masks[SLIDING] = cache.within(window, mask)

@@ -40,6 +40,7 @@ def cos_sin(rope: Rope, positions: jax.Array, dtype: jax.typing.DTypeLike) -> tu
     """
     # `positions.max() + 1`: types that depend on the length use the longest row's frequencies for the whole batch.
     angles = positions[..., None].astype(jnp.float32) * rope.inverse_frequencies(positions.max() + 1)[None, None]
+    # [N, T, H / 2] twice: dimensions i and i + H / 2 turn by the same angle.
     angles = jnp.concatenate([angles, angles], axis=-1)
     scaling = rope.attention_scaling()
     return (jnp.cos(angles) * scaling).astype(dtype), (jnp.sin(angles) * scaling).astype(dtype)
@@ -48,6 +49,7 @@ def cos_sin(rope: Rope, positions: jax.Array, dtype: jax.typing.DTypeLike) -> tu
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Rotates [..., H] by angles [..., H]. Dimensions i and i + H/2 are a pair, as in Hugging Face checkpoints."""
     wide, cos, sin = (each.astype(jnp.float32) for each in (x, cos, sin))
+    # (x, y) -> (x cos - y sin, y cos + x sin)
     first, second = jnp.split(wide, 2, axis=-1)
     return (wide * cos + jnp.concatenate([-second, first], axis=-1) * sin).astype(x.dtype)
 
@@ -133,6 +135,7 @@ class Yarn:
     def attention_scaling(self) -> float:
         if self.attention_factor is not None:
             return self.attention_factor
+        # DeepSeek's two keys; for all others the paper's formula.
         if self.mscale and self.mscale_all_dim:
             return self._mscale(self.mscale) / self._mscale(self.mscale_all_dim)
         return self._mscale(1)
@@ -300,6 +303,7 @@ def _from_parameters(raw: Mapping[str, Any], name: str, parameters: object, head
         ValueError: if a key is missing, is not valid, or has another value at the top level.
     """
     rope_type, given = _type_and_values(name, parameters)
+    # Without its own key, the original context is the whole context.
     longest = raw["max_position_embeddings"]
     original = given.get("original_max_position_embeddings", raw.get("original_max_position_embeddings")) or longest
     values = given | {
@@ -309,6 +313,7 @@ def _from_parameters(raw: Mapping[str, Any], name: str, parameters: object, head
         "original_max_position_embeddings": original,
     }
     for key in ("rope_theta", "original_max_position_embeddings"):
+        # A key may stand at the top level, beside the parameters, or in both places with one value.
         if (raw.get(key) or values[key]) != values[key]:
             raise ValueError(
                 f"config.json has `{key}`={raw[key]!r} beside `{name}` with {values[key]!r}. Remove the wrong one."
@@ -322,6 +327,7 @@ def _from_parameters(raw: Mapping[str, Any], name: str, parameters: object, head
 
 def _checked(key: str, value: Any, head_dim: int) -> Any:
     """The value of a rotary parameter: a positive number, a flag, or one positive number per pair of dimensions."""
+    # The only flag. JSON tells true from 1, and so does `type` below.
     if key == "truncate" and isinstance(value, bool):
         return value
     numbers = value if isinstance(value, list | tuple) else [value]

@@ -90,6 +90,7 @@ class SequenceBias(LogitsProcessor):
         last = np.full(count, vocab_size, np.int32)
         biases = np.zeros(count, np.float32)
         for row, (sequence, bias) in enumerate(longer.items()):
+            # Right-aligned: its last token but one is in the last column.
             prefixes[row, columns + 1 - len(sequence) :] = sequence[:-1]
             last[row], biases[row] = sequence[-1], bias
         return cls(single, prefixes, last, biases)
@@ -100,6 +101,7 @@ class SequenceBias(LogitsProcessor):
             # The last columns of the row, as many as a prefix has. Before column 0 there is -2, which only -1 matches.
             columns = cur_len - self.prefixes.shape[1] + jnp.arange(self.prefixes.shape[1])
             recent = jnp.where(columns[None] >= 0, jnp.take(input_ids, columns, axis=1, mode="clip"), -2)
+            # [N, 1, tokens] against [1, sequences, tokens].
             prefixes = self.prefixes[None]
             matches = ((prefixes == -1) | (recent[:, None] == prefixes)).all(axis=-1)
             bias = bias.at[:, self.last].add(jnp.where(matches, self.biases[None], 0), mode="drop")
@@ -123,6 +125,7 @@ class RepetitionPenalty(LogitsProcessor[jax.Array]):
     def init(self, prompt: Prompt, vocab_size: int) -> jax.Array:
         columns = prompt.input_ids.shape[1]
         mask = prompt.attention_mask
+        # The first attended column of each row; in a row without one, the first column of the caller's prompt.
         first = jnp.where(mask.any(axis=1), jnp.argmax(mask, axis=1), columns - prompt.length)
         return _seen(prompt, first[:, None], vocab_size)
 
@@ -131,6 +134,7 @@ class RepetitionPenalty(LogitsProcessor[jax.Array]):
     ) -> tuple[jax.Array, jax.Array]:
         # A prompt of embeddings alone has no tokens, so `cur_len` is 0 in the first step and nothing is marked.
         last = jnp.where(cur_len > 0, input_ids[:, cur_len - 1], scores.shape[1])
+        # The rows of a step differ from the last step's in one token only.
         state = state.at[jnp.arange(len(scores)), last].set(True, mode="drop")
         return _penalise(scores, state, self.penalty), state
 
@@ -164,6 +168,7 @@ def _seen(prompt: Prompt, first: jax.Array, vocab_size: int) -> jax.Array:
 
 
 def _penalise(scores: jax.Array, mask: jax.Array, penalty: jax.Array) -> jax.Array:
+    # Dividing a negative score would raise it.
     return jnp.where(mask, jnp.where(scores < 0, scores * penalty, scores / penalty), scores)
 
 
@@ -371,7 +376,7 @@ class TopH(Warper):
         # and the comparison drops them.
         entropy = -jnp.sum(p * jnp.maximum(log_p, jnp.finfo(jnp.float32).min), axis=1, keepdims=True)
         kept = (jnp.cumsum(-p * log_p, axis=1) <= entropy * self.top_h) & (p > 0)
-        kept = kept.at[:, 0].set(True)
+        kept = kept.at[:, 0].set(True)  # the most likely token
         values = jnp.where(kept, highest, -jnp.inf)
         return jnp.full_like(scores, -jnp.inf).at[jnp.arange(len(scores))[:, None], columns].set(values)
 
@@ -389,6 +394,7 @@ class TopK(Warper):
 
     def warp(self, scores: jax.Array) -> jax.Array:
         def keep_highest(scores: jax.Array) -> jax.Array:
+            # The highest x that at least k scores reach: the k-th highest score.
             bits = _ordered_bits(scores)
             lowest = _bisect(lambda x: (bits >= x).sum(axis=1, keepdims=True) >= self.top_k, len(scores))
             return jnp.where(bits < lowest, -jnp.inf, scores)
@@ -449,6 +455,7 @@ class TopP(Warper):
 
 def _cumulative_by_pairs(scores: jax.Array, columns: jax.Array, p: jax.Array, below: jax.Array) -> jax.Array:
     """float [N, W]: the probability of each token and all lower ones, plus `below`, by comparing all pairs."""
+    # [N, W, W], so only for a few candidates.
     this, other = scores[:, :, None], scores[:, None, :]
     lower = (other < this) | ((other == this) & (columns[:, None, :] <= columns[:, :, None]))
     return below + jnp.where(lower, p[:, None, :], 0).sum(axis=2)
@@ -467,6 +474,7 @@ def _cumulative_at_border(scores: jax.Array, p: jax.Array, below: jax.Array, lim
     # The lowest score with a sum over the limit; or the highest score, if rounding keeps all sums below the limit.
     border = jnp.minimum(_bisect(lambda x: mass_below(x) <= limit, len(scores)), bits.max(axis=1, keepdims=True))
     equal = bits == border
+    # Of equal scores, each column adds its own probability to those before it.
     at_border = mass_below(border) + jnp.cumsum(equal, axis=1).astype(p.dtype) * p
     return jnp.where(equal, at_border, jnp.where(bits > border, jnp.inf, 0))
 
@@ -530,6 +538,7 @@ class Typical(Warper):
         distance = jnp.abs(-log_p - entropy)
         order = jnp.argsort(distance, axis=1)
         mass = jnp.cumsum(jnp.take_along_axis(p, order, axis=1), axis=1)
+        # The index in `order` where the sum reaches `typical_p`; rounding may keep the whole sum below it.
         last = jnp.minimum((mass < self.typical_p).sum(axis=1, keepdims=True), scores.shape[1] - 1)
         farthest = jnp.take_along_axis(distance, jnp.take_along_axis(order, last, axis=1), axis=1)
         # `farthest` is the distance of the last token needed to reach `typical_p`. The closest tokens are always kept,

@@ -85,6 +85,7 @@ class StopStrings:
     def _build(cls, strings: Sequence[str], tokenizer: Tokenizer, vocab_size: int) -> "StopStrings":
         vocabulary = _vocabulary(tokenizer)
         decoded = vocabulary.decoded
+        # Texts and strings are compared character by character, or byte by byte.
         wanted = [_as_characters(string.encode()) if vocabulary.in_bytes else string for string in strings]
         rows = max(vocab_size, max(decoded, default=0) + 1)
         lengths = np.full(rows + 1, _PADDING, np.int32)
@@ -144,6 +145,7 @@ def _matches(decoded: Mapping[int, str], string: str) -> tuple[Numbers, Numbers]
     """
     overlaps: Numbers = {}
     places: Numbers = {}
+    # Most tokens of a large vocabulary share no end with the string, and are ruled out by a look at their ends.
     characters, size = set(string), len(string)
     for token, text in decoded.items():
         if not text or not (text[0] in characters or text[-1] in characters or string in text):

@@ -21,11 +21,11 @@ from jax import lax
 from jaxgen.base import LogitsProcessor, Prompt
 from jaxgen.pytree import Bool, Float32, Int32, UInt32, pytree
 
-Wide = tuple[jax.Array, jax.Array]
+Wide = tuple[jax.Array, jax.Array]  # the high and the low words of 64-bit integers
 
-TABLE_SIZE = 1_000_003
-CANDIDATES = 40
-MULTIPLIER = 6364136223846793005
+TABLE_SIZE = 1_000_003  # of selfhash's permutation, a prime
+CANDIDATES = 40  # of selfhash, as in transformers
+MULTIPLIER = 6364136223846793005  # of the linear congruential generator that SynthID-Text hashes with
 
 
 @pytree
@@ -199,6 +199,7 @@ class SynthIDWatermark(LogitsProcessor[SynthIDState]):
             scores = jnp.ones_like(scores)
 
         context_hash = self._context_hash(context)
+        # [N, 1] against the history, [N, context_history_size].
         high, low = (word[:, None] for word in context_hash)
         repeated = ((state.history[0] == high) & (state.history[1] == low)).any(axis=1, keepdims=True)
         watermarked = jnp.where(repeated, scores, self._tournament(scores, context_hash[1]))
@@ -219,6 +220,7 @@ class SynthIDWatermark(LogitsProcessor[SynthIDState]):
 
     def _context_hash(self, context: jax.Array) -> Wide:
         """uint32 [N] twice, high and low words: value = (value + token) * MULTIPLIER + 1 for each token."""
+        # The hash of no tokens is 1, as in transformers.
         value = jnp.zeros(len(context), jnp.uint32), jnp.ones(len(context), jnp.uint32)
         multiplier = jnp.uint32(MULTIPLIER >> 32), jnp.uint32(MULTIPLIER & 0xFFFFFFFF)
         one = jnp.uint32(1)
@@ -230,11 +232,13 @@ class SynthIDWatermark(LogitsProcessor[SynthIDState]):
         """float32 [N, V] log-probabilities, given the low words of the context's hash, uint32 [N]."""
         multiplier = jnp.uint32(MULTIPLIER & 0xFFFFFFFF)
         tokens = jnp.arange(scores.shape[1], dtype=jnp.uint32)[None]
+        # Only low bits index the table, so the low words are enough.
         token_hash = (context_hash[:, None] + tokens) * multiplier + 1
 
         def play(probabilities: jax.Array, key: jax.Array) -> tuple[jax.Array, None]:
             index = ((token_hash + key) * multiplier + 1) % np.uint32(len(self.sampling_table))
             g = self.sampling_table[index].astype(jnp.float32)
+            # Of the probability of tokens with bit 0, a share of `mass` moves to the tokens with bit 1.
             mass = (g * probabilities).sum(axis=1, keepdims=True)
             return probabilities * (1 + g - mass), None
 
@@ -285,6 +289,7 @@ def _first_of_shuffle(words: jax.Array, vocab_size: int) -> jax.Array:
         """Replaces each move to the place of a step by the move from there. In the end none leads to such a place."""
         return jnp.where(moves < size, _take(moves, jnp.minimum(moves, size - 1)), moves)
 
+    # Each round doubles the moves that are followed, so a chain of n steps takes log2(n) rounds.
     moves = lax.while_loop(lambda moves: (moves < size).any(), follow, moves)
     targeted = last_step >= 0
     return jnp.concatenate([targeted[:, :size] | (moves == settled), targeted[:, size:]], axis=1)
@@ -310,6 +315,7 @@ def _mersenne_twister(seeds: jax.Array, count: int) -> jax.Array:
     _, words = lax.scan(initialize, seeds, jnp.arange(1, 624, dtype=jnp.uint32))
     _, words = lax.scan(twist, jnp.concatenate([seeds[None], words]), length=-(-count // 227))
     words = words.reshape(-1, len(seeds))[:count]
+    # Tempering, the last part of MT19937.
     words ^= words >> 11
     words ^= (words << 7) & np.uint32(0x9D2C5680)
     words ^= (words << 15) & np.uint32(0xEFC60000)
@@ -335,6 +341,7 @@ def _multiply(a: Wide, b: Wide) -> Wide:
 
 def _minimum(value: Wide) -> Wide:
     """The minimum over the last axis, as signed 64-bit numbers."""
+    # The high words decide, with their sign; the low words, without sign, only among equal high words.
     high = lax.bitcast_convert_type(value[0], jnp.int32)
     least = high.min(axis=-1, keepdims=True)
     low = jnp.where(high == least, value[1], np.uint32(0xFFFFFFFF)).min(axis=-1)

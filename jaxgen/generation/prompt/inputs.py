@@ -93,6 +93,7 @@ def checked_inputs(
     if isinstance(past, lazy.torch_class("Cache")):
         past = PastKeyValues.from_transformers(model, past)
     embeddings = _embeddings(model_inputs.get("inputs_embeds"), model.hidden_size)
+    # With embeddings, ids may be missing or empty: there is no text then, P = 0.
     if embeddings is not None and (given is None or np.shape(given)[1:] == (0,)):
         input_ids = np.zeros((len(embeddings) if given is None else np.shape(given)[0], 0), np.int32)
     else:
@@ -113,6 +114,7 @@ def checked_inputs(
         mask = _mask("attention_mask", mask, shape)
     warn_about_padding(input_ids, mask, config, embeddings is not None)
     if mask is None:
+        # The mask of other columns cannot be inferred from these ids.
         if columns not in (0, shape[1]):
             raise ValueError(
                 f"`inputs_embeds` has {shape[1]} columns, but `input_ids` has {columns}. Pass the `attention_mask` of "
@@ -131,6 +133,7 @@ def checked_inputs(
     text_mask = np.ones((rows, columns), bool)
     if embeddings is None or columns == mask.shape[1]:  # the ids are the last P of the L tokens
         text_mask = mask[:, -columns:]
+    # With a cache, embeddings may be of the whole text or of its new tokens; only the new ones are read.
     embeddings = None if embeddings is None else embeddings[:, -num_new:]
     return Inputs(input_ids, text_mask, mask, num_new, positions, embeddings, past)
 
@@ -187,6 +190,7 @@ def _positions(given: "ArrayLike | None", rows: int, num_new: int) -> np.ndarray
     positions = _array("position_ids", given)
     if not np.issubdtype(positions.dtype, np.integer):
         raise ValueError(f"`position_ids` has dtype {positions.dtype}, but must hold integers.")
+    # Sums of positions and counts stay below 2**31.
     if (outside := (positions >= 2**30) | (positions < -(2**30))).any():
         raise ValueError(f"`position_ids` holds {positions[outside][0]}, but may hold -2**30 to 2**30 - 1.")
     if positions.shape[0] not in (1, rows) or positions.shape[1] < num_new:
@@ -209,6 +213,7 @@ def _token_ids(name: str, given: "ArrayLike", vocab_size: int) -> np.ndarray:
         raise ValueError(f"`{name}` has shape {ids.shape}, but every prompt needs at least one token.")
     if not np.issubdtype(ids.dtype, np.integer):
         raise ValueError(f"`{name}` has dtype {ids.dtype}, but token ids are integers. Tokenise the text first.")
+    # JAX would clamp an id outside of the vocabulary, where torch raises.
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= vocab_size:
         raise ValueError(
@@ -223,7 +228,7 @@ def _mask_array(name: str, given: "ArrayLike | None") -> np.ndarray | None:
     if given is None:
         return None
     array = _rectangular(name, given)
-    if array.ndim > 2:
+    if array.ndim > 2:  # the message of transformers
         raise ValueError(f"`{name}` passed to `generate` must be 2D, but has {array.ndim} dimensions.")
     return _array(name, array)
 
@@ -261,6 +266,7 @@ def _array(name: str, given: "ArrayLike") -> np.ndarray:
 
 
 def _refuse_text(name: str, given: object) -> None:
+    # The first element, however deep: a list of texts has the same mistake as a text.
     first = given
     while isinstance(first, (list, tuple)) and first:
         first = first[0]
@@ -299,6 +305,7 @@ def warn_about_padding(input_ids: np.ndarray, mask: np.ndarray | None, config: D
             "is same as eos token. As a consequence, you may observe unexpected behavior. Please pass your input's "
             "`attention_mask` to obtain reliable results."
         )
+    # The last column decides, as in transformers: padding there is on the right.
     if mask is not None and mask.shape == input_ids.shape:
         last = ~mask[:, -1]
     else:

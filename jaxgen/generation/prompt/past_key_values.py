@@ -49,12 +49,14 @@ class PastKeyValues(Sequence[Layer]):
             jax.eval_shape(lambda cache, layer=layer: cache.layer(layer), empty) for layer in range(empty.num_layers)
         ]
         for number, (layer, length) in enumerate(zip(layers, lengths, strict=True)):
+            # A sliding layer of transformers keeps only its window.
             held = layer.keys.shape[2]
             if held < length:
                 raise ValueError(
                     f"`cache` holds {held} of {length} tokens in layer {number}, a {type(layer).__name__}, and jaxgen "
                     "needs them all. Pass the whole text without a cache."
                 )
+        # A static cache of transformers has more slots than tokens.
         pairs = [(layer.keys[:, :, :columns], layer.values[:, :, :columns]) for layer in layers]
 
         def kind(array: Any) -> tuple[tuple[int, ...], str]:
@@ -137,6 +139,7 @@ class PastKeyValues(Sequence[Layer]):
             np.pad(mask, (below, after)),
             np.int32(length),
         )
+        # Compared as shapes, before anything is computed.
         expected = jax.eval_shape(lambda: model.make_cache(rows, slots))
         if jax.eval_shape(_select, self._cache, *arguments) != expected:
             raise ValueError(_ANOTHER_MODEL)
