@@ -23,7 +23,7 @@ class Piece:
 
     Attributes:
         tensor: where the values come from.
-        dtype: that they are written in.
+        dtype: of the values in the file.
         offset: bytes from the start of the file.
     """
 

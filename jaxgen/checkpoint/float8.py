@@ -105,8 +105,8 @@ def dequantised(tensors: Mapping[str, Tensor], raw: Json, embedding: np.dtype | 
             result[name] = tensor
     if all(result.get(name) is tensor for name, tensor in tensors.items()):
         raise CheckpointError(
-            f"config.json has `{KEYS[0]}`={quantization!r}, but no tensor is an 8-bit float. Remove it if "
-            "these are the unquantised weights."
+            f"config.json has `{KEYS[0]}`={quantization!r}, but no tensor is an 8-bit float. If these are "
+            "the unquantised weights, remove that key."
         )
     if scales:  # each was removed when its weight was found
         raise CheckpointError(f"`{min(scales)}` has a scale, but is not an 8-bit float. {_HOW_TO_GO_ON}")

@@ -47,14 +47,15 @@ class DecodeState:
         cache: of the model's rows.
         inner: the state of the strategy.
         steps: int32 []. Forward passes since the prompt's.
-        guidance_scale: float32 [], or None. With guidance the model's batch has two halves, and every token is in both:
+        guidance_scale: float32 [], or None. With guidance the model has 2N rows: each row with its prompt, and again
+            with its negative prompt. Both get the same new tokens:
 
             ```
             model's row     0      1      2       3                4                5
                             row 0  row 1  row 2   row 0, negative  row 1, negative  row 2, negative
             ```
 
-            The strategy sees the upper half, with guided scores.
+            The strategy has only the first N rows, with guided scores.
         prompt_intermediates: of the prompt's forward pass, as `Model.extend` returns them.
         step_intermediates: of the later forward passes, in buffers with a leading axis of steps.
     """

@@ -123,8 +123,8 @@ def _whole_texts(per_step: PerStep, lineages: Sequence[np.ndarray]) -> PerStep:
 
     Args:
         per_step: the new tokens of each step, per layer [N, T, D] or [N, Q, T, S].
-        lineages: with beams, for each step after the prompt, int [step, N]: the rows that its rows descend from,
-            at each step so far.
+        lineages: with beams, for each step after the prompt, int [step, N]: the ancestor of each of its rows, at each
+            step so far.
     """
     layers, steps = len(per_step[0]), len(per_step)
 

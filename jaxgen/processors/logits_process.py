@@ -462,9 +462,9 @@ def _cumulative_by_pairs(scores: jax.Array, columns: jax.Array, p: jax.Array, be
 
 
 def _cumulative_at_border(scores: jax.Array, p: jax.Array, below: jax.Array, limit: jax.Array) -> jax.Array:
-    """As `_cumulative_by_pairs` for the tokens at the border, the score where the sum passes `limit`.
+    """As `_cumulative_by_pairs`, but exact only for tokens with the score at which the sum passes `limit`.
 
-    Tokens with lower scores get 0, tokens with higher scores infinity.
+    It is enough to compare the result with `limit`: tokens with lower scores get 0, those with higher scores infinity.
     """
     bits = _ordered_bits(scores)
 

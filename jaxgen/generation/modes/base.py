@@ -28,7 +28,7 @@ class Parts:
         key: see `Sample.key`; None unless `do_sample`.
         vocab_size: V.
         recorded: names of the arrays to record at every step, see `Mode.recorded`.
-        has_eos: whether any id ends a text, whether the configuration or a criterion of the caller says so.
+        has_eos: whether any token id ends a text, by the configuration or by a criterion of the caller.
     """
 
     eos: EosToken
@@ -71,7 +71,7 @@ class Mode:
 
     @classmethod
     def unheeded(cls, fields: "GenerationConfig") -> dict[str, object]:
-        """The mode's own fields that transformers ignores given the other fields, with their values for off."""
+        """The mode's own fields that transformers ignores given the others, with the values that switch them off."""
         del fields
         return {}
 
@@ -133,7 +133,7 @@ class Mode:
         return outputs
 
     def text_slots(self, columns: int, new_tokens: int) -> int:
-        """S of the token buffer, for a prompt of `columns` columns in its bucket."""
+        """The columns of the token buffer, S: those of the prompt in its bucket, and room for the new tokens."""
         return bucket(columns + new_tokens)
 
     def pad_token_id(self, parts: Parts) -> Any:
@@ -173,7 +173,7 @@ class Mode:
         return np.broadcast_to(np.arange(steps), (rows, 1, steps))
 
     def attended_steps(self, fetched: Mapping[str, np.ndarray], rows: int, steps: int) -> list[np.ndarray]:
-        """For each step, int [rows, C, step + 1]: the slots that the texts attend, counted as above, newest last."""
+        """For each step, int [rows, C, step + 1]: the slots that the texts attend, counted as in `cached_steps`."""
         del fetched
         return [np.broadcast_to(np.arange(step + 1), (rows, 1, step + 1)) for step in range(steps)]
 
@@ -183,7 +183,7 @@ class Mode:
         return None
 
     def lineages(self, fetched: Mapping[str, np.ndarray], rows: int, steps: int) -> list[np.ndarray]:
-        """For each step after the prompt, int [step, rows]: the rows that its rows descend from, at each step so far.
+        """For each step after the prompt, int [step, rows]: the ancestor of each of its rows, at each step so far.
 
         Empty if every row descends from itself.
         """

@@ -55,7 +55,7 @@ class BeamsMode(Mode):
         if self.candidates_per_beam > parts.vocab_size:
             raise ValueError(
                 f"`eos_token_id` holds {len(self.config.eos_token_id)} ids, but a model with {parts.vocab_size} ids "
-                "needs another one to continue. Pass fewer."
+                "needs others too, for beams to continue with. Pass fewer."
             )
 
     def check_streamer(self) -> None:
@@ -123,7 +123,7 @@ class BeamsMode(Mode):
 
 
 def ancestors(parents: np.ndarray, steps: int) -> list[np.ndarray]:
-    """For each step after the prompt, int [B, C, step]: the beam that each beam descends from, at each step so far.
+    """For each step after the prompt, int [B, C, step]: the ancestor of each beam, at each step so far.
 
     Args:
         parents: int [steps, B, C]. The beam of the previous step that each beam continues.

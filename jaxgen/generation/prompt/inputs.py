@@ -207,7 +207,7 @@ def counted_positions(mask: np.ndarray) -> np.ndarray:
 
 
 def _token_ids(name: str, given: "ArrayLike", vocab_size: int) -> np.ndarray:
-    """int32 [B, P], all of them in the vocabulary."""
+    """Token ids as int32 [B, P]; raises a ValueError unless all of them are in the vocabulary."""
     ids = _array(name, given)
     if ids.size == 0:
         raise ValueError(f"`{name}` has shape {ids.shape}, but every prompt needs at least one token.")
@@ -234,7 +234,7 @@ def _mask_array(name: str, given: "ArrayLike | None") -> np.ndarray | None:
 
 
 def _mask(name: str, mask: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """bool, of a shape, with at most a warning about rows that are all masked."""
+    """The mask as bool; raises a ValueError unless it has this shape. A row that is all masked is only warned about."""
     if mask.shape != shape:
         raise ValueError(f"`{name}` has shape {mask.shape}, but its ids have {shape}. They must be equal.")
     if not np.isin(mask, (0, 1)).all():

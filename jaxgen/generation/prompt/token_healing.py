@@ -115,6 +115,6 @@ def heal(
 
 
 def _as_token(text: str, tokenizer: "PreTrainedTokenizerBase") -> str:
-    """The text as it is spelled in tokens, where another character may stand for a space."""
+    """The text as the tokenizer spells it in tokens, for example with "Ġ" for each space."""
     space = tokenizer.convert_tokens_to_ids(" ")
     return text if space is None else text.replace(" ", tokenizer.convert_ids_to_tokens(space)[0])

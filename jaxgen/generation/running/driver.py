@@ -84,10 +84,10 @@ class CacheSize:
 def cache_sizes(model: Model, prepared: PreparedCall, weights: int) -> Generator[CacheSize]:
     """The sizes that the cache of a call grows through: powers of two up to 2048 slots, buckets beyond.
 
-    Every step reads the whole cache, so capacity is at most 2x the slots in use, and beyond 2048 at most 1.5x. Two
-    exceptions: slots that take few bytes compared to the weights, and a last size of up to 1.5x the size that it makes
-    unnecessary. Each size costs a compile, which takes a long text to pay for itself: 3072 slots instead of 4096 save
-    6 ms of each of a thousand steps (135M on a CPU, batch 1).
+    Every step reads the whole cache, so a size is at most 2x the slots in use, and beyond 2048 at most 1.5x. Two
+    exceptions: as many slots as take few bytes compared to the weights are there from the start, and the last size may
+    be 1.5x as large as needed if that saves one more size. Each size costs a compile, which takes a long text to pay
+    for itself: 3072 slots instead of 4096 save 6 ms of each of a thousand steps (135M on a CPU, batch 1).
     """
     if prepared.reserved:  # doubles when full, so that a conversation has few sizes
         size, used = prepared.reserved, int(prepared.token_slots[-1]) + 1
@@ -172,7 +172,7 @@ def drive(model: Model, prepared: PreparedCall, schedule: ChunkSchedule) -> Chun
 
 
 def _stopped(model: Model, prepared: PreparedCall, state: DecodeState, read: Progress) -> DecodeState:
-    """The state of a call that ends early. Beams run one more step, at whose length all candidates end."""
+    """The state of a call that ends early. Beams take one last step, in which a lower `max_length` finishes all."""
     if read.text is not None:
         return state
     strategy: Any = prepared.call.strategy
