@@ -193,14 +193,14 @@ def _original_files(source: Source, tensors: Mapping[str, Tensor], origin: Json)
         if origin["index"] is not None and parse_json(origin["index"])["weight_map"] != owners:
             raise ValueError("its index and its headers disagree")
         if remaining or (origin["index"] is None and [*origin["headers"]] != [SINGLE_FILE]):
-            raise ValueError(f"nothing about {listed(sorted(remaining))}")
+            raise ValueError(f"it says nothing about {listed(sorted(remaining))}")
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{folder / MANIFEST} is damaged: {error!r}. Convert the original again.") from error
     return files
 
 
 def _name_in(tensors: Mapping[str, Tensor], name: str, prefix: str) -> str:
-    """The name that loading gave to a tensor, with or without the prefix; see `checkpoint.source`."""
+    """The name of a tensor after loading, which may have added or removed the prefix; see `checkpoint.source`."""
     names = (name, name.removeprefix(prefix), prefix + name)
     return next((known for known in names if known in tensors), name)
 

@@ -195,7 +195,7 @@ def check_target(target: Path, overwrite: bool) -> None:
     """Checks that a destination may be written.
 
     Raises:
-        CheckpointError: if it exists and is not an empty folder, nor, with `overwrite`, a checkpoint.
+        CheckpointError: if it exists, unless it is an empty folder or, with `overwrite`, a checkpoint.
     """
     if target.is_symlink():
         raise CheckpointError(f"{target} is a link. Pass the path that it leads to.")

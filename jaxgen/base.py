@@ -225,9 +225,9 @@ class Cache(Protocol):
         ...
 
     def skip(self, columns: jax.Array) -> Self:
-        """The same cache, for a forward pass whose first int32 [] columns are bucket padding and not part of the text.
+        """The same cache, before a forward pass that begins with int32 [] `columns` columns of bucket padding.
 
-        The loop calls it before `Model.extend`, so that distances between columns do not count this padding.
+        The loop calls it before `Model.extend`, so that distances between columns of the text do not count padding.
         """
         ...
 
@@ -416,7 +416,7 @@ class StrategyState(Protocol):
 
     @property
     def cur_len(self) -> jax.Array:
-        """int32 []. The columns that the prompt and the tokens so far take."""
+        """int32 []. The length of the prompt and the tokens so far, in columns."""
         ...
 
 
@@ -444,12 +444,12 @@ class Strategy(Generic[State]):
 
     @property
     def copies(self) -> int:
-        """How often each row is repeated after the prompt's forward pass. Each copy gets its own rows of the cache."""
+        """How many copies of each row there are after the prompt's forward pass, each with its own row of the cache."""
         return 1
 
     @property
     def branches(self) -> int:
-        """C: how often each row branches after the prompt's forward pass. Branches share the rows of the cache."""
+        """C: how many branches each row has after the prompt's forward pass. They share its row of the cache."""
         return 1
 
     @property

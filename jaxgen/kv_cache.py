@@ -217,7 +217,7 @@ class KVCache:
             rows: int32 [M].
             slots: int32 [M, S]. The slots to gather from each of these rows, in their new order.
             valid: bool [M, S]. The new slots that later columns may attend: none from `length` on.
-            length: int32 []. The number of columns among them. The new slots after these are free, whatever they hold.
+            length: int32 []. How many of the new slots hold columns. The others are free, whatever they hold.
         """
 
         def select(array: jax.Array) -> jax.Array:
@@ -251,7 +251,7 @@ class KVCache:
         return len(self.layers)
 
     def with_layers(self, layers: tuple[tuple[jax.Array, jax.Array], ...]) -> Self:
-        """The same cache with other keys and values, each [N, K, S, H] with dimensions of size 1."""
+        """The same cache with other keys and values, each [N, K, S, H] even where N or K is 1."""
         shaped = tuple(
             (keys.reshape(old_keys.shape), values.reshape(old_values.shape))
             for (old_keys, old_values), (keys, values) in zip(self.layers, layers, strict=True)
@@ -259,7 +259,7 @@ class KVCache:
         return replace(self, layers=shaped)
 
     def layer(self, index: int) -> tuple[jax.Array, jax.Array]:
-        """One layer's keys and values, each [N, K, S, H] with dimensions of size 1."""
+        """One layer's keys and values, each [N, K, S, H] even where N or K is 1."""
         keys, values = self.layers[index]
         shape = (len(self.valid), -1, *keys.shape[-2:])
         return keys.reshape(shape), values.reshape(shape)

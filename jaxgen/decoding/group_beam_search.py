@@ -240,7 +240,7 @@ class GroupBeamSearch(Strategy[GroupState]):
         return _GroupStep(following, next_tokens, first + parents, scores, invalid & ~group.done)
 
     def _scored(self, beams: Beams, finished: jax.Array, new_tokens: jax.Array) -> Beams:
-        """The beams with the scores of finished beams, and -inf for beams that are not `finished`."""
+        """The beams with their scores as finished beams, or -inf where they are not `finished`."""
         scores = beams.scores / new_tokens.astype(jnp.float32) ** self.length_penalty
         return replace(beams, scores=jnp.where(finished, scores, -jnp.inf), finished=finished)
 

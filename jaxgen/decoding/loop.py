@@ -243,7 +243,7 @@ def _reordered(
 
 
 def _for_both_halves(array: jax.Array, guidance_scale: jax.Array | None) -> jax.Array:
-    """An array of N rows as one for the model's rows: the same, or with guidance twice, [2N, ...]."""
+    """An array [N, ...] for the rows of the model: unchanged, or with guidance twice, [2N, ...]."""
     return array if guidance_scale is None else jnp.concatenate([array, array])
 
 

@@ -64,7 +64,7 @@ class SampleState:
 @pytree
 @dataclass(frozen=True)
 class Sample(Strategy[SampleState]):
-    """Chooses one token per row: the most likely one, of equals the first, or with a `key` a sample.
+    """Chooses one token per row: the most likely one (of equals the first), or a sample if there is a `key`.
 
     Attributes:
         eos: finishes a row; see `EosToken`.

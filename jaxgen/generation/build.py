@@ -135,13 +135,13 @@ def _fitted(config: DecodeConfig, inputs: Inputs) -> DecodeConfig:
         steps = np.diff(inputs.position_ids, axis=1)
         if inputs.attention_mask.all() and (steps != 1).any():
             raise ValueError(
-                "`position_ids` that do not go up by one are packed texts to transformers if `use_cache` is False. "
-                "Leave out `use_cache`, or pass one text per row."
+                "with `use_cache`=False, transformers takes `position_ids` that do not go up by one for several texts "
+                "packed into a row, which jaxgen does not support. Leave out `use_cache`, or pass one text per row."
             )
     if not config.use_cache and config.intermediates and inputs.past is not None:
         raise ValueError(
             "`use_cache`=False asks for the attentions and hidden states of the whole text at every step, which does "
-            "not go with `cache`. Leave `use_cache` out: each column's are returned once."
+            "not go with `cache`. Leave `use_cache` out to get those of each column once."
         )
     if inputs.embeddings is None:
         return config

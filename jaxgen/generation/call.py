@@ -43,12 +43,12 @@ class PreparedCall:
 
     @property
     def rows(self) -> int:
-        """B."""
+        """The number of prompts, B."""
         return self.inputs.input_ids.shape[0]
 
     @property
     def prompt_length(self) -> int:
-        """P, as the caller counts it."""
+        """The number of columns of the caller's prompt, P."""
         return self.inputs.input_ids.shape[1]
 
     @property

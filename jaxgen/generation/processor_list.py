@@ -282,7 +282,7 @@ def _check_ids(name: str, sequences: Iterable[Iterable[object]], vocab_size: int
 def _min_lengths(
     config: DecodeConfig, eos: np.ndarray, prompt_length: int, max_length: int
 ) -> dict[str, LogitsProcessor | None]:
-    """Both processors for `min_new_tokens`, as in transformers, so that a custom one of either type replaces one."""
+    """`min_new_tokens` makes both, as in transformers, so that a custom processor of either class replaces one."""
     # Beyond 31 bits every length is too long, so a larger minimum has the same effect.
     min_length = config.min_length_for(prompt_length, max_length)
     min_new_tokens = config.min_new_tokens or 0

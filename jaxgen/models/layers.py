@@ -199,7 +199,7 @@ def _grouped(spec: str, rows: jax.Array, shared: jax.Array) -> jax.Array:
 
 
 class HostOnly:
-    """A static value of a model that does not affect its programs: all of them compare equal, so none recompiles."""
+    """A static value of a model that does not affect its programs: all compare equal, so a new one compiles nothing."""
 
     def __init__(self, value: object):
         self.value = value

@@ -218,7 +218,10 @@ def _check_types(settings: Mapping[str, Any]) -> None:
 
 
 def _check_layer_types(raw: Mapping[str, object], dialect: Dialect) -> None:
-    """For a family without this key: transformers' cache reads it in a Llama, and a Mistral with it is a Ministral."""
+    """Raises a ValueError for layers that are not full, in a family without this key.
+
+    transformers' cache reads the key even in a Llama, and takes a Mistral with it for another family, Ministral.
+    """
     kinds = raw["layer_types"]
     count = len(kinds) if isinstance(kinds, list | tuple) and all(kind == FULL for kind in kinds) else None
     if "sliding_window" in dialect.defaults or count != raw.get("num_hidden_layers"):
@@ -265,7 +268,10 @@ def _check_geometry(settings: Mapping[str, Any]) -> None:
     """Raises a ValueError for sizes that do not fit together, and for an unknown activation."""
     hidden, heads = settings["hidden_size"], settings["num_attention_heads"]
     if settings["head_dim"] is None and hidden % heads:
-        raise ValueError(f"`hidden_size`={hidden} is not a multiple of `num_attention_heads`={heads}.")
+        raise ValueError(
+            f"`hidden_size`={hidden} is not a multiple of `num_attention_heads`={heads}, and there is no `head_dim`. "
+            "Correct one of them in config.json."
+        )
     kv_heads, head_dim = settings["num_key_value_heads"] or heads, settings["head_dim"] or hidden // heads
     if heads % kv_heads:
         raise ValueError(f"`num_attention_heads`={heads} is not a multiple of `num_key_value_heads`={kv_heads}.")

@@ -255,7 +255,7 @@ def to_config(rope: Rope) -> dict[str, Any]:
 
 
 def unread_keys(raw: Mapping[str, Any]) -> list[str]:
-    """The rotary parameters of a `config.json` that its `rope_type` does not read, as "rope_scaling.attn_factor".
+    """The rotary parameters of a `config.json` that its `rope_type` does not read, such as "rope_scaling.attn_factor".
 
     Raises:
         ValueError: on an unknown type, or on parameters for each kind of layer.
@@ -290,7 +290,9 @@ def _type_and_values(name: str, parameters: object) -> tuple[str, dict[str, Any]
     given = {key: value for key, value in parameters.items() if value is not None}
     rope_type = given.pop("rope_type", given.get("type", "default"))
     if given.pop("type", rope_type) != rope_type:
-        raise ValueError(f"`{name}` of config.json has both `type` and `rope_type`, and they differ: {parameters!r}.")
+        raise ValueError(
+            f"`{name}` of config.json has both `type` and `rope_type`, and they differ: {parameters!r}. Remove one."
+        )
     if str(rope_type) not in TYPES:
         raise ValueError(f"`rope_type`={rope_type!r} in config.json is not supported; it may be one of {list(TYPES)}.")
     return rope_type, given

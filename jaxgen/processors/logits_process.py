@@ -78,7 +78,7 @@ class SequenceBias(LogitsProcessor):
 
     @classmethod
     def build(cls, sequences: Mapping[tuple[int, ...], float], vocab_size: int) -> Self:
-        """From the biases by sequence. Array sizes are rounded up, so that other sequences reuse the program."""
+        """Builds it from {token ids: bias}. Array sizes are rounded up, so that other sequences reuse the program."""
         single = np.zeros(vocab_size, np.float32)
         for sequence, bias in sequences.items():
             if len(sequence) == 1:
@@ -613,7 +613,7 @@ class Custom(LogitsProcessor):
 
     Attributes:
         function: a callable pytree: the caller's own, or a function in a `jax.tree_util.Partial`.
-        kind: its class, static: JAX compares pytrees of two classes as equal, see `pytree.pytree`.
+        kind: the class of `function`, static, so that two classes never share a program; see `pytree.pytree`.
     """
 
     function: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]

@@ -1,9 +1,10 @@
 """Stop strings, matched on token ids with lookup tables.
 
-Same as transformers 5.24 `StopStringCriteria`, which matches backwards. The newest token has to overlap the end of the
-string. Each token before it has to fit where the tokens after it begin, counted in characters from the end of the
-string, until the beginning of the string is reached or passed. Everything that depends on one token is looked up in
-tables with V rows. A string may begin in the prompt, but has to end in the newest token.
+Same as transformers 5.24 `StopStringCriteria`, which matches backwards. The newest token has to begin with the end of
+the string. Then token after token, back from there, has to continue the match, until the beginning of the string is
+reached or passed. Where the match has got to is counted in characters from the end of the string. What a single token
+can match is looked up in tables with a row for each token of the vocabulary. A string may begin in the prompt, but has
+to end in the newest token.
 
 ```
 text           ... "so"   "me st"   "op!!"      stop string "stop", of 4 characters

@@ -349,7 +349,7 @@ def _minimum(value: Wide) -> Wide:
 
 
 def _torch_seed(value: Wide) -> jax.Array:
-    """The low word of a signed number modulo 2**64 - 1, as torch seeds its generator: negative ones are 1 lower."""
+    """The low word of a torch seed: the number modulo 2**64 - 1, so that a negative one is 1 lower than its bits."""
     return value[1] - (value[0] >> 31)
 
 

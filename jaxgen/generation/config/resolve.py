@@ -84,7 +84,7 @@ def resolve(
 
 
 def _with_watermark(kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The keywords with a `watermarking_config` that is a dict made into transformers' class."""
+    """The keywords, with an object of transformers' class in place of a dict in `watermarking_config`."""
     if not isinstance(watermark := kwargs.get("watermarking_config"), dict):
         return kwargs
     try:

@@ -161,13 +161,13 @@ class Mode:
         return {"sequences": fetched["sequences"][: rows * self.sequences_per_prompt, : fetched["length"]].copy()}
 
     def cached_steps(self, cache: Cache, first: int, rows: int, steps: int) -> np.ndarray:
-        """int [rows, C, steps]: for each text, the slots of its tokens of the first steps, counted from `first`.
+        """int [rows, C, steps]: the slots of the new tokens of each text, counted from `first`.
 
         Args:
             cache: at the end of the decode.
             first: the slot after the prompt.
             rows: the number of rows of the cache that belong to the caller.
-            steps: forward passes after the prompt's.
+            steps: the number of forward passes after the prompt's, each of which has read one of these tokens.
         """
         del cache, first
         return np.broadcast_to(np.arange(steps), (rows, 1, steps))

@@ -66,7 +66,13 @@ class Inputs:
         return counted_positions(self.attention_mask)[:, -self.num_new :]
 
     def check_plain(self, name: str, why: str, chunk: int | None) -> None:
-        """Raises ValueError unless the prompt is plain and prefilled at once, which `name` needs because of `why`."""
+        """Raises a ValueError unless the prompt is `plain` and prefilled at once.
+
+        Args:
+            name: what needs such a prompt, for the message.
+            why: a clause of the message with the reason.
+            chunk: `prefill_chunk_size`.
+        """
         given = {
             "cache": self.past,
             "inputs_embeds": self.embeddings,
@@ -139,7 +145,7 @@ def checked_inputs(
 
 
 def _embeddings(given: "ArrayLike | None", hidden_size: int) -> np.ndarray | None:
-    """float [B, T, D]."""
+    """The embeddings as float [B, T, D], checked; None if there are none."""
     if given is None:
         return None
     refuse_tracer(given)

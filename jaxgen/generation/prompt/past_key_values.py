@@ -91,7 +91,7 @@ class PastKeyValues(Sequence[Layer]):
 
     @property
     def batch_size(self) -> int:
-        """N * C."""
+        """The number of rows, N * C."""
         return len(self._rows)
 
     def get_seq_length(self) -> int:
