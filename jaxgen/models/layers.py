@@ -114,7 +114,7 @@ def unfuse(x: jax.Array, sizes: tuple[int, ...], shards: int, axis: int) -> list
     borders = list(itertools.accumulate(shares))[:-1]
     if shards == 1:
         return jnp.split(x, borders, axis)
-    # The axis becomes [shards, size of a shard]; each shard is split, and the shards of a part are joined.
+    # The axis becomes [shards, share]. Every share is split, and then the shares of each part are joined.
     by_shard = x.reshape(*x.shape[:axis], shards, -1, *x.shape[axis + 1 :])
     return [
         part.reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :]) for part in jnp.split(by_shard, borders, axis=axis + 1)
