@@ -65,8 +65,6 @@ def processor_list(
     config, rows = mode.config, prompts * mode.rows_per_processor
     fields = config.merged
     eos = token_mask(config.eos_token_id, vocab_size)
-    # The keys are the classes of transformers, in its order: a custom processor of one of these classes takes the place
-    # of the built-in one.
     rows_of_table = {
         "SequenceBiasLogitsProcessor": _sequence_bias(fields, vocab_size),
         "EncoderRepetitionPenaltyLogitsProcessor": _penalty(
@@ -86,7 +84,6 @@ def processor_list(
             host,
             rows,
         ),
-        # Forced as the second token, since in transformers the first one starts a decoder.
         "ForcedBOSTokenLogitsProcessor": _forced(fields, "forced_bos_token_id", 1, vocab_size),
         "ForcedEOSTokenLogitsProcessor": _forced(fields, "forced_eos_token_id", max_length - 1, vocab_size),
         "InfNanRemoveLogitsProcessor": logits_process.InfNanRemove() if fields.remove_invalid_values else None,
@@ -190,6 +187,7 @@ def _merge(
     table: dict[str, LogitsProcessor | None], customs: Sequence[Callable[..., object]], host: HostFunctions, rows: int
 ) -> list[LogitsProcessor]:
     """The built-in processors, or the custom one of the same type in their place, then the other custom ones."""
+    # The keys are classes of transformers: a custom processor of such a class takes the place of the built-in one.
     by_class = {lazy.torch_class(name): name for name in table}
     # Reversed, so that the first custom one of a type wins. The others of that type run after the built-in processors.
     replaced = {by_class[type(custom)]: custom for custom in reversed(customs) if type(custom) in by_class}
@@ -301,6 +299,7 @@ def _min_lengths(
 
 
 def _forced(fields: "GenerationConfig", name: str, length: int, vocab_size: int) -> LogitsProcessor | None:
+    # bos is forced at length 1: in transformers the first token only starts a decoder.
     token_ids = _ids(name, getattr(fields, name))
     if token_ids is None:
         return None
