@@ -23,7 +23,7 @@ class Piece:
 
     Attributes:
         tensor: where the values come from.
-        dtype: that they are written in.
+        dtype: of the values in the file.
         offset: bytes from the start of the file.
     """
 
@@ -115,7 +115,7 @@ def hugging_face_tensors(source: Source, manifest: Json) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = dict(source.buffers)
     for path, parts in source.family.weight_map(source.abstract.config).items():
         stored = cast(list[StoredTensor], source.pieces[path])
-        if len(stored) > 1:
+        if len(stored) > 1:  # parts of different dtypes, which are separate tensors
             tensors |= {
                 name: tensor.part(name, 0, rows) for (name, rows), tensor in zip(parts.items(), stored, strict=True)
             }
@@ -193,14 +193,14 @@ def _original_files(source: Source, tensors: Mapping[str, Tensor], origin: Json)
         if origin["index"] is not None and parse_json(origin["index"])["weight_map"] != owners:
             raise ValueError("its index and its headers disagree")
         if remaining or (origin["index"] is None and [*origin["headers"]] != [SINGLE_FILE]):
-            raise ValueError(f"nothing about {listed(sorted(remaining))}")
+            raise ValueError(f"it says nothing about {listed(sorted(remaining))}")
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{folder / MANIFEST} is damaged: {error!r}. Convert the original again.") from error
     return files
 
 
 def _name_in(tensors: Mapping[str, Tensor], name: str, prefix: str) -> str:
-    """The name that loading gave to a tensor, with or without the prefix; see `checkpoint.source`."""
+    """The name of a tensor after loading, which may have added or removed the prefix; see `checkpoint.source`."""
     names = (name, name.removeprefix(prefix), prefix + name)
     return next((known for known in names if known in tensors), name)
 

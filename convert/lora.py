@@ -99,6 +99,7 @@ def merged(pieces: Mapping[str, list[Tensor]], folder: Path) -> dict[str, list[T
     scaling = _scaling(folder, config)
     tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in read_header(folder, _WEIGHTS).items()}
     weights = {tensor.name: tensor for parts in pieces.values() for tensor in parts}
+    # Otherwise a module whose tensors are missing would keep the base model's weights without notice.
     for module in config.get("modules_to_save") or []:
         if not any(f".{module}." in f".{name}" for name in tensors):
             raise CheckpointError(f"{folder} names {module!r} in `modules_to_save`, but does not hold its tensors.")
@@ -178,6 +179,7 @@ def _scaling(folder: Path, config: Json) -> float:
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float) or not abs(alpha) < 1e30:
         raise CheckpointError(f"{folder}: `r`={rank!r} and `lora_alpha`={alpha!r} must be numbers, `r` at least 1.")
+    # rsLoRA (Kalajdzievski 2023, arXiv:2312.03732) divides by the root of the rank.
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 

@@ -30,7 +30,7 @@ _BIN, _BIN_INDEX, _META = "pytorch_model.bin", "pytorch_model.bin.index.json", "
 
 @contextlib.contextmanager
 def unpickled(folder: Path, target: Path) -> Iterator[Path]:
-    """A temporary folder of safetensors with the tensors of a folder of pickles; a folder with safetensors itself.
+    """A temporary folder of safetensors with the tensors of a folder of pickles; other folders are yielded unchanged.
 
     Args:
         folder: the checkpoint.
@@ -122,7 +122,7 @@ def _load(path: Path) -> "dict[str, Tensor]":
             f"torch's restricted loader refuses {path} ({type(error).__name__}: {first[0]})"
         ) from error
     if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
-        raise CheckpointError(f"{path} does not hold a dict of tensors.")
+        raise CheckpointError(f"{path} does not hold a dict of tensors. Save the `state_dict()` of the model.")
     return content
 
 

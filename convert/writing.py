@@ -78,9 +78,10 @@ class Partial:
             try:
                 for task in as_completed(tasks):
                     digests[tasks[task].tensor.name] = task.result()
-            finally:
+            finally:  # threads at work end at their next block
                 self._stopped.set()
                 pool.shutdown(cancel_futures=True)
+        # Headers last: until then the files begin with zeros, which no reader takes for safetensors.
         for file in files:
             with (self.folder / file.name).open("rb+") as opened:
                 opened.write(file.header)
@@ -109,6 +110,7 @@ class Partial:
 
     def _piece(self, file: str, piece: Piece, advance: Callable[[int], None]) -> Digest:
         with (self.folder / file).open("rb+", buffering=0) as opened:
+            # The journal says that this piece was written, but not that the disk has it.
             known = self.finished.get((file, piece.offset))
             if known and known.sha256 == self._hash(opened.fileno(), piece, advance):
                 return known
@@ -193,7 +195,7 @@ def check_target(target: Path, overwrite: bool) -> None:
     """Checks that a destination may be written.
 
     Raises:
-        CheckpointError: if it exists and is not an empty folder, nor, with `overwrite`, a checkpoint.
+        CheckpointError: if it exists, unless it is an empty folder or, with `overwrite`, a checkpoint.
     """
     if target.is_symlink():
         raise CheckpointError(f"{target} is a link. Pass the path that it leads to.")
@@ -262,6 +264,7 @@ def partial_folder(target: Path, plan: object, needed: int, *, overwrite: bool, 
         if begun:
             _check_space(target, needed - sum(path.stat().st_blocks * 512 for path in folder.rglob("*")))
         folder.mkdir(exist_ok=True)
+        # Written last in every run: without it the folder is not a checkpoint.
         (folder / "config.json").unlink(missing_ok=True)
         try:
             yield Partial(folder, opened, finished)
@@ -269,6 +272,7 @@ def partial_folder(target: Path, plan: object, needed: int, *, overwrite: bool, 
             _remove(folder)
             journal.unlink()
             raise
+        # All entries are on the disk before the rename, or a crash could leave a whole name with missing files.
         _sync(folder)
         check_target(target, overwrite)  # again: it may have appeared meanwhile
         if overwrite and target.exists():

@@ -3,17 +3,20 @@
 The model side (`models/`, `kv_cache`, `checkpoint/`) and the decoding side (`decoding/`, `processors/`) never import
 each other. They meet through the Protocols of this file, so a test can use a transition table in place of a Llama.
 
-Dimension letters, used in every docstring of the package:
+Dimension letters, with one meaning in all docstrings. Programs round B, N, P, T and S up to buckets:
 
-    B  prompts of one call              N  rows of a program: B, rounded up, times R
-    P  prompt columns                   S  cache slots, and columns of the token buffer
-    T  columns of one forward pass      E  end-of-sequence ids
-    V  vocabulary                       D  hidden size              I  MLP size
-    W  candidates of one step           M  other rows, as said      R  returned sequences per prompt
-    L  tokens of a text, cached ones included
-    C  branches of a row, such as beams
+    B  prompts of a call
+    N  rows of a batch: B, or B * num_return_sequences once the prompts are repeated
+    M  rows gathered from N rows
+    C  branches of a row: beams, or the candidates of contrastive search
+    W  candidates of a row for one step
+    P  tokens of a prompt               L  tokens of a text, cached ones included
+    T  columns of a forward pass        S  slots of a cache, and columns of the token buffer
+    V  vocabulary                       E  end-of-sequence ids
+    D  hidden size                      H  head dimension
     Q  query heads                      K  key-value heads          G  query heads per key-value head (Q = K * G)
-    H  head dimension
+
+With guidance the model has 2N rows. Other sizes are words, as in [steps, N, V].
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -42,6 +45,7 @@ def no_mesh() -> Iterator[None]:
         try:
             aside = jax.set_mesh(None)
         except ValueError:  # inside a `jit`, where `set_mesh` is not allowed
+            # Explicit axes are part of the types of arrays, so they have to go. Auto axes are left to the compiler.
             if all(kind == AxisType.Explicit for kind in mesh.axis_types):
                 aside = jax.sharding.use_abstract_mesh(AbstractMesh((), ()))
     with aside:
@@ -117,12 +121,12 @@ class Prompt:
 class Prefill:
     """The inputs of the prompt's forward pass, for calls that read more or less than the prompt's tokens.
 
-    There are M rows: the N rows of the prompt, and with guidance N negative prompts below them.
+    With guidance there are 2N rows instead of N: the prompts, and below them their negative prompts.
 
     Attributes:
-        inputs: int32 [M, T] tokens, or float [M, T, D] embeddings.
-        attention_mask: bool [M, T]. False on padding.
-        position_ids: int32 [M, T].
+        inputs: int32 [N, T] tokens, or float [N, T, D] embeddings.
+        attention_mask: bool [N, T]. False on padding.
+        position_ids: int32 [N, T].
         past: the cache of earlier columns, with slots for these T columns too; None if there are no earlier columns.
         padding: int32 []. Columns of bucket padding at the start of the forward pass, or with a `chunk` of its last
             chunk. May be None if there is neither a `past` nor a `chunk`.
@@ -164,7 +168,7 @@ class Call:
 
     @property
     def model_rows(self) -> int:
-        """M: the rows of the prompt's forward pass."""
+        """The rows of the prompt's forward pass: N, or 2N with guidance."""
         return len(self.prompt.input_ids if self.prefill is None else self.prefill.attention_mask)
 
     @property
@@ -221,9 +225,9 @@ class Cache(Protocol):
         ...
 
     def skip(self, columns: jax.Array) -> Self:
-        """The same cache, for a forward pass whose first int32 [] columns are bucket padding and not part of the text.
+        """The same cache, before a forward pass that begins with int32 [] `columns` columns of bucket padding.
 
-        The loop calls it before `Model.extend`, so that distances between columns do not count this padding.
+        The loop calls it before `Model.extend`, so that distances between columns of the text do not count padding.
         """
         ...
 
@@ -276,7 +280,7 @@ def rows_axis(mesh: Mesh, rows: int) -> str | None:
 AnyCache = TypeVar("AnyCache", bound=Cache)
 
 # Arrays of a forward pass besides its logits, by name: one [N, T, D] or [N, Q, T, S] per layer; see `Model.extend`.
-Internals = dict[str, tuple[jax.Array, ...]]
+Intermediates = dict[str, tuple[jax.Array, ...]]
 
 
 class Model(Protocol[AnyCache]):
@@ -304,8 +308,8 @@ class Model(Protocol[AnyCache]):
     @property
     def cache_bytes_per_token(self) -> int: ...
 
-    def internals_bytes(self, name: str, columns: int, slots: int) -> int:
-        """Bytes per row of one of the internals of `extend`, for T columns that attend S slots."""
+    def intermediates_bytes(self, name: str, columns: int, slots: int) -> int:
+        """Bytes per row of one of the intermediates of `extend`, for T columns that attend S slots."""
         ...
 
     def make_cache(self, rows: int, slots: int) -> AnyCache: ...
@@ -316,19 +320,19 @@ class Model(Protocol[AnyCache]):
         input_ids: jax.Array,
         attention_mask: jax.Array,
         position_ids: jax.Array | None = None,
-        collect: tuple[str, ...] = (),
-    ) -> tuple[jax.Array, AnyCache, Internals]:
+        intermediates: tuple[str, ...] = (),
+    ) -> tuple[jax.Array, AnyCache, Intermediates]:
         """One forward pass over the next T columns.
 
         Args:
             input_ids: int32 [N, T], or float [N, T, D] embeddings. With branches T is C, one column for each branch.
             attention_mask: bool [N, T]. False for columns that later columns may not attend.
             position_ids: int32 [N, T], or None to continue counting.
-            collect: which internals to return: "hidden_states", "attentions".
+            intermediates: which of them to return: "hidden_states", "attentions".
 
         Returns:
             float32 [N, V] logits of the last column, or [N * C, V] of the last column of each branch; the cache, T
-            columns longer; and the internals asked for. `hidden_states` are [N, T, D] each, one more than there are
+            columns longer; and the intermediates asked for. `hidden_states` are [N, T, D] each, one more than there are
             layers, `attentions` [N, Q, T, S] each, one per layer.
         """
         ...
@@ -412,7 +416,7 @@ class StrategyState(Protocol):
 
     @property
     def cur_len(self) -> jax.Array:
-        """int32 []. The columns that the prompt and the tokens so far take."""
+        """int32 []. The length of the prompt and the tokens so far, in columns."""
         ...
 
 
@@ -440,12 +444,12 @@ class Strategy(Generic[State]):
 
     @property
     def copies(self) -> int:
-        """How often each row is repeated after the prompt's forward pass. Each copy gets its own rows of the cache."""
+        """How many copies of each row there are after the prompt's forward pass, each with its own row of the cache."""
         return 1
 
     @property
     def branches(self) -> int:
-        """C: how often each row branches after the prompt's forward pass. Branches share the rows of the cache."""
+        """C: how many branches each row has after the prompt's forward pass. They share its row of the cache."""
         return 1
 
     @property
@@ -455,7 +459,7 @@ class Strategy(Generic[State]):
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """The internals that `start` and `step` read; see `Model.extend`."""
+        """The intermediates that `start` and `step` read; see `Model.extend`."""
         return ()
 
     def cache_slots(self, columns: int, new_tokens: int) -> int:
@@ -470,7 +474,9 @@ class Strategy(Generic[State]):
         """The state before the first token, with S columns in the token buffer. The prompt is not repeated yet."""
         raise NotImplementedError
 
-    def start(self, prompt: Prompt, slots: int, logits: jax.Array, scores: jax.Array, internals: Internals) -> State:
+    def start(
+        self, prompt: Prompt, slots: int, logits: jax.Array, scores: jax.Array, intermediates: Intermediates
+    ) -> State:
         """The state after the prompt's forward pass, with the first token chosen.
 
         Args:
@@ -478,14 +484,14 @@ class Strategy(Generic[State]):
             slots: S, the columns of the token buffer.
             logits: float32 [N, V]; rows are not repeated yet.
             scores: float32 [N, V], the input of the processors: logits, log-probabilities or guided scores.
-            internals: of the prompt, see `needs`.
+            intermediates: of the prompt, see `needs`.
         """
         state = self.init(prompt, slots, logits.shape[1])
         # Rows a, b become a, a, b, b: the copies, or the branches, of a prompt are neighbours, as in the cache.
         logits, scores = (jnp.repeat(array, self.copies * self.branches, axis=0) for array in (logits, scores))
-        return self.step(logits, scores, internals, state)
+        return self.step(logits, scores, intermediates, state)
 
-    def step(self, logits: jax.Array, scores: jax.Array, internals: Internals, state: State) -> State:
+    def step(self, logits: jax.Array, scores: jax.Array, intermediates: Intermediates, state: State) -> State:
         """The state after a forward pass over `state.tokens`; logits and scores are float32 [N, V], or [N * C, V]."""
         raise NotImplementedError
 

@@ -8,5 +8,5 @@ def bucket(size: int) -> int:
 
 
 def row_bucket(shards: int, rows: int) -> int:
-    """N for so many rows: each of the devices that they are spread over has a bucket of them."""
+    """The rows of a program for so many rows: a bucket on each of the devices that they are sharded over."""
     return bucket(-(-rows // shards)) * shards

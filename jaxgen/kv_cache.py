@@ -136,6 +136,7 @@ class KVCache:
         """
         assert self.columns is not None, "made without `windowed`"
         num_new = mask.shape[1]
+        # A column attends the slots whose numbers are above its own minus the window.
         new_columns = lax.dynamic_slice_in_dim(self.columns, self.length - num_new, num_new)
         return mask & (self.columns[None] > new_columns[:, None] - window)[None]
 
@@ -216,7 +217,7 @@ class KVCache:
             rows: int32 [M].
             slots: int32 [M, S]. The slots to gather from each of these rows, in their new order.
             valid: bool [M, S]. The new slots that later columns may attend: none from `length` on.
-            length: int32 []. The number of columns among them. The new slots after these are free, whatever they hold.
+            length: int32 []. How many of the new slots hold columns. The others are free, whatever they hold.
         """
 
         def select(array: jax.Array) -> jax.Array:
@@ -231,7 +232,7 @@ class KVCache:
             layers=tuple((select(keys), select(values)) for keys, values in self.layers),
             valid=valid,
             length=jnp.asarray(length, jnp.int32),
-            position=jnp.zeros(len(rows), jnp.int32),
+            position=jnp.zeros(len(rows), jnp.int32),  # not known here
             columns=None if self.columns is None else jnp.where(numbers < length, numbers, -1),
         )
 
@@ -250,7 +251,7 @@ class KVCache:
         return len(self.layers)
 
     def with_layers(self, layers: tuple[tuple[jax.Array, jax.Array], ...]) -> Self:
-        """The same cache with other keys and values, each [N, K, S, H] with dimensions of size 1."""
+        """The same cache with other keys and values, each [N, K, S, H] even where N or K is 1."""
         shaped = tuple(
             (keys.reshape(old_keys.shape), values.reshape(old_values.shape))
             for (old_keys, old_values), (keys, values) in zip(self.layers, layers, strict=True)
@@ -258,7 +259,7 @@ class KVCache:
         return replace(self, layers=shaped)
 
     def layer(self, index: int) -> tuple[jax.Array, jax.Array]:
-        """One layer's keys and values, each [N, K, S, H] with dimensions of size 1."""
+        """One layer's keys and values, each [N, K, S, H] even where N or K is 1."""
         keys, values = self.layers[index]
         shape = (len(self.valid), -1, *keys.shape[-2:])
         return keys.reshape(shape), values.reshape(shape)
@@ -310,6 +311,7 @@ class BranchedCache(KVCache):
         """
         if position_ids is None:
             position_ids = self.position
+        # [N, C, C]: each branch attends its own new slot, or none of them if its column is masked.
         new_valid = jnp.eye(self.branches, dtype=bool)[None] & attention_mask[:, None]
         valid = lax.dynamic_update_slice_in_dim(self.valid, new_valid, self.length, axis=2)
         cache = replace(self, valid=valid, length=self.length + self.branches, position=position_ids + 1)
@@ -340,6 +342,7 @@ class BranchedCache(KVCache):
         start = self.length - self.branches
 
         def keep(array: jax.Array) -> jax.Array:
+            # Slots are the last axis but one, whether or not N and K are left out.
             last = lax.dynamic_slice_in_dim(array, start, self.branches, axis=-2)
             columns = last.reshape(len(chosen), -1, *last.shape[-2:])  # [N, K, C, H]
             kept = jnp.take_along_axis(columns, chosen[:, None, None, None], axis=2)

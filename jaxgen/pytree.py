@@ -40,8 +40,8 @@ def _dtype(declared: Any) -> type[np.generic] | None:
 def pytree(cls: AnyClass) -> AnyClass:
     """Registers a dataclass as a pytree; fields with the metadata `static=True` are part of its structure.
 
-    This replaces `jax.tree_util.register_dataclass`, whose tree structures of two classes compare equal (jax 0.10 to
-    0.12) if their fields do. `jit` then sometimes runs the program of the other class, such as `TopP` for `MinP`.
+    With `jax.tree_util.register_dataclass`, two classes with the same fields have equal tree structures (jax 0.10 to
+    0.12), and `jit` sometimes runs the program of the other class, such as that of `TopP` for `MinP`. Here they differ.
     """
     static = tuple(each.name for each in fields(cls) if each.metadata.get("static"))
     dynamic = tuple(each.name for each in fields(cls) if not each.metadata.get("static"))

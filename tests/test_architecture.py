@@ -2,17 +2,22 @@
 
 import ast
 import dataclasses
+import functools
 import importlib
+import io
 import itertools
 import pkgutil
+import re
 import subprocess
 import sys
+import tokenize
 from pathlib import Path
 
 import jax
 import pytest
 
 import jaxgen
+import jaxgen.base
 
 ROOT = Path(__file__).parent.parent
 STRATEGIES = {"sampling", "beam_search", "group_beam_search", "contrastive_search"}
@@ -236,3 +241,38 @@ def test_importing_jaxgen_imports_nothing_heavy() -> None:
     program = "import sys, jaxgen; print({'torch', 'transformers', 'jax', 'flax', 'numpy'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
     assert result.stdout == "set()\n"
+
+
+# Dimension letters: "    B  prompts of a call" in the docstring of `base`, [B, P] or [N * C, P'] everywhere else.
+LEGEND = {*re.findall(r"\b([A-Z])  [a-z]", jaxgen.base.__doc__ or "")}
+
+
+def letters(text: str) -> set[str]:
+    """The letters in the shapes of a text. An index, as in `parents[n, c]`, is no shape."""
+    shapes = re.findall(r"(?<![\w)\]`])\[([^\[\]]*)\]", text)
+    return {letter for shape in shapes for letter in re.findall(r"(?<![\w\"'])[0-9]*([A-Za-z])(?!\w)", shape)}
+
+
+@functools.cache
+def letters_of_file(file: Path) -> set[str]:
+    """The letters in the shapes of docstrings and comments."""
+    source = file.read_text()
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    texts = [token.string for token in tokens if token.type == tokenize.COMMENT]
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    texts += [ast.get_docstring(node) or "" for node in ast.walk(ast.parse(source)) if isinstance(node, documented)]
+    return set().union(*map(letters, texts))
+
+
+def test_letters_of_shapes_are_found() -> None:
+    assert letters("int32 [N, 2B] and [T * C, P', 64], [N, K, S, ...] or [V + 1, steps]") == set("NBTCPKSV")
+    assert not letters("int32 [], `parents[n, c]`, [0, 1, 0] and (rows, [3])")
+
+
+@pytest.mark.parametrize("file", FILES, ids=relative)
+def test_every_letter_of_a_shape_is_in_the_legend(file: Path) -> None:
+    assert letters_of_file(file) <= LEGEND
+
+
+def test_the_legend_has_no_letter_that_no_shape_uses() -> None:
+    assert set().union(*map(letters_of_file, FILES)) == LEGEND

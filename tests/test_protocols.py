@@ -12,7 +12,7 @@ from jax import lax
 from transformers import GenerationConfig
 
 import jaxgen
-from jaxgen.base import Internals
+from jaxgen.base import Intermediates
 from jaxgen.pytree import pytree
 
 VOCAB, HIDDEN = 5, 7
@@ -95,7 +95,7 @@ class Recurrent:
     def generation_config(self) -> GenerationConfig:
         return GenerationConfig()
 
-    def internals_bytes(self, name: str, columns: int, slots: int) -> int:
+    def intermediates_bytes(self, name: str, columns: int, slots: int) -> int:
         del name, columns, slots
         return 0
 
@@ -108,9 +108,9 @@ class Recurrent:
         input_ids: jax.Array,
         attention_mask: jax.Array,
         position_ids: jax.Array | None = None,
-        collect: tuple[str, ...] = (),
-    ) -> tuple[jax.Array, StateCache, Internals]:
-        del position_ids, collect
+        intermediates: tuple[str, ...] = (),
+    ) -> tuple[jax.Array, StateCache, Intermediates]:
+        del position_ids, intermediates
         if cache.branches > 1:
             state = self._next(cache.state, input_ids)
             written = jnp.broadcast_to(attention_mask[:, :, None], (*input_ids.shape, 1))

@@ -72,11 +72,10 @@ def lies_in(real: Path, folder: Path) -> bool:
 def check_name(name: str, said_by: Path) -> None:
     """Raises a CheckpointError unless the name is a relative path of a file inside the folder."""
     parts = PurePosixPath(name).parts
+    # Also what would be absolute or a drive on Windows, and names too long to open.
     odd = not name.isprintable() or "\\" in name or any(part in ("/", "..") or len(part) > 255 for part in parts)
     if odd or not parts or ":" in name or len(name) > 1000:
-        raise CheckpointError(
-            f"{said_by} names {name[:300]!r} as a file, which is not the name of a file in the folder."
-        )
+        raise CheckpointError(f"{said_by} names {name[:300]!r} as a file, but that is not a path inside the folder.")
 
 
 def holds(folder: Path, name: str) -> bool:
@@ -93,7 +92,9 @@ def read_text(folder: Path, name: str) -> str:
     path = file_in(folder, name)
     try:
         if path.stat().st_size > LARGEST_JSON:
-            raise CheckpointError(f"{path} has {path.stat().st_size} bytes; the limit is {LARGEST_JSON}.")
+            raise CheckpointError(
+                f"{path} has {path.stat().st_size} bytes; the limit is {LARGEST_JSON}. Download it again."
+            )
         return path.read_bytes().decode()
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}). Download it again.") from error

@@ -48,6 +48,7 @@ class ScaledTensor(ComputedTensor):
         """See `Tensor.read`."""
         scale = np.empty((self.scale.rows, *self.scale.shape[1:]), np.float32)
         self.scale.read_into(scale)
+        # A block of rows at a time: in float32 the whole weight would take four times its size.
         done = 0
         for rows in self.weight.blocks(start, start + len(out)):
             wide = rows.astype(np.float32)
@@ -104,8 +105,8 @@ def dequantised(tensors: Mapping[str, Tensor], raw: Json, embedding: np.dtype | 
             result[name] = tensor
     if all(result.get(name) is tensor for name, tensor in tensors.items()):
         raise CheckpointError(
-            f"config.json has `{KEYS[0]}`={quantization!r}, but no tensor is an 8-bit float. Remove it if "
-            "these are the unquantised weights."
+            f"config.json has `{KEYS[0]}`={quantization!r}, but no tensor is an 8-bit float. If these are "
+            "the unquantised weights, remove that key."
         )
     if scales:  # each was removed when its weight was found
         raise CheckpointError(f"`{min(scales)}` has a scale, but is not an 8-bit float. {_HOW_TO_GO_ON}")
@@ -143,6 +144,7 @@ def _is_float8(weights: object) -> bool:
 
 def _check_scale(weight: Tensor, scale: Tensor, block: int | None) -> None:
     rows, *columns = weight.shape or (1,)
+    # A scale per tensor or per row, in all spellings; or one per block, with part blocks at the end.
     shapes: list[tuple[int, ...]] = [(), (1,), (1, 1), (rows,), (rows, 1)]
     if block and len(columns) == 1:
         shapes = [(-(-rows // block), -(-columns[0] // block))]

@@ -112,6 +112,7 @@ class StoredTensor(Tensor):
 
     def read(self, out: np.ndarray, start: int) -> None:
         """See `Tensor.read`."""
+        # As bytes: arrays of bfloat16 have no buffer that `readinto` could fill.
         view = out.reshape(-1).view(np.uint8).data
         with self.path.open("rb", buffering=0) as file:
             file.seek(self._offset_of(start))

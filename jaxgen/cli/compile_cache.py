@@ -104,6 +104,7 @@ def _repair_when_warned(folder: Path) -> None:
         text = str(message)
         if "persistent compilation cache entry" not in text:
             show(message, category, filename, lineno, file, line)
+        # A damaged entry, and not an error of the system or a lock that was waited for in vain.
         elif "reading" in text and "[Errno" not in text and ": Timeout:" not in text:
             with contextlib.suppress(OSError):
                 for entry in folder.glob("*-cache"):

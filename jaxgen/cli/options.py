@@ -17,7 +17,7 @@ _SAMPLING = {name for name, (_, field) in _OPTIONS.items() if field.group == "sa
 
 
 def add_decoding_options(parser: argparse.ArgumentParser) -> None:
-    """Adds them all, under names with hyphens or underscores; options that are not given are absent from the result."""
+    """Adds all decoding options, with hyphens or underscores in their names. Those not given are absent afterwards."""
     titles = dict.fromkeys(field.group for _, field in _OPTIONS.values())
     groups = {title: parser.add_argument_group(title) for title in titles}
     groups["sampling"].description = "each of these implies --do-sample, unless --penalty-alpha is given"
@@ -52,7 +52,7 @@ def _reader(kind: object) -> dict[str, Any]:
 
 
 def _json(text: str) -> object:
-    """The value of JSON, or a bare word such as `never`."""
+    """The value of a text in JSON, or a bare word such as `never`."""
     if text.isalpha() and text not in ("true", "false", "null"):
         return text
     try:

@@ -119,7 +119,7 @@ def decode(
     Args:
         model: of the call.
         prepared: the call.
-        show: gets the new token ids of the first row, int [T], as they come.
+        show: gets the new token ids of the first row, int [tokens], as they come.
         stop: asked after each chunk; True ends the call.
         on_compile: see `Times`.
 

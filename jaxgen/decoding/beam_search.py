@@ -1,19 +1,19 @@
 """Beam search and beam sampling: same as transformers 5.24 `GenerationMixin._beam_search`, with the same state.
 
-Every prompt has b running beams, which grow, and b finished beams, until better ones replace them. The prompt's forward
-pass runs once for all its beams. Each later one takes b columns per prompt; see `kv_cache.BranchedCache`.
+Every prompt has C running beams, which grow, and C finished beams, until better ones replace them. The prompt's forward
+pass runs once for all its beams. Each later one takes C columns per prompt; see `kv_cache.BranchedCache`.
 
-One step of one prompt, with b = 2 beams and W = 4 candidates:
+One step of one prompt, with C = 2 beams and W = 4 candidates:
 
 ```
 running beams        scores of all continuations      the W best candidates      with eos     without eos
-"the cat"  -1.0      [b * V], summed with the beam    "the cat sat"     -1.5                  running 0
+"the cat"  -1.0      [C * V], summed with the beam    "the cat sat"     -1.5                  running 0
 "a dog"    -1.2      they continue                    "a dog."          -1.7     finished
                                                       "a dog ran"       -1.9                  running 1
-                                                      "the cat."        -2.0     dropped: not among the first b
+                                                      "the cat."        -2.0     dropped: not among the first C
 ```
 
-A candidate that is finished is ranked with the finished beams, of which the best b are kept.
+A candidate that is finished is ranked with the finished beams, of which the best C are kept.
 """
 
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ from jax import lax
 
 from jaxgen.base import (
     EosCriterion,
-    Internals,
+    Intermediates,
     LengthCriterion,
     LogitsProcessor,
     Prompt,
@@ -48,13 +48,13 @@ class BeamState:
     """The state of a beam search.
 
     Attributes:
-        running: the b beams that grow, best first.
-        finished: the best b finished beams so far, filled up with placeholders whose `finished` is False.
+        running: the C beams that grow, best first.
+        finished: the best C finished beams so far, filled up with placeholders whose `finished` is False.
         cur_len: int32 []. Valid columns of the running beams.
         prompt_length: int32 []. Columns of the caller's prompt.
         rows: int32 []. Rows of the caller's prompt.
-        tokens: int32 [B * b]. The last column of the running beams.
-        parents: int32 [B, b]. The running beam that each running beam continues.
+        tokens: int32 [B * C]. The last column of the running beams.
+        parents: int32 [B, C]. The running beam that each running beam continues.
         improvable: bool [B]. Whether a running beam may still beat a finished one. Once False, it stays False.
         ended: bool []. Whether no prompt needs another token.
         invalid: bool [B]. Prompts whose scores held a NaN, an infinity, or no finite number.
@@ -81,21 +81,21 @@ class BeamState:
 @pytree
 @dataclass(frozen=True)
 class BeamSearch(Strategy[BeamState]):
-    """Keeps the b most likely continuations of each prompt, or samples them if there is a `key`.
+    """Keeps the C most likely continuations of each prompt, or samples them if there is a `key`.
 
     Attributes:
         eos, max_length: finish a beam; see `EosToken` and `MaxLength`.
         fill: int32 []. The token after the end of a beam.
         length_penalty: float32 []. A finished beam's score is divided by its number of tokens to this power.
-        stop_when_full: bool []. `early_stopping=True`: a prompt is done as soon as it has b finished beams.
+        stop_when_full: bool []. `early_stopping=True`: a prompt is done as soon as it has C finished beams.
         assume_longest: bool []. `early_stopping="never"` with a positive penalty: a running beam is compared by its
             score at the length `longest`, not at its present length.
         longest: int32 []. The maximum columns of a beam.
         key: None, or as `Sample.key`.
         processors: applied to log-probabilities in this order; see `logits_process`.
-        stopping_criteria: the caller's own, called with all candidates as (input_ids [B * W, S], scores [B * b, V],
+        stopping_criteria: the caller's own, called with all candidates as (input_ids [B * W, S], scores [B * C, V],
             cur_len).
-        num_beams: b, static.
+        num_beams: C, static.
         num_candidates: W, static: the candidates of a prompt, among which beams finish or go on running.
         outputs: the arrays to record at every step, static: "scores", "logits", "parents".
     """
@@ -136,6 +136,7 @@ class BeamSearch(Strategy[BeamState]):
         return BeamState(
             # All beams start as copies of the prompt. Only the first one may win, or all would choose the same tokens.
             running=replace(beams, scores=beams.scores.at[:, 1:].set(NEVER)),
+            # Placeholders, which any beam that finishes replaces. Rows of the bucket are full from the start.
             finished=replace(beams, scores=beams.scores + NEVER, finished=beams.finished | unused[:, None]),
             cur_len=prompt.length,
             prompt_length=prompt.length,
@@ -145,23 +146,24 @@ class BeamSearch(Strategy[BeamState]):
             improvable=~unused,
             ended=jnp.bool_(False),
             invalid=jnp.zeros(rows, bool),
-            # One key for each prompt, whose beams sample together from b * V continuations.
+            # One key for each prompt, whose beams sample together from C * V continuations.
             keys=None if self.key is None else row_keys(self.key, rows, 1),
             processors=tuple(processor.init(repeated, vocab_size) for processor in self.processors),
             recorded=step_buffers(self.outputs, slots - columns, shapes),
         )
 
-    def step(self, logits: jax.Array, scores: jax.Array, internals: Internals, state: BeamState) -> BeamState:
-        sequences = state.running.sequences.reshape(len(scores), -1)  # [B, b, S] -> [B * b, S], as the scores
+    def step(self, logits: jax.Array, scores: jax.Array, intermediates: Intermediates, state: BeamState) -> BeamState:
+        sequences = state.running.sequences.reshape(len(scores), -1)  # [B, C, S] -> [B * C, S], as the scores
         scores, states = process(self.processors, sequences, scores, state.cur_len, state.processors)
 
         candidates, sources, invalid = self._candidates(scores, state)
+        # At the length with the new token, though the scores are of the running beams, as in transformers.
         criteria = self.eos, self.max_length, *self.stopping_criteria
         # Criteria see the W candidates as rows, [B * W, S].
         flat = candidates.sequences.reshape(-1, candidates.sequences.shape[2])
         hits = any_of(criteria, flat, scores, state.cur_len + 1).reshape(candidates.scores.shape)
 
-        # Candidates that go on running: the best b of the W, the finished ones last.
+        # Candidates that go on running: the best C of the W, the finished ones last.
         running_scores = candidates.scores + jnp.where(hits, NEVER, 0)
         _, best = lax.top_k(running_scores, self.num_beams)
         running = replace(candidates, scores=running_scores).take(best)
@@ -169,10 +171,12 @@ class BeamSearch(Strategy[BeamState]):
         finished = self._finish(replace(candidates, finished=hits), state)
         improvable = state.improvable & self._improvable(running, finished, state)
 
+        # The end is decided for all prompts of the caller together; rows of the bucket do not hold it up.
         unused = (jnp.arange(len(hits)) >= state.rows)[:, None]
         full = (finished.finished | unused).all() & self.stop_when_full
+        # The tokens just written: column `cur_len` of [B, C, S], as the next input [B * C].
         tokens = lax.dynamic_index_in_dim(running.sequences, state.cur_len, axis=2, keepdims=False).reshape(-1)
-        # Beam c of prompt p is row p * b + c of the scores: parents [[1, 1], [0, 1]] are rows [1, 1, 2, 3].
+        # Beam c of prompt p is row p * C + c of the scores: parents [[1, 1], [0, 1]] are rows [1, 1, 2, 3].
         rows = (jnp.arange(len(parents))[:, None] * self.num_beams + parents).reshape(-1)
         values = {"scores": scores, "logits": logits, "parents": parents}
         return BeamState(
@@ -186,6 +190,7 @@ class BeamSearch(Strategy[BeamState]):
             improvable=improvable,
             # As transformers' `_beam_search_has_unfinished_sequences`, for all prompts at once.
             ended=~improvable.any() | full | (hits | unused).all(),
+            # Scores of a prompt that is done no longer affect its text.
             invalid=state.invalid | (invalid & state.improvable),
             keys=state.keys,
             processors=reorder(self.processors, states, rows),
@@ -201,12 +206,13 @@ class BeamSearch(Strategy[BeamState]):
         running = state.running
         vocab_size = scores.shape[1]
         step = state.cur_len - state.prompt_length
-        # [B * b, V] -> [B, b * V]: index i of a row is token i % V after beam i // V.
+        # [B * C, V] -> [B, C * V]: index i of a row is token i % V after beam i // V.
         totals = scores.reshape(*running.scores.shape, vocab_size) + running.scores[:, :, None]
         totals = totals.reshape(len(running.scores), -1)
         if state.keys is None:
             values, indices, invalid = blocked_top_k(totals, self.num_candidates)
         else:
+            # The key of a prompt and the index in [C * V] tell the continuations of different beams apart.
             noise = gumbel(state.keys, step, jnp.broadcast_to(jnp.arange(totals.shape[1]), totals.shape))
             _, indices, invalid = blocked_top_k(totals + noise, self.num_candidates)
             # They come in the order of their noisy totals; transformers sorts its samples by score.
@@ -218,9 +224,10 @@ class BeamSearch(Strategy[BeamState]):
         return running.extend(sources, tokens, values, rows, state.cur_len, step), sources, invalid
 
     def _finish(self, candidates: Beams, state: BeamState) -> Beams:
-        """The best b of the finished beams and the finished candidates, of which only the first b count."""
+        """The best C of the finished beams and the finished candidates, of which only the first C count."""
         new_tokens = (state.cur_len + 1 - state.prompt_length).astype(jnp.float32)
         just_finished = candidates.finished & (jnp.arange(self.num_candidates) < self.num_beams)[None]
+        # With `early_stopping`, a prompt with C finished beams takes no more.
         full = state.finished.finished.all(axis=1, keepdims=True) & self.stop_when_full
         scores = candidates.scores / new_tokens**self.length_penalty
         # Three separate additions, as in transformers: these sums rank the placeholders.
@@ -233,6 +240,7 @@ class BeamSearch(Strategy[BeamState]):
         """bool [B]: whether the best running beam may still beat a finished beam or replace a placeholder."""
         columns = jnp.where(self.assume_longest, self.longest, state.cur_len + 1)
         new_tokens = (columns - state.prompt_length).astype(jnp.float32)
+        # Running beams are sorted, so the first is the best; while a placeholder is left, it only has to beat NEVER.
         best = running.scores[:, :1] / new_tokens**self.length_penalty
         worst = jnp.where(finished.finished, finished.scores.min(axis=1, keepdims=True), NEVER)
         return (best > worst).any(axis=1)
@@ -244,9 +252,9 @@ class BeamSearch(Strategy[BeamState]):
         return ~state.ended
 
     def finalize(self, state: BeamState) -> Mapping[str, jax.Array]:
-        """See `base.Strategy.finalize`; all b beams of each prompt, best first, and the recorded arrays.
+        """See `base.Strategy.finalize`; all C beams of each prompt, best first, and the recorded arrays.
 
-        `sequences` is [B, b, S], `sequences_scores` [B, b] and `beam_indices` [B, b, S - P].
+        `sequences` is [B, C, S], `sequences_scores` [B, C] and `beam_indices` [B, C, S - P].
         """
         return {
             "sequences": state.finished.sequences,

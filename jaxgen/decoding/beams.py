@@ -16,14 +16,14 @@ NEVER = -1e9  # transformers adds this to scores that must not win
 @pytree
 @dataclass(frozen=True)
 class Beams:
-    """m sequences of each prompt.
+    """Sequences of each prompt, with their scores.
 
     Attributes:
-        sequences: int32 [B, m, S].
-        scores: float32 [B, m]. The sum of log-probabilities; for finished beams divided by a power of their length.
-        beam_indices: int32 [B, m, S - P]. For each new token, the row of its step's scores that it was chosen from; -1
-            after the last token.
-        finished: bool [B, m].
+        sequences: int32 [B, beams, S].
+        scores: float32 [B, beams]. The sum of log-probabilities; for finished beams divided by a power of their length.
+        beam_indices: int32 [B, beams, S - P]. The row of its step's scores that each new token was chosen from;
+            -1 after the last token.
+        finished: bool [B, beams].
     """
 
     sequences: jax.Array
@@ -39,12 +39,13 @@ class Beams:
         return cls(
             sequences,
             jnp.zeros((rows, beams), jnp.float32),
+            # S - P, the new tokens that there is room for, whatever the length of the prompt in its bucket.
             jnp.full((rows, beams, slots - columns), -1, jnp.int32),
             jnp.zeros((rows, beams), bool),
         )
 
     def take(self, indices: jax.Array) -> Self:
-        """Gathers beams at int32 [B, m] indices."""
+        """Gathers beams at int32 [B, count] indices."""
         return jax.tree.map(lambda array: take(array, indices), self)
 
     def beside(self, others: Self) -> Self:
@@ -81,6 +82,7 @@ class Beams:
             cur_len: int32 []. Valid columns of the beams.
             step: int32 []. New tokens so far.
         """
+        # `beam_indices` has columns for new tokens only, so they are written at `step` and not at `cur_len`.
         continued = self.take(sources)
         write = lax.dynamic_update_slice_in_dim
         return replace(
@@ -92,5 +94,5 @@ class Beams:
 
 
 def take(array: jax.Array, indices: jax.Array) -> jax.Array:
-    """Gathers along the second axis: [B, n, ...] at int32 [B, m] -> [B, m, ...]."""
+    """Gathers along the second axis: [B, beams, ...] at int32 [B, count] -> [B, count, ...]."""
     return jax.vmap(lambda row, index: row[index])(array, indices)

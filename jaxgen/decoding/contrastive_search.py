@@ -21,7 +21,7 @@ from jax import lax
 
 from jaxgen.base import (
     EosCriterion,
-    Internals,
+    Intermediates,
     LengthCriterion,
     LogitsProcessor,
     Prompt,
@@ -108,7 +108,7 @@ class ContrastiveSearch(Strategy[ContrastiveState]):
         return new_tokens  # one more than usual: a token is chosen only after the model has run on it
 
     def start(
-        self, prompt: Prompt, slots: int, logits: jax.Array, scores: jax.Array, internals: Internals
+        self, prompt: Prompt, slots: int, logits: jax.Array, scores: jax.Array, intermediates: Intermediates
     ) -> ContrastiveState:
         rows, columns = prompt.input_ids.shape
         vocab_size = logits.shape[1]
@@ -123,8 +123,8 @@ class ContrastiveSearch(Strategy[ContrastiveState]):
             tokens=jnp.zeros(rows * self.top_k, jnp.int32),
             probabilities=jnp.zeros((rows, self.top_k), jnp.float32),
             scores=jnp.zeros((rows, vocab_size), jnp.float32) if self.stopping_criteria else None,
-            chosen=jnp.zeros(rows, jnp.int32),
-            context=prompt.moved_left(_unit(internals["hidden_states"][-1]), slots),
+            chosen=jnp.zeros(rows, jnp.int32),  # nothing was chosen before the first candidates; not read
+            context=prompt.moved_left(_unit(intermediates["hidden_states"][-1]), slots),
             compared=prompt.moved_left(prompt.attention_mask, slots),
             finished=jnp.arange(rows) >= prompt.rows,
             invalid=jnp.zeros(rows, bool),
@@ -135,10 +135,11 @@ class ContrastiveSearch(Strategy[ContrastiveState]):
         return self._propose(logits, scores, state)
 
     def step(
-        self, logits: jax.Array, scores: jax.Array, internals: Internals, state: ContrastiveState
+        self, logits: jax.Array, scores: jax.Array, intermediates: Intermediates, state: ContrastiveState
     ) -> ContrastiveState:
         rows = len(state.sequences)
-        hidden = _unit(internals["hidden_states"][-1])
+        # [N, C, D] of the candidates and [N, S, D] of the text: unit vectors, so the products are cosines.
+        hidden = _unit(intermediates["hidden_states"][-1])
         cosines = jnp.einsum("ncd,nsd->ncs", hidden, state.context)
         similarity = jnp.where(state.compared[:, None], cosines, -jnp.inf).max(axis=2)
         ranking = (1 - self.penalty_alpha) * state.probabilities - self.penalty_alpha * similarity
@@ -180,6 +181,7 @@ class ContrastiveSearch(Strategy[ContrastiveState]):
         return replace(
             state,
             tokens=tokens.astype(jnp.int32).reshape(-1),
+            # Of the whole vocabulary, so the probabilities of the candidates do not add up to 1.
             probabilities=jnp.exp(highest - jax.nn.logsumexp(scores, axis=1, keepdims=True)),
             scores=scores if self.stopping_criteria else None,
             invalid=state.invalid | (invalid & ~state.finished),

@@ -1,11 +1,11 @@
 """Diverse beam search: the sequences of transformers 4.41 `GenerationMixin._group_beam_search`.
 
-The b beams of each prompt form G groups of g beams. Within a step the groups search one after the other, and a token
+The C beams of each prompt form groups of equal size. Within a step the groups search one after the other, and a token
 that earlier groups have just chosen costs a penalty (Vijayakumar et al. 2016, arXiv 1610.02424). Each group has its own
 finished beams and ends by itself. The prompt's forward pass runs once; see `kv_cache.BranchedCache`.
 
 ```
-row of a prompt    0   1   2   3   4   5       b = 6, G = 3, g = 2
+row of a prompt    0   1   2   3   4   5       C = 6, num_beam_groups = 3, group_size = 2
 group              0   0   1   1   2   2
 ```
 """
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from jaxgen.base import (
     EosCriterion,
-    Internals,
+    Intermediates,
     LengthCriterion,
     LogitsProcessor,
     Prompt,
@@ -41,8 +41,8 @@ class Group:
     """The beams of one group, for each prompt.
 
     Attributes:
-        running: the g beams that grow.
-        finished: the best g finished beams so far, filled up with placeholders whose `finished` is False.
+        running: the beams that grow, `group_size` per prompt.
+        finished: as many of the best finished beams so far, filled up with placeholders whose `finished` is False.
         done: bool [B]. Prompts that need no more tokens from this group; rows of the bucket are done from the start.
         processors: the states of the processors.
     """
@@ -59,12 +59,12 @@ class GroupState:
     """The state of a group beam search.
 
     Attributes:
-        groups: the G groups.
+        groups: `num_beam_groups` of them.
         cur_len: int32 []. Valid columns of the running beams.
         prompt_length: int32 []. Columns of the caller's prompt.
         rows: int32 []. Rows of the caller's prompt.
-        tokens: int32 [B * b]. The last column of the running beams.
-        parents: int32 [B, b]. The running beam that each running beam continues, 0 to b - 1.
+        tokens: int32 [B * C]. The last column of the running beams.
+        parents: int32 [B, C]. The running beam that each running beam continues, 0 to C - 1.
         ended: bool []. Whether no prompt needs another token.
         invalid: bool [B]. Prompts whose scores held a NaN, an infinity, or no finite number.
         recorded: the outputs asked for, in buffers with a leading axis of steps.
@@ -95,8 +95,8 @@ class GroupBeamSearch(Strategy[GroupState]):
         length_penalty, stop_when_full, assume_longest, longest: as in `BeamSearch`.
         processors: applied to log-probabilities of one group at a time, in this order; see `logits_process`.
         stopping_criteria: the caller's own. The decode ends when they finish all running beams at once.
-        num_beams: b, static.
-        num_beam_groups: G, static.
+        num_beams: C, static.
+        num_beam_groups: static; divides C.
         num_candidates: W, static: the candidates of a group, among which beams finish or go on running.
         outputs: the arrays to record at every step, static: "scores", "logits", "parents".
     """
@@ -123,7 +123,7 @@ class GroupBeamSearch(Strategy[GroupState]):
 
     @property
     def group_size(self) -> int:
-        """g."""
+        """The number of beams in a group."""
         return self.num_beams // self.num_beam_groups
 
     def cache_slots(self, columns: int, new_tokens: int) -> int:
@@ -140,6 +140,7 @@ class GroupBeamSearch(Strategy[GroupState]):
         group = Group(
             # All beams start as copies of the prompt. Only the first one may win, or all would choose the same tokens.
             running=replace(beams, scores=beams.scores.at[:, 1:].set(NEVER)),
+            # transformers 4.41 starts without finished beams, so these placeholders lose against any score.
             finished=replace(beams, scores=jnp.full_like(beams.scores, -jnp.inf)),
             done=jnp.arange(rows) >= prompt.rows,
             processors=tuple(processor.init(repeated, vocab_size) for processor in self.processors),
@@ -159,8 +160,8 @@ class GroupBeamSearch(Strategy[GroupState]):
             recorded=step_buffers(self.outputs, slots - columns, shapes),
         )
 
-    def step(self, logits: jax.Array, scores: jax.Array, internals: Internals, state: GroupState) -> GroupState:
-        # [B * b, V] -> [B, G, g, V]: the beams of a group are neighbours.
+    def step(self, logits: jax.Array, scores: jax.Array, intermediates: Intermediates, state: GroupState) -> GroupState:
+        # [B * C, V] -> [B, num_beam_groups, group_size, V]: the beams of a group are neighbours.
         by_group = scores.reshape(-1, self.num_beam_groups, self.group_size, scores.shape[1])
         counts = jnp.zeros((len(by_group), scores.shape[1]), jnp.float32)  # of each token, chosen by earlier groups
         steps: list[_GroupStep] = []
@@ -177,6 +178,7 @@ class GroupBeamSearch(Strategy[GroupState]):
         sequences = sequences.reshape(len(scores), -1)
         unused = jnp.repeat(jnp.arange(len(by_group)) >= state.rows, self.num_beams)
         criteria = self.eos, self.max_length, *self.stopping_criteria
+        # Criteria see the running beams of all groups as one batch.
         hits = unused | any_of(criteria, sequences, processed, state.cur_len + 1)
         values = {"scores": processed, "logits": logits, "parents": parents}
         return GroupState(
@@ -192,7 +194,7 @@ class GroupBeamSearch(Strategy[GroupState]):
         )
 
     def _search(self, index: int, scores: jax.Array, state: GroupState) -> "_GroupStep":
-        """One step of one group, from its float32 [B, g, V] penalised log-probabilities."""
+        """One step of one group, from its float32 [B, group_size, V] penalised log-probabilities."""
         group, size, first = state.groups[index], self.group_size, index * self.group_size
         running, vocab_size = group.running, scores.shape[2]
         sequences = running.sequences.reshape(-1, running.sequences.shape[2])
@@ -200,18 +202,18 @@ class GroupBeamSearch(Strategy[GroupState]):
             self.processors, sequences, scores.reshape(-1, vocab_size), state.cur_len, group.processors
         )
         scores = scores.reshape(-1, size, vocab_size)
-        # [B, g * V]: index i of a row is token i % V after beam i // V of the group.
+        # [B, group_size * V]: index i of a row is token i % V after beam i // V of the group.
         totals = (scores + running.scores[:, :, None]).reshape(len(scores), -1)
         values, indices, invalid = blocked_top_k(totals, self.num_candidates)
         sources, tokens = indices // vocab_size, indices % vocab_size
         ends = (tokens[:, :, None] == self.eos.eos_token_id[None, None]).any(axis=2)
         tokens = jnp.where(ends, self.last_token, tokens)
-        # Beam `first + c` of prompt p is row p * b + first + c of the step's scores.
+        # Beam `first + c` of prompt p is row p * C + first + c of the step's scores.
         rows = jnp.arange(len(scores))[:, None] * self.num_beams + first + sources
         step = state.cur_len - state.prompt_length
         candidates = running.extend(sources, tokens, values, rows, state.cur_len, step)
 
-        # The first g candidates without an eos go on: ends [F, T, F, F] -> argsort [0, 2, 3, 1] -> candidates 0 and 2.
+        # The first candidates without an eos go on: ends [0, 1, 0, 0] -> argsort [0, 2, 3, 1] -> 0 and 2 for two beams.
         # In a prompt that is done, every beam continues itself with padding instead.
         going_on = jnp.argsort(ends, axis=1, stable=True)[:, :size]
         done = group.done[:, None]
@@ -219,23 +221,26 @@ class GroupBeamSearch(Strategy[GroupState]):
         next_tokens = jnp.where(done, self.pad_token_id, take(tokens, going_on))
         parents = jnp.where(done, same_beam, take(sources, going_on))
         rows = jnp.arange(len(scores))[:, None] * self.num_beams + first + parents
+        # Beams of a prompt that is done get the score 0, as in transformers.
         continued = running.extend(
             parents, next_tokens, jnp.where(done, 0, take(values, going_on)), rows, state.cur_len, step
         )
 
+        # As in beam search, only the first `group_size` candidates may finish.
         finishes = ends & (jnp.arange(self.num_candidates) < size)[None] & ~done
         finished = group.finished.beside(self._scored(candidates, finishes, step + 1)).best(size)
+        # Candidates and finished beams are sorted: the best candidate cannot beat the worst finished beam.
         best = values[:, 0] / self._new_tokens(state).astype(jnp.float32) ** self.length_penalty
         hopeless = finished.scores[:, -1] >= best
         is_done = group.done | (finished.finished.all(axis=1) & (self.stop_when_full | hopeless))
-        # The processors see one group at a time, so their rows are [B * g].
+        # The processors see one group at a time, so their rows are [B * group_size].
         processor_rows = jnp.arange(len(scores))[:, None] * size + parents
         states = reorder(self.processors, states, processor_rows.reshape(-1))
         following = Group(running=continued, finished=finished, done=is_done, processors=states)
         return _GroupStep(following, next_tokens, first + parents, scores, invalid & ~group.done)
 
     def _scored(self, beams: Beams, finished: jax.Array, new_tokens: jax.Array) -> Beams:
-        """The beams with the scores of finished beams, and -inf for beams that are not `finished`."""
+        """The beams with their scores as finished beams, or -inf where they are not `finished`."""
         scores = beams.scores / new_tokens.astype(jnp.float32) ** self.length_penalty
         return replace(beams, scores=jnp.where(finished, scores, -jnp.inf), finished=finished)
 
@@ -250,7 +255,7 @@ class GroupBeamSearch(Strategy[GroupState]):
         return ~state.ended
 
     def finalize(self, state: GroupState) -> Mapping[str, jax.Array]:
-        """As `BeamSearch.finalize`: all b beams of each prompt, best first, groups mixed."""
+        """As `BeamSearch.finalize`: all C beams of each prompt, best first, groups mixed."""
         final = []
         for group in state.groups:
             # At the maximum length, running beams of prompts that are not done compete with the finished ones.
@@ -272,7 +277,14 @@ class GroupBeamSearch(Strategy[GroupState]):
 
 
 class _GroupStep(NamedTuple):
-    """A step of one group: its state, int32 [B, g] tokens and parents, float32 [B, g, V] scores, bool [B] invalid."""
+    """A step of one group.
+
+    Attributes:
+        group: its new state.
+        tokens, parents: int32 [B, group_size].
+        scores: float32 [B, group_size, V]. After the processors.
+        invalid: bool [B].
+    """
 
     group: Group
     tokens: jax.Array

@@ -1,6 +1,6 @@
 """Gumbel noise for sampling: after adding it to log-probabilities, the argmax is a sample (Gumbel-max).
 
-The m highest sums are m samples without replacement, in the order of drawing them one by one (Vieira 2014).
+The k highest sums are k samples without replacement, in the order of drawing them one by one (Vieira 2014).
 """
 
 import jax
@@ -34,7 +34,7 @@ def gumbel(keys: jax.Array, step: jax.Array, token_ids: jax.Array) -> jax.Array:
     Args:
         keys: uint32 [N, 2].
         step: int32 []. Tokens generated so far.
-        token_ids: int32 [N, W], or for beams indices into [b * V].
+        token_ids: int32 [N, W], or for beams indices into [C * V].
     """
     bits = _threefry(keys[:, :1], keys[:, 1:], step.astype(jnp.uint32), token_ids.astype(jnp.uint32))
     # The largest noise decides, so it comes from the smallest `uniform`, where float32 has the most values. At 1 the

@@ -26,7 +26,7 @@ from jaxgen.base import (
     BranchedCache,
     Cache,
     Call,
-    Internals,
+    Intermediates,
     Model,
     Prefill,
     Strategy,
@@ -41,30 +41,31 @@ logger = logging.getLogger(__name__)
 @pytree
 @dataclass(frozen=True)
 class DecodeState:
-    """The carry of the loop: the model's cache, the state of the strategy, and the internals asked for.
+    """The carry of the loop: the model's cache, the state of the strategy, and the intermediates asked for.
 
     Attributes:
         cache: of the model's rows.
         inner: the state of the strategy.
         steps: int32 []. Forward passes since the prompt's.
-        guidance_scale: float32 [], or None. With guidance the model's batch has two halves, and every token is in both:
+        guidance_scale: float32 [], or None. With guidance the model has 2N rows: each row with its prompt, and again
+            with its negative prompt. Both get the same new tokens:
 
             ```
             model's row     0      1      2       3                4                5
                             row 0  row 1  row 2   row 0, negative  row 1, negative  row 2, negative
             ```
 
-            The strategy sees the upper half, with guided scores.
-        prompt_internals: of the prompt's forward pass, as `Model.extend` returns them.
-        step_internals: of the later forward passes, in buffers with a leading axis of steps.
+            The strategy has only the first N rows, with guided scores.
+        prompt_intermediates: of the prompt's forward pass, as `Model.extend` returns them.
+        step_intermediates: of the later forward passes, in buffers with a leading axis of steps.
     """
 
     cache: Cache
     inner: StrategyState
     steps: jax.Array
     guidance_scale: jax.Array | None
-    prompt_internals: Internals
-    step_internals: Internals
+    prompt_intermediates: Intermediates
+    step_intermediates: Intermediates
 
 
 @pytree
@@ -91,8 +92,8 @@ def decode(model: Model, call: Call) -> Mapping[str, jax.Array]:
         call: a pytree, from `prepare` or made of a `Prompt`, a strategy and a number of slots.
 
     Returns:
-        The strategy's outputs: `sequences` int32 [N * R, S], of which the first `length` columns are valid, and others
-        that depend on the strategy.
+        The strategy's outputs: `sequences`, int32 [N, S] or [B, C, S] of beams, with the first `length` columns valid,
+        and others that depend on the strategy.
 
     Raises:
         ValueError: if `slots` leaves no room for a token.
@@ -114,49 +115,52 @@ def finalize(strategy: Strategy, state: DecodeState) -> Mapping[str, jax.Array]:
     return strategy.finalize(state.inner)
 
 
-def _prefill(model: Model, call: Call, collect: tuple[str, ...] = (), cache_slots: int | None = None) -> DecodeState:
+def _prefill(
+    model: Model, call: Call, intermediates: tuple[str, ...] = (), cache_slots: int | None = None
+) -> DecodeState:
     """Runs the forward pass over the prompt and chooses the first token of every row.
 
     The cache has P slots during this pass, so that attention reads no empty slots, and grows afterwards to
     `cache_slots`, or to the most that the strategy can need. Its rows are repeated or branch only after the pass, so
     that several sequences of one prompt share it.
     """
+    # The token buffer has S columns: P of the prompt in its bucket, the rest for new tokens.
     strategy, new_tokens = call.strategy, call.slots - call.prompt.input_ids.shape[1]
-    logits, cache, internals = _read(model, call, _both(collect, strategy))
-    logits, scores, guided_internals = _guided(strategy, call.guidance_scale, logits, internals)
-    inner = strategy.start(call.prompt, call.slots, logits, scores, guided_internals)
+    logits, cache, computed = _read(model, call, _needed(intermediates, strategy))
+    logits, scores, guided = _guided(strategy, call.guidance_scale, logits, computed)
+    inner = strategy.start(call.prompt, call.slots, logits, scores, guided)
     # Copied while it has P slots and not yet S. Branches share the grown cache.
     if strategy.copies > 1:
         cache = cache.take(jnp.repeat(jnp.arange(call.model_rows), strategy.copies))
     cache = cache.grow(cache_slots or strategy.cache_slots(call.prompt_slots, new_tokens))
     if strategy.branches > 1:
         cache = cache.branch(strategy.branches)
-    buffers: Internals = {}
-    if collect:
-        # The shapes of one step's internals depend on the cache as it is now: grown and branched.
-        step = jax.eval_shape(lambda: _extend(model, cache, inner.tokens, call.guidance_scale, collect)[2])
+    buffers: Intermediates = {}
+    if intermediates:
+        # The shapes of one step's intermediates depend on the cache as it is now: grown and branched.
+        step = jax.eval_shape(lambda: _extend(model, cache, inner.tokens, call.guidance_scale, intermediates)[2])
         buffers = jax.tree.map(lambda x: jnp.zeros((new_tokens, *x.shape), x.dtype), step)
-    prompt_internals = {name: internals[name] for name in collect}
-    return DecodeState(cache, inner, jnp.int32(0), call.guidance_scale, prompt_internals, buffers)
+    prompt_intermediates = {name: computed[name] for name in intermediates}
+    return DecodeState(cache, inner, jnp.int32(0), call.guidance_scale, prompt_intermediates, buffers)
 
 
-def _read(model: Model, call: Call, collect: tuple[str, ...]) -> tuple[jax.Array, Cache, Internals]:
-    """The forward pass over the prompt, in one piece or in chunks; logits and internals are of the last chunk."""
+def _read(model: Model, call: Call, intermediates: tuple[str, ...]) -> tuple[jax.Array, Cache, Intermediates]:
+    """The forward pass over the prompt, in one piece or in chunks; logits and intermediates are of the last chunk."""
     if (prefill := call.prefill) is None:
         cache = model.make_cache(*call.prompt.input_ids.shape)
-        return model.extend(cache, call.prompt.input_ids, call.prompt.attention_mask.astype(bool), None, collect)
+        return model.extend(cache, call.prompt.input_ids, call.prompt.attention_mask.astype(bool), None, intermediates)
     inputs, mask = prefill.inputs, prefill.attention_mask.astype(bool)
     cache = model.make_cache(*mask.shape) if prefill.past is None else prefill.past
     padding = prefill.padding
     if (size := prefill.chunk) is None:
         cache = cache if padding is None else cache.skip(padding)
-        return model.extend(cache, inputs, mask, prefill.position_ids, collect)
-    return _read_chunks(model, cache, prefill, size, collect)
+        return model.extend(cache, inputs, mask, prefill.position_ids, intermediates)
+    return _read_chunks(model, cache, prefill, size, intermediates)
 
 
 def _read_chunks(
-    model: Model, cache: Cache, prefill: Prefill, size: int, collect: tuple[str, ...]
-) -> tuple[jax.Array, Cache, Internals]:
+    model: Model, cache: Cache, prefill: Prefill, size: int, intermediates: tuple[str, ...]
+) -> tuple[jax.Array, Cache, Intermediates]:
     """The forward passes over chunks of `size` columns, the last one padded on the left.
 
     ```
@@ -169,58 +173,62 @@ def _read_chunks(
     assert padding is not None and full_chunks is not None, "a prefill in chunks needs both"
     inputs, mask, position_ids = prefill.inputs, prefill.attention_mask.astype(bool), prefill.position_ids
 
-    def chunk(number: jax.Array, cache: Cache) -> tuple[jax.Array, Cache, Internals]:
+    def chunk(number: jax.Array, cache: Cache) -> tuple[jax.Array, Cache, Intermediates]:
         def part(columns: jax.Array) -> jax.Array:
             return lax.dynamic_slice_in_dim(columns, number * size, size, axis=1)
 
         cache = cache.skip(jnp.where(number < full_chunks, 0, padding))
-        return model.extend(cache, part(inputs), part(mask), part(position_ids), collect)
+        return model.extend(cache, part(inputs), part(mask), part(position_ids), intermediates)
 
     # One loop over all chunks, so that the layers compile once. Its carry starts with zeros for the results of a chunk.
-    logits, _, internals = jax.eval_shape(chunk, jnp.int32(0), cache)
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (logits, internals))
+    logits, _, computed = jax.eval_shape(chunk, jnp.int32(0), cache)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (logits, computed))
     start = (zeros[0], cache, zeros[1])
     return lax.fori_loop(0, full_chunks + 1, lambda number, last: chunk(number, last[1]), start)
 
 
 def _advance(
-    model: Model, state: DecodeState, strategy: Strategy, n_steps: jax.Array, collect: tuple[str, ...] = ()
+    model: Model, state: DecodeState, strategy: Strategy, n_steps: jax.Array, intermediates: tuple[str, ...] = ()
 ) -> DecodeState:
     """Chooses up to `n_steps` (traced) more tokens per row; stops early once every row is finished."""
-    end = state.steps + n_steps
+    end = state.steps + n_steps  # `steps` counts over all chunks
 
     def unfinished(state: DecodeState) -> jax.Array:
         return (state.steps < end) & strategy.unfinished(state.inner)
 
     def step(state: DecodeState) -> DecodeState:
         scale = state.guidance_scale
-        logits, cache, internals = _extend(model, state.cache, state.inner.tokens, scale, _both(collect, strategy))
+        logits, cache, computed = _extend(
+            model, state.cache, state.inner.tokens, scale, _needed(intermediates, strategy)
+        )
+        # Entry 0 is of the first step after the prompt, whose own intermediates are kept apart.
         write = functools.partial(lax.dynamic_update_index_in_dim, index=state.steps, axis=0)
-        buffers = jax.tree.map(write, state.step_internals, {name: internals[name] for name in collect})
-        inner = strategy.step(*_guided(strategy, scale, logits, internals), state.inner)
+        buffers = jax.tree.map(write, state.step_intermediates, {name: computed[name] for name in intermediates})
+        inner = strategy.step(*_guided(strategy, scale, logits, computed), state.inner)
         # Each branch has written its column. Which branches go on is known only now.
         if strategy.branches > 1:
             cache = _reordered(cache, strategy, inner, scale)
-        return DecodeState(cache, inner, state.steps + 1, scale, state.prompt_internals, buffers)
+        return DecodeState(cache, inner, state.steps + 1, scale, state.prompt_intermediates, buffers)
 
     return lax.while_loop(unfinished, step, state)
 
 
-def _both(collect: tuple[str, ...], strategy: Strategy) -> tuple[str, ...]:
-    """The internals to compute: the ones to return and the ones that the strategy reads."""
-    return tuple(dict.fromkeys((*collect, *strategy.needs)))
+def _needed(intermediates: tuple[str, ...], strategy: Strategy) -> tuple[str, ...]:
+    """The intermediates to compute: the ones to return and the ones that the strategy reads."""
+    return tuple(dict.fromkeys((*intermediates, *strategy.needs)))
 
 
 def _extend(
-    model: Model, cache: Cache, tokens: jax.Array, guidance_scale: jax.Array | None, collect: tuple[str, ...]
-) -> tuple[jax.Array, Any, Internals]:
+    model: Model, cache: Cache, tokens: jax.Array, guidance_scale: jax.Array | None, intermediates: tuple[str, ...]
+) -> tuple[jax.Array, Any, Intermediates]:
     """One forward pass over int32 [N] tokens, or [N * C] with branches. With guidance the model has 2N rows.
 
     Returns:
-        Logits, the cache, a `BranchedCache` if `cache` is one, and internals.
+        Logits, the cache, a `BranchedCache` if `cache` is one, and intermediates.
     """
+    # One column for each branch: [N, 1], or [N, C].
     columns = _for_both_halves(tokens, guidance_scale).reshape(-1, cache.branches)
-    return model.extend(cache, columns, jnp.ones_like(columns, bool), None, collect)
+    return model.extend(cache, columns, jnp.ones_like(columns, bool), None, intermediates)
 
 
 def _reordered(
@@ -235,25 +243,25 @@ def _reordered(
 
 
 def _for_both_halves(array: jax.Array, guidance_scale: jax.Array | None) -> jax.Array:
-    """An array of N rows as one for the model's rows: the same, or with guidance twice, [2N, ...]."""
+    """An array [N, ...] for the rows of the model: unchanged, or with guidance twice, [2N, ...]."""
     return array if guidance_scale is None else jnp.concatenate([array, array])
 
 
 def _guided(
-    strategy: Strategy, guidance_scale: jax.Array | None, logits: jax.Array, internals: Internals
-) -> tuple[jax.Array, jax.Array, Internals]:
-    """The logits, the processors' input scores and the internals, for a strategy that does not know of guidance.
+    strategy: Strategy, guidance_scale: jax.Array | None, logits: jax.Array, intermediates: Intermediates
+) -> tuple[jax.Array, jax.Array, Intermediates]:
+    """The logits, the processors' input scores and the intermediates, for a strategy that does not know of guidance.
 
     Same as transformers 5.24 `UnbatchedClassifierFreeGuidanceLogitsProcessor`, except that the negative prompts are the
     lower half of the batch, so that the weights are read once.
     """
     if guidance_scale is None:
-        return logits, jax.nn.log_softmax(logits) if strategy.log_probabilities else logits, internals
+        return logits, jax.nn.log_softmax(logits) if strategy.log_probabilities else logits, intermediates
     # [2N, V] -> [N, V] of the prompts and [N, V] of the negative prompts.
     conditional, unconditional = jnp.split(jax.nn.log_softmax(logits), 2)
     scores = guidance_scale * (conditional - unconditional) + unconditional
-    logits, internals = jax.tree.map(lambda array: array[: len(array) // 2], (logits, internals))
-    return logits, scores, internals
+    logits, intermediates = jax.tree.map(lambda array: array[: len(array) // 2], (logits, intermediates))
+    return logits, scores, intermediates
 
 
 _compile_counts: Counter[str] = Counter()
@@ -275,21 +283,22 @@ def _count(name: str) -> None:
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def prefill(
-    model: Model, call: Call, collect: tuple[str, ...] = (), cache_slots: int | None = None
+    model: Model, call: Call, intermediates: tuple[str, ...] = (), cache_slots: int | None = None
 ) -> tuple[DecodeState, Progress]:
     """The first program of a call: reads the prompt and chooses the first token. See `_prefill`."""
     _count("prefill")
-    state = _prefill(model, call, collect, cache_slots)
+    state = _prefill(model, call, intermediates, cache_slots)
     return state, _progress(call.strategy, state)
 
 
+# Donated, so that XLA writes the cache and the buffers in place.
 @functools.partial(jax.jit, static_argnums=4, donate_argnums=1)
 def advance(
-    model: Model, state: DecodeState, strategy: Strategy, n_steps: jax.Array, collect: tuple[str, ...] = ()
+    model: Model, state: DecodeState, strategy: Strategy, n_steps: jax.Array, intermediates: tuple[str, ...] = ()
 ) -> tuple[DecodeState, Progress]:
     """The second program of a call: chooses up to `n_steps` more tokens. `state` is donated. See `_advance`."""
     _count("advance")
-    state = _advance(model, state, strategy, n_steps, collect)
+    state = _advance(model, state, strategy, n_steps, intermediates)
     return state, _progress(strategy, state)
 
 

@@ -15,7 +15,7 @@ from jax import lax
 
 from jaxgen.base import (
     EosCriterion,
-    Internals,
+    Intermediates,
     LengthCriterion,
     LogitsProcessor,
     Prompt,
@@ -64,7 +64,7 @@ class SampleState:
 @pytree
 @dataclass(frozen=True)
 class Sample(Strategy[SampleState]):
-    """Chooses one token per row: the most likely one, of equals the first, or with a `key` a sample.
+    """Chooses one token per row: the most likely one (of equals the first), or a sample if there is a `key`.
 
     Attributes:
         eos: finishes a row; see `EosToken`.
@@ -75,7 +75,7 @@ class Sample(Strategy[SampleState]):
             Sequence i of a prompt folds i into that.
         processors: applied in this order; see `logits_process`.
         stopping_criteria: the caller's own, called with (input_ids, scores, cur_len) after each token.
-        num_return_sequences: R, static.
+        num_return_sequences: static.
         outputs: the arrays to record at every step, static: "scores", "logits", "logprobs".
     """
 
@@ -108,6 +108,7 @@ class Sample(Strategy[SampleState]):
             tokens=tokens,
             finished=jnp.arange(rows) >= prompt.rows,
             invalid=jnp.zeros(rows, bool),
+            # Each sequence of a prompt has its own key.
             keys=None
             if self.key is None
             else row_keys(self.key, rows // self.num_return_sequences, self.num_return_sequences),
@@ -115,7 +116,9 @@ class Sample(Strategy[SampleState]):
             recorded=step_buffers(names, slots - columns, shapes),
         )
 
-    def step(self, logits: jax.Array, scores: jax.Array, internals: Internals, state: SampleState) -> SampleState:
+    def step(
+        self, logits: jax.Array, scores: jax.Array, intermediates: Intermediates, state: SampleState
+    ) -> SampleState:
         top_k, warpers = self._warpers_of_candidates()
         count = len(self.processors) - len(warpers) - (top_k is not None)  # of processors on the whole vocabulary
         states = state.processors
@@ -140,12 +143,13 @@ class Sample(Strategy[SampleState]):
             finished=finished,
             invalid=state.invalid | (invalid & ~state.finished),
             keys=state.keys,
-            processors=(*new_states, *states[count:]),
+            processors=(*new_states, *states[count:]),  # warpers have no state
             recorded=recorded,
         )
 
     def _warpers_of_candidates(self) -> tuple[TopK | None, list[Warper]]:
         """The processors that may run on a few candidates: a TopK and all after it, if these are warpers too."""
+        # Recorded scores are of the whole vocabulary.
         if self.key is not None and "scores" not in self.outputs:
             for index, processor in enumerate(self.processors):
                 warpers = [each for each in self.processors[index + 1 :] if isinstance(each, Warper)]
@@ -251,7 +255,7 @@ def _candidates(scores: jax.Array, top_k: TopK, warpers: list[Warper], finished:
     """
     vocab_size = scores.shape[1]
     window = min(WINDOW, vocab_size)
-    nucleus = TopP(jnp.float32(1))
+    nucleus = TopP(jnp.float32(1))  # keeps all tokens
     if warpers and isinstance(first := warpers[0], TopP):
         nucleus, warpers = first, warpers[1:]
     top_p = nucleus.top_p
@@ -273,6 +277,7 @@ def _candidates(scores: jax.Array, top_k: TopK, warpers: list[Warper], finished:
         return separate, jnp.full_like(edge, -jnp.inf)
 
     separate, rest = lax.cond(limited | (top_p >= 1), nothing_outside, outside, scores)
+    # Enough for top_k, or for top_p alone: it drops the tokens outside if together they have at most 1 - p.
     total = jnp.logaddexp(jax.nn.logsumexp(values, axis=1, keepdims=True), rest)
     enough = limited | ((top_k.top_k >= vocab_size) & (top_p < 1) & (jnp.exp(rest - total) <= 1 - top_p))
     # Finished and invalid rows take any token, so that they do not send the whole batch to the slow path.

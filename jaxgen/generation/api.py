@@ -84,9 +84,9 @@ def generate(
             and any field of GenerationConfig, which takes precedence over every config.
 
     Returns:
-        int32 [B * num_return_sequences, length]: the prompt, then the new tokens. Rows that finish early are filled
-        with `pad_token_id`; the longest row sets the length. With `return_dict_in_generate`, a
-        `GenerateDecoderOnlyOutput`, or with beams a `GenerateBeamDecoderOnlyOutput`.
+        int32 [B * num_return_sequences, L]: the prompt, then the new tokens. Rows that finish early are filled with
+        `pad_token_id`; the longest row sets the length. With `return_dict_in_generate`, a `GenerateDecoderOnlyOutput`,
+        or with beams a `GenerateBeamDecoderOnlyOutput`.
 
     Raises:
         ValueError: naming the argument, its value, the range and a way out, before anything is compiled.
@@ -159,8 +159,8 @@ def stream(
         **kwargs: as in `generate`, except beams and outputs other than tokens.
 
     Yields:
-        int32 [B * num_return_sequences, T]: the next T tokens of each row; the first chunk has one. Concatenated, they
-        are the new tokens that `generate` returns.
+        int32 [B * num_return_sequences, tokens]: the next tokens of each row; the first chunk has one. All chunks
+        together are the new tokens that `generate` returns.
 
     Raises:
         ValueError: as `generate`, when `stream` is called and not at the first chunk.
@@ -239,8 +239,8 @@ def prepare(
             "`decode` is a pure function, but a processor or criterion of this call runs on the host. Write it as a "
             "JAX function of (input_ids, scores, cur_len)."
         )
-    if prepared.collect:
-        raise ValueError(f"`decode` does not collect {[*prepared.collect]}. Use `generate`, or the model itself.")
+    if prepared.intermediates:
+        raise ValueError(f"`decode` does not return {[*prepared.intermediates]}. Use `generate`, or the model itself.")
     return prepared.call
 
 

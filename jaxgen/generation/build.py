@@ -63,7 +63,7 @@ def build_call(model: Model, request: Request, mode: Mode, inputs: Inputs) -> Pr
     mode.check_inputs(inputs)
     guidance_scale, logits_processor = _guidance(mode.config, request)
     new_tokens = max(stop.length - inputs.input_ids.shape[1], 1)
-    prompt, prefill, prompt_slots = _prompt(model, request, mode.config, inputs, guidance_scale, new_tokens)
+    prompt, prefill, token_slots = _prompt(model, request, mode.config, inputs, guidance_scale, new_tokens)
     host = HostFunctions()
     strategy = _strategy(model, request, mode, inputs, stop, logits_processor, host)
     call = Call(prompt, strategy, mode.text_slots(prompt.input_ids.shape[1], new_tokens), prefill)
@@ -73,7 +73,7 @@ def build_call(model: Model, request: Request, mode: Mode, inputs: Inputs) -> Pr
         config=mode.config,
         mode=mode,
         host=host,
-        prompt_slots=prompt_slots,
+        token_slots=token_slots,
         forward_passes=strategy.forward_passes(new_tokens),
         reserved=call.prompt_slots if request.reserve else 0,
     )
@@ -135,13 +135,13 @@ def _fitted(config: DecodeConfig, inputs: Inputs) -> DecodeConfig:
         steps = np.diff(inputs.position_ids, axis=1)
         if inputs.attention_mask.all() and (steps != 1).any():
             raise ValueError(
-                "`position_ids` that do not go up by one are packed texts to transformers if `use_cache` is False. "
-                "Leave out `use_cache`, or pass one text per row."
+                "with `use_cache`=False, transformers takes `position_ids` that do not go up by one for several texts "
+                "packed into a row, which jaxgen does not support. Leave out `use_cache`, or pass one text per row."
             )
     if not config.use_cache and config.intermediates and inputs.past is not None:
         raise ValueError(
             "`use_cache`=False asks for the attentions and hidden states of the whole text at every step, which does "
-            "not go with `cache`. Leave `use_cache` out: each column's are returned once."
+            "not go with `cache`. Leave `use_cache` out to get those of each column once."
         )
     if inputs.embeddings is None:
         return config
@@ -150,6 +150,7 @@ def _fitted(config: DecodeConfig, inputs: Inputs) -> DecodeConfig:
         "Passing `{}` with `inputs_embeds` and without `input_ids` to `generate` will apply {} only to newly generated "
         "tokens, not to the prompt."
     )
+    # The value that switches each rule off, and what transformers says if it is on.
     cautions = [
         ("encoder_repetition_penalty", 1.0, needs_text, ""),
         ("encoder_no_repeat_ngram_size", 0, needs_text, ""),
@@ -162,6 +163,7 @@ def _fitted(config: DecodeConfig, inputs: Inputs) -> DecodeConfig:
     for name, off, message, what in cautions:
         if getattr(config.merged, name) not in (None, off):
             warn_caller(message.format(name, what))
+    # These two read the prompt's tokens, which embeddings do not have.
     merged = copy.copy(config.merged)
     merged.encoder_repetition_penalty = merged.encoder_no_repeat_ngram_size = None
     # With embeddings and without ids, `input_ids` starts empty, and lengths count from there.

@@ -22,7 +22,7 @@ class PreparedCall:
         config: the configuration of the call.
         mode: its decoding mode.
         host: the Python functions that run on the host.
-        prompt_slots: int [L]. The cache slots of the prompt tokens; those of a continued cache come first.
+        token_slots: int [L]. The cache slot of each prompt token; those of a continued cache come first.
         forward_passes: maximum number of decode steps after prefill.
         reserved: cache slots per row from the start; 0 to let the cache grow with the text.
     """
@@ -32,30 +32,30 @@ class PreparedCall:
     config: DecodeConfig
     mode: Mode
     host: HostFunctions
-    prompt_slots: np.ndarray
+    token_slots: np.ndarray
     forward_passes: int
     reserved: int = 0
 
     @property
-    def collect(self) -> tuple[str, ...]:
-        """The intermediates that the programs collect; see `DecodeConfig.intermediates`."""
+    def intermediates(self) -> tuple[str, ...]:
+        """The names of the intermediates that the programs return; see `DecodeConfig.intermediates`."""
         return self.config.intermediates
 
     @property
     def rows(self) -> int:
-        """B."""
+        """The number of prompts, B."""
         return self.inputs.input_ids.shape[0]
 
     @property
     def prompt_length(self) -> int:
-        """P, as the caller counts it."""
+        """The number of columns of the caller's prompt, P."""
         return self.inputs.input_ids.shape[1]
 
     @property
     def cache_slots(self) -> int:
         """The maximum number of cache slots per row."""
         if self.reserved:
-            return max(self.reserved, 1 << int(self.prompt_slots[-1] + 1 + self.forward_passes).bit_length())
+            return max(self.reserved, 1 << int(self.token_slots[-1] + 1 + self.forward_passes).bit_length())
         call, strategy = self.call, self.call.strategy
         slots = strategy.cache_slots(call.prompt_slots, call.slots - call.prompt.input_ids.shape[1])
         return slots if strategy.branches > 1 else bucket(slots)

@@ -132,7 +132,7 @@ def call_custom(
     """Calls the function and returns its result.
 
     It gets the model, int32 [N, P] `input_ids`, both lists, the merged GenerationConfig, and as keywords
-    `attention_mask` (bool [N, L]), `position_ids` (int32 [N, T], of the T tokens that are not cached), a `cache` with
+    `attention_mask` (bool [N, L]), `position_ids` (int32 [N, T], of the tokens that are not cached), a `cache` with
     room for the longest text, `use_cache`, and its own arguments. The N rows are the prompts, each repeated for its
     beams or samples.
     """
@@ -145,6 +145,7 @@ def call_custom(
     rows, prompt_length = len(inputs.input_ids) * copies, inputs.input_ids.shape[1]
     max_length = int(strategy.max_length.max_length)
     num_cached = 0 if inputs.past is None else inputs.past.get_seq_length()
+    # L of the prompt, and the new tokens.
     slots = inputs.attention_mask.shape[1] + max_length - prompt_length
     if inputs.past is None:
         cache = model.make_cache(rows, slots)
@@ -152,6 +153,7 @@ def call_custom(
         # With one row per prompt first: its cache is read once, and the rows are repeated on the device.
         prompts = inputs.past.to_cache(model, len(inputs.input_ids), num_cached, inputs.attention_mask[:, :num_cached])
         cache = prompts.take(jnp.repeat(jnp.arange(len(inputs.input_ids)), copies)).grow(slots)
+    # Functions read the config as in transformers, where lengths and padding are set by now.
     merged = copy.copy(config.merged)
     merged.max_length = max_length
     merged.pad_token_id = config.fill_token_id

@@ -51,21 +51,21 @@ class _Output:
 class GenerateDecoderOnlyOutput(_Output):
     """Same as transformers 5.24 `GenerateDecoderOnlyOutput`; fields that are not None by attribute, key or index.
 
-    L is the length of `sequences`, T the number of steps (L minus the prompt length), and N = B * R rows. `scores` and
-    `logits` are arrays with a first axis of steps, in place of transformers' tuple over steps. After the end of a row
-    its scores and logits are not meaningful, and its logprobs are 0.
+    There are L - P steps and N = B * num_return_sequences rows. `scores` and `logits` are arrays with a first
+    axis of steps, in place of transformers' tuple over steps. After the end of a row its scores and logits are not
+    meaningful, and its logprobs are 0.
 
     Attributes:
         sequences: int32 [N, L]. The prompt and the new tokens.
-        scores: float32 [T, N, V]. After all processors.
-        logits: float32 [T, N, V]. Of the model, before all processors.
-        attentions: T tuples over layers, first [N, Q, P, P], then [N, Q, 1, P + t]; zeros at masked queries. With
-            `use_cache=False` each step has the whole text, [N, Q, P + t, P + t], and is read-only.
-        hidden_states: T tuples over layers and the embeddings, first [N, P, D], then [N, 1, D]. With `use_cache=False`
-            each step has the whole text, [N, P + t, D], and is read-only.
+        scores: float32 [steps, N, V]. After all processors.
+        logits: float32 [steps, N, V]. Of the model, before all processors.
+        attentions: for each step a tuple over layers, first [N, Q, P, P], then [N, Q, 1, P + step]; zeros at masked
+            queries. With `use_cache=False` each step has the whole text, [N, Q, P + step, P + step], and is read-only.
+        hidden_states: for each step a tuple over the embeddings and the layers, first [N, P, D], then [N, 1, D]. With
+            `use_cache=False` each step has the whole text, [N, P + step, D], and is read-only.
         cache: the cache of all tokens but the last, which the model has not read; it includes a continued cache.
-        logprobs: float32 [N, T]. The log-probabilities of the chosen tokens under the model, at temperature 1.
-        processed_logprobs: float32 [N, T]. The same under the processed scores, from which the tokens were sampled.
+        logprobs: float32 [N, steps]. The log-probabilities of the chosen tokens under the model, at temperature 1.
+        processed_logprobs: float32 [N, steps]. The same under the processed scores, from which the tokens were sampled.
     """
 
     sequences: np.ndarray
@@ -82,21 +82,21 @@ class GenerateDecoderOnlyOutput(_Output):
 class GenerateBeamDecoderOnlyOutput(_Output):
     """Same as transformers 5.24 `GenerateBeamDecoderOnlyOutput`; fields that are not None by attribute, key or index.
 
-    L is the length of `sequences`, T the number of steps (at least L minus the prompt length), N = B * R returned rows,
-    and M = B * num_beams running beams. `scores` and `logits` are arrays with a first axis of steps, in place of
-    transformers' tuple over steps; the rows of a step are the running beams before its tokens are chosen.
+    There are at least L - P steps, N = B * num_return_sequences returned rows, and C running beams per prompt. `scores`
+    and `logits` are arrays with a first axis of steps, in place of transformers' tuple over steps; the rows of a step
+    are the running beams before its tokens are chosen.
 
     Attributes:
         sequences: int32 [N, L]. The prompt and the new tokens, the best beam of each prompt first.
         sequences_scores: float32 [N], with `output_scores`. The sum of the tokens' scores, after the length penalty.
-        scores: float32 [T, M, V]. Log-probabilities after all processors.
-        logits: float32 [T, M, V]. Of the model, before all processors.
+        scores: float32 [steps, B * C, V]. Log-probabilities after all processors.
+        logits: float32 [steps, B * C, V]. Of the model, before all processors.
         beam_indices: int32 [N, L - P]. The row of `scores` that each new token was chosen from, -1 after the end.
-        attentions: T tuples over layers, first [M, Q, P, P], then [M, Q, 1, P + t]; with `use_cache=False` each step
-            has the whole text of each beam, [M, Q, P + t, P + t].
-        hidden_states: T tuples over layers and the embeddings, first [M, P, D], then [M, 1, D]; with
-            `use_cache=False` [M, P + t, D].
-        cache: the cache of the tokens that the model has read, P + T - 1 of each running beam.
+        attentions: for each step a tuple over layers, first [B * C, Q, P, P], then [B * C, Q, 1, P + step]; with
+            `use_cache=False` each step has the whole text of each beam, [B * C, Q, P + step, P + step].
+        hidden_states: for each step a tuple over the embeddings and the layers, first [B * C, P, D], then
+            [B * C, 1, D]; with `use_cache=False` [B * C, P + step, D].
+        cache: the cache of the tokens that the model has read: of each running beam all but the last.
     """
 
     sequences: np.ndarray
@@ -122,12 +122,13 @@ def compute_transition_scores(
 
     Args:
         sequences: int [N, L], from `generate`.
-        scores: float [T, rows, V], from `generate(..., output_scores=True, return_dict_in_generate=True)`.
-        beam_indices: int [N, T], the row of `scores` of each token, negative after the end; by default n for text n.
+        scores: float [steps, rows, V], from `generate(..., output_scores=True, return_dict_in_generate=True)`.
+        beam_indices: int [N, steps]. The row of `scores` of each token, negative after the end; by default text n has
+            row n.
         normalize_logits: whether to apply log-softmax to the scores first.
 
     Returns:
-        float32 [N, T], 0 after the end of a beam.
+        float32 [N, steps], 0 after the end of a beam.
 
     Raises:
         ValueError: if the shapes do not fit together.
@@ -138,6 +139,7 @@ def compute_transition_scores(
             f"`scores` has shape {scores.shape} and `sequences` {sequences.shape}, but they must be [steps, rows, "
             "vocabulary] and [rows, columns]. Pass those of one call of `generate`."
         )
+    # Without beams every token of text n was chosen from row n.
     if beam_indices is None:
         beam_indices = np.broadcast_to(np.arange(scores.shape[1])[:, None], (scores.shape[1], len(scores)))
     beam_indices = np.asarray(beam_indices)

@@ -117,6 +117,7 @@ def takes_cur_len(argument: str, function: object) -> bool:
     """
     if not callable(function):
         raise ValueError(f"`{argument}` holds {function!r}, which is not callable. Pass a list of functions.")
+    # Classes of transformers take (input_ids, scores, **kwargs).
     if isinstance(function, (lazy.torch_class("LogitsProcessor"), lazy.torch_class("StoppingCriteria"))):
         return False
     parameters = inspect.signature(function).parameters.values()
@@ -186,6 +187,7 @@ def _merge(
     table: dict[str, LogitsProcessor | None], customs: Sequence[Callable[..., object]], host: HostFunctions, rows: int
 ) -> list[LogitsProcessor]:
     """The built-in processors, or the custom one of the same type in their place, then the other custom ones."""
+    # The keys are classes of transformers: a custom processor of such a class takes the place of the built-in one.
     by_class = {lazy.torch_class(name): name for name in table}
     # Reversed, so that the first custom one of a type wins. The others of that type run after the built-in processors.
     replaced = {by_class[type(custom)]: custom for custom in reversed(customs) if type(custom) in by_class}
@@ -244,6 +246,7 @@ def _sequence_bias(fields: "GenerationConfig", vocab_size: int) -> LogitsProcess
     advice = "Pass {(token, ...): float} or [[[token, ...], float], ...]."
     if not isinstance(given, (dict, list)) or not given:
         raise ValueError(f"`sequence_bias` has to be a non-empty dictionary or list, but is {given!r}. {advice}")
+    # Lists are the form of JSON, whose keys cannot be tuples.
     pairs = list(given.items()) if isinstance(given, dict) else given
     for pair in pairs:
         key_type = tuple if isinstance(given, dict) else list
@@ -262,6 +265,7 @@ def _bad_words(fields: "GenerationConfig", eos_token_id: Sequence[int], vocab_si
         return None
     if not isinstance(given, list) or not given or not all(isinstance(word, list) for word in given):
         raise ValueError(f"`bad_words_ids` has to be a non-empty list of lists of ids, but is {given!r}.")
+    # As in transformers, an eos id by itself cannot be a bad word.
     words = [tuple(word) for word in given if word and tuple(word) not in {(token,) for token in eos_token_id}]
     _check_ids("bad_words_ids", words, vocab_size)
     return logits_process.SequenceBias.build(dict.fromkeys(words, -math.inf), vocab_size)
@@ -276,7 +280,8 @@ def _check_ids(name: str, sequences: Iterable[Iterable[object]], vocab_size: int
 def _min_lengths(
     config: DecodeConfig, eos: np.ndarray, prompt_length: int, max_length: int
 ) -> dict[str, LogitsProcessor | None]:
-    """Both processors for `min_new_tokens`, as in transformers, so that a custom one of either type replaces one."""
+    """`min_new_tokens` makes both, as in transformers, so that a custom processor of either class replaces one."""
+    # Beyond 31 bits every length is too long, so a larger minimum has the same effect.
     min_length = config.min_length_for(prompt_length, max_length)
     min_new_tokens = config.min_new_tokens or 0
     if not config.eos_token_id:
@@ -294,6 +299,7 @@ def _min_lengths(
 
 
 def _forced(fields: "GenerationConfig", name: str, length: int, vocab_size: int) -> LogitsProcessor | None:
+    # bos is forced at length 1: in transformers the first token only starts a decoder.
     token_ids = _ids(name, getattr(fields, name))
     if token_ids is None:
         return None
@@ -356,7 +362,7 @@ def _warpers(fields: "GenerationConfig", vocab_size: int, min_tokens_to_keep: in
             f"`temperature` (={temperature!r}) has to be a strictly positive float, otherwise your next token scores "
             f"will be invalid.{hint}"
         )
-    top_k = fields.top_k or vocab_size
+    top_k = fields.top_k or vocab_size  # 0 and None keep all tokens
     if not is_integer(top_k) or top_k < 0:
         raise ValueError(f"`top_k` has to be a strictly positive integer, or 0 to switch it off, but is {top_k!r}.")
     top_p = 1.0 if (given := _number(fields, "top_p")) is None else given
@@ -377,6 +383,7 @@ def _warpers(fields: "GenerationConfig", vocab_size: int, min_tokens_to_keep: in
         if not typical_p > 0:
             raise ValueError(f"`typical_p` has to be a float > 0 and < 1, but is {typical_p}.")
         chain.append(logits_process.Typical(typical_p, keep))
+    # Outside of (0, 1) transformers leaves these two out without an error.
     if (epsilon := _number(fields, "epsilon_cutoff")) is not None and 0 < epsilon < 1:
         chain.append(logits_process.Epsilon(epsilon, keep))
     if (eta := _number(fields, "eta_cutoff")) is not None and 0 < eta < 1:

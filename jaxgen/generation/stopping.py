@@ -54,6 +54,7 @@ def stopping(model: Model, criteria: Sequence[Callable[..., object]], config: De
             f"The requested length is {stop.length} tokens; the limit is 2**31 - 1. Lower `max_new_tokens` or "
             "`max_length` (a tokenizer without a limit reports 10**30)."
         )
+    # The model counts cached tokens and embeddings too, `length` only the tokens of the text.
     positions = inputs.attention_mask.shape[1]
     if (total := positions + stop.length - prompt_length) > model.max_position_embeddings:
         logger.warning(
@@ -87,6 +88,7 @@ def _split(criteria: Sequence[Callable[..., object]], config: DecodeConfig, max_
     for name, customs in given.items():
         if customs and built_in[name]:
             warn_about_precedence("stopping criteria", customs[0])
+    # The shortest length and time stop the text first; the eos ids of all criteria do.
     length, eos_token_id = max_length, config.eos_token_id
     if lengths := [each.max_length for each in given["MaxLengthCriteria"]]:
         for each in lengths:

@@ -65,6 +65,7 @@ class TextPieces:
         return bool(isinstance(token, str) and _BYTE.fullmatch(token)) or not self._decode([token_id])
 
     def _piece(self, text: str) -> str:
+        # Held back as long as it does not continue what was already given out.
         if not text.startswith(self._text):
             return ""
         piece, self._text = text[len(self._text) :], text

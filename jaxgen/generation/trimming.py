@@ -40,23 +40,23 @@ def to_output(prepared: PreparedCall, state: DecodeState) -> np.ndarray | Genera
     steps, rows = int(fetched["length"]) - prepared.prompt_length, prepared.rows * mode.sequences_per_prompt
     fields |= {name: fetched[name][:steps, :rows].copy() for name in ("scores", "logits") if name in fetched}
     fields |= {name: fetched[name][:rows, :steps].copy() for name in fetched if name.endswith("logprobs")}
-    fields |= {name: _intermediates(name, prepared, fetched, state, steps) for name in prepared.collect}
+    fields |= {name: _intermediates(name, prepared, fetched, state, steps) for name in prepared.intermediates}
     if config.use_cache:
         fields["cache"] = _past_key_values(prepared, state, steps)
     return mode.output(**fields)
 
 
 def _past_key_values(prepared: PreparedCall, state: DecodeState, steps: int) -> PastKeyValues:
-    rows, prompt_slots = prepared.rows * prepared.call.strategy.copies, prepared.prompt_slots
-    first = prompt_slots[-1] + 1
+    rows, token_slots = prepared.rows * prepared.call.strategy.copies, prepared.token_slots
+    first = token_slots[-1] + 1
     # The model has not read the token of the last step, so that is not in the cache.
     generated = first + prepared.mode.cached_steps(state.cache, first, rows, steps - 1)
-    return PastKeyValues(state.cache, _after(prompt_slots, generated))
+    return PastKeyValues(state.cache, _after(token_slots, generated))
 
 
-def _after(prompt_slots: np.ndarray, generated: np.ndarray) -> np.ndarray:
-    """int [N, C, L + T]: the slots of the prompt, int [L], then the slots of each text, int [N, C, T]."""
-    prompts = np.broadcast_to(prompt_slots, (*generated.shape[:2], len(prompt_slots)))
+def _after(token_slots: np.ndarray, generated: np.ndarray) -> np.ndarray:
+    """int [N, C, L + steps]: the slots of the prompt, int [L], then the slots of each text, int [N, C, steps]."""
+    prompts = np.broadcast_to(token_slots, (*generated.shape[:2], len(token_slots)))
     return np.concatenate([prompts, generated], axis=2)
 
 
@@ -73,29 +73,30 @@ def _intermediates(
     beam 0 attends         p p p     1         5   6                its ancestors' slots, which are returned
     ```
     """
-    first, later = jax.device_get((state.prompt_internals[name], state.step_internals[name]))
-    mode, prompt_slots = prepared.mode, prepared.prompt_slots
+    first, later = jax.device_get((state.prompt_intermediates[name], state.step_intermediates[name]))
+    mode, token_slots = prepared.mode, prepared.token_slots
     rows, texts = prepared.rows * prepared.call.strategy.copies, mode.sequences_per_prompt
     num_new, prefill = prepared.inputs.num_new, prepared.call.prefill
     if prefill is not None and prefill.chunk is not None:
-        num_new = (num_new - 1) % prefill.chunk + 1
+        num_new = (num_new - 1) % prefill.chunk + 1  # of the last chunk
     attended = mode.attended_steps(fetched, rows, steps - 1) if name == "attentions" else []
 
     def prompt(array: np.ndarray) -> np.ndarray:
         """[B, T, D] or [B, Q, T, S], padded to the bucket -> the prompt's part of it, repeated per text."""
         repeated = np.repeat(array[: prepared.rows], texts, axis=0)
-        return repeated[:, :, -num_new:][..., prompt_slots] if name == "attentions" else repeated[:, -num_new:]
+        return repeated[:, :, -num_new:][..., token_slots] if name == "attentions" else repeated[:, -num_new:]
 
     def step(array: np.ndarray, step: int) -> np.ndarray:
-        """[N, C, D] -> [N * C, 1, D], or [N, Q, C, S] -> [N * C, Q, 1, t], for the branches that are texts."""
+        """[N, C, D] -> [N * C, 1, D], or [N, Q, C, S] -> [N * C, Q, 1, slots], for the branches that are texts."""
+        # Branches are the last axis but one: columns of hidden states, queries of attention.
         array = array[:rows]
         if (branches := mode.branches_of_step(fetched, rows, step)) is not None:
             index = branches.reshape(rows, *[1] * (array.ndim - 3), -1, 1)
             array = np.take_along_axis(array, index, axis=-2)
         if name == "hidden_states":
             return array.reshape(-1, 1, array.shape[-1])
-        slots = _after(prompt_slots, prompt_slots[-1] + 1 + attended[step])
-        attention = np.take_along_axis(array, slots[:, None], axis=3)  # [N, Q, C, t]
+        slots = _after(token_slots, token_slots[-1] + 1 + attended[step])
+        attention = np.take_along_axis(array, slots[:, None], axis=3)  # [N, Q, C, slots]
         return attention.swapaxes(1, 2).reshape(-1, attention.shape[1], 1, attention.shape[3])
 
     per_step = (
@@ -122,7 +123,7 @@ def _whole_texts(per_step: PerStep, lineages: Sequence[np.ndarray]) -> PerStep:
 
     Args:
         per_step: the new tokens of each step, per layer [N, T, D] or [N, Q, T, S].
-        lineages: with beams, for each step after the prompt, int [t, N]: the rows that its rows descend from, at each
+        lineages: with beams, for each step after the prompt, int [step, N]: the ancestor of each of its rows, at each
             step so far.
     """
     layers, steps = len(per_step[0]), len(per_step)

@@ -96,7 +96,7 @@ def _product_on_cpu(x: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 def _wide(rows: jax.Array, weight: jax.Array) -> jax.Array:
-    """[m, in] and [out, in] -> float32 [m, out]."""
+    """[rows, in] and [out, in] -> float32 [rows, out]."""
     return jnp.einsum("mi,oi->mo", rows, weight, preferred_element_type=jnp.float32)
 
 
@@ -114,6 +114,7 @@ def unfuse(x: jax.Array, sizes: tuple[int, ...], shards: int, axis: int) -> list
     borders = list(itertools.accumulate(shares))[:-1]
     if shards == 1:
         return jnp.split(x, borders, axis)
+    # The axis becomes [shards, share]. Every share is split, and then the shares of each part are joined.
     by_shard = x.reshape(*x.shape[:axis], shards, -1, *x.shape[axis + 1 :])
     return [
         part.reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :]) for part in jnp.split(by_shard, borders, axis=axis + 1)
@@ -161,8 +162,9 @@ def _attend_at_once(
 ) -> tuple[jax.Array, Callable[[], jax.Array]]:
     """As `attend`, for all columns at once."""
     *batch, slots, head_dim = keys.shape
+    # m is G * T rows: [N, K, G, T, H] -> [N, K, G * T, H], and N and K are missing wherever they are in `keys`.
     scores = _grouped("...mh,...sh->...ms", queries.reshape(*batch, -1, head_dim), keys)
-    allowed = mask[:, None, None]
+    allowed = mask[:, None, None]  # [N, 1, 1, T, S]
     scores = jnp.where(allowed, scores.reshape(*queries.shape[:-1], slots) * head_dim**-0.5, -jnp.inf)
     # Finite even where no slot is allowed: -inf minus -inf would be NaN.
     highest = jnp.maximum(scores.max(axis=-1, keepdims=True), jnp.finfo(jnp.float32).min)
@@ -179,7 +181,7 @@ def _attend_at_once(
 
 
 def _grouped(spec: str, rows: jax.Array, shared: jax.Array) -> jax.Array:
-    """The einsum of a group's M rows with its keys or values, [N, K, M, in] and [N, K, S, H] -> float32 [N, K, M, out].
+    """The einsum of the rows of each group with its keys or values, [N, K, G * T, in] -> float32 [N, K, G * T, out].
 
     In float32 XLA:CPU is faster with up to four rows one by one (a step after 900 columns at batch 8: 273 -> 165 ms).
     """
@@ -197,7 +199,7 @@ def _grouped(spec: str, rows: jax.Array, shared: jax.Array) -> jax.Array:
 
 
 class HostOnly:
-    """A static value of a model that does not affect its programs: all of them compare equal, so none recompiles."""
+    """A static value of a model that does not affect its programs: all compare equal, so a new one compiles nothing."""
 
     def __init__(self, value: object):
         self.value = value

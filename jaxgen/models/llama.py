@@ -15,7 +15,7 @@ from flax import nnx
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxgen.base import Internals, no_mesh, rows_axis, tensor_shards
+from jaxgen.base import Intermediates, no_mesh, rows_axis, tensor_shards
 from jaxgen.kv_cache import KVCache
 from jaxgen.models import config_keys, rope
 from jaxgen.models.layers import Embed, HostOnly, Linear, RMSNorm, attend, unfuse
@@ -160,6 +160,7 @@ class LlamaConfig:
         heads = settings["num_attention_heads"]
         settings["num_key_value_heads"] = settings["num_key_value_heads"] or heads
         settings["head_dim"] = settings["head_dim"] or settings["hidden_size"] // heads
+        # A Llama has one flag for all four projections; other families fix this one.
         settings.setdefault("o_proj_bias", settings["attention_bias"])
         settings["sliding_window"], settings["layer_types"] = _windows(settings)
         settings["rope"] = rope.from_config(values, settings["head_dim"])
@@ -217,7 +218,10 @@ def _check_types(settings: Mapping[str, Any]) -> None:
 
 
 def _check_layer_types(raw: Mapping[str, object], dialect: Dialect) -> None:
-    """For a family without this key: transformers' cache reads it in a Llama, and a Mistral with it is a Ministral."""
+    """Raises a ValueError for layers that are not full, in a family without this key.
+
+    transformers' cache reads the key even in a Llama, and takes a Mistral with it for another family, Ministral.
+    """
     kinds = raw["layer_types"]
     count = len(kinds) if isinstance(kinds, list | tuple) and all(kind == FULL for kind in kinds) else None
     if "sliding_window" in dialect.defaults or count != raw.get("num_hidden_layers"):
@@ -245,6 +249,7 @@ def _windows(settings: Mapping[str, Any]) -> tuple[int | None, tuple[str, ...]]:
     layers, kinds = settings["num_hidden_layers"], settings.get("layer_types")
     window = settings.get("sliding_window") if settings.get("use_sliding_window", True) else None
     if kinds is None:
+        # In Qwen2 the first `max_window_layers` layers are full; in Mistral, without this key, none is.
         full = layers if window is None else settings.get("max_window_layers", 0)
         kinds = [FULL if layer < full else SLIDING for layer in range(layers)]
     if not isinstance(kinds, list | tuple) or any(kind not in (FULL, SLIDING) for kind in kinds):
@@ -263,7 +268,10 @@ def _check_geometry(settings: Mapping[str, Any]) -> None:
     """Raises a ValueError for sizes that do not fit together, and for an unknown activation."""
     hidden, heads = settings["hidden_size"], settings["num_attention_heads"]
     if settings["head_dim"] is None and hidden % heads:
-        raise ValueError(f"`hidden_size`={hidden} is not a multiple of `num_attention_heads`={heads}.")
+        raise ValueError(
+            f"`hidden_size`={hidden} is not a multiple of `num_attention_heads`={heads}, and there is no `head_dim`. "
+            "Correct one of them in config.json."
+        )
     kv_heads, head_dim = settings["num_key_value_heads"] or heads, settings["head_dim"] or hidden // heads
     if heads % kv_heads:
         raise ValueError(f"`num_attention_heads`={heads} is not a multiple of `num_key_value_heads`={kv_heads}.")
@@ -400,8 +408,8 @@ class Llama(nnx.Module):
         config = self.config
         return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * self.dtype.itemsize
 
-    def internals_bytes(self, name: str, columns: int, slots: int) -> int:
-        """See `base.Model.internals_bytes`."""
+    def intermediates_bytes(self, name: str, columns: int, slots: int) -> int:
+        """See `base.Model.intermediates_bytes`."""
         config = self.config
         per_column = {
             "hidden_states": (config.num_hidden_layers + 1) * config.hidden_size,
@@ -457,12 +465,13 @@ class Llama(nnx.Module):
         input_ids: jax.Array,
         attention_mask: jax.Array,
         position_ids: jax.Array | None = None,
-        collect: tuple[str, ...] = (),
-    ) -> tuple[jax.Array, KVCache, Internals]:
+        intermediates: tuple[str, ...] = (),
+    ) -> tuple[jax.Array, KVCache, Intermediates]:
         """See `base.Model.extend`. The head runs only on the last column, or on the last column of each branch."""
-        hidden, cache, internals = self._hidden_states(cache, input_ids, attention_mask, position_ids, collect)
+        hidden, cache, computed = self._hidden_states(cache, input_ids, attention_mask, position_ids, intermediates)
+        # Branches are columns, so the last C columns are the last column of each branch.
         last = hidden[:, -cache.branches :].reshape(-1, hidden.shape[-1])
-        return self._logits(last), cache, internals
+        return self._logits(last), cache, computed
 
     def _hidden_states(
         self,
@@ -470,13 +479,14 @@ class Llama(nnx.Module):
         input_ids: jax.Array,
         attention_mask: jax.Array,
         position_ids: jax.Array | None = None,
-        collect: tuple[str, ...] = (),
-    ) -> tuple[jax.Array, KVCache, Internals]:
-        """float [N, T, D] after the final norm, the cache T columns longer, and the internals asked for."""
+        intermediates: tuple[str, ...] = (),
+    ) -> tuple[jax.Array, KVCache, Intermediates]:
+        """float [N, T, D] after the final norm, the cache T columns longer, and the intermediates asked for."""
         x = self.embed_tokens(input_ids) if input_ids.ndim == 2 else input_ids.astype(self.dtype)
         if self.mesh is not None:
             x = lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(rows_axis(self.mesh, len(x)))))
         cache, positions, mask = cache.extend(attention_mask, position_ids)
+        # One mask for each kind of layer, and not for each layer.
         masks = {FULL: mask}
         if (window := self.config.sliding_window) is not None:
             masks[SLIDING] = cache.within(window, mask)
@@ -485,15 +495,15 @@ class Llama(nnx.Module):
         for layer, pair, kind in zip(self.layers, cache.layers, self.config.layer_types, strict=True):
             # A cache of one layer, so that all layers have the same types and `_run` is traced once.
             layer_cache = replace(cache, layers=(pair,))
-            x, layer_cache, weights = _run(layer, x, cos, sin, masks[kind], layer_cache, "attentions" in collect)
+            x, layer_cache, weights = _run(layer, x, cos, sin, masks[kind], layer_cache, "attentions" in intermediates)
             pairs += layer_cache.layers
             hidden_states.append(x)
             attentions.append(weights)
         cache = replace(cache, layers=tuple(pairs))
         x = self.norm(x)
         # As in transformers, the last hidden state is the one after the final norm, which replaces the one before it.
-        internals = {"hidden_states": (*hidden_states[:-1], x), "attentions": tuple(attentions)}
-        return x, cache, {name: internals[name] for name in collect}
+        computed = {"hidden_states": (*hidden_states[:-1], x), "attentions": tuple(attentions)}
+        return x, cache, {name: computed[name] for name in intermediates}
 
     def _logits(self, hidden: jax.Array) -> jax.Array:
         """[..., D] -> float32 [..., V], rounded to the model's dtype as in transformers."""

@@ -68,7 +68,7 @@ def partition(config: LlamaConfig, mesh: Mesh | AbstractMesh) -> Callable[[str],
         if getattr(config, key) % shards:
             raise ValueError(
                 f'`{key}`={getattr(config, key)} cannot be spread over the {shards} devices of the axis "tensor". '
-                "Choose a mesh where it divides it."
+                "Choose a mesh whose axis divides it."
             )
     by_rows = [
         "self_attn.qkv_proj.weight",

@@ -40,6 +40,7 @@ def cos_sin(rope: Rope, positions: jax.Array, dtype: jax.typing.DTypeLike) -> tu
     """
     # `positions.max() + 1`: types that depend on the length use the longest row's frequencies for the whole batch.
     angles = positions[..., None].astype(jnp.float32) * rope.inverse_frequencies(positions.max() + 1)[None, None]
+    # [N, T, H / 2] twice: dimensions i and i + H / 2 turn by the same angle.
     angles = jnp.concatenate([angles, angles], axis=-1)
     scaling = rope.attention_scaling()
     return (jnp.cos(angles) * scaling).astype(dtype), (jnp.sin(angles) * scaling).astype(dtype)
@@ -48,6 +49,7 @@ def cos_sin(rope: Rope, positions: jax.Array, dtype: jax.typing.DTypeLike) -> tu
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Rotates [..., H] by angles [..., H]. Dimensions i and i + H/2 are a pair, as in Hugging Face checkpoints."""
     wide, cos, sin = (each.astype(jnp.float32) for each in (x, cos, sin))
+    # (x, y) -> (x cos - y sin, y cos + x sin)
     first, second = jnp.split(wide, 2, axis=-1)
     return (wide * cos + jnp.concatenate([-second, first], axis=-1) * sin).astype(x.dtype)
 
@@ -133,6 +135,7 @@ class Yarn:
     def attention_scaling(self) -> float:
         if self.attention_factor is not None:
             return self.attention_factor
+        # DeepSeek's two keys; for all others the paper's formula.
         if self.mscale and self.mscale_all_dim:
             return self._mscale(self.mscale) / self._mscale(self.mscale_all_dim)
         return self._mscale(1)
@@ -252,7 +255,7 @@ def to_config(rope: Rope) -> dict[str, Any]:
 
 
 def unread_keys(raw: Mapping[str, Any]) -> list[str]:
-    """The rotary parameters of a `config.json` that its `rope_type` does not read, as "rope_scaling.attn_factor".
+    """The rotary parameters of a `config.json` that its `rope_type` does not read, such as "rope_scaling.attn_factor".
 
     Raises:
         ValueError: on an unknown type, or on parameters for each kind of layer.
@@ -287,7 +290,9 @@ def _type_and_values(name: str, parameters: object) -> tuple[str, dict[str, Any]
     given = {key: value for key, value in parameters.items() if value is not None}
     rope_type = given.pop("rope_type", given.get("type", "default"))
     if given.pop("type", rope_type) != rope_type:
-        raise ValueError(f"`{name}` of config.json has both `type` and `rope_type`, and they differ: {parameters!r}.")
+        raise ValueError(
+            f"`{name}` of config.json has both `type` and `rope_type`, and they differ: {parameters!r}. Remove one."
+        )
     if str(rope_type) not in TYPES:
         raise ValueError(f"`rope_type`={rope_type!r} in config.json is not supported; it may be one of {list(TYPES)}.")
     return rope_type, given
@@ -300,6 +305,7 @@ def _from_parameters(raw: Mapping[str, Any], name: str, parameters: object, head
         ValueError: if a key is missing, is not valid, or has another value at the top level.
     """
     rope_type, given = _type_and_values(name, parameters)
+    # Without its own key, the original context is the whole context.
     longest = raw["max_position_embeddings"]
     original = given.get("original_max_position_embeddings", raw.get("original_max_position_embeddings")) or longest
     values = given | {
@@ -309,6 +315,7 @@ def _from_parameters(raw: Mapping[str, Any], name: str, parameters: object, head
         "original_max_position_embeddings": original,
     }
     for key in ("rope_theta", "original_max_position_embeddings"):
+        # A key may stand at the top level, beside the parameters, or in both places with one value.
         if (raw.get(key) or values[key]) != values[key]:
             raise ValueError(
                 f"config.json has `{key}`={raw[key]!r} beside `{name}` with {values[key]!r}. Remove the wrong one."
@@ -322,6 +329,7 @@ def _from_parameters(raw: Mapping[str, Any], name: str, parameters: object, head
 
 def _checked(key: str, value: Any, head_dim: int) -> Any:
     """The value of a rotary parameter: a positive number, a flag, or one positive number per pair of dimensions."""
+    # The only flag. JSON tells true from 1, and so does `type` below.
     if key == "truncate" and isinstance(value, bool):
         return value
     numbers = value if isinstance(value, list | tuple) else [value]

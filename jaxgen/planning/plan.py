@@ -40,7 +40,7 @@ class Device:
         platform: as JAX calls it: "tpu", "gpu" or "cpu".
         memory: bytes that programs may use.
         bandwidth: of its memory, in bytes per second; None if not known.
-        share: `memory` over all of the device's memory.
+        share: of the memory that the device has, how much `memory` is.
     """
 
     name: str
@@ -107,7 +107,7 @@ class Plan:
         decode_temporaries: bytes, of a decode step.
         total: weights, cache and the larger of the temporaries.
         available: bytes that programs may use.
-        memory_share: `available` over all of the device's memory: JAX does not take all of a GPU's.
+        memory_share: of the memory that the device has, how much `available` is: JAX does not take all of a GPU's.
         step_ms: lower bound of the time of the last step, the bytes it reads over the bandwidth; None if that is not
             known.
         tokens_per_s: upper bound for all rows together; None likewise.
@@ -249,7 +249,7 @@ class _Call:
     """The sizes of a model and a call that do not depend on the `_Setup`.
 
     Attributes:
-        plan: `Plan` with the arguments that do not depend on it either.
+        plan: makes the `Plan`; holds the fields that are known already.
         config: of the model.
         leaves: path and shape of each parameter.
         dtype: of unquantised weights, and of activations.

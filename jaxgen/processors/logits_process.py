@@ -53,21 +53,22 @@ def reorder(processors: Sequence[LogitsProcessor], states: Sequence[object], row
 class SequenceBias(LogitsProcessor):
     """Adds a bias to the token that would complete a sequence. `SequenceBiasLogitsProcessor`; -inf forbids a sequence.
 
-    The sequences (5,), (7, 8) and (1, 2, 3), in a bucket of M = 4 and T = 4:
+    The sequences (5,), (7, 8) and (1, 2, 3), in buckets of 4 sequences and 4 tokens:
 
     ```
     single[5] = bias        prefixes             last        a row that ends with  1 2
                             -1  -1  -1   7       8           gets the bias of the second sequence on token 3:
-                            -1  -1   1   2       3           its last T tokens equal the prefix where it is not -1
+                            -1  -1   1   2       3           its last 4 tokens equal the prefix where it is not -1
                             -1  -1  -1  -1       V           V is outside of the vocabulary, so nothing is added
                             -1  -1  -1  -1       V
     ```
 
     Attributes:
         single: float32 [V]. The biases of sequences of one token.
-        prefixes: int32 [M, T]. The longer sequences without their last tokens, right-aligned; -1 matches any token.
-        last: int32 [M]. The last tokens of the longer sequences; V in unused rows.
-        biases: float32 [M].
+        prefixes: int32 [sequences, tokens]. The longer sequences without their last tokens, right-aligned; -1 matches
+            any token.
+        last: int32 [sequences]. The last tokens of the longer sequences; V in unused rows.
+        biases: float32 [sequences].
     """
 
     single: Float32
@@ -77,7 +78,7 @@ class SequenceBias(LogitsProcessor):
 
     @classmethod
     def build(cls, sequences: Mapping[tuple[int, ...], float], vocab_size: int) -> Self:
-        """From the biases by sequence. M and T are rounded up, so that other sequences reuse the program."""
+        """Builds it from {token ids: bias}. Array sizes are rounded up, so that other sequences reuse the program."""
         single = np.zeros(vocab_size, np.float32)
         for sequence, bias in sequences.items():
             if len(sequence) == 1:
@@ -89,6 +90,7 @@ class SequenceBias(LogitsProcessor):
         last = np.full(count, vocab_size, np.int32)
         biases = np.zeros(count, np.float32)
         for row, (sequence, bias) in enumerate(longer.items()):
+            # Right-aligned: its last token but one is in the last column.
             prefixes[row, columns + 1 - len(sequence) :] = sequence[:-1]
             last[row], biases[row] = sequence[-1], bias
         return cls(single, prefixes, last, biases)
@@ -96,9 +98,10 @@ class SequenceBias(LogitsProcessor):
     def __call__(self, input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array) -> jax.Array:
         bias = jnp.broadcast_to(self.single, scores.shape)
         if len(self.last):
-            # The last T columns, cur_len - T to cur_len - 1. Before column 0 there is -2, which only -1 matches.
+            # The last columns of the row, as many as a prefix has. Before column 0 there is -2, which only -1 matches.
             columns = cur_len - self.prefixes.shape[1] + jnp.arange(self.prefixes.shape[1])
             recent = jnp.where(columns[None] >= 0, jnp.take(input_ids, columns, axis=1, mode="clip"), -2)
+            # [N, 1, tokens] against [1, sequences, tokens].
             prefixes = self.prefixes[None]
             matches = ((prefixes == -1) | (recent[:, None] == prefixes)).all(axis=-1)
             bias = bias.at[:, self.last].add(jnp.where(matches, self.biases[None], 0), mode="drop")
@@ -122,6 +125,7 @@ class RepetitionPenalty(LogitsProcessor[jax.Array]):
     def init(self, prompt: Prompt, vocab_size: int) -> jax.Array:
         columns = prompt.input_ids.shape[1]
         mask = prompt.attention_mask
+        # The first attended column of each row; in a row without one, the first column of the caller's prompt.
         first = jnp.where(mask.any(axis=1), jnp.argmax(mask, axis=1), columns - prompt.length)
         return _seen(prompt, first[:, None], vocab_size)
 
@@ -130,6 +134,7 @@ class RepetitionPenalty(LogitsProcessor[jax.Array]):
     ) -> tuple[jax.Array, jax.Array]:
         # A prompt of embeddings alone has no tokens, so `cur_len` is 0 in the first step and nothing is marked.
         last = jnp.where(cur_len > 0, input_ids[:, cur_len - 1], scores.shape[1])
+        # The rows of a step differ from the last step's in one token only.
         state = state.at[jnp.arange(len(scores)), last].set(True, mode="drop")
         return _penalise(scores, state, self.penalty), state
 
@@ -163,6 +168,7 @@ def _seen(prompt: Prompt, first: jax.Array, vocab_size: int) -> jax.Array:
 
 
 def _penalise(scores: jax.Array, mask: jax.Array, penalty: jax.Array) -> jax.Array:
+    # Dividing a negative score would raise it.
     return jnp.where(mask, jnp.where(scores < 0, scores * penalty, scores / penalty), scores)
 
 
@@ -370,7 +376,7 @@ class TopH(Warper):
         # and the comparison drops them.
         entropy = -jnp.sum(p * jnp.maximum(log_p, jnp.finfo(jnp.float32).min), axis=1, keepdims=True)
         kept = (jnp.cumsum(-p * log_p, axis=1) <= entropy * self.top_h) & (p > 0)
-        kept = kept.at[:, 0].set(True)
+        kept = kept.at[:, 0].set(True)  # the most likely token
         values = jnp.where(kept, highest, -jnp.inf)
         return jnp.full_like(scores, -jnp.inf).at[jnp.arange(len(scores))[:, None], columns].set(values)
 
@@ -388,6 +394,7 @@ class TopK(Warper):
 
     def warp(self, scores: jax.Array) -> jax.Array:
         def keep_highest(scores: jax.Array) -> jax.Array:
+            # The highest x that at least k scores reach: the k-th highest score.
             bits = _ordered_bits(scores)
             lowest = _bisect(lambda x: (bits >= x).sum(axis=1, keepdims=True) >= self.top_k, len(scores))
             return jnp.where(bits < lowest, -jnp.inf, scores)
@@ -448,15 +455,16 @@ class TopP(Warper):
 
 def _cumulative_by_pairs(scores: jax.Array, columns: jax.Array, p: jax.Array, below: jax.Array) -> jax.Array:
     """float [N, W]: the probability of each token and all lower ones, plus `below`, by comparing all pairs."""
+    # [N, W, W], so only for a few candidates.
     this, other = scores[:, :, None], scores[:, None, :]
     lower = (other < this) | ((other == this) & (columns[:, None, :] <= columns[:, :, None]))
     return below + jnp.where(lower, p[:, None, :], 0).sum(axis=2)
 
 
 def _cumulative_at_border(scores: jax.Array, p: jax.Array, below: jax.Array, limit: jax.Array) -> jax.Array:
-    """As `_cumulative_by_pairs` for the tokens at the border, the score where the sum passes `limit`.
+    """As `_cumulative_by_pairs`, but exact only for tokens with the score at which the sum passes `limit`.
 
-    Tokens with lower scores get 0, tokens with higher scores infinity.
+    It is enough to compare the result with `limit`: tokens with lower scores get 0, those with higher scores infinity.
     """
     bits = _ordered_bits(scores)
 
@@ -466,6 +474,7 @@ def _cumulative_at_border(scores: jax.Array, p: jax.Array, below: jax.Array, lim
     # The lowest score with a sum over the limit; or the highest score, if rounding keeps all sums below the limit.
     border = jnp.minimum(_bisect(lambda x: mass_below(x) <= limit, len(scores)), bits.max(axis=1, keepdims=True))
     equal = bits == border
+    # Of equal scores, each column adds its own probability to those before it.
     at_border = mass_below(border) + jnp.cumsum(equal, axis=1).astype(p.dtype) * p
     return jnp.where(equal, at_border, jnp.where(bits > border, jnp.inf, 0))
 
@@ -529,6 +538,7 @@ class Typical(Warper):
         distance = jnp.abs(-log_p - entropy)
         order = jnp.argsort(distance, axis=1)
         mass = jnp.cumsum(jnp.take_along_axis(p, order, axis=1), axis=1)
+        # The index in `order` where the sum reaches `typical_p`; rounding may keep the whole sum below it.
         last = jnp.minimum((mass < self.typical_p).sum(axis=1, keepdims=True), scores.shape[1] - 1)
         farthest = jnp.take_along_axis(distance, jnp.take_along_axis(order, last, axis=1), axis=1)
         # `farthest` is the distance of the last token needed to reach `typical_p`. The closest tokens are always kept,
@@ -603,7 +613,7 @@ class Custom(LogitsProcessor):
 
     Attributes:
         function: a callable pytree: the caller's own, or a function in a `jax.tree_util.Partial`.
-        kind: its class, static: JAX compares pytrees of two classes as equal, see `pytree.pytree`.
+        kind: the class of `function`, static, so that two classes never share a program; see `pytree.pytree`.
     """
 
     function: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]

@@ -1,9 +1,10 @@
 """Stop strings, matched on token ids with lookup tables.
 
-Same as transformers 5.24 `StopStringCriteria`, which matches backwards. The newest token has to overlap the end of the
-string. Each token before it has to fit where the tokens after it begin, counted in characters from the end of the
-string, until the beginning of the string is reached or passed. Everything that depends on one token is looked up in
-tables with V rows. A string may begin in the prompt, but has to end in the newest token.
+Same as transformers 5.24 `StopStringCriteria`, which matches backwards. The newest token has to begin with the end of
+the string. Then token after token, back from there, has to continue the match, until the beginning of the string is
+reached or passed. Where the match has got to is counted in characters from the end of the string. What a single token
+can match is looked up in tables with a row for each token of the vocabulary. A string may begin in the prompt, but has
+to end in the newest token.
 
 ```
 text           ... "so"   "me st"   "op!!"      stop string "stop", of 4 characters
@@ -45,16 +46,16 @@ class Tokenizer(Protocol):
 @pytree
 @dataclass(frozen=True)
 class StopStrings:
-    """Finishes a row on the token that completes one of M strings.
+    """Finishes a row on the token that completes one of the strings.
 
     Lengths are in characters, or in bytes for tokenizers that work on bytes. Row V of the tables is for columns before
     the text. Tables are padded with -1.
 
     Attributes:
-        overlaps: int16 [V + 1, M, E]. The numbers of last characters of a string that a token may begin with.
-        places: int16 [V + 1, M, T]. The numbers of characters of a string that may follow a token in it.
+        overlaps: int16 [V + 1, strings, numbers]. How many last characters of a string a token may begin with.
+        places: int16 [V + 1, strings, numbers]. How many characters of a string may follow a token in it.
         lengths: int32 [V + 1]. Length of each token.
-        targets: int32 [M]. Length of each string; 2**30 in unused places.
+        targets: int32 [strings]. Length of each string; 2**30 in unused places.
         window: static: the maximum number of tokens in a string.
     """
 
@@ -85,6 +86,7 @@ class StopStrings:
     def _build(cls, strings: Sequence[str], tokenizer: Tokenizer, vocab_size: int) -> "StopStrings":
         vocabulary = _vocabulary(tokenizer)
         decoded = vocabulary.decoded
+        # Texts and strings are compared character by character, or byte by byte.
         wanted = [_as_characters(string.encode()) if vocabulary.in_bytes else string for string in strings]
         rows = max(vocab_size, max(decoded, default=0) + 1)
         lengths = np.full(rows + 1, _PADDING, np.int32)
@@ -111,9 +113,9 @@ class StopStrings:
         columns = cur_len - 1 - jnp.arange(min(self.window, input_ids.shape[1]))  # the newest token first
         no_token = len(self.lengths) - 1
         tokens = jnp.where(columns[None] >= 0, jnp.take(input_ids, columns, axis=1, mode="clip"), no_token)
-        ends = self.overlaps[tokens[:, 0]].astype(jnp.int32)  # [N, M, E]
+        ends = self.overlaps[tokens[:, 0]].astype(jnp.int32)  # [N, strings, overlaps]
         earlier = jnp.cumsum(self.lengths[tokens[:, 1:]], axis=1)
-        # [N, window, M, E]: the characters from the end of the string to the beginning of each token, for each overlap.
+        # [N, window, strings, overlaps]: the characters from the beginning of each token to the end of the string.
         reached = jnp.concatenate([ends[:, None], ends[:, None] + earlier[:, :, None, None]], axis=1)
         # A token fits if one of its places is where the token after it begins; the newest one if it overlaps at all.
         fits = (reached[:, :-1, :, None] == self.places[tokens[:, 1:]][..., None].astype(jnp.int32)).any(axis=3)
@@ -126,7 +128,7 @@ Numbers = dict[int, list[int]]  # by token id
 
 
 def _table(strings: Sequence[Numbers], rows: int) -> jax.Array:
-    """int16 [V + 1, M, T] of the numbers of each token, for each string."""
+    """int16 [V + 1, strings, numbers] of the numbers of each token, for each string."""
     most = max((len(numbers) for string in strings for numbers in string.values()), default=1)
     shape = rows + 1, bucket(max(len(strings), _MIN_STRINGS)), bucket(max(most, _MIN_NUMBERS))
     table = np.full(shape, _PADDING, np.int16)
@@ -144,6 +146,7 @@ def _matches(decoded: Mapping[int, str], string: str) -> tuple[Numbers, Numbers]
     """
     overlaps: Numbers = {}
     places: Numbers = {}
+    # Most tokens of a large vocabulary share no end with the string, and are ruled out by a look at their ends.
     characters, size = set(string), len(string)
     for token, text in decoded.items():
         if not text or not (text[0] in characters or text[-1] in characters or string in text):

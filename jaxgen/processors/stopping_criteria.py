@@ -72,7 +72,7 @@ class CustomCriterion:
 
     Attributes:
         function: a callable pytree: the caller's own, or a function in a `jax.tree_util.Partial`.
-        kind: its class, static: JAX compares pytrees of two classes as equal, see `pytree.pytree`.
+        kind: the class of `function`, static, so that two classes never share a program; see `pytree.pytree`.
     """
 
     function: StoppingCriterion

@@ -21,11 +21,11 @@ from jax import lax
 from jaxgen.base import LogitsProcessor, Prompt
 from jaxgen.pytree import Bool, Float32, Int32, UInt32, pytree
 
-Wide = tuple[jax.Array, jax.Array]
+Wide = tuple[jax.Array, jax.Array]  # the high and the low words of 64-bit integers
 
-TABLE_SIZE = 1_000_003
-CANDIDATES = 40
-MULTIPLIER = 6364136223846793005
+TABLE_SIZE = 1_000_003  # of selfhash's permutation, a prime
+CANDIDATES = 40  # of selfhash, as in transformers
+MULTIPLIER = 6364136223846793005  # of the linear congruential generator that SynthID-Text hashes with
 
 
 @pytree
@@ -33,15 +33,15 @@ MULTIPLIER = 6364136223846793005
 class GreenlistWatermark(LogitsProcessor):
     """Adds a bias to a random part of the vocabulary. Same as transformers 5.24 `WatermarkLogitsProcessor`.
 
-    The green tokens are the first G tokens of a shuffled vocabulary. "lefthash" seeds the shuffle with the last token.
-    "selfhash" shuffles once for each of the 40 best candidates, seeded with the candidate and the tokens before it. A
-    candidate gets the bias if it is green in its own shuffle.
+    The green tokens are the first `greenlist_size` tokens of a shuffled vocabulary. "lefthash" seeds the shuffle with
+    the last token. "selfhash" shuffles once for each of the 40 best candidates, seeded with the candidate and the
+    tokens before it. A candidate gets the bias if it is green in its own shuffle.
 
     Attributes:
         bias: float32 []. Added to the scores of green tokens.
         hashing_key: uint32 [].
         table: int32 [1000003]. The permutation that selfhash hashes tokens with; [0] for lefthash.
-        greenlist_size: G, static.
+        greenlist_size: static.
         context_width: static. Shorter rows are not watermarked. With selfhash the number of tokens in a seed.
         selfhash: static. Whether the seeding is "selfhash" and not "lefthash".
     """
@@ -142,12 +142,12 @@ class SynthIDState:
 class SynthIDWatermark(LogitsProcessor[SynthIDState]):
     """Runs a tournament among the tokens. Same as transformers 5.24 `SynthIDTextWatermarkLogitsProcessor`.
 
-    At each of D depths, every token gets a bit from a hash of the last tokens, itself and the depth's key. Probability
+    At each depth, every token gets a bit from a hash of the last tokens, itself and the depth's key. Probability
     then moves from tokens with bit 0 to tokens with bit 1. A context that is in the history is not watermarked again.
     As in transformers, the prompt is not part of the context, and the state is not reordered with the beams.
 
     Attributes:
-        keys: uint32 [D]. The low words of the keys. The high words do not affect the bits that index the table.
+        keys: uint32 [depths]. The low words of the keys. The high words do not affect the bits that index the table.
         sampling_table: bool, with a power of two of entries.
         ngram_len: static. Number of tokens hashed together, including the candidate.
         context_history_size: static. Number of contexts in the history.
@@ -199,6 +199,7 @@ class SynthIDWatermark(LogitsProcessor[SynthIDState]):
             scores = jnp.ones_like(scores)
 
         context_hash = self._context_hash(context)
+        # [N, 1] against the history, [N, context_history_size].
         high, low = (word[:, None] for word in context_hash)
         repeated = ((state.history[0] == high) & (state.history[1] == low)).any(axis=1, keepdims=True)
         watermarked = jnp.where(repeated, scores, self._tournament(scores, context_hash[1]))
@@ -219,6 +220,7 @@ class SynthIDWatermark(LogitsProcessor[SynthIDState]):
 
     def _context_hash(self, context: jax.Array) -> Wide:
         """uint32 [N] twice, high and low words: value = (value + token) * MULTIPLIER + 1 for each token."""
+        # The hash of no tokens is 1, as in transformers.
         value = jnp.zeros(len(context), jnp.uint32), jnp.ones(len(context), jnp.uint32)
         multiplier = jnp.uint32(MULTIPLIER >> 32), jnp.uint32(MULTIPLIER & 0xFFFFFFFF)
         one = jnp.uint32(1)
@@ -230,11 +232,13 @@ class SynthIDWatermark(LogitsProcessor[SynthIDState]):
         """float32 [N, V] log-probabilities, given the low words of the context's hash, uint32 [N]."""
         multiplier = jnp.uint32(MULTIPLIER & 0xFFFFFFFF)
         tokens = jnp.arange(scores.shape[1], dtype=jnp.uint32)[None]
+        # Only low bits index the table, so the low words are enough.
         token_hash = (context_hash[:, None] + tokens) * multiplier + 1
 
         def play(probabilities: jax.Array, key: jax.Array) -> tuple[jax.Array, None]:
             index = ((token_hash + key) * multiplier + 1) % np.uint32(len(self.sampling_table))
             g = self.sampling_table[index].astype(jnp.float32)
+            # Of the probability of tokens with bit 0, a share of `mass` moves to the tokens with bit 1.
             mass = (g * probabilities).sum(axis=1, keepdims=True)
             return probabilities * (1 + g - mass), None
 
@@ -244,26 +248,30 @@ class SynthIDWatermark(LogitsProcessor[SynthIDState]):
 
 
 def _first_of_shuffle(words: jax.Array, vocab_size: int) -> jax.Array:
-    """The numbers in the first G places of `torch.randperm(V)`, as a mask, without computing the permutation.
+    """The numbers in the first places of `torch.randperm(V)`, as a mask, without computing the permutation.
 
-    Step i of the shuffle swaps place i with its target, a random place at or after i. After that, place i is final. The
-    loop over steps is sequential, but the mask does not need it. Number n starts in place n. If a step before n has
-    target n, that step moves n to the step's own place, where it is final: n is green. Otherwise step n moves n to its
-    target t. There the same question arises: a later step with target t makes n final, and without one n moves on. So n
-    moves on if and only if step n is the last step with target t. One scatter finds the last step of each place. Each
-    step then either settles its number or passes it on to a later step, or to a place from G on, where it is not green.
-    These chains are followed by doubling:
+    Step i of the shuffle swaps place i with its target, a random place at or after i. From then on place i is final,
+    and the number in it is green:
 
     ```
-    V = 5, G = 3, targets of steps 0, 1, 2 = 2, 4, 3
+    V = 5, 3 steps, with targets 2, 4, 3
     0 1 2 3 4     start
     2 1 0 3 4     step 0 swaps places 0 and 2
     2 4 0 3 1     step 1 swaps places 1 and 4
     2 4 3 0 1     step 2 swaps places 2 and 3: the green numbers are 2, 4, 3. Number 0 moved 0 -> 2 -> 3
     ```
 
+    The steps are sequential, but the mask can be computed from all targets at once:
+
+    * If place n is the target of a step before n, that step moves number n to its own place: n is green.
+    * Otherwise step n moves n to its target. If a later step has the same target, that step moves n to its own place: n
+      is green. If not, n stays there until the step of that place moves it on; beyond the last step it stays for good.
+
+    So only the last step of each target passes its number on, which one scatter finds. These moves form chains, which
+    are followed by doubling.
+
     Args:
-        words: uint32 [G, N] of the generator, G < V.
+        words: uint32 [steps, N] of the generator, with fewer steps than V.
 
     Returns:
         bool [N, V].
@@ -278,9 +286,10 @@ def _first_of_shuffle(words: jax.Array, vocab_size: int) -> jax.Array:
     moves = jnp.where(_take(last_step, targets) == steps, targets, settled)
 
     def follow(moves: jax.Array) -> jax.Array:
-        """Replaces each move to a place before G by the move from there, until all are `settled` or from G on."""
+        """Replaces each move to the place of a step by the move from there. In the end none leads to such a place."""
         return jnp.where(moves < size, _take(moves, jnp.minimum(moves, size - 1)), moves)
 
+    # Each round doubles the moves that are followed, so a chain of n steps takes log2(n) rounds.
     moves = lax.while_loop(lambda moves: (moves < size).any(), follow, moves)
     targeted = last_step >= 0
     return jnp.concatenate([targeted[:, :size] | (moves == settled), targeted[:, size:]], axis=1)
@@ -306,6 +315,7 @@ def _mersenne_twister(seeds: jax.Array, count: int) -> jax.Array:
     _, words = lax.scan(initialize, seeds, jnp.arange(1, 624, dtype=jnp.uint32))
     _, words = lax.scan(twist, jnp.concatenate([seeds[None], words]), length=-(-count // 227))
     words = words.reshape(-1, len(seeds))[:count]
+    # Tempering, the last part of MT19937.
     words ^= words >> 11
     words ^= (words << 7) & np.uint32(0x9D2C5680)
     words ^= (words << 15) & np.uint32(0xEFC60000)
@@ -331,6 +341,7 @@ def _multiply(a: Wide, b: Wide) -> Wide:
 
 def _minimum(value: Wide) -> Wide:
     """The minimum over the last axis, as signed 64-bit numbers."""
+    # The high words decide, with their sign; the low words, without sign, only among equal high words.
     high = lax.bitcast_convert_type(value[0], jnp.int32)
     least = high.min(axis=-1, keepdims=True)
     low = jnp.where(high == least, value[1], np.uint32(0xFFFFFFFF)).min(axis=-1)
@@ -338,7 +349,7 @@ def _minimum(value: Wide) -> Wide:
 
 
 def _torch_seed(value: Wide) -> jax.Array:
-    """The low word of a signed number modulo 2**64 - 1, as torch seeds its generator: negative ones are 1 lower."""
+    """The low word of a torch seed: the number modulo 2**64 - 1, so that a negative one is 1 lower than its bits."""
     return value[1] - (value[0] >> 31)
 
 

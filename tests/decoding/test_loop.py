@@ -179,7 +179,7 @@ def test_what_runs_on_the_host_cannot_be_prepared() -> None:
     model = jaxgen.load(jaxgen.BUNDLED_MODEL)
     with pytest.raises(ValueError, match=r"runs on the host\. Write it as a JAX function"):
         jaxgen.prepare(model, [[5]], max_new_tokens=3, logits_processor=[lambda ids, scores: scores])
-    with pytest.raises(ValueError, match=r"does not collect .'attentions'"):
+    with pytest.raises(ValueError, match=r"does not return .'attentions'"):
         jaxgen.prepare(model, [[5]], max_new_tokens=3, output_attentions=True, return_dict_in_generate=True)
 
 

@@ -57,7 +57,7 @@ def test_a_call_is_built_for_shapes_alone_and_compiles_nothing(model: Any) -> No
 def test_a_call_has_room_for_its_new_tokens(keywords: dict[str, Any], passes: int, slots: int, model: Any) -> None:
     prepared = built(model, [[5, 6, 7]], max_new_tokens=10, **keywords)
     assert (prepared.forward_passes, prepared.call.slots) == (passes, slots)
-    np.testing.assert_array_equal(prepared.prompt_slots, [13, 14, 15])
+    np.testing.assert_array_equal(prepared.token_slots, [13, 14, 15])
 
 
 @pytest.mark.parametrize("name", ["assistant_model", "synced_gpus", "assistant_tokenizer"])

@@ -48,7 +48,7 @@ def test_shapes_are_those_of_transformers_with_a_leading_axis_of_steps(models: t
     assert [each.shape for each in past[-1]] == [(rows, 2, COLUMNS + STEPS - 1, 8)] * 2
 
 
-def assert_same_internals(ours: Any, theirs: Any) -> None:
+def assert_same_intermediates(ours: Any, theirs: Any) -> None:
     for name in ("attentions", "hidden_states"):
         for step, (mine, other) in enumerate(zip(ours[name], theirs[name], strict=True)):
             for layer, expected in zip(mine, other, strict=True):
@@ -79,7 +79,7 @@ def test_every_number_equals_transformers(repetition_penalty: float, models: tup
     np.testing.assert_array_equal(ours.sequences, theirs.sequences)
     for name in ("scores", "logits"):
         np.testing.assert_allclose(ours[name], np.stack([step.numpy() for step in theirs[name]]), atol=1e-4)
-    assert_same_internals(ours, theirs)
+    assert_same_intermediates(ours, theirs)
     for (keys, values), other in zip(ours.cache, theirs.past_key_values.layers, strict=True):
         np.testing.assert_allclose(keys[:, :, 2:], other.keys.detach().numpy()[:, :, 2:], atol=1e-4)
         np.testing.assert_allclose(values[:, :, 2:], other.values.detach().numpy()[:, :, 2:], atol=1e-4)
@@ -114,7 +114,7 @@ def test_every_number_of_beams_equals_transformers(models: tuple[Any, Any]) -> N
     np.testing.assert_allclose(ours.sequences_scores, theirs.sequences_scores, rtol=1e-4)
     for name in ("scores", "logits"):
         np.testing.assert_allclose(ours[name], np.stack([step.numpy() for step in theirs[name]]), atol=1e-4)
-    assert_same_internals(ours, theirs)
+    assert_same_intermediates(ours, theirs)
     for pair, other in zip(ours.cache, theirs.past_key_values.layers, strict=True):
         for mine, expected in zip(pair, (other.keys, other.values), strict=True):
             assert mine.shape == expected.shape
@@ -204,7 +204,7 @@ WITHOUT_A_CACHE: dict[str, dict[str, Any]] = {
 
 @pytest.mark.oracle
 @pytest.mark.parametrize("kind", WITHOUT_A_CACHE)
-def test_without_a_cache_the_internals_of_the_whole_text_come_at_every_step_as_in_transformers(
+def test_without_a_cache_the_intermediates_of_the_whole_text_come_at_every_step_as_in_transformers(
     kind: str, models: tuple[Any, Any]
 ) -> None:
     import torch

@@ -67,7 +67,7 @@ class Average(nnx.Module):
             name, value = "host", HostOnly(value)
         super().__setattr__(name, value)
 
-    def internals_bytes(self, name: str, columns: int, slots: int) -> int:
+    def intermediates_bytes(self, name: str, columns: int, slots: int) -> int:
         raise NotImplementedError
 
     def make_cache(self, rows: int, slots: int) -> KVCache:
@@ -79,7 +79,7 @@ class Average(nnx.Module):
         input_ids: jax.Array,
         attention_mask: jax.Array,
         position_ids: Any = None,
-        collect: Any = (),
+        intermediates: Any = (),
     ) -> tuple[jax.Array, KVCache, dict[str, Any]]:
         """See `base.Model.extend`."""
         x = self.wte(input_ids)[:, None]

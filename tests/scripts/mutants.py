@@ -371,7 +371,7 @@ MUTANTS = [
     Mutant(
         DRIVER,
         "cache_sizes, attentions",
-        'never_grows = 0, "attentions" in prepared.collect',
+        'never_grows = 0, "attentions" in prepared.intermediates',
         "never_grows = 0, False",
         f"{STAGES}a_cache_whose_attentions_are_asked_for_has_all_its_slots_from_the_start",
     ),

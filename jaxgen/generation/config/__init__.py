@@ -1,1 +1,1 @@
-"""Host: which configuration wins, and what it says."""
+"""Host: the generation fields, and how keywords and configs are merged into the configuration of a call."""

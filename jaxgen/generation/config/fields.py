@@ -432,7 +432,7 @@ class GenerationFields(TypedDict, total=False):
 
 
 class ModelInputs(TypedDict, total=False):
-    """The keywords of `generate` that are inputs of the model. B prompts have P columns of ids, or D of embeddings."""
+    """The keywords of `generate` that are inputs of the model: B prompts of P tokens, with embeddings of size D."""
 
     input_ids: Annotated[ArrayLike | None, Field("model inputs", "the prompts, another name of `inputs`")]
     attention_mask: Annotated[

@@ -47,10 +47,12 @@ def resolve(
             f"`generation_config` must be a transformers.GenerationConfig, but is {type(generation_config).__name__}. "
             "Build one, or pass its fields as keyword arguments."
         )
+    # The default of 20 tokens applies only if no level has a length.
     levels = (kwargs.get("max_length"), getattr(generation_config, "max_length", None), model_config.max_length)
     has_default_max_length = all(level is None for level in levels)
     min_levels = (kwargs.get("min_length"), getattr(generation_config, "min_length", None), model_config.min_length)
     kwargs = _with_watermark(kwargs)
+    # `defaults_only` fills in fields that are None: the model's config first, then transformers' defaults.
     merged = copy.deepcopy(generation_config) or config_class()
     merged.update(**model_config.to_dict(), defaults_only=True, allow_custom_entries=True)
     merged.update(**merged._get_default_generation_params(), defaults_only=True)
@@ -82,7 +84,7 @@ def resolve(
 
 
 def _with_watermark(kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The keywords with a `watermarking_config` that is a dict made into transformers' class."""
+    """The keywords, with an object of transformers' class in place of a dict in `watermarking_config`."""
     if not isinstance(watermark := kwargs.get("watermarking_config"), dict):
         return kwargs
     try:
@@ -97,6 +99,7 @@ def _update(merged: "GenerationConfig", kwargs: Mapping[str, Any]) -> dict[str, 
     def given(name: str) -> object:
         return kwargs.get(name, getattr(merged, name))
 
+    # Set after the others are validated, since transformers 5 would refuse them; the modes check them.
     unchecked = set().union(*(mode.unchecked(given) for mode in MODES)) & set(kwargs)
     checked = {name: value for name, value in kwargs.items() if name not in unchecked}
     try:

@@ -61,5 +61,5 @@ def token_id(name: str, value: object) -> int | None:
     """One token id, or None."""
     ids = token_ids(name, value)
     if value is not None and (len(ids) != 1 or not -(2**31) <= ids[0] < 2**31):
-        raise ValueError(f"`{name}`={value!r} must be one token id, of 32 bits.")
+        raise ValueError(f"`{name}`={value!r} must be one token id of at most 32 bits.")
     return ids[0] if ids else None

@@ -28,7 +28,7 @@ class Parts:
         key: see `Sample.key`; None unless `do_sample`.
         vocab_size: V.
         recorded: names of the arrays to record at every step, see `Mode.recorded`.
-        has_eos: whether any id ends a text, whether the configuration or a criterion of the caller says so.
+        has_eos: whether any token id ends a text, by the configuration or by a criterion of the caller.
     """
 
     eos: EosToken
@@ -71,7 +71,7 @@ class Mode:
 
     @classmethod
     def unheeded(cls, fields: "GenerationConfig") -> dict[str, object]:
-        """The mode's own fields that transformers ignores given the other fields, with their values for off."""
+        """The mode's own fields that transformers ignores given the others, with the values that switch them off."""
         del fields
         return {}
 
@@ -132,9 +132,9 @@ class Mode:
             )
         return outputs
 
-    def text_slots(self, prompt_slots: int, new_tokens: int) -> int:
-        """S, the bucket of the token buffer."""
-        return bucket(prompt_slots + new_tokens)
+    def text_slots(self, columns: int, new_tokens: int) -> int:
+        """The columns of the token buffer, S: those of the prompt in its bucket, and room for the new tokens."""
+        return bucket(columns + new_tokens)
 
     def pad_token_id(self, parts: Parts) -> Any:
         """The token id that finished rows receive; None to let them continue until all rows are finished.
@@ -161,19 +161,19 @@ class Mode:
         return {"sequences": fetched["sequences"][: rows * self.sequences_per_prompt, : fetched["length"]].copy()}
 
     def cached_steps(self, cache: Cache, first: int, rows: int, steps: int) -> np.ndarray:
-        """int [rows, C, steps]: for each text, the slots of its tokens of the first steps, counted from `first`.
+        """int [rows, C, steps]: the slots of the new tokens of each text, counted from `first`.
 
         Args:
             cache: at the end of the decode.
             first: the slot after the prompt.
             rows: the number of rows of the cache that belong to the caller.
-            steps: forward passes after the prompt's.
+            steps: the number of forward passes after the prompt's, each of which has read one of these tokens.
         """
         del cache, first
         return np.broadcast_to(np.arange(steps), (rows, 1, steps))
 
     def attended_steps(self, fetched: Mapping[str, np.ndarray], rows: int, steps: int) -> list[np.ndarray]:
-        """For each step, int [rows, C, t]: the slots that the texts attend, counted from the same slot, newest last."""
+        """For each step, int [rows, C, step + 1]: the slots that the texts attend, counted as in `cached_steps`."""
         del fetched
         return [np.broadcast_to(np.arange(step + 1), (rows, 1, step + 1)) for step in range(steps)]
 
@@ -183,7 +183,7 @@ class Mode:
         return None
 
     def lineages(self, fetched: Mapping[str, np.ndarray], rows: int, steps: int) -> list[np.ndarray]:
-        """For each step after the prompt, int [t, M]: the rows that its M rows descend from, at each step so far.
+        """For each step after the prompt, int [step, rows]: the ancestor of each of its rows, at each step so far.
 
         Empty if every row descends from itself.
         """

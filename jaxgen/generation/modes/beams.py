@@ -55,7 +55,7 @@ class BeamsMode(Mode):
         if self.candidates_per_beam > parts.vocab_size:
             raise ValueError(
                 f"`eos_token_id` holds {len(self.config.eos_token_id)} ids, but a model with {parts.vocab_size} ids "
-                "needs another one to continue. Pass fewer."
+                "needs others too, for beams to continue with. Pass fewer."
             )
 
     def check_streamer(self) -> None:
@@ -83,8 +83,8 @@ class BeamsMode(Mode):
         sorted_by_beam = "attentions" in intermediates or (intermediates and not self.config.use_cache)
         return (*super().recorded(intermediates, logprobs), *(["parents"] if sorted_by_beam else []))
 
-    def text_slots(self, prompt_slots: int, new_tokens: int) -> int:
-        return prompt_slots + bucket(new_tokens)  # apart, since each new token takes a slot per beam
+    def text_slots(self, columns: int, new_tokens: int) -> int:
+        return columns + bucket(new_tokens)  # apart, since each new token takes a slot per beam
 
     def texts(self, fetched: Mapping[str, np.ndarray], rows: int, prompt_length: int) -> dict[str, np.ndarray]:
         """The beams to return, padded to the longest of them, with their scores and indices."""
@@ -123,10 +123,10 @@ class BeamsMode(Mode):
 
 
 def ancestors(parents: np.ndarray, steps: int) -> list[np.ndarray]:
-    """For each step after the prompt, int [B, C, t]: the beam that each beam descends from, at each step so far.
+    """For each step after the prompt, int [B, C, step]: the ancestor of each beam, at each step so far.
 
     Args:
-        parents: int [T, B, C]. The beam of the previous step that each beam continues.
+        parents: int [steps, B, C]. The beam of the previous step that each beam continues.
         steps: the number of steps to return.
     """
     # A beam has its parent's ancestors, followed by itself:

@@ -62,7 +62,7 @@ class ContrastiveSearchMode(Mode):
         if not self.config.use_cache and self.config.intermediates:
             raise ValueError(
                 "`use_cache`=False asks for the attentions and hidden states of the whole text at every step, "
-                "which does not go with `penalty_alpha`. Leave `use_cache` out: each column's are returned once."
+                "which does not go with `penalty_alpha`. Leave `use_cache` out to get those of each column once."
             )
 
     def recorded(self, intermediates: tuple[str, ...], logprobs: bool) -> tuple[str, ...]:

@@ -30,7 +30,7 @@ class Inputs:
     The model attends L positions, which can differ from the P tokens of the text:
 
     ```
-    L positions    c c c c | n n n     those in the cache, then T new ones, which prefill reads
+    L positions    c c c c | n n n     those in the cache, then T new ones, which the model reads
     P tokens       t t t t   t t t     the whole text, or
                              t t t     the new tokens only, or none with `inputs_embeds`
     ```
@@ -66,7 +66,13 @@ class Inputs:
         return counted_positions(self.attention_mask)[:, -self.num_new :]
 
     def check_plain(self, name: str, why: str, chunk: int | None) -> None:
-        """Raises ValueError unless the prompt is plain and prefilled at once, which `name` needs because of `why`."""
+        """Raises a ValueError unless the prompt is `plain` and prefilled at once.
+
+        Args:
+            name: what needs such a prompt, for the message.
+            why: a clause of the message with the reason.
+            chunk: `prefill_chunk_size`.
+        """
         given = {
             "cache": self.past,
             "inputs_embeds": self.embeddings,
@@ -93,6 +99,7 @@ def checked_inputs(
     if isinstance(past, lazy.torch_class("Cache")):
         past = PastKeyValues.from_transformers(model, past)
     embeddings = _embeddings(model_inputs.get("inputs_embeds"), model.hidden_size)
+    # With embeddings, ids may be missing or empty: there is no text then, P = 0.
     if embeddings is not None and (given is None or np.shape(given)[1:] == (0,)):
         input_ids = np.zeros((len(embeddings) if given is None else np.shape(given)[0], 0), np.int32)
     else:
@@ -113,6 +120,7 @@ def checked_inputs(
         mask = _mask("attention_mask", mask, shape)
     warn_about_padding(input_ids, mask, config, embeddings is not None)
     if mask is None:
+        # The mask of other columns cannot be inferred from these ids.
         if columns not in (0, shape[1]):
             raise ValueError(
                 f"`inputs_embeds` has {shape[1]} columns, but `input_ids` has {columns}. Pass the `attention_mask` of "
@@ -131,12 +139,13 @@ def checked_inputs(
     text_mask = np.ones((rows, columns), bool)
     if embeddings is None or columns == mask.shape[1]:  # the ids are the last P of the L tokens
         text_mask = mask[:, -columns:]
+    # With a cache, embeddings may be of the whole text or of its new tokens; only the new ones are read.
     embeddings = None if embeddings is None else embeddings[:, -num_new:]
     return Inputs(input_ids, text_mask, mask, num_new, positions, embeddings, past)
 
 
 def _embeddings(given: "ArrayLike | None", hidden_size: int) -> np.ndarray | None:
-    """float [B, T, D]."""
+    """The embeddings as float [B, T, D], checked; None if there are none."""
     if given is None:
         return None
     refuse_tracer(given)
@@ -187,6 +196,7 @@ def _positions(given: "ArrayLike | None", rows: int, num_new: int) -> np.ndarray
     positions = _array("position_ids", given)
     if not np.issubdtype(positions.dtype, np.integer):
         raise ValueError(f"`position_ids` has dtype {positions.dtype}, but must hold integers.")
+    # Sums of positions and counts stay below 2**31.
     if (outside := (positions >= 2**30) | (positions < -(2**30))).any():
         raise ValueError(f"`position_ids` holds {positions[outside][0]}, but may hold -2**30 to 2**30 - 1.")
     if positions.shape[0] not in (1, rows) or positions.shape[1] < num_new:
@@ -203,12 +213,13 @@ def counted_positions(mask: np.ndarray) -> np.ndarray:
 
 
 def _token_ids(name: str, given: "ArrayLike", vocab_size: int) -> np.ndarray:
-    """int32 [B, P], all of them in the vocabulary."""
+    """Token ids as int32 [B, P]; raises a ValueError unless all of them are in the vocabulary."""
     ids = _array(name, given)
     if ids.size == 0:
         raise ValueError(f"`{name}` has shape {ids.shape}, but every prompt needs at least one token.")
     if not np.issubdtype(ids.dtype, np.integer):
         raise ValueError(f"`{name}` has dtype {ids.dtype}, but token ids are integers. Tokenise the text first.")
+    # JAX would clamp an id outside of the vocabulary, where torch raises.
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= vocab_size:
         raise ValueError(
@@ -223,13 +234,13 @@ def _mask_array(name: str, given: "ArrayLike | None") -> np.ndarray | None:
     if given is None:
         return None
     array = _rectangular(name, given)
-    if array.ndim > 2:
+    if array.ndim > 2:  # the message of transformers
         raise ValueError(f"`{name}` passed to `generate` must be 2D, but has {array.ndim} dimensions.")
     return _array(name, array)
 
 
 def _mask(name: str, mask: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """bool, of a shape, with at most a warning about rows that are all masked."""
+    """The mask as bool; raises a ValueError unless it has this shape. A row that is all masked is only warned about."""
     if mask.shape != shape:
         raise ValueError(f"`{name}` has shape {mask.shape}, but its ids have {shape}. They must be equal.")
     if not np.isin(mask, (0, 1)).all():
@@ -261,6 +272,7 @@ def _array(name: str, given: "ArrayLike") -> np.ndarray:
 
 
 def _refuse_text(name: str, given: object) -> None:
+    # The first element, however deep: a list of texts has the same mistake as a text.
     first = given
     while isinstance(first, (list, tuple)) and first:
         first = first[0]
@@ -299,6 +311,7 @@ def warn_about_padding(input_ids: np.ndarray, mask: np.ndarray | None, config: D
             "is same as eos token. As a consequence, you may observe unexpected behavior. Please pass your input's "
             "`attention_mask` to obtain reliable results."
         )
+    # The last column decides, as in transformers: padding there is on the right.
     if mask is not None and mask.shape == input_ids.shape:
         last = ~mask[:, -1]
     else:

@@ -14,16 +14,16 @@ Layer = tuple[jax.Array, jax.Array]  # keys and values
 
 
 class PastKeyValues(Sequence[Layer]):
-    """The cache of a call without its padding: `past[layer]` is a pair, each [M, K, L, H] on the device.
+    """The cache of a call without its padding: `past[layer]` is a pair, each [N * C, K, L, H] on the device.
 
-    The M rows are those of the call's `sequences`, or its running beams; L is the number of tokens that the model has
+    The rows are those of the call's `sequences`, or its running beams; L is the number of tokens that the model has
     read. Later calls can continue it as their `cache`, any number of them, and never change it.
     """
 
     def __init__(self, cache: Cache, slots: np.ndarray):
         """From a cache of N rows and int [N, C, L], the slots of the tokens of each branch of each row."""
         rows, branches, length = slots.shape
-        # Row m of the view is branch m % C of row m // C of the cache.
+        # Row i of the view is branch i % C of row i // C of the cache.
         self._cache = cache
         self._rows = np.repeat(np.arange(rows, dtype=np.int32), branches)
         self._slots = slots.reshape(rows * branches, length).astype(np.int32)
@@ -49,12 +49,14 @@ class PastKeyValues(Sequence[Layer]):
             jax.eval_shape(lambda cache, layer=layer: cache.layer(layer), empty) for layer in range(empty.num_layers)
         ]
         for number, (layer, length) in enumerate(zip(layers, lengths, strict=True)):
+            # A sliding layer of transformers keeps only its window.
             held = layer.keys.shape[2]
             if held < length:
                 raise ValueError(
                     f"`cache` holds {held} of {length} tokens in layer {number}, a {type(layer).__name__}, and jaxgen "
                     "needs them all. Pass the whole text without a cache."
                 )
+        # A static cache of transformers has more slots than tokens.
         pairs = [(layer.keys[:, :, :columns], layer.values[:, :, :columns]) for layer in layers]
 
         def kind(array: Any) -> tuple[tuple[int, ...], str]:
@@ -80,7 +82,7 @@ class PastKeyValues(Sequence[Layer]):
     def __getitem__(self, layer: int | slice) -> Layer | list[Layer]:
         if isinstance(layer, slice):
             return [self[each] for each in range(len(self))[layer]]
-        # [M, 1, 1] rows, [1, K, 1] heads and [M, 1, L] slots index [N, K, S, H], which gives [M, K, L, H].
+        # [N, K, S, H] indexed with [N * C, 1, 1] rows, [1, K, 1] heads and [N * C, 1, L] slots is [N * C, K, L, H].
         heads = np.arange(self._cache.layer(0)[0].shape[1])[None, :, None]
         index = self._rows[:, None, None], heads, self._slots[:, None]
         with no_mesh(), jax.transfer_guard("allow"):
@@ -89,7 +91,7 @@ class PastKeyValues(Sequence[Layer]):
 
     @property
     def batch_size(self) -> int:
-        """M."""
+        """The number of rows, N * C."""
         return len(self._rows)
 
     def get_seq_length(self) -> int:
@@ -137,6 +139,7 @@ class PastKeyValues(Sequence[Layer]):
             np.pad(mask, (below, after)),
             np.int32(length),
         )
+        # Compared as shapes, before anything is computed.
         expected = jax.eval_shape(lambda: model.make_cache(rows, slots))
         if jax.eval_shape(_select, self._cache, *arguments) != expected:
             raise ValueError(_ANOTHER_MODEL)

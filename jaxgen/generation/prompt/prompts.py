@@ -63,6 +63,7 @@ def padded_prompt(
     num_cached = inputs.attention_mask.shape[1] - num_new
     size = bucket(max(num_new, _MIN_PROMPT_BUCKET)) if chunk is None else chunk
     full, padding, offsets = _chunks(num_new, size)
+    # The width of `Prefill`: enough chunks for the new tokens, or with `reserve` for all slots of the cache.
     if reserve:
         needed = num_cached + (full + 1) * size + min(new_tokens, _RESERVED_ANSWER)
         reserve = max(reserve, 1 << (needed - 1).bit_length())
@@ -73,11 +74,12 @@ def padded_prompt(
     rows = len(prompt.input_ids)
 
     def padded(array: np.ndarray) -> Any:
-        """[B, new tokens, ...] -> [N, T, ...] in chunks, zeros on padding."""
+        """[B, T, ...] -> [N, width, ...] in chunks, zeros on padding."""
         chunks = np.zeros((rows, width, *array.shape[2:]), array.dtype)
         chunks[: len(array), offsets] = array
         return chunks
 
+    # Numbers are traced, so their types are those of arrays.
     left_padding: Any = padding
     full_chunks: Any = None if chunk is None else full
     prefill = Prefill(

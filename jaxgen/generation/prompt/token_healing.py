@@ -90,13 +90,14 @@ def heal(
     # White space at the end would keep the last word from being extended.
     texts = [text.strip() for text in tokenizer.batch_decode(input_ids, skip_special_tokens=True)]
     input_ids = np.asarray(tokenizer(texts, return_tensors="np", padding=True)["input_ids"], np.int32)
+    # As in transformers, so that the bos that the tokenizer adds is not part of the text.
     if bos is not None and pad is not None:
         input_ids = np.where(input_ids == bos, pad, input_ids)
     vocabulary = tokenizer.get_vocab()
     config = lazy.transformers().GenerationConfig(max_new_tokens=1, pad_token_id=pad)
     for row, ids in enumerate(input_ids):
         tail = ids[-1:].tolist()
-        if not tail or (ids == pad).all():
+        if not tail or (ids == pad).all():  # nothing to heal in a prompt without tokens
             continue
         prefix = _as_token(tokenizer.batch_decode([tail])[0], tokenizer)
         bias = {(token,): _BIAS for text, token in vocabulary.items() if text.startswith(prefix)}
@@ -106,6 +107,7 @@ def heal(
         bias[(tail[0],)] += _OWN_BIAS
         config.update(sequence_bias=bias)
         trimmed = ids[:-1].copy()
+        # A prompt of one token continues from bos.
         if (ids != pad).sum() == 1:
             trimmed[-1] = bos
         input_ids[row] = one_token(trimmed[None], config, row)[0]
@@ -113,6 +115,6 @@ def heal(
 
 
 def _as_token(text: str, tokenizer: "PreTrainedTokenizerBase") -> str:
-    """The text as it is spelled in tokens, where another character may stand for a space."""
+    """The text as the tokenizer spells it in tokens, for example with "Ġ" for each space."""
     space = tokenizer.convert_tokens_to_ids(" ")
     return text if space is None else text.replace(" ", tokenizer.convert_ids_to_tokens(space)[0])

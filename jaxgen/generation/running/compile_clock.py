@@ -1,7 +1,7 @@
 """How long this thread has been compiling, which time limits and speeds leave out.
 
-The time of a dispatch does not tell, because on a GPU the dispatch of a `while` blocks until its last step. JAX reports
-each trace, lowering and compile separately, and they are never nested.
+Timing the dispatch of a program would count too much: on a GPU the dispatch of a `while` blocks until its last step. So
+the clock adds up the traces, lowerings and compiles that JAX reports, which are never nested.
 """
 
 import threading

@@ -84,13 +84,13 @@ class CacheSize:
 def cache_sizes(model: Model, prepared: PreparedCall, weights: int) -> Generator[CacheSize]:
     """The sizes that the cache of a call grows through: powers of two up to 2048 slots, buckets beyond.
 
-    Every step reads the whole cache, so capacity is at most 2x the slots in use, and beyond 2048 at most 1.5x. Two
-    exceptions: slots that take few bytes compared to the weights, and a last size of up to 1.5x the size that it makes
-    unnecessary. Each size costs a compile, which takes a long text to pay for itself: 3072 slots instead of 4096 save
-    6 ms of each of a thousand steps (135M on a CPU, batch 1).
+    Every step reads the whole cache, so a size is at most 2x the slots in use, and beyond 2048 at most 1.5x. Two
+    exceptions: as many slots as take few bytes compared to the weights are there from the start, and the last size may
+    be 1.5x as large as needed if that saves one more size. Each size costs a compile, which takes a long text to pay
+    for itself: 3072 slots instead of 4096 save 6 ms of each of a thousand steps (135M on a CPU, batch 1).
     """
     if prepared.reserved:  # doubles when full, so that a conversation has few sizes
-        size, used = prepared.reserved, int(prepared.prompt_slots[-1]) + 1
+        size, used = prepared.reserved, int(prepared.token_slots[-1]) + 1
         while size <= used + prepared.forward_passes:
             yield CacheSize(size, size - used - 1)
             size *= 2
@@ -101,7 +101,7 @@ def cache_sizes(model: Model, prepared: PreparedCall, weights: int) -> Generator
     enough = min(max_size, strategy.cache_slots(prompt_slots, max_passes + 1))
     rows = prepared.call.model_rows * strategy.copies
     negligible = weights // 64 // (rows * model.cache_bytes_per_token)
-    passes, never_grows = 0, "attentions" in prepared.collect  # whose buffers are as wide as the cache
+    passes, never_grows = 0, "attentions" in prepared.intermediates  # whose buffers are as wide as the cache
     while True:
         needed = max(strategy.cache_slots(prompt_slots, passes + 2), negligible, _FEWEST_SLOTS)
         size = bucket(needed) if needed > _LONG else 1 << (needed - 1).bit_length()
@@ -131,7 +131,7 @@ def drive(model: Model, prepared: PreparedCall, schedule: ChunkSchedule) -> Chun
     weights = sum(each.nbytes for each in jax.tree.leaves(model))
     sizes = cache_sizes(model, prepared, weights)
     size, done = next(sizes), 0
-    state, progress = prefill(model, prepared.call, prepared.collect, size.slots)
+    state, progress = prefill(model, prepared.call, prepared.intermediates, size.slots)
     compiling = compile_seconds() - compiled
     try:
         unread = deque([(1, progress)])
@@ -145,7 +145,7 @@ def drive(model: Model, prepared: PreparedCall, schedule: ChunkSchedule) -> Chun
                     size = next(sizes)
                     state = replace(state, cache=grow(state.cache, size.slots))
                 chunk = min(steps, size.steps_until_full - done)
-                state, progress = advance(model, state, prepared.call.strategy, np.int32(chunk), prepared.collect)
+                state, progress = advance(model, state, prepared.call.strategy, np.int32(chunk), prepared.intermediates)
                 compiling += compile_seconds() - compiled
                 unread.append((chunk, progress))
                 done += chunk
@@ -172,12 +172,12 @@ def drive(model: Model, prepared: PreparedCall, schedule: ChunkSchedule) -> Chun
 
 
 def _stopped(model: Model, prepared: PreparedCall, state: DecodeState, read: Progress) -> DecodeState:
-    """The state of a call that ends early. Beams run one more step, at whose length all candidates end."""
+    """The state of a call that ends early. Beams take one last step, in which a lower `max_length` finishes all."""
     if read.text is not None:
         return state
     strategy: Any = prepared.call.strategy
     strategy = replace(strategy, max_length=MaxLength(np.int32(read.length + 1)))
-    return advance(model, state, strategy, np.int32(1), prepared.collect)[0]
+    return advance(model, state, strategy, np.int32(1), prepared.intermediates)[0]
 
 
 def collect(chunks: Chunks, look: Callable[[Progress], bool | None] = lambda progress: None) -> DecodeState:

@@ -163,7 +163,7 @@ def for_prefix(prefix_allowed_tokens_fn: Callable[[int, np.ndarray], "ArrayLike"
 
 
 def for_criterion(function: Callable[..., object]) -> HostFunction:
-    """`function` that returns bool [rows], from one bool or one per row; otherwise as `for_processor`."""
+    """As `for_processor`, for a function that returns one bool, or one for each row; the result is bool [rows]."""
     if _is_transformers(function):
         function = _with_tensors(function)
 

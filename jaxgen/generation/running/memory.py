@@ -16,16 +16,16 @@ def check_memory(model: Model, prepared: PreparedCall) -> None:
     needed = {"the cache": rows * cache_slots * model.cache_bytes_per_token}
     scored = call.model_rows * mode.sequences_per_prompt
     for name in config.outputs:
-        if name in prepared.collect:
-            of_prompt = call.model_rows * model.internals_bytes(name, prompt_slots, prompt_slots)
-            of_step = rows * model.internals_bytes(name, call.strategy.branches, cache_slots)
+        if name in prepared.intermediates:
+            of_prompt = call.model_rows * model.intermediates_bytes(name, prompt_slots, prompt_slots)
+            of_step = rows * model.intermediates_bytes(name, call.strategy.branches, cache_slots)
             needed[f"`output_{name}`"] = of_prompt + steps * of_step
             if not config.use_cache:
                 width = prepared.prompt_length + steps
                 texts = (
                     steps if mode.whole_texts_per_step else 1
                 )  # without beams all steps share the arrays of the last one
-                needed[f"`output_{name}`"] += scored * texts * model.internals_bytes(name, width, width)
+                needed[f"`output_{name}`"] += scored * texts * model.intermediates_bytes(name, width, width)
         else:
             # float32, hence 4 bytes
             needed[f"`output_{name}`"] = 4 * scored * steps * model.vocab_size

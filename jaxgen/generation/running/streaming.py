@@ -20,7 +20,7 @@ class Streamer(Protocol):
 
 
 class NewTokens:
-    """The tokens since the previous chunk: `new(progress)` is int32 [rows, T], for the caller's rows."""
+    """The tokens since the previous chunk: `new(progress)` is int32 [rows, tokens], for the caller's rows."""
 
     def __init__(self, prepared: PreparedCall):
         self._rows, self._printed = prepared.rows * prepared.call.strategy.copies, prepared.prompt_length

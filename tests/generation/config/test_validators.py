@@ -38,7 +38,7 @@ def test_a_number_has_a_default(value: Any, expected: float) -> None:
         (positive, 0, "`field`=0 must be at least 1"),
         (token_ids, [5, True], "`field`=.5, True. must be a token id or a list of them"),
         (token_id, [5, 6], "`field`=.5, 6. must be one token id"),
-        (token_id, 2**31, "`field`=2147483648 must be one token id, of 32 bits"),
+        (token_id, 2**31, "`field`=2147483648 must be one token id of at most 32 bits"),
         (lambda name, value: number(name, value, 1.0), float("nan"), "`field`=nan must be a finite number"),
         (lambda name, value: number(name, value, 1.0), True, "`field`=True must be a finite number"),
     ],
