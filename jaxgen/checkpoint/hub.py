@@ -6,6 +6,7 @@ is refused before gigabytes of weights are downloaded.
 """
 
 import errno
+import functools
 import os
 import re
 from pathlib import Path
@@ -22,7 +23,7 @@ _PICKLES = ["*.bin", "*.pth"]
 # Other models, and the same one in other formats. The patterns of huggingface_hub also match files in folders, and the
 # only folder with files of a model is that of additional chat templates.
 _IGNORED = [f"*/{pattern}" for pattern in ("*.json", "*.model", "*.txt", *_WEIGHTS, *_PICKLES)]
-_IGNORED += ["consolidated*.safetensors", "adapter_model*"]
+_IGNORED += ["consolidated*.safetensors"]
 
 
 def local_path(model: str | Path, revision: str | None = None, *, weights: bool = True, pickles: bool = False) -> Path:
@@ -47,22 +48,19 @@ def local_path(model: str | Path, revision: str | None = None, *, weights: bool 
                 "Leave it out."
             )
         return Path(model)
-    if revision is not None and not revision.strip():
+    if revision is not None and not str(revision).strip():
         raise ValueError(f"`revision`={revision!r} (--revision) must be a branch, a tag or a commit.")
     if not _NAME.fullmatch(model):
         raise CheckpointError(_neither(model))
-    from huggingface_hub import snapshot_download
-
     cached = False
     try:
-        folder = Path(snapshot_download(model, revision=revision, allow_patterns=_SMALL, ignore_patterns=_IGNORED))
+        folder = _snapshot(model, revision, _SMALL)
         cached = (folder / "config.json").exists()
         if not weights:
             return folder
         _check_configs(model, folder, pickles)
-        patterns = [*_SMALL, *_WEIGHTS, *(_PICKLES if pickles else [])]
         # From the same commit, even if the branch has moved meanwhile.
-        snapshot_download(model, revision=folder.name, allow_patterns=patterns, ignore_patterns=_IGNORED)
+        _snapshot(model, folder.name, [*_SMALL, *_WEIGHTS, *(_PICKLES if pickles else [])])
         if not pickles and not holds(folder, INDEX) and not holds(folder, SINGLE_FILE):
             raise CheckpointError(_instead(model, folder, f"{SINGLE_FILE} or {INDEX}"))
     except CheckpointError:
@@ -76,6 +74,26 @@ def commit_of(folder: Path) -> str | None:
     """The commit of a folder in the hub's cache; None for any other folder."""
     # models--owner--name/snapshots/COMMIT
     return folder.name if folder.parent.name == "snapshots" else None
+
+
+def _snapshot(model: str, revision: str | None, patterns: list[str]) -> Path:
+    """The folder in the hub's cache with the files of these patterns, downloaded if needed and possible."""
+    from huggingface_hub import errors, snapshot_download
+
+    download = functools.partial(
+        snapshot_download, model, revision=revision, allow_patterns=patterns, ignore_patterns=_IGNORED
+    )
+    network_error = errors.HTTPError  # pyright: ignore[reportPrivateImportUsage]  # of httpx or httpx2
+    try:
+        return Path(download())
+    except (errors.OfflineModeIsEnabled, network_error) as error:
+        if isinstance(error, errors.HfHubHTTPError):
+            raise
+        # Some releases, such as 1.31, ask the hub about a commit that is in the cache.
+        try:
+            return Path(download(local_files_only=True))
+        except errors.LocalEntryNotFoundError as missing:
+            raise missing from error
 
 
 def _check_configs(model: str, folder: Path, pickles: bool) -> None:

@@ -8,12 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 from checkpoints import CONFIG, assert_same_bits, random_tensors, write_checkpoint
 from hub_server import Files, Hub, serving
 from huggingface_hub import constants, file_download
 
 import jaxgen
+from jaxgen.checkpoint import hub as hub_module
 from jaxgen.checkpoint.files import CheckpointError
 from jaxgen.checkpoint.hub import local_path
 from jaxgen.checkpoint.source import open_folder
@@ -155,6 +157,18 @@ def test_a_branch_a_tag_and_a_commit_are_revisions(hub: Hub, whole: Files, other
     assert (local_path(NAME, "v1.0") / SHARDS[0]).read_bytes() == whole[SHARDS[0]]
 
 
+def test_a_branch_that_moves_meanwhile_does_not_mix_two_commits(
+    hub: Hub, whole: Files, other: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def move(model: str, folder: Path, pickles: bool) -> None:
+        hub.add(NAME, other)
+
+    commit = hub.add(NAME, whole)
+    monkeypatch.setattr(hub_module, "_check_configs", move)
+    folder = local_path(NAME)
+    assert folder.name == commit and contents(folder) == whole
+
+
 # ---- Downloads that end early ----
 
 
@@ -223,6 +237,27 @@ def test_without_the_hub_a_model_that_is_cached_in_part_is_refused_as_such(
     offline(monkeypatch)
     with pytest.raises(CheckpointError, match=f"{NAME} is only in part in the cache .*`hf download {NAME}` downloads"):
         jaxgen.load(NAME)
+
+
+def test_releases_that_ask_for_a_commit_of_the_cache_do_no_harm(
+    hub: Hub, whole: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """huggingface_hub 1.31 does, without a network too."""
+    snapshot_download = huggingface_hub.snapshot_download
+
+    def asking(*arguments: Any, **keywords: Any) -> str:
+        if constants.HF_HUB_OFFLINE and len(keywords["revision"] or "") == 40 and "local_files_only" not in keywords:
+            raise huggingface_hub.errors.OfflineModeIsEnabled("HF_HUB_OFFLINE")
+        return snapshot_download(*arguments, **keywords)
+
+    hub.add(NAME, whole)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", asking)
+    folder = local_path(NAME)
+    offline(monkeypatch)
+    assert local_path(NAME) == folder == local_path(NAME, folder.name)
+    (folder / SHARDS[0]).unlink()
+    with pytest.raises(CheckpointError, match=f"{NAME} is only in part in the cache .*HF_HUB_OFFLINE is set"):
+        local_path(NAME)
 
 
 def test_a_cache_that_others_filled_is_read_offline(
