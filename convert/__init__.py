@@ -24,12 +24,13 @@ import numpy as np
 from jaxgen import __version__
 from jaxgen.checkpoint.files import CheckpointError, Json, checkpoint_folder, file_in, read_json
 from jaxgen.checkpoint.folder import INDEX, listed
+from jaxgen.checkpoint.hub import local_path
 from jaxgen.checkpoint.source import MANIFEST, Source, open_folder, weights_dtype
 
 from .layout import SHARD_BYTES, File, hugging_face_files, hugging_face_tensors, index, manifest, native_files
 from .lora import merged
 from .pickles import unpickled
-from .sources import converted_config, identity, local_folder, other_files, tokenizer_trouble
+from .sources import converted_config, identity, other_files, tokenizer_trouble
 from .writing import Digest, Partial, check_target, digest_of, neighbours, partial_folder, progress, sha256_of
 
 __all__ = ["Report", "convert_checkpoint", "convert_to_hugging_face", "verify"]
@@ -66,11 +67,12 @@ def convert_checkpoint(
     allow_pickle: bool = False,
     merge_lora: str | Path | None = None,
     follow_links: bool = False,
+    revision: str | None = None,
 ) -> Report:
     """Converts a Hugging Face checkpoint. Every parameter keeps its bits and its dtype, unless `dtype` is given.
 
     Args:
-        src: a folder with config.json and safetensors, only read, or the id of a model on the Hugging Face hub.
+        src: a folder with config.json and safetensors, only read, or the name of a model on the Hugging Face hub.
         dst: the native folder to make. It appears once it is complete.
         dtype: float32, bfloat16 or float16 for all weights; by default each keeps its own.
         shard_size: maximum size of a file, in bytes or as "5GB"; a larger tensor gets a file of its own.
@@ -81,6 +83,7 @@ def convert_checkpoint(
             separate process.
         merge_lora: a folder with a LoRA adapter to add to the weights.
         follow_links: see `jaxgen.load`; applies to the adapter's folder too.
+        revision: see `jaxgen.load`.
 
     Raises:
         CheckpointError: if the source is incomplete or broken (see `jaxgen.load`), or the destination is taken.
@@ -89,7 +92,7 @@ def convert_checkpoint(
     begun = time.perf_counter()
     threads, shard_bytes, target = _workers(workers), _bytes(shard_size), _target(dst, overwrite)
     wanted = None if dtype is None else weights_dtype(dtype)
-    folder = local_folder(src, allow_pickle, follow_links)
+    folder = checkpoint_folder(local_path(src, revision, pickles=allow_pickle), follow_links)
     adapter = None if merge_lora is None else checkpoint_folder(merge_lora, follow_links)
     _check_places(target, folder, *([] if adapter is None else [adapter]))
     before = identity(folder)
@@ -134,6 +137,7 @@ def convert_to_hugging_face(
     overwrite: bool = False,
     resume: bool = False,
     follow_links: bool = False,
+    revision: str | None = None,
 ) -> Report:
     """Converts back: writes the Hugging Face folder that a converted folder came from, byte for byte.
 
@@ -141,16 +145,16 @@ def convert_to_hugging_face(
     weights, in files as transformers names them.
 
     Args:
-        src: a folder made by `convert_checkpoint`.
-        dst, shard_size, workers, overwrite, resume, follow_links: see `convert_checkpoint`; without `shard_size` the
-            files are those of the source.
+        src: a folder made by `convert_checkpoint`, or its name on the Hugging Face hub.
+        dst, shard_size, workers, overwrite, resume, follow_links, revision: see `convert_checkpoint`; without
+            `shard_size` the files are those of the source.
 
     Raises:
         CheckpointError, OSError: see `convert_checkpoint`.
     """
     begun = time.perf_counter()
     threads, shard_bytes, target = _workers(workers), _bytes(shard_size), _target(dst, overwrite)
-    folder = checkpoint_folder(src, follow_links)
+    folder = checkpoint_folder(local_path(src, revision), follow_links)
     source = open_folder(folder, follow_links=follow_links)
     if not source.native:
         raise CheckpointError(f"{folder} is a Hugging Face folder already.")
@@ -169,18 +173,18 @@ def convert_to_hugging_face(
     return _report(target, files, [*source.warnings, *left_out, *_suspicious_values(folder, digests)], begun)
 
 
-def verify(folder: str | Path, *, follow_links: bool = False) -> Report:
+def verify(folder: str | Path, *, follow_links: bool = False, revision: str | None = None) -> Report:
     """Reads a whole checkpoint of either kind, and compares a converted one with the hashes in its manifest.
 
     Args:
-        folder: a Hugging Face or converted folder.
-        follow_links: see `jaxgen.load`.
+        folder: a Hugging Face or converted folder, or the name of a model on the Hugging Face hub.
+        follow_links, revision: see `jaxgen.load`.
 
     Raises:
         CheckpointError: naming the file or tensor that is missing, broken, or different from what was written.
     """
     begun = time.perf_counter()
-    source = open_folder(folder, follow_links=follow_links)
+    source = open_folder(local_path(folder, revision), follow_links=follow_links)
     known = read_manifest(source.folder) if source.native else None
     if known is None:
         tensors = {tensor.name: tensor for parts in source.pieces.values() for tensor in parts} | dict(source.buffers)

@@ -15,7 +15,9 @@ def run(arguments: argparse.Namespace) -> int:
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: _say(f"warning: {message}")
         if arguments.command == "verify":
-            _describe("verified", verify(arguments.folder, follow_links=arguments.follow_links))
+            _describe(
+                "verified", verify(arguments.folder, follow_links=arguments.follow_links, revision=arguments.revision)
+            )
         else:
             report = _convert(arguments)
             _describe("wrote", report)
@@ -27,7 +29,7 @@ def _convert(arguments: argparse.Namespace) -> Report:
     def given(*names: str) -> dict[str, Any]:
         return {name: getattr(arguments, name) for name in names}
 
-    shared = given("shard_size", "workers", "overwrite", "resume", "follow_links")
+    shared = given("shard_size", "workers", "overwrite", "resume", "follow_links", "revision")
     one_way = given("dtype", "allow_pickle", "merge_lora")
     if arguments.to_hf and (wrong := [name for name, value in one_way.items() if value]):
         raise ValueError(f"--{wrong[0].replace('_', '-')} cannot be combined with --to-hf")

@@ -1,50 +1,18 @@
-"""The source of a conversion: a folder or a model on the Hugging Face hub, and its files besides the weights."""
+"""The source of a conversion: its files besides the weights, and whether they are still the same."""
 
 import importlib.util
 import json
-import re
 from pathlib import Path
 
 import numpy as np
 
-from jaxgen.checkpoint.files import CheckpointError, checkpoint_folder, contained, file_in, holds, lies_in
+from jaxgen.checkpoint.files import contained, file_in, holds, lies_in
 from jaxgen.checkpoint.float8 import KEYS, wide_dtype
 from jaxgen.checkpoint.folder import INDEX, SINGLE_FILE, listed, weight_files
 from jaxgen.checkpoint.source import MANIFEST, Source
 
 TEMPLATES = "additional_chat_templates"  # the only folder with files of a tokenizer
-_FILES = [
-    "*.json",
-    "*.safetensors",
-    "*.model",
-    "*.txt",
-    "*.jinja",
-    "LICENSE*",
-    "README.md",
-    f"{TEMPLATES}/*",
-]
-_PICKLES = ["*.bin", "*.pth"]
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".msgpack", ".h5", ".index.json")
-_OTHER_LAYOUTS = ["consolidated*.safetensors", "original/*", "onnx/*"]  # the same weights in other formats
-
-
-def local_folder(src: str | Path, allow_pickle: bool, follow_links: bool = False) -> Path:
-    """The folder itself, or the folder that a model of the hub was downloaded to.
-
-    Raises:
-        CheckpointError: if it is neither a folder nor the id of a model, or the download fails.
-    """
-    if Path(src).is_dir():
-        return checkpoint_folder(src, follow_links)
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(src)) or Path(src).exists():
-        raise CheckpointError(f"{src} is not a folder, nor the id of a model on the Hugging Face hub (owner/name).")
-    from huggingface_hub import snapshot_download
-
-    patterns = [*_FILES, *(_PICKLES if allow_pickle else [])]
-    try:
-        return Path(snapshot_download(str(src), allow_patterns=patterns, ignore_patterns=_OTHER_LAYOUTS))
-    except Exception as error:  # errors of the hub, of HTTP or of the network
-        raise CheckpointError(f"{src} is not a folder here, and cannot be downloaded from the hub: {error}") from error
 
 
 def identity(folder: Path) -> list[object]:

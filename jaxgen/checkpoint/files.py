@@ -139,7 +139,11 @@ def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def _roots(folder: Path) -> list[Path]:
-    # The hub's cache:  models--owner--name/snapshots/COMMIT/config.json -> ../../blobs/HASH
-    #                   parents[1]          parent    real
+    # The hub's cache:  CACHE/     models--owner--name/snapshots/COMMIT/config.json -> ../../blobs/HASH
+    #                   parents[2] parents[1]          parent    real
+    # A file that models share is in CACHE/blobs, and then blobs/HASH is a link to it.
     real = folder.resolve()
-    return [real, real.parents[1] / "blobs"] if real.parent.name == "snapshots" else [real]
+    if real.parent.name != "snapshots":
+        return [real]
+    shared = [real.parents[2] / "blobs"] if real.parents[1].name.startswith("models--") else []
+    return [real, real.parents[1] / "blobs", *shared]

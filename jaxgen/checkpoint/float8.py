@@ -82,7 +82,7 @@ def dequantised(tensors: Mapping[str, Tensor], raw: Json, embedding: np.dtype | 
         schemes = sorted({_MARKS[mark] for mark in marks})
         raise CheckpointError(f"its tensors look quantised by {' or '.join(schemes)}. {_HOW_TO_GO_ON}")
     if quantization:
-        block = _block_size(quantization)
+        block = block_size(quantization)
     elif any(tensor.dtype in FLOAT8.values() for tensor in tensors.values()):
         raise CheckpointError(
             "its tensors are 8-bit floats, but config.json has no `quantization_config` to say how they are scaled. "
@@ -113,7 +113,7 @@ def dequantised(tensors: Mapping[str, Tensor], raw: Json, embedding: np.dtype | 
     return result
 
 
-def _block_size(quantization: object) -> int | None:
+def block_size(quantization: object) -> int | None:
     """The rows and columns of a block; None if scales are per tensor or channel."""
     if not isinstance(quantization, Mapping):
         raise CheckpointError(

@@ -18,6 +18,7 @@ from jaxgen.base import no_mesh
 from jaxgen.checkpoint import safetensors_file
 from jaxgen.checkpoint.files import Json
 from jaxgen.checkpoint.folder import INDEX, SINGLE_FILE, listed
+from jaxgen.checkpoint.hub import local_path
 from jaxgen.checkpoint.source import (
     MANIFEST,
     abstract_model,
@@ -45,11 +46,13 @@ def load(
     mesh: Mesh | None = None,
     quantize: str | None = None,
     follow_links: bool = False,
+    revision: str | None = None,
 ) -> LoadedModel:
-    """Loads a model from a Hugging Face folder (config.json and safetensors) or a folder written by `convert`.
+    """Loads a model from a Hugging Face folder (config.json and safetensors), a folder written by `convert` or the hub.
 
     Args:
-        path: the folder. Nothing is downloaded.
+        path: the folder, or the name of a model on the Hugging Face hub, "owner/name", which is downloaded to the hub's
+            cache. A path that exists is never taken for a name, and nothing is downloaded for a `Path`.
         dtype: of the weights: float32, bfloat16 or float16. By default, and with "auto", the config's dtype, else the
             embedding's.
         mesh: devices to shard the model over, with the axes "tensor" (attention heads, MLP units, the vocabulary),
@@ -59,6 +62,7 @@ def load(
             dtype of activations and of the cache.
         follow_links: also read files outside the folder that its links lead to. Links from a snapshot to the blobs of
             the Hugging Face hub's cache are always followed.
+        revision: of a model on the hub: a branch, a tag or a commit; "main" by default.
 
     Returns:
         The model, on the mesh or on JAX's default device, with `config` and `generation_config`.
@@ -66,10 +70,10 @@ def load(
     Raises:
         CheckpointError: if something is missing, broken or unknown, in one sentence. Nothing is loaded then.
         ValueError: if the mesh has other axes, or sizes that heads or units cannot be split by evenly; for any other
-            `dtype` or `quantize`.
+            `dtype` or `quantize`; for the `revision` of a path.
     """
     check_quantize(quantize)
-    source = open_folder(path, None if mesh is None else automatic_mesh(mesh), follow_links)
+    source = open_folder(local_path(path, revision), None if mesh is None else automatic_mesh(mesh), follow_links)
     for message in source.warnings:
         warnings.warn(message, stacklevel=2)
     target = source.dtype if dtype in (None, "auto") else weights_dtype(dtype)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
+from jaxgen.checkpoint.hub import commit_of, local_path
 from jaxgen.checkpoint.source import MANIFEST, Source, named_leaves, open_folder
 from jaxgen.cli.terminal import byte_count, counted, open_tokenizer
 
@@ -19,7 +20,7 @@ _TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_temp
 
 
 def run(arguments: argparse.Namespace) -> int:
-    source = open_folder(arguments.folder, follow_links=arguments.follow_links)
+    source = open_folder(local_path(arguments.folder, arguments.revision), follow_links=arguments.follow_links)
     for name, value in describe(source).items():
         print(f"{name:<12}{value}")
     for message in source.warnings:
@@ -38,8 +39,10 @@ def describe(source: Source) -> dict[str, str]:
     # A property of arrays, asked of shapes: in `eval_shape`, and brought out as the size of an array.
     per_token = jax.eval_shape(lambda model: jnp.zeros(model.cache_bytes_per_token, bool), loaded).size
     full_cache = per_token * model.max_position_embeddings
+    commit = commit_of(source.folder)
     return {
         "folder": f"{source.folder} ({'converted' if (source.folder / MANIFEST).exists() else 'Hugging Face'})",
+        **({"commit": commit} if commit else {}),
         "family": f"{source.raw['model_type']}, {source.family.describe(config)}",
         "vocabulary": f"{config.vocab_size:,} ids, {'tied' if config.tie_word_embeddings else 'separate'} head",
         "context": counted(model.max_position_embeddings, "token"),

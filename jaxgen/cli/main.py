@@ -17,6 +17,8 @@ from jaxgen.cli.options import add_decoding_options
 from jaxgen.version import __version__
 
 _DTYPES = ("float32", "bfloat16", "float16")
+_FOLDER = "a Hugging Face or converted folder"
+_NAME = "owner/name of a model on the Hugging Face hub, which is downloaded to its cache"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -108,13 +110,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_generate_options(generate)
     _add_chat_options(chat)
-    inspect.add_argument("folder", metavar="FOLDER", help="a Hugging Face or converted folder")
-    _add_links_option(inspect)
+    inspect.add_argument("folder", metavar="FOLDER", help=f"{_FOLDER}, or {_NAME}")
+    _add_source_options(inspect)
     _add_plan_options(plan)
     _add_cache_option(doctor)
     _add_convert_options(convert)
-    verify.add_argument("folder", metavar="DIR", help="a Hugging Face or converted folder")
-    _add_links_option(verify)
+    verify.add_argument("folder", metavar="DIR", help=f"{_FOLDER}, or {_NAME}")
+    _add_source_options(verify)
     return parser
 
 
@@ -143,7 +145,9 @@ def _add_chat_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_plan_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "model", metavar="MODEL", help="1b, 8b, 70b or 405b for a Llama 3 of that size, else a folder (./8b is one)"
+        "model",
+        metavar="MODEL",
+        help=f"1b, 8b, 70b or 405b for a Llama 3 of that size, else a folder (./8b is one) or {_NAME}",
     )
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="number of prompts (default: 1)")
     parser.add_argument("--prompt-tokens", type=int, default=1024, metavar="N", help="of each prompt (default: 1024)")
@@ -158,7 +162,7 @@ def _add_plan_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mesh", default="1x1", metavar="DATAxTENSOR", help="devices for rows, and for heads and MLP units"
     )
-    _add_links_option(parser)
+    _add_source_options(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
 
 
@@ -166,7 +170,7 @@ def _add_convert_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "src",
         metavar="SRC",
-        help="a folder with config.json and safetensors, only read, or owner/name of a model to download from the hub",
+        help=f"a folder with config.json and safetensors, only read, or {_NAME}",
     )
     parser.add_argument("dst", metavar="DST", help="the folder to make; it appears when it is complete")
     parser.add_argument(
@@ -183,22 +187,23 @@ def _add_convert_options(parser: argparse.ArgumentParser) -> None:
         help="also read pytorch_model.bin and consolidated.*.pth, which are pickles",
     )
     parser.add_argument("--merge-lora", metavar="FOLDER", help="a LoRA adapter to add to the weights")
-    _add_links_option(parser)
+    _add_source_options(parser)
 
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model", metavar="FOLDER", help="a Hugging Face or converted folder; the bundled story model by default"
-    )
+    parser.add_argument("--model", metavar="MODEL", help=f"{_FOLDER}, or {_NAME}; the bundled story model by default")
     parser.add_argument("--dtype", choices=_DTYPES, help="default: the checkpoint's own")
     parser.add_argument("--quantize", choices=("int8",), help="hold the weights in one byte each")
-    _add_links_option(parser)
+    _add_source_options(parser)
     _add_cache_option(parser)
 
 
-def _add_links_option(parser: argparse.ArgumentParser) -> None:
+def _add_source_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--follow-links", action="store_true", help="also read files outside the folder that its links lead to"
+    )
+    parser.add_argument(
+        "--revision", metavar="R", help="branch, tag or commit of a model on the hub; default: its branch main"
     )
 
 

@@ -25,6 +25,7 @@ def run(arguments: argparse.Namespace) -> int:
         device=arguments.device,
         mesh=(int(mesh[1]), int(mesh[2])),
         follow_links=arguments.follow_links,
+        revision=arguments.revision,
     )
     if arguments.json:
         print(json.dumps(_record(planned) | {"suggestions": [_record(other) for other in planned.suggestions]}))

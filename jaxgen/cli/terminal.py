@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxgen import lazy
 from jaxgen.base import Model
+from jaxgen.checkpoint.hub import local_path
 from jaxgen.checkpoint.load import BUNDLED_MODEL, load
 from jaxgen.cli import compile_cache
 from jaxgen.decoding.loop import Progress
@@ -51,9 +52,11 @@ def open_model(arguments: argparse.Namespace) -> tuple[Model, "PreTrainedTokeniz
         jax.local_devices()
     except (RuntimeError, AssertionError) as error:  # JAX raises either, depending on what is missing
         raise ValueError(f"JAX finds no device to run on ({error}). `jaxgen doctor` says more.") from error
-    folder = BUNDLED_MODEL if arguments.model is None else Path(arguments.model)
+    folder = local_path(BUNDLED_MODEL if arguments.model is None else arguments.model, arguments.revision)
     if arguments.model is None:
         say(f"no --model given: using the small story model that comes with jaxgen ({folder})")
+    elif folder != Path(arguments.model):
+        say(f"{arguments.model} at commit {folder.name}")
     model = load(folder, arguments.dtype, quantize=arguments.quantize, follow_links=arguments.follow_links)
     if not any((folder / file).exists() for file in ("tokenizer.json", "tokenizer.model")):
         raise ValueError(f"{folder} has neither tokenizer.json nor tokenizer.model. Copy the tokenizer's files there.")

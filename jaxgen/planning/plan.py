@@ -18,8 +18,9 @@ import numpy as np
 from jax.sharding import AbstractMesh
 
 from jaxgen.buckets import bucket, row_bucket
+from jaxgen.checkpoint.hub import local_path
 from jaxgen.checkpoint.load import abstract, check_quantize
-from jaxgen.checkpoint.source import named_leaves, open_folder, weights_dtype
+from jaxgen.checkpoint.source import Source, named_leaves, open_folder, weights_dtype
 from jaxgen.generation.build import build_call, read_request
 from jaxgen.generation.request import Request
 from jaxgen.generation.running.memory import memory_bytes
@@ -156,11 +157,14 @@ def plan(
     device: str | None = None,
     mesh: tuple[int, int] = (1, 1),
     follow_links: bool = False,
+    revision: str | None = None,
 ) -> Plan:
     """Whether a call fits in memory, and if not, what would. Reads only configs and headers.
 
+    A model on the hub is downloaded all the same, weights included.
+
     Args:
-        model: a folder as `load` takes it, or a name in `jaxgen.planning.shapes.SHAPES`.
+        model: a folder or a name on the hub, as `load` takes them, or a name in `jaxgen.planning.shapes.SHAPES`.
         batch: number of prompts.
         prompt_tokens: of each prompt.
         new_tokens: maximum for each prompt.
@@ -171,6 +175,7 @@ def plan(
         device: "v5e", "h100", ...; the local device by default.
         mesh: number of devices on the axes "data" and "tensor".
         follow_links: as in `load`.
+        revision: as in `load`.
 
     Returns:
         The memory and time of the call. If it does not fit, `suggestions` holds, for each kind of change that is enough
@@ -194,7 +199,14 @@ def plan(
     if device is not None and device not in _DEVICES:
         raise ValueError(f"`device`={device!r} is not known; it may be one of {[*_DEVICES]}.")
     target = _local_device() if device is None else _usable(_DEVICES[device])
-    call = _Call.of(str(model), prompt_tokens, new_tokens, num_beams, num_return_sequences, dtype, follow_links)
+    source = None
+    if str(model) not in SHAPES:
+        source = open_folder(local_path(model, revision), follow_links=follow_links)
+    elif revision is not None:
+        raise ValueError(
+            f"`revision`={revision!r} is for a model on the hub, and {model} is only a size. Leave it out."
+        )
+    call = _Call.of(str(model), source, prompt_tokens, new_tokens, num_beams, num_return_sequences, dtype)
     setup = _Setup(target, batch, quantize, mesh)
     planned = call.on(setup)
     return planned if planned.fits else replace(planned, suggestions=tuple(_suggestions(call, setup)))
@@ -278,17 +290,16 @@ class _Call:
     def of(
         cls,
         name: str,
+        source: Source | None,
         prompt_tokens: int,
         new_tokens: int,
         num_beams: int,
         num_return_sequences: int,
         dtype: jax.typing.DTypeLike | None,
-        follow_links: bool,
     ) -> "_Call":
-        if name in SHAPES:
+        if source is None:
             model, own_dtype = abstract(SHAPES[name]), weights_dtype(SHAPES[name].get("dtype", "float32"))
         else:
-            source = open_folder(name, follow_links=follow_links)
             model, own_dtype = source.abstract, source.dtype
         target = own_dtype if dtype in (None, "auto") else weights_dtype(dtype)
         model = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, target), model)

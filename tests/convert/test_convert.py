@@ -496,46 +496,14 @@ def test_an_interrupted_command_says_how_to_go_on(source: Path, tmp_path: Path) 
 # The hub
 
 
-def test_a_model_on_the_hub_is_fetched_without_pickles(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import fnmatch
-
-    import huggingface_hub
-
-    asked: list[Any] = []
-
-    def snapshot_download(repo: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
-        asked.append((repo, allow_patterns, ignore_patterns))
-        return str(source)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    monkeypatch.chdir(tmp_path)
-    convert.convert_checkpoint("owner/model", tmp_path / "converted")
-    assert_same_bits(jaxgen.load(tmp_path / "converted"), jaxgen.load(source))
-    ((repo, allowed, ignored),) = asked
-    assert repo == "owner/model"
-    for name, wanted in {
-        "model-00001-of-00002.safetensors": True,
-        "config.json": True,
-        "tokenizer.model": True,
-        "pytorch_model.bin": False,
-        "consolidated.00.pth": False,
-        "consolidated.safetensors": False,
-        "modeling.py": False,
-    }.items():
-        taken = any(fnmatch.fnmatch(name, each) for each in allowed)
-        assert (taken and not any(fnmatch.fnmatch(name, each) for each in ignored)) == wanted, name
-
-
 @pytest.mark.parametrize("name", ["nothing", "a/b/c", "../model", "owner/"])
-def test_what_is_neither_a_folder_nor_an_id_is_refused(name: str, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="is not a folder, nor the id of a model"):
+def test_what_is_neither_a_path_nor_a_name_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="is neither a path here nor the name of a model"):
         convert.convert_checkpoint(name, tmp_path / "converted")
 
 
 def test_a_hub_that_does_not_answer_is_told_in_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="owner/model is not a folder here, and cannot be downloaded"):
+    with pytest.raises(CheckpointError, match="owner/model is neither a path here nor in the cache"):
         convert.convert_checkpoint("owner/model", tmp_path / "converted")  # the tests are offline
 
 

@@ -1,4 +1,4 @@
-"""What a checkpoint is called, whether it is still the same, and what of its folder goes along."""
+"""Whether a checkpoint is still the same, and what of its folder goes along."""
 
 import importlib.util
 import json
@@ -7,72 +7,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import numpy as np
 import pytest
 from checkpoints import CONFIG, write_checkpoint
 from layouts import BF16, F16, F32, mixed
 
-from jaxgen.checkpoint.files import CheckpointError, LinkedFolder
+from jaxgen.checkpoint.files import LinkedFolder
 from jaxgen.checkpoint.source import open_folder
 from jaxgen.convert import sources
-from jaxgen.convert.sources import converted_config, identity, local_folder, other_files, tokenizer_trouble
+from jaxgen.convert.sources import converted_config, identity, other_files, tokenizer_trouble
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return write_checkpoint(tmp_path / "model", shards=2)
-
-
-# ---- Where it comes from ----
-
-
-def test_a_folder_is_itself_and_its_links_lead_anywhere_on_request_only(folder: Path) -> None:
-    for given in (folder, str(folder)):
-        found, linked = local_folder(given, False), local_folder(given, False, follow_links=True)
-        assert found == folder and not isinstance(found, LinkedFolder)
-        assert str(linked) == str(folder) and isinstance(linked, LinkedFolder)
-
-
-@pytest.mark.parametrize("allow_pickle", [False, True])
-@pytest.mark.parametrize("name", ["owner/model", "0wner/Llama-3.1_8B", "a/b.c"])
-def test_an_id_is_fetched_with_pickles_on_request_only(
-    name: str, allow_pickle: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: dict[str, Any] = {}
-
-    def snapshot_download(repo: str, **patterns: list[str]) -> str:
-        asked.update(patterns, repo=repo)
-        return str(folder)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    monkeypatch.chdir(folder)
-    assert local_folder(name, allow_pickle) == folder
-    assert asked["repo"] == name
-    assert ({"*.bin", "*.pth"} <= {*asked["allow_patterns"]}) == allow_pickle
-    assert {"*.safetensors", "additional_chat_templates/*"} <= {*asked["allow_patterns"]}
-    assert "original/*" in asked["ignore_patterns"]
-
-
-@pytest.mark.parametrize("name", ["owner", "owner/", "/model", "-a/b", ".a/b", "a/b c", "a/b/", "a\nb/c"])
-def test_what_is_neither_a_folder_nor_an_id_asks_nobody(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(CheckpointError, match="is not a folder, nor the id of a model"):
-        local_folder(name, False)
-
-
-def test_a_file_with_the_name_of_an_id_is_not_looked_for_on_the_hub(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "owner").mkdir()
-    (tmp_path / "owner" / "model").write_text("")
-    with pytest.raises(CheckpointError, match=r"owner/model is not a folder, nor the id"):
-        local_folder("owner/model", False)
 
 
 # ---- Whether it is the same ----
