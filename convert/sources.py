@@ -1,8 +1,12 @@
-"""The source of a conversion: a folder or a model on the Hugging Face hub, and its files besides the weights."""
+"""The source of a conversion: a folder, a GGUF file or a model on the hub, and its files besides the weights."""
 
+import contextlib
 import importlib.util
 import json
 import re
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +14,9 @@ import numpy as np
 from jaxgen.checkpoint.files import CheckpointError, checkpoint_folder, contained, file_in, holds, lies_in
 from jaxgen.checkpoint.float8 import KEYS, wide_dtype
 from jaxgen.checkpoint.folder import INDEX, SINGLE_FILE, listed, weight_files
+from jaxgen.checkpoint.gguf_file import is_gguf
 from jaxgen.checkpoint.source import MANIFEST, Source
+from jaxgen.checkpoint.tokenizer import load_tokenizer
 
 TEMPLATES = "additional_chat_templates"  # the only folder with files of a tokenizer
 _FILES = [
@@ -29,12 +35,12 @@ _OTHER_LAYOUTS = ["consolidated*.safetensors", "original/*", "onnx/*"]  # the sa
 
 
 def local_folder(src: str | Path, allow_pickle: bool, follow_links: bool = False) -> Path:
-    """The folder itself, or the folder that a model of the hub was downloaded to.
+    """The folder or GGUF file itself, or the folder that a model of the hub was downloaded to.
 
     Raises:
-        CheckpointError: if it is neither a folder nor the id of a model, or the download fails.
+        CheckpointError: if it is neither a folder, a GGUF file nor the id of a model, or the download fails.
     """
-    if Path(src).is_dir():
+    if Path(src).is_dir() or is_gguf(Path(src)):
         return checkpoint_folder(src, follow_links)
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(src)) or Path(src).exists():
         raise CheckpointError(f"{src} is not a folder, nor the id of a model on the Hugging Face hub (owner/name).")
@@ -47,9 +53,33 @@ def local_folder(src: str | Path, allow_pickle: bool, follow_links: bool = False
         raise CheckpointError(f"{src} is not a folder here, and cannot be downloaded from the hub: {error}") from error
 
 
+@contextlib.contextmanager
+def unpacked(source: Source) -> Iterator[Source]:
+    """A source whose folder holds config.json, generation_config.json and the files of the tokenizer.
+
+    For a GGUF file it is a temporary one, and the tensors are still those of the file.
+    """
+    if not source.folder.is_file():
+        yield source
+        return
+    generation = source.abstract.generation_config
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "config.json").write_text(json.dumps(source.raw, indent=2) + "\n")
+        generation.to_json_file(folder / "generation_config.json")
+        try:
+            load_tokenizer(source.folder).save_pretrained(folder)
+        except CheckpointError as error:
+            source = replace(source, warnings=(*source.warnings, str(error)))
+        yield replace(source, folder=folder)
+
+
 def identity(folder: Path) -> list[object]:
-    """The path of a folder, and names, sizes and times of its files: JSON that differs once the folder has changed."""
-    files = {path for path in folder.iterdir() if path.is_file()}
+    """The path of a folder, and names, sizes and times of its files: JSON that differs once the folder has changed.
+
+    Of a GGUF file it is the same about the file.
+    """
+    files = {path for path in folder.iterdir() if path.is_file()} if folder.is_dir() else {folder}
     if holds(folder, INDEX):
         files |= {file_in(folder, name) for name in weight_files(folder)}
     stats = [(path.relative_to(folder).as_posix(), path.stat()) for path in sorted(files)]

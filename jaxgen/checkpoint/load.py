@@ -23,7 +23,7 @@ from jaxgen.checkpoint.source import (
     abstract_model,
     automatic_mesh,
     named_leaves,
-    open_folder,
+    open_checkpoint,
     parse_config,
     row_slices,
     unread_message,
@@ -46,12 +46,12 @@ def load(
     quantize: str | None = None,
     follow_links: bool = False,
 ) -> LoadedModel:
-    """Loads a model from a Hugging Face folder (config.json and safetensors) or a folder written by `convert`.
+    """Loads a model from a Hugging Face folder (config.json and safetensors), a folder written by `convert` or GGUF.
 
     Args:
-        path: the folder. Nothing is downloaded.
+        path: the folder, or the GGUF file. Nothing is downloaded.
         dtype: of the weights: float32, bfloat16 or float16. By default, and with "auto", the config's dtype, else the
-            embedding's.
+            embedding's. Quantised blocks of GGUF are dequantised, and count as float32.
         mesh: devices to shard the model over, with the axes "tensor" (attention heads, MLP units, the vocabulary),
             "data" (rows of a batch) or both, as `jax.make_mesh((2, 4), ("data", "tensor"))`. Each parameter is put on
             its devices directly.
@@ -69,7 +69,7 @@ def load(
             `dtype` or `quantize`.
     """
     check_quantize(quantize)
-    source = open_folder(path, None if mesh is None else automatic_mesh(mesh), follow_links)
+    source = open_checkpoint(path, None if mesh is None else automatic_mesh(mesh), follow_links)
     for message in source.warnings:
         warnings.warn(message, stacklevel=2)
     target = source.dtype if dtype in (None, "auto") else weights_dtype(dtype)

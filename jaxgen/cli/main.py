@@ -98,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     convert = commands.add_parser(
         "convert",
         help="convert a Hugging Face folder to jaxgen's own format, or back",
-        description="Converts a Hugging Face checkpoint to jaxgen's own format, and back.",
+        description="Converts a Hugging Face checkpoint, or GGUF, to jaxgen's own format, and back.",
         allow_abbrev=False,
     )
     verify = commands.add_parser(
@@ -108,12 +108,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_generate_options(generate)
     _add_chat_options(chat)
-    inspect.add_argument("folder", metavar="FOLDER", help="a Hugging Face or converted folder")
+    inspect.add_argument("folder", metavar="FOLDER", help="a Hugging Face or converted folder, or a GGUF file")
     _add_links_option(inspect)
     _add_plan_options(plan)
     _add_cache_option(doctor)
     _add_convert_options(convert)
-    verify.add_argument("folder", metavar="DIR", help="a Hugging Face or converted folder")
+    verify.add_argument("folder", metavar="DIR", help="a Hugging Face or converted folder, or a GGUF file")
     _add_links_option(verify)
     return parser
 
@@ -143,7 +143,9 @@ def _add_chat_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_plan_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "model", metavar="MODEL", help="1b, 8b, 70b or 405b for a Llama 3 of that size, else a folder (./8b is one)"
+        "model",
+        metavar="MODEL",
+        help="1b, 8b, 70b or 405b for a Llama 3 of that size, else a folder or GGUF file (./8b)",
     )
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="number of prompts (default: 1)")
     parser.add_argument("--prompt-tokens", type=int, default=1024, metavar="N", help="of each prompt (default: 1024)")
@@ -166,7 +168,8 @@ def _add_convert_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "src",
         metavar="SRC",
-        help="a folder with config.json and safetensors, only read, or owner/name of a model to download from the hub",
+        help="a folder with config.json and safetensors, or a GGUF file, only read; or owner/name of a model to "
+        "download from the hub",
     )
     parser.add_argument("dst", metavar="DST", help="the folder to make; it appears when it is complete")
     parser.add_argument(
@@ -188,7 +191,9 @@ def _add_convert_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model", metavar="FOLDER", help="a Hugging Face or converted folder; the bundled story model by default"
+        "--model",
+        metavar="FOLDER",
+        help="a Hugging Face or converted folder, or a GGUF file; the bundled story model by default",
     )
     parser.add_argument("--dtype", choices=_DTYPES, help="default: the checkpoint's own")
     parser.add_argument("--quantize", choices=("int8",), help="hold the weights in one byte each")

@@ -19,7 +19,7 @@ from jax.sharding import AbstractMesh
 
 from jaxgen.buckets import bucket, row_bucket
 from jaxgen.checkpoint.load import abstract, check_quantize
-from jaxgen.checkpoint.source import named_leaves, open_folder, weights_dtype
+from jaxgen.checkpoint.source import named_leaves, open_checkpoint, weights_dtype
 from jaxgen.generation.build import build_call, read_request
 from jaxgen.generation.request import Request
 from jaxgen.generation.running.memory import memory_bytes
@@ -288,7 +288,7 @@ class _Call:
         if name in SHAPES:
             model, own_dtype = abstract(SHAPES[name]), weights_dtype(SHAPES[name].get("dtype", "float32"))
         else:
-            source = open_folder(name, follow_links=follow_links)
+            source = open_checkpoint(name, follow_links=follow_links)
             model, own_dtype = source.abstract, source.dtype
         target = own_dtype if dtype in (None, "auto") else weights_dtype(dtype)
         model = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, target), model)
