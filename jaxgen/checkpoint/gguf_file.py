@@ -40,8 +40,15 @@ _LARGEST_BUFFER, _MOST_DIMENSIONS = 4096, 4
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _TEXT, _ARRAY = 8, 9
 
-# general.sampling.* -> fields of a generation config, where the names differ.
-_SAMPLING = {"temp": "temperature", "penalty_repeat": "repetition_penalty"}
+# general.sampling.*, which llama.cpp's converter copies from generation_config.json -> the fields there. Others keep
+# their names, and `generate` says that nobody reads them.
+_SAMPLING: dict[str, tuple[str, type]] = {
+    "temp": ("temperature", float),
+    "top_k": ("top_k", int),
+    "top_p": ("top_p", float),
+    "min_p": ("min_p", float),
+    "penalty_repeat": ("repetition_penalty", float),
+}
 _TOKEN_IDS = {"bos": "bos_token_id", "eos": "eos_token_id", "padding": "pad_token_id"}
 
 
@@ -166,8 +173,8 @@ def read_metadata(path: Path) -> dict[str, Any]:
 def _content(family: Family, architecture: str, metadata: Json, tensors: dict[str, Tensor]) -> Content:
     rules = family.gguf
     assert rules is not None
-    sizes = {"vocab_size": len(metadata.get("tokenizer.ggml.tokens", ()))}
-    prefix = f"{architecture}."
+    tokens, prefix = metadata.get("tokenizer.ggml.tokens"), f"{architecture}."
+    sizes: dict[str, Any] = {"vocab_size": len(tokens) if isinstance(tokens, list) else 0}
     sizes |= {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
     layers = sizes.get("block_count")
     if not _is_count(layers) or not 1 <= layers <= min(len(tensors), _MOST_LAYERS):
@@ -177,11 +184,14 @@ def _content(family: Family, architecture: str, metadata: Json, tensors: dict[st
         )
     buffers = {name: _buffer(tensors.pop(name)) for name in rules.buffers if name in tensors}
     raw = dict(rules.config(sizes, tensors.keys(), buffers))
-    generation = {field: _token_id(metadata, key) for key, field in _TOKEN_IDS.items()}
+    generation: dict[str, Any] = {field: _token_id(metadata, key) for key, field in _TOKEN_IDS.items()}
     raw |= generation
-    for key, value in metadata.items():
-        if (name := key.removeprefix("general.sampling.")) != key:
-            generation[_SAMPLING.get(name, name)] = value
+    for key in [key for key in metadata if key.startswith("general.sampling.")]:
+        value, name = metadata[key], key.removeprefix("general.sampling.")
+        field, kind = _SAMPLING.get(name, (name, type(value)))
+        if type(value) is not kind:
+            raise ValueError(f"`{key}`={value!r:.100} must be of type {kind.__name__}.")
+        generation[field] = value
     generation = {field: value for field, value in generation.items() if value is not None}
     family = FAMILIES[raw["model_type"]]
     config = family.config(raw, frozenset())

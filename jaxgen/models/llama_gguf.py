@@ -67,7 +67,7 @@ def config_json(
     if architecture == "llama" and (window := left.pop("attention.sliding_window", 0)):
         dialect, raw["sliding_window"] = MISTRAL, window
     raw["head_dim"] = head_dim
-    raw["rope_parameters"] = _rope(left, buffers.get(_FACTORS), head_dim)
+    raw["rope_parameters"] = _rope(architecture, left, buffers.get(_FACTORS), head_dim)
     raw["tie_word_embeddings"] = "output.weight" not in names
     if "attention_bias" in dialect.defaults:
         raw["attention_bias"] = "blk.0.attn_q.bias" in names
@@ -82,7 +82,7 @@ def config_json(
     return LlamaConfig.from_json(raw, dialect=dialect).to_json()
 
 
-def _rope(left: dict[str, Any], factors: np.ndarray | None, head_dim: int) -> dict[str, Any]:
+def _rope(architecture: str, left: dict[str, Any], factors: np.ndarray | None, head_dim: int) -> dict[str, Any]:
     """The `rope_parameters`, whose keys are taken out of the metadata."""
     theta, factor = left.pop("rope.freq_base", 10000.0), left.pop("rope.scaling.factor", 0.0)
     kind = left.pop("rope.scaling.type", "linear" if factor else "none")  # the defaults of llama.cpp
@@ -95,13 +95,15 @@ def _rope(left: dict[str, Any], factors: np.ndarray | None, head_dim: int) -> di
             given["original_max_position_embeddings"] = original
         parameters |= given
     elif kind != "linear":
-        raise ValueError(f"`rope.scaling.type`={kind!r:.100} is not supported; it may be 'none', 'linear' or 'yarn'.")
+        raise ValueError(
+            f"`{architecture}.rope.scaling.type`={kind!r:.100} is not supported; it may be 'none', 'linear' or 'yarn'."
+        )
     if factors is None:
         return parameters
     # llama.cpp's converter writes the factors of Llama 3.1, and not the numbers that they were computed from.
     numbers: dict[str, Any] = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
     numbers |= {"factor": float(factors.max()), "original_max_position_embeddings": 8192}
-    _check_number("rope.freq_base", theta, float)
+    _check_number(f"{architecture}.rope.freq_base", theta, float)
     if parameters["rope_type"] != "default" or factors.shape != (head_dim // 2,) or not factors.min() > 0:
         raise ValueError(
             f"`{_FACTORS}` of shape {factors.shape} does not go with heads of {head_dim} and {kind!r} scaling."
