@@ -27,7 +27,7 @@ from jaxgen.checkpoint.files import CheckpointError, Json, refuse_placeholder
 from jaxgen.checkpoint.folder import listed
 from jaxgen.checkpoint.safetensors_file import DTYPES, ComputedTensor, StoredTensor, Tensor
 from jaxgen.models import FAMILIES
-from jaxgen.models.family import Family
+from jaxgen.models.family import Family, Gguf
 
 _MAGIC, _VERSIONS = b"GGUF", (2, 3)
 _QUANTISED = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
@@ -128,8 +128,11 @@ def is_gguf(path: Path) -> bool:
         return False
     if path.suffix == ".gguf":
         return True
-    with path.open("rb") as file:
-        return file.read(len(_MAGIC)) == _MAGIC
+    try:
+        with path.open("rb") as file:
+            return file.read(len(_MAGIC)) == _MAGIC
+    except OSError:  # which is not to be read
+        return False
 
 
 def package() -> ModuleType:
@@ -154,7 +157,7 @@ def read(path: Path) -> Content:
         raise CheckpointError(f"{path} holds the architecture {architecture!r:.100}; it may be one of {known}.")
     try:
         _check_general(metadata)
-        return _content(family, str(architecture), metadata, tensors)
+        return _content(family.gguf, metadata, tensors)
     except CheckpointError:
         raise
     except ValueError as error:
@@ -170,9 +173,9 @@ def read_metadata(path: Path) -> dict[str, Any]:
     return _read_header(path)[0]
 
 
-def _content(family: Family, architecture: str, metadata: Json, tensors: dict[str, Tensor]) -> Content:
-    rules = family.gguf
-    assert rules is not None
+def _content(rules: Gguf[Any], metadata: Json, tensors: dict[str, Tensor]) -> Content:
+    """See `read`; for `rules` see `Family.gguf`."""
+    architecture = metadata["general.architecture"]
     tokens, prefix = metadata.get("tokenizer.ggml.tokens"), f"{architecture}."
     sizes: dict[str, Any] = {"vocab_size": len(tokens) if isinstance(tokens, list) else 0}
     sizes |= {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
@@ -210,8 +213,10 @@ def _content(family: Family, architecture: str, metadata: Json, tensors: dict[st
 def _names(family: Family, config: Any, architecture: str, layers: int) -> dict[str, str]:
     """The Hugging Face name of each tensor that the model may have, by its name in the file."""
     gguf = package()
-    number = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
-    table = gguf.get_tensor_name_map(number, layers)
+    numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+    if architecture not in numbers:
+        raise ValueError(f"the package gguf is too old for a {architecture}: `pip install -U 'jaxgen[gguf]'`.")
+    table = gguf.get_tensor_name_map(numbers[architecture], layers)
     sources = family.weight_map(replace(config, tie_word_embeddings=False)).values()
     return {table.get_name(name, (".weight", ".bias")): name for names in sources for name in names}
 

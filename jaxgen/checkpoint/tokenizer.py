@@ -49,7 +49,8 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
 def _from_gguf(path: Path) -> "PreTrainedTokenizerBase":
     metadata = gguf_file.read_metadata(path)
     given = {key.removeprefix("tokenizer."): value for key, value in metadata.items() if key.startswith("tokenizer.")}
-    if not given.get("ggml.tokens"):
+    template = given.get("chat_template")
+    if not given.get("ggml.tokens") or not isinstance(template, str | None):
         raise CheckpointError(f"{path} holds no tokenizer. Load that of the original model with transformers.")
     fields = {name: given[key] for key, name in _FIELDS.items() if key in given}
     backend, _ = lazy.convert_gguf_tokenizer()(metadata["general.architecture"], fields)
@@ -60,5 +61,5 @@ def _from_gguf(path: Path) -> "PreTrainedTokenizerBase":
         token_id = given.get(f"ggml.{key}_token_id")
         options[name] = None if token_id is None else given["ggml.tokens"][token_id]
     tokenizer = lazy.transformers().PreTrainedTokenizerFast(tokenizer_object=backend, **options)
-    tokenizer.chat_template = given.get("chat_template")
+    tokenizer.chat_template = template
     return tokenizer

@@ -1,5 +1,6 @@
 """GGUF files as llama.cpp's converter writes them, of small random models and vocabularies."""
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,10 @@ from typing import Any
 import gguf
 import numpy as np
 from checkpoints import CONFIG, Tensors, random_tensors
+from safetensors.numpy import load_file
+
+import jaxgen
+from jaxgen.lazy import byte_characters
 
 Metadata = Mapping[str, Any]
 
@@ -124,8 +129,6 @@ def sentencepiece() -> dict[str, Any]:
 
 def byte_level() -> dict[str, Any]:
     """A vocabulary of 320 tokens, as Qwen's: characters for bytes, merges, and no bos."""
-    from jaxgen.lazy import byte_characters
-
     merges = [("h", "e"), ("l", "l"), ("he", "ll"), ("hell", "o"), ("Ġ", "hello"), ("Ġ", "t"), ("Ġt", "he")]
     tokens = dict.fromkeys(byte_characters(), NORMAL) | {first + second: NORMAL for first, second in merges}
     tokens |= {"<|endoftext|>": CONTROL, "<|im_end|>": CONTROL, "<think>": USER}
@@ -140,3 +143,19 @@ def byte_level() -> dict[str, Any]:
         padding_token_id=end,
         add_bos_token=False,
     )
+
+
+def write_stories(path: Path) -> Path:
+    """The bundled model with its tokenizer and a chat template."""
+    folder = jaxgen.BUNDLED_MODEL
+    config, model = (json.loads((folder / name).read_text()) for name in ("config.json", "tokenizer.json"))
+    tokens = dict.fromkeys(sorted(model["model"]["vocab"], key=model["model"]["vocab"].get), NORMAL)
+    tokens |= {each["content"]: CONTROL for each in model["added_tokens"]}
+    more = _tokenizer(
+        "gpt2",
+        tokens,
+        pre="gpt-2",
+        merges=[" ".join(pair) for pair in model["model"]["merges"]],
+        **{"bos_token_id": 1, "eos_token_id": 2, "padding_token_id": 0, "add_bos_token": True},
+    )
+    return write_gguf(path, config, load_file(folder / "model.safetensors"), metadata=more)
