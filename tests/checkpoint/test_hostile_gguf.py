@@ -173,6 +173,10 @@ BROKEN: dict[str, Change] = {
     "list beyond the file": key("general.x", array(4, 100_000), 9),
     "list of endless texts": key("general.x", array(8, 2**60), 9),
     "list of more texts than there are": key("general.x", array(8, 900_000, packed("a")), 9),
+    "list of more texts than a vocabulary has": key("general.x", array(8, 1 << 21, bytes(8 << 21)), 9),
+    "more keys than there can be": lambda file: replace(
+        file, keys=[*file.keys, *(entry(f"general.{number}", 1) for number in range(20_000))]
+    ),
     "list of lists": key("general.x", array(9, 1, array(4, 1, bytes(4))), 9),
     "list of lists of lists": key("general.x", array(9, 2**32, array(9, 2**32)), 9),
     "list of an unknown type": key("general.x", array(13, 1, bytes(8)), 9),
@@ -241,7 +245,9 @@ BROKEN: dict[str, Change] = {
     "blocks in one dimension": lambda file: tensor(
         [each.name for each in file.tensors].index("output_norm.weight"), kind=8
     )(file),
-    "tensor that is not aligned": tensor(-1, offset=4),
+    "tensor that is not aligned": lambda file: tensor(-1, offset=file.tensors[-1].offset + 4)(
+        replace(file, data=file.data + bytes(32))
+    ),
     "tensor over another": tensor(1, offset=0),
     "tensor beyond the file": tensor(offset=2**40),
     "tensor beyond all files": tensor(offset=2**64 - 32),
