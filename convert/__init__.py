@@ -25,12 +25,12 @@ from jaxgen import __version__
 from jaxgen.checkpoint.files import CheckpointError, Json, checkpoint_folder, file_in, read_json
 from jaxgen.checkpoint.folder import INDEX, listed
 from jaxgen.checkpoint.hub import local_path
-from jaxgen.checkpoint.source import MANIFEST, Source, open_folder, weights_dtype
+from jaxgen.checkpoint.source import MANIFEST, Source, open_checkpoint, weights_dtype
 
 from .layout import SHARD_BYTES, File, hugging_face_files, hugging_face_tensors, index, manifest, native_files
 from .lora import merged
 from .pickles import unpickled
-from .sources import converted_config, identity, other_files, tokenizer_trouble
+from .sources import converted_config, identity, other_files, tokenizer_trouble, unpacked
 from .writing import Digest, Partial, check_target, digest_of, neighbours, partial_folder, progress, sha256_of
 
 __all__ = ["Report", "convert_checkpoint", "convert_to_hugging_face", "verify"]
@@ -72,7 +72,8 @@ def convert_checkpoint(
     """Converts a Hugging Face checkpoint. Every parameter keeps its bits and its dtype, unless `dtype` is given.
 
     Args:
-        src: a folder with config.json and safetensors, only read, or the name of a model on the Hugging Face hub.
+        src: a folder with config.json and safetensors or a GGUF file, only read, or the name of a model on the Hugging
+            Face hub. Quantised blocks of GGUF become float32, or `dtype`.
         dst: the native folder to make. It appears once it is complete.
         dtype: float32, bfloat16 or float16 for all weights; by default each keeps its own.
         shard_size: maximum size of a file, in bytes or as "5GB"; a larger tensor gets a file of its own.
@@ -98,19 +99,20 @@ def convert_checkpoint(
     before = identity(folder)
     with contextlib.ExitStack() as stack:
         readable = stack.enter_context(unpickled(folder, target)) if allow_pickle else folder
-        source = _original(folder, readable, follow_links)
+        source = stack.enter_context(unpacked(_original(folder, readable, follow_links)))
         plan: list[object] = [__version__, before, str(wanted), shard_bytes]
         if adapter is not None:
             source = replace(source, pieces=merged(source.pieces, adapter))
             plan.append(identity(adapter))
         files = native_files(source, wanted, shard_bytes or SHARD_BYTES)
-        config, others, left_out = converted_config(source, wanted), *other_files(folder)
+        is_file = folder.is_file()  # GGUF
+        config, others, left_out = converted_config(source, wanted), *other_files(source.folder if is_file else folder)
         needed = sum(file.nbytes for file in files)
         partial = stack.enter_context(partial_folder(target, plan, needed, overwrite=overwrite, resume=resume))
         digests, copied = partial.write_tensors(files, threads), _copied(partial, others, config)
         partial.write(INDEX, index(files).encode())
         hashes = {name: digest.sha256 for name, digest in sorted(digests.items())}
-        exact = wanted is None and readable is folder and adapter is None
+        exact = wanted is None and readable is folder and adapter is None and not is_file
         partial.write(MANIFEST, manifest(source, hashes, copied, exact=exact).encode())
         if identity(folder) != before:  # or the new folder could hold parts of two versions
             raise CheckpointError(f"{folder} changed while it was converted. Begin again.")
@@ -122,7 +124,7 @@ def convert_checkpoint(
 
 def _original(folder: Path, readable: Path, follow_links: bool) -> Source:
     """The source of a conversion, from the folder that holds it as safetensors."""
-    source = open_folder(readable, follow_links=follow_links)
+    source = open_checkpoint(readable, follow_links=follow_links)
     if source.native:
         raise CheckpointError(f"{folder} is converted already. Pass the original Hugging Face folder.")
     return source
@@ -141,8 +143,8 @@ def convert_to_hugging_face(
 ) -> Report:
     """Converts back: writes the Hugging Face folder that a converted folder came from, byte for byte.
 
-    If the conversion changed the weights (another dtype, 8-bit floats, an adapter, pickles), it writes the changed
-    weights, in files as transformers names them.
+    If the conversion changed the weights (another dtype, 8-bit floats, an adapter, pickles, GGUF), it writes the
+    changed weights, in files as transformers names them.
 
     Args:
         src: a folder made by `convert_checkpoint`, or its name on the Hugging Face hub.
@@ -155,7 +157,9 @@ def convert_to_hugging_face(
     begun = time.perf_counter()
     threads, shard_bytes, target = _workers(workers), _bytes(shard_size), _target(dst, overwrite)
     folder = checkpoint_folder(local_path(src, revision), follow_links)
-    source = open_folder(folder, follow_links=follow_links)
+    source = open_checkpoint(folder, follow_links=follow_links)
+    if folder.is_file():
+        raise CheckpointError(f"{folder} is a GGUF file. Convert it to a folder first, and that one with --to-hf.")
     if not source.native:
         raise CheckpointError(f"{folder} is a Hugging Face folder already.")
     _check_places(target, folder)
@@ -177,14 +181,14 @@ def verify(folder: str | Path, *, follow_links: bool = False, revision: str | No
     """Reads a whole checkpoint of either kind, and compares a converted one with the hashes in its manifest.
 
     Args:
-        folder: a Hugging Face or converted folder, or the name of a model on the Hugging Face hub.
+        folder: a Hugging Face or converted folder, a GGUF file, or the name of a model on the Hugging Face hub.
         follow_links, revision: see `jaxgen.load`.
 
     Raises:
         CheckpointError: naming the file or tensor that is missing, broken, or different from what was written.
     """
     begun = time.perf_counter()
-    source = open_folder(local_path(folder, revision), follow_links=follow_links)
+    source = open_checkpoint(local_path(folder, revision), follow_links=follow_links)
     known = read_manifest(source.folder) if source.native else None
     if known is None:
         tensors = {tensor.name: tensor for parts in source.pieces.values() for tensor in parts} | dict(source.buffers)
@@ -194,8 +198,8 @@ def verify(folder: str | Path, *, follow_links: bool = False, revision: str | No
     size = sum(tensor.nbytes for tensor in tensors.values())
     with progress("verifying", size) as advance:
         digests = {name: digest_of(tensor, lambda data: advance(len(data))) for name, tensor in tensors.items()}
-    others, _ = other_files(source.folder)
     if known is not None:
+        others, _ = other_files(source.folder)
         others["config.json"] = file_in(source.folder, "config.json")
         _compare(source.folder, known, digests, {name: sha256_of(path) for name, path in others.items()})
     messages = (*source.warnings, *_suspicious_values(source.folder, digests))

@@ -1,23 +1,52 @@
 """The source of a conversion: its files besides the weights, and whether they are still the same."""
 
+import contextlib
 import importlib.util
 import json
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from jaxgen.checkpoint.files import contained, file_in, holds, lies_in
+from jaxgen.checkpoint.files import CheckpointError, contained, file_in, holds, lies_in
 from jaxgen.checkpoint.float8 import KEYS, wide_dtype
 from jaxgen.checkpoint.folder import INDEX, SINGLE_FILE, listed, weight_files
 from jaxgen.checkpoint.source import MANIFEST, Source
+from jaxgen.checkpoint.tokenizer import load_tokenizer
 
 TEMPLATES = "additional_chat_templates"  # the only folder with files of a tokenizer
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".msgpack", ".h5", ".index.json")
 
 
+@contextlib.contextmanager
+def unpacked(source: Source) -> Iterator[Source]:
+    """A source whose folder holds config.json, generation_config.json and the files of the tokenizer.
+
+    For a GGUF file it is a temporary one, and the tensors are still those of the file.
+    """
+    if not source.folder.is_file():
+        yield source
+        return
+    generation = source.abstract.generation_config
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "config.json").write_text(json.dumps(source.raw, indent=2) + "\n")
+        generation.to_json_file(folder / "generation_config.json")
+        try:
+            load_tokenizer(source.folder).save_pretrained(folder)
+        except CheckpointError as error:
+            source = replace(source, warnings=(*source.warnings, str(error)))
+        yield replace(source, folder=folder)
+
+
 def identity(folder: Path) -> list[object]:
-    """The path of a folder, and names, sizes and times of its files: JSON that differs once the folder has changed."""
-    files = {path for path in folder.iterdir() if path.is_file()}
+    """The path of a folder, and names, sizes and times of its files: JSON that differs once the folder has changed.
+
+    Of a GGUF file it is the same about the file.
+    """
+    files = {path for path in folder.iterdir() if path.is_file()} if folder.is_dir() else {folder}
     if holds(folder, INDEX):
         files |= {file_in(folder, name) for name in weight_files(folder)}
     stats = [(path.relative_to(folder).as_posix(), path.stat()) for path in sorted(files)]

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from jaxgen.base import Call, LogitsProcessor, Model, Prompt, Strategy
     from jaxgen.checkpoint.files import CheckpointError
     from jaxgen.checkpoint.load import BUNDLED_MODEL, from_config, load, save
+    from jaxgen.checkpoint.tokenizer import load_tokenizer
     from jaxgen.decoding.beam_search import BeamSearch
     from jaxgen.decoding.contrastive_search import ContrastiveSearch
     from jaxgen.decoding.group_beam_search import GroupBeamSearch
@@ -50,6 +51,7 @@ _HOMES = {
     "from_config": "checkpoint.load",
     "generate": "generation.api",
     "load": "checkpoint.load",
+    "load_tokenizer": "checkpoint.tokenizer",
     "prepare": "generation.api",
     "save": "checkpoint.load",
     "stream": "generation.api",
@@ -78,6 +80,7 @@ __all__ = [
     "from_config",
     "generate",
     "load",
+    "load_tokenizer",
     "prepare",
     "save",
     "stream",

@@ -3,6 +3,7 @@
 import importlib
 import os
 import sys
+from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +62,18 @@ def hub() -> ModuleType:
     """The module that finds files in folders and repositories."""
     transformers()
     return importlib.import_module("transformers.utils.hub")
+
+
+def convert_gguf_tokenizer() -> Callable[[str, dict[str, Any]], tuple[Any, dict[str, Any]]]:
+    """The function of transformers that makes a tokenizer of a GGUF file's metadata, which does not need torch.
+
+    Raises:
+        ImportError: before transformers 5.18, whose own splits texts in another way than the model's tokenizer.
+    """
+    version = transformers().__version__
+    if Version(version).release < (5, 18):
+        raise ImportError(f"transformers {version} cannot read GGUF's tokenizers. Install 5.18 or newer.")
+    return importlib.import_module("transformers.integrations.gguf").convert_gguf_tokenizer
 
 
 def byte_characters() -> dict[str, int]:

@@ -15,7 +15,7 @@ from checkpoints import CONFIG, write_checkpoint, write_json, write_safetensors
 from mutations import attempt, dumped, watched
 
 from jaxgen import CheckpointError, convert
-from jaxgen.checkpoint.source import open_folder
+from jaxgen.checkpoint.source import open_checkpoint
 
 INDEX, SHARD, NORM = "model.safetensors.index.json", "model-00002-of-00002.safetensors", "model.norm.weight"
 HELPERS = Path(__file__).parent / "helpers"
@@ -255,7 +255,7 @@ def test_no_name_in_an_index_opens_a_file_outside_of_the_folder(name: str, tmp_p
     (folder / INDEX).write_bytes(dumped({"weight_map": owners}))
     opened = watched(folder)
     with pytest.raises(CheckpointError):
-        open_folder(folder)
+        open_checkpoint(folder)
     assert opened() == []
 
 
@@ -269,7 +269,7 @@ def test_links_that_are_followed_still_lead_to_files_only(
     folder = write(tmp_path / "model")
     special(file, make)(folder)
     with pytest.raises(CheckpointError):
-        open_folder(folder, follow_links=True)
+        open_checkpoint(folder, follow_links=True)
 
 
 @pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "{above}/outside.safetensors"])
@@ -278,7 +278,7 @@ def test_names_in_an_index_stay_in_the_folder_whatever_its_links_may_do(name: st
     (tmp_path / "outside.safetensors").write_bytes((folder / SHARD).read_bytes())
     index(lambda content: _first_file(content, name.replace("{above}", str(tmp_path))))(folder)
     with pytest.raises(CheckpointError, match=r"names .* as a file"):
-        open_folder(folder, follow_links=True)
+        open_checkpoint(folder, follow_links=True)
 
 
 def test_the_watch_notices_what_is_opened_outside(tmp_path: Path) -> None:

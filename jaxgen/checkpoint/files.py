@@ -116,6 +116,14 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     return content
 
 
+def refuse_placeholder(path: Path, start: bytes) -> None:
+    """Raises a CheckpointError if a file of weights, by its first bytes, was not downloaded."""
+    if start.startswith(b"version https://git-lfs"):
+        raise CheckpointError(f"{path} is a Git LFS pointer, not the weights. Run `git lfs pull` in its folder.")
+    if not any(start):
+        raise CheckpointError(f"{path} begins with zeros: it was not downloaded to the end. Download it again.")
+
+
 def parse_json(text: str | bytes) -> Any:
     """Parses JSON in which no object has a key twice: readers differ in which of the two values they take.
 

@@ -47,11 +47,7 @@ def _why_without_config(folder: Path) -> str | None:
 
 
 def _gguf(folder: Path, file: str) -> str:
-    return (
-        f"{file}: jaxgen does not read GGUF. Convert it with transformers and the package gguf: "
-        f"`AutoModelForCausalLM.from_pretrained({str(folder)!r}, gguf_file={file!r}).save_pretrained(...)`, and the "
-        "same with AutoTokenizer."
-    )
+    return f"{file}, which is a model by itself. Pass the file: {folder / file}"
 
 
 def weight_files(folder: Path) -> Mapping[str, set[str] | None]:

@@ -50,7 +50,7 @@ def local_path(model: str | Path, revision: str | None = None, *, weights: bool 
         return Path(model)
     if revision is not None and not str(revision).strip():
         raise ValueError(f"`revision`={revision!r} (--revision) must be a branch, a tag or a commit.")
-    if not _NAME.fullmatch(model):
+    if not _NAME.fullmatch(model) or model.endswith(".gguf"):
         raise CheckpointError(_neither(model))
     cached = False
     try:

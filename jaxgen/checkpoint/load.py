@@ -24,7 +24,7 @@ from jaxgen.checkpoint.source import (
     abstract_model,
     automatic_mesh,
     named_leaves,
-    open_folder,
+    open_checkpoint,
     parse_config,
     row_slices,
     unread_message,
@@ -48,13 +48,14 @@ def load(
     follow_links: bool = False,
     revision: str | None = None,
 ) -> LoadedModel:
-    """Loads a model from a Hugging Face folder (config.json and safetensors), a folder written by `convert` or the hub.
+    """Loads a model from a Hugging Face folder, a folder written by `convert`, a GGUF file or the Hugging Face hub.
 
     Args:
-        path: the folder, or the name of a model on the Hugging Face hub, "owner/name", which is downloaded to the hub's
-            cache. A path that exists is never taken for a name, and nothing is downloaded for a `Path`.
+        path: the folder (config.json and safetensors), the GGUF file, or the name of a model on the Hugging Face hub,
+            "owner/name", which is downloaded to the hub's cache. A path that exists is never taken for a name, and
+            nothing is downloaded for a `Path`.
         dtype: of the weights: float32, bfloat16 or float16. By default, and with "auto", the config's dtype, else the
-            embedding's.
+            embedding's. Quantised blocks of GGUF are dequantised, and count as float32.
         mesh: devices to shard the model over, with the axes "tensor" (attention heads, MLP units, the vocabulary),
             "data" (rows of a batch) or both, as `jax.make_mesh((2, 4), ("data", "tensor"))`. Each parameter is put on
             its devices directly.
@@ -73,7 +74,7 @@ def load(
             `dtype` or `quantize`; for the `revision` of a path.
     """
     check_quantize(quantize)
-    source = open_folder(local_path(path, revision), None if mesh is None else automatic_mesh(mesh), follow_links)
+    source = open_checkpoint(local_path(path, revision), None if mesh is None else automatic_mesh(mesh), follow_links)
     for message in source.warnings:
         warnings.warn(message, stacklevel=2)
     target = source.dtype if dtype in (None, "auto") else weights_dtype(dtype)

@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from jaxgen.checkpoint.files import LARGEST_JSON, CheckpointError, file_in, parse_json
+from jaxgen.checkpoint.files import LARGEST_JSON, CheckpointError, file_in, parse_json, refuse_placeholder
 
 # The dtypes that weights may have in memory, and those they may have in a file.
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
@@ -53,6 +53,11 @@ class Tensor:
     def read(self, out: np.ndarray, start: int) -> None:
         """Fills a C-contiguous array [rows, ...] of the tensor's own dtype with the rows from `start` on."""
         raise NotImplementedError
+
+    @property
+    def stored(self) -> str:
+        """How its values are stored, in one word: a dtype, or a type of quantised blocks."""
+        return str(self.dtype)
 
     @property
     def rows(self) -> int:
@@ -164,10 +169,7 @@ def header_text(path: Path) -> str:
     """
     with path.open("rb") as file:
         start = file.read(64)
-        if start.startswith(b"version https://git-lfs"):
-            raise CheckpointError(f"{path} is a Git LFS pointer, not the weights. Run `git lfs pull` in its folder.")
-        if not any(start):
-            raise CheckpointError(f"{path} begins with zeros: it was not downloaded to the end. Download it again.")
+        refuse_placeholder(path, start)
         length = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else 0
         if not 2 <= length <= LARGEST_JSON:
             raise CheckpointError(

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from jaxgen import lazy
 from jaxgen.base import tensor_shards
-from jaxgen.checkpoint import float8
+from jaxgen.checkpoint import float8, gguf_file
 from jaxgen.checkpoint.files import CheckpointError, Json, checkpoint_folder, holds, read_json
 from jaxgen.checkpoint.folder import listed, read_configs, read_tensors
 from jaxgen.checkpoint.safetensors_file import DTYPES, STORED, Tensor
@@ -52,10 +52,10 @@ def abstract_model(
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint folder whose tensors are all accounted for; only their values are not read yet.
+    """A checkpoint whose tensors are all accounted for; only their values are not read yet.
 
     Attributes:
-        folder: that was opened.
+        folder: that was opened; for GGUF the file.
         raw: its config.json.
         family: of the model.
         abstract: the model with shapes in place of weights.
@@ -121,8 +121,8 @@ class Source:
         return [NamedSharding(mesh, spec(path)) for path in paths]
 
 
-def open_folder(path: str | Path, mesh: Mesh | None = None, follow_links: bool = False) -> Source:
-    """Reads the configs and headers of a folder, and accounts for every tensor and parameter.
+def open_checkpoint(path: str | Path, mesh: Mesh | None = None, follow_links: bool = False) -> Source:
+    """Reads the configs and headers of a checkpoint, and accounts for every tensor and parameter.
 
     Args:
         path, mesh, follow_links: see `load`.
@@ -131,6 +131,8 @@ def open_folder(path: str | Path, mesh: Mesh | None = None, follow_links: bool =
         CheckpointError: see `load`.
     """
     folder = checkpoint_folder(path, follow_links)
+    if gguf_file.is_gguf(folder):
+        return _account(folder, *gguf_file.read(folder), native=False, mesh=mesh)
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder. Pass the one that holds config.json; nothing is downloaded.")
     if holds(folder, "adapter_config.json"):
@@ -159,7 +161,7 @@ def _account(
     """Assigns every tensor to a parameter, and checks that every parameter is filled.
 
     Args:
-        folder: for messages.
+        folder: for messages; for GGUF the file.
         raw: the content of config.json.
         generation: the content of generation_config.json, if there is one.
         tensors: of the checkpoint, by name.

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
+from jaxgen.checkpoint import gguf_file
 from jaxgen.checkpoint.hub import commit_of, local_path
-from jaxgen.checkpoint.source import MANIFEST, Source, named_leaves, open_folder
+from jaxgen.checkpoint.source import Source, named_leaves, open_checkpoint
 from jaxgen.cli.terminal import byte_count, counted, open_tokenizer
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ _TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_temp
 
 
 def run(arguments: argparse.Namespace) -> int:
-    source = open_folder(local_path(arguments.folder, arguments.revision), follow_links=arguments.follow_links)
+    source = open_checkpoint(local_path(arguments.folder, arguments.revision), follow_links=arguments.follow_links)
     for name, value in describe(source).items():
         print(f"{name:<12}{value}")
     for message in source.warnings:
@@ -33,7 +34,7 @@ def describe(source: Source) -> dict[str, str]:
     model, config = source.abstract, source.abstract.config
     sizes = {path: math.prod(leaf.shape) for path, leaf in named_leaves(model)}
     parameters = sum(sizes.values())
-    stored = sorted({str(source.own_dtype(path)) for path in sizes})
+    stored = sorted({tensor.stored for path in sizes for tensor in source.pieces[path]})
     weights = parameters * source.dtype.itemsize
     loaded = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, source.dtype), model)
     # A property of arrays, asked of shapes: in `eval_shape`, and brought out as the size of an array.
@@ -41,7 +42,7 @@ def describe(source: Source) -> dict[str, str]:
     full_cache = per_token * model.max_position_embeddings
     commit = commit_of(source.folder)
     return {
-        "folder": f"{source.folder} ({'converted' if (source.folder / MANIFEST).exists() else 'Hugging Face'})",
+        "folder": f"{source.folder} ({_layout(source)})",
         **({"commit": commit} if commit else {}),
         "family": f"{source.raw['model_type']}, {source.family.describe(config)}",
         "vocabulary": f"{config.vocab_size:,} ids, {'tied' if config.tie_word_embeddings else 'separate'} head",
@@ -55,10 +56,14 @@ def describe(source: Source) -> dict[str, str]:
     }
 
 
+def _layout(source: Source) -> str:
+    return "GGUF" if source.folder.is_file() else "converted" if source.native else "Hugging Face"
+
+
 def _stops(source: Source, generation_config: "GenerationConfig") -> str:
     ids = generation_config.eos_token_id  # an int, a list or None
     ids = [ids] if isinstance(ids, int) else list(ids or [])
-    if not ids or not (source.folder / "tokenizer.json").exists():
+    if not ids or not (source.folder.is_file() or (source.folder / "tokenizer.json").exists()):
         return str(ids) if ids else "no eos id"
     try:
         tokenizer = open_tokenizer(source.folder)
@@ -68,6 +73,8 @@ def _stops(source: Source, generation_config: "GenerationConfig") -> str:
 
 
 def _has_template(folder: Path) -> bool:
+    if folder.is_file():
+        return "tokenizer.chat_template" in gguf_file.read_metadata(folder)
     config = folder / "tokenizer_config.json"
     return any((folder / name).exists() for name in _TEMPLATES) or (
         config.exists() and '"chat_template"' in config.read_text(encoding="utf-8")

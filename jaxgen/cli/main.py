@@ -17,7 +17,7 @@ from jaxgen.cli.options import add_decoding_options
 from jaxgen.version import __version__
 
 _DTYPES = ("float32", "bfloat16", "float16")
-_FOLDER = "a Hugging Face or converted folder"
+_FOLDER = "a Hugging Face or converted folder, a GGUF file"
 _NAME = "owner/name of a model on the Hugging Face hub, which is downloaded to its cache"
 
 
@@ -100,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     convert = commands.add_parser(
         "convert",
         help="convert a Hugging Face folder to jaxgen's own format, or back",
-        description="Converts a Hugging Face checkpoint to jaxgen's own format, and back.",
+        description="Converts a Hugging Face checkpoint, or GGUF, to jaxgen's own format, and back.",
         allow_abbrev=False,
     )
     verify = commands.add_parser(
@@ -110,12 +110,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_generate_options(generate)
     _add_chat_options(chat)
-    inspect.add_argument("folder", metavar="FOLDER", help=f"{_FOLDER}, or {_NAME}")
+    inspect.add_argument("folder", metavar="MODEL", help=f"{_FOLDER}, or {_NAME}")
     _add_source_options(inspect)
     _add_plan_options(plan)
     _add_cache_option(doctor)
     _add_convert_options(convert)
-    verify.add_argument("folder", metavar="DIR", help=f"{_FOLDER}, or {_NAME}")
+    verify.add_argument("folder", metavar="MODEL", help=f"{_FOLDER}, or {_NAME}")
     _add_source_options(verify)
     return parser
 
@@ -147,7 +147,7 @@ def _add_plan_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help=f"1b, 8b, 70b or 405b for a Llama 3 of that size, else a folder (./8b is one) or {_NAME}",
+        help=f"1b, 8b, 70b or 405b for a Llama 3 of that size, else a folder (./8b is one), a GGUF file, or {_NAME}",
     )
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="number of prompts (default: 1)")
     parser.add_argument("--prompt-tokens", type=int, default=1024, metavar="N", help="of each prompt (default: 1024)")
@@ -170,7 +170,7 @@ def _add_convert_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "src",
         metavar="SRC",
-        help=f"a folder with config.json and safetensors, only read, or {_NAME}",
+        help=f"a folder with config.json and safetensors or a GGUF file, only read, or {_NAME}",
     )
     parser.add_argument("dst", metavar="DST", help="the folder to make; it appears when it is complete")
     parser.add_argument(

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from jaxgen import lazy
 from jaxgen.base import Model
 from jaxgen.checkpoint.hub import local_path
 from jaxgen.checkpoint.load import BUNDLED_MODEL, load
+from jaxgen.checkpoint.tokenizer import load_tokenizer
 from jaxgen.cli import compile_cache
 from jaxgen.decoding.loop import Progress
 from jaxgen.generation.call import PreparedCall
@@ -58,17 +58,12 @@ def open_model(arguments: argparse.Namespace) -> tuple[Model, "PreTrainedTokeniz
     elif folder != Path(arguments.model):
         say(f"{arguments.model} at commit {folder.name}")
     model = load(folder, arguments.dtype, quantize=arguments.quantize, follow_links=arguments.follow_links)
-    if not any((folder / file).exists() for file in ("tokenizer.json", "tokenizer.model")):
-        raise ValueError(f"{folder} has neither tokenizer.json nor tokenizer.model. Copy the tokenizer's files there.")
     return model, open_tokenizer(folder)
 
 
 def open_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a folder, without its warning about long texts: `generate` has one."""
-    try:
-        tokenizer = lazy.transformers().AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # parsers raise many kinds for a broken file
-        raise ValueError(f"the tokenizer in {folder} cannot be read ({error!r}). Copy its files again.") from error
+    """The tokenizer of a folder or a GGUF file, without its warning about long texts: `generate` has one."""
+    tokenizer = load_tokenizer(folder)
     tokenizer.model_max_length = sys.maxsize
     return tokenizer
 

@@ -6,6 +6,7 @@ A family reads the same keys of a config.json as transformers; see `config_keys`
 from jaxgen.models.family import Family
 from jaxgen.models.llama import LLAMA, Llama
 from jaxgen.models.llama_family import like_llama
+from jaxgen.models.llama_gguf import gguf
 from jaxgen.models.mistral import MISTRAL
 from jaxgen.models.qwen2 import QWEN2
 from jaxgen.models.qwen3 import QWEN3
@@ -14,8 +15,8 @@ from jaxgen.models.qwen3 import QWEN3
 LoadedModel = Llama
 
 FAMILIES: dict[str, Family] = {
-    "llama": like_llama(LLAMA),
+    "llama": like_llama(LLAMA, gguf(LLAMA, paired=True)),
     "mistral": like_llama(MISTRAL),
-    "qwen2": like_llama(QWEN2),
-    "qwen3": like_llama(QWEN3),
+    "qwen2": like_llama(QWEN2, gguf(QWEN2, paired=False)),
+    "qwen3": like_llama(QWEN3, gguf(QWEN3, paired=False)),
 }

@@ -1,6 +1,6 @@
 """The interface of a model family, for `checkpoint`, which fills a model, and `planning`, which sizes it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import Field, dataclass
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
@@ -56,6 +56,24 @@ class ForwardPass:
     platform: str
 
 
+@dataclass(frozen=True, eq=False)
+class Gguf(Generic[AnyConfig]):
+    """How a GGUF file holds a model whose `general.architecture` is the family's `model_type`.
+
+    Attributes:
+        config: the metadata of the architecture, by key without its name; names of the tensors; {buffer: its values} ->
+            config.json, possibly that of another family. It refuses, with a ValueError, metadata that would change the
+            computation and is not implemented.
+        buffers: names of tensors that are no weights, which `config` gets.
+        paired: config and the names of its tensors -> {tensor: heads}, for those whose rows llama.cpp stores in pairs,
+            where Hugging Face stores two halves of each head.
+    """
+
+    config: Callable[[Mapping[str, Any], Collection[str], Mapping[str, np.ndarray]], dict[str, Any]]
+    buffers: tuple[str, ...]
+    paired: Callable[[AnyConfig, Collection[str]], dict[str, int]]
+
+
 @dataclass(frozen=True, eq=False)  # a family is part of a compile key, and compares by identity
 class Family(Generic[AnyConfig]):
     """How the models of a `model_type` are built, filled, sharded, sized and described.
@@ -79,6 +97,7 @@ class Family(Generic[AnyConfig]):
         activation_bytes: config, forward pass -> bytes of activations at the peak on each device. Weights, cache and
             logits are not included; `planning` counts them itself.
         describe: config -> its sizes in one line, for `jaxgen inspect`.
+        gguf: how its GGUF files are read; None if there are none.
     """
 
     config: Callable[..., AnyConfig]
@@ -92,3 +111,4 @@ class Family(Generic[AnyConfig]):
     partition: Callable[[AnyConfig, Mesh | AbstractMesh], Callable[[str], PartitionSpec]]
     activation_bytes: Callable[[AnyConfig, ForwardPass], int]
     describe: Callable[[AnyConfig], str]
+    gguf: Gguf[AnyConfig] | None = None

@@ -7,7 +7,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from jaxgen.base import tensor_shards
-from jaxgen.models.family import Family, ForwardPass
+from jaxgen.models.family import Family, ForwardPass, Gguf
 from jaxgen.models.layers import columns_at_once
 from jaxgen.models.llama import Dialect, Llama, LlamaConfig, unread_keys
 
@@ -16,8 +16,8 @@ from jaxgen.models.llama import Dialect, Llama, LlamaConfig, unread_keys
 _SCORE_BUFFERS = {"cpu": 2.0, "tpu": 1.25, "gpu": 1.25}
 
 
-def like_llama(dialect: Dialect) -> Family[LlamaConfig]:
-    """The family of a dialect."""
+def like_llama(dialect: Dialect, gguf: Gguf[LlamaConfig] | None = None) -> Family[LlamaConfig]:
+    """The family of a dialect; for `gguf` see `Family`."""
     return Family(
         config=partial(LlamaConfig.from_json, dialect=dialect),
         unread_keys=partial(unread_keys, dialect=dialect),
@@ -35,6 +35,7 @@ def like_llama(dialect: Dialect) -> Family[LlamaConfig]:
         partition=partition,
         activation_bytes=activation_bytes,
         describe=describe,
+        gguf=gguf,
     )
 
 

@@ -20,7 +20,7 @@ from jax.sharding import AbstractMesh
 from jaxgen.buckets import bucket, row_bucket
 from jaxgen.checkpoint.hub import local_path
 from jaxgen.checkpoint.load import abstract, check_quantize
-from jaxgen.checkpoint.source import Source, named_leaves, open_folder, weights_dtype
+from jaxgen.checkpoint.source import Source, named_leaves, open_checkpoint, weights_dtype
 from jaxgen.generation.build import build_call, read_request
 from jaxgen.generation.request import Request
 from jaxgen.generation.running.memory import memory_bytes
@@ -201,7 +201,7 @@ def plan(
     target = _local_device() if device is None else _usable(_DEVICES[device])
     source = None
     if str(model) not in SHAPES:
-        source = open_folder(local_path(model, revision), follow_links=follow_links)
+        source = open_checkpoint(local_path(model, revision), follow_links=follow_links)
     elif revision is not None:
         raise ValueError(
             f"`revision`={revision!r} is for a model on the hub, and {model} is only a size. Leave it out."

@@ -13,15 +13,15 @@ import pytest
 from checkpoints import CONFIG, assert_same_bits, random_tensors, write_checkpoint
 from hub_server import Files, Hub, serving
 from huggingface_hub import constants, file_download
+from jaxgen.convert import convert_checkpoint, convert_to_hugging_face, verify
 
 import jaxgen
 from jaxgen.checkpoint import hub as hub_module
 from jaxgen.checkpoint.files import CheckpointError
 from jaxgen.checkpoint.hub import local_path
-from jaxgen.checkpoint.source import open_folder
+from jaxgen.checkpoint.source import open_checkpoint
 from jaxgen.cli.main import main
 from jaxgen.cli.terminal import open_model
-from jaxgen.convert import convert_checkpoint, convert_to_hugging_face, verify
 
 NAME = "org/tiny-1.5_B"
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
@@ -178,7 +178,7 @@ def test_a_connection_that_breaks_is_taken_up_where_it_broke(
     hub.add(NAME, whole)
     hub.cut[SHARDS[1]] = 1000
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 500)
-    open_folder(local_path(NAME))
+    open_checkpoint(local_path(NAME))
     assert [asked for method, path, asked in hub.log if method == "GET" and SHARDS[1] in path] == [None, "bytes=1000-"]
 
 

@@ -480,9 +480,9 @@ ELSEWHERE: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "GGUF": (
         moved(config="README.md", weights="model-Q4.gguf"),
-        r"holds model-Q4\.gguf: .*gguf_file='model-Q4\.gguf'\)\.save_pretrained",
+        r"holds model-Q4\.gguf, .*Pass the file: .*/model-Q4\.gguf",
     ),
-    "GGUF with a config": (moved(weights="model-Q4.gguf"), r"but model-Q4\.gguf: jaxgen does not read GGUF"),
+    "GGUF with a config": (moved(weights="model-Q4.gguf"), r"but model-Q4\.gguf, .*Pass the file: .*/model-Q4\.gguf"),
     "a folder within": (
         moved(config="last/config.json", weights="last/model.safetensors"),
         r"but `.*/last` has\. Pass",

@@ -92,7 +92,7 @@ def test_there_are_thirty_layouts() -> None:
 @pytest.mark.parametrize(("dtype", "name"), [(F32, "float32"), (F16, "float16"), (BF16, "bfloat16")])
 def test_every_parameter_keeps_its_bits_and_its_dtype(dtype: Any, name: str, tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "source", tensors=random_bits(dtype))
-    pieces = jaxgen.checkpoint.source.open_folder(converted(source)).pieces
+    pieces = jaxgen.checkpoint.source.open_checkpoint(converted(source)).pieces
     assert {str(tensor.dtype) for parts in pieces.values() for tensor in parts} == {name}
 
 

@@ -8,11 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 from checkpoints import random_tensors, write_checkpoint
-from layouts import BF16, F16, F32, FREQUENCIES, TIED, mixed
-
-from jaxgen.checkpoint.files import CheckpointError
-from jaxgen.checkpoint.safetensors_file import Tensor
-from jaxgen.checkpoint.source import Source, open_folder
 from jaxgen.convert import convert_checkpoint, read_manifest
 from jaxgen.convert.layout import (
     SHARD_BYTES,
@@ -24,6 +19,11 @@ from jaxgen.convert.layout import (
     manifest,
     native_files,
 )
+from layouts import BF16, F16, F32, FREQUENCIES, TIED, mixed
+
+from jaxgen.checkpoint.files import CheckpointError
+from jaxgen.checkpoint.safetensors_file import Tensor
+from jaxgen.checkpoint.source import Source, open_checkpoint
 
 SINGLE = ["model-00001-of-00001.safetensors"]
 QKV = "layers.0.self_attn.qkv_proj.weight"
@@ -34,17 +34,17 @@ BUFFER = "model.layers.0.self_attn.rotary_emb.inv_freq"
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
     """Of two files."""
-    return open_folder(write_checkpoint(tmp_path_factory.mktemp("source") / "model", shards=2))
+    return open_checkpoint(write_checkpoint(tmp_path_factory.mktemp("source") / "model", shards=2))
 
 
 @pytest.fixture(scope="module")
 def native(source: Source) -> Source:
     """The same, converted."""
-    return open_folder(convert_checkpoint(source.folder, source.folder.parent / "converted").folder)
+    return open_checkpoint(convert_checkpoint(source.folder, source.folder.parent / "converted").folder)
 
 
 def opened(folder: Path, *args: Any, **kwargs: Any) -> Source:
-    return open_folder(write_checkpoint(folder, *args, **kwargs))
+    return open_checkpoint(write_checkpoint(folder, *args, **kwargs))
 
 
 @dataclass(frozen=True)
@@ -219,10 +219,10 @@ def test_a_head_that_is_the_embedding_once_more_has_its_name_again(tmp_path: Pat
     folder = convert_checkpoint(write_checkpoint(tmp_path / "source", TIED, tensors), tmp_path / "converted").folder
     known = read_manifest(folder)
     assert known["copies"] == {"lm_head.weight": "model.embed_tokens.weight"}
-    found = hugging_face_tensors(open_folder(folder), known)
+    found = hugging_face_tensors(open_checkpoint(folder), known)
     assert found["lm_head.weight"] is found["model.embed_tokens.weight"]
     with pytest.raises(CheckpointError, match=r"jaxgen\.json is damaged: no `nothing`\. Convert the original again"):
-        hugging_face_tensors(open_folder(folder), known | {"copies": {"lm_head.weight": "nothing"}})
+        hugging_face_tensors(open_checkpoint(folder), known | {"copies": {"lm_head.weight": "nothing"}})
 
 
 def test_without_a_size_the_files_are_those_of_the_source(source: Source, native: Source) -> None:

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 from checkpoints import CONFIG, write_checkpoint
+from jaxgen.convert import sources
+from jaxgen.convert.sources import converted_config, identity, other_files, tokenizer_trouble
 from layouts import BF16, F16, F32, mixed
 
 from jaxgen.checkpoint.files import LinkedFolder
-from jaxgen.checkpoint.source import open_folder
-from jaxgen.convert import sources
-from jaxgen.convert.sources import converted_config, identity, other_files, tokenizer_trouble
+from jaxgen.checkpoint.source import open_checkpoint
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], Any, dict[str, Any]]] = {
 @pytest.mark.parametrize("case", CONFIGS)
 def test_another_dtype_is_said_under_the_keys_that_there_are(case: str, tmp_path: Path) -> None:
     extra, dtype, expected = CONFIGS[case]
-    source = open_folder(write_checkpoint(tmp_path, CONFIG | extra))
+    source = open_checkpoint(write_checkpoint(tmp_path, CONFIG | extra))
     found = json.loads(converted_config(source, np.dtype(dtype)))
     assert found == CONFIG | expected
     assert [*found][: len(CONFIG)] == [*CONFIG]
@@ -102,11 +102,11 @@ def test_another_dtype_is_said_under_the_keys_that_there_are(case: str, tmp_path
 def test_a_config_of_weights_that_stay_as_they_are_keeps_its_bytes(folder: Path) -> None:
     text = json.dumps(CONFIG, indent=7).encode() + b"\r\n \n"
     (folder / "config.json").write_bytes(text)
-    assert converted_config(open_folder(folder), None) == text
+    assert converted_config(open_checkpoint(folder), None) == text
 
 
 def test_a_config_gets_the_rows_that_an_adapter_added_and_says_its_dtype_only_if_asked(folder: Path) -> None:
-    source = open_folder(folder)
+    source = open_checkpoint(folder)
     (embedding,) = source.pieces["embed_tokens.weight"]
     wider = replace(source, pieces={**source.pieces, "embed_tokens.weight": [replace(embedding, shape=(51, 32))]})  # pyright: ignore
     assert json.loads(converted_config(wider, None)) == CONFIG | {"vocab_size": 51}
@@ -116,7 +116,7 @@ def test_a_config_gets_the_rows_that_an_adapter_added_and_says_its_dtype_only_if
 @pytest.mark.parametrize("dtypes", [[BF16], [F32, BF16], [F16]], ids=lambda dtypes: np.dtype(dtypes[0]).name)
 @pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
 def test_a_config_without_its_quantisation_says_the_dtype_of_the_weights(key: str, dtypes: Any, folder: Path) -> None:
-    source = open_folder(write_checkpoint(folder.parent / "other", tensors=mixed(dtypes)))
+    source = open_checkpoint(write_checkpoint(folder.parent / "other", tensors=mixed(dtypes)))
     quantised = replace(source, raw={key: {"quant_method": "fp8"}, **source.raw})
     found = json.loads(converted_config(quantised, None))
     assert found == CONFIG | {"dtype": str(source.own_dtype("layers.0.self_attn.qkv_proj.weight"))}

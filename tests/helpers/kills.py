@@ -23,7 +23,7 @@ from checkpoints import hashes
 from tqdm import tqdm
 
 from jaxgen import CheckpointError, convert
-from jaxgen.checkpoint.source import open_folder
+from jaxgen.checkpoint.source import open_checkpoint
 
 # A progress bar takes its lock even if it is disabled. By default forked children share it, and may be killed with it.
 tqdm.monitor_interval = 0
@@ -72,7 +72,7 @@ def check_leftovers(folder: Path, complete: list[dict[str, str]]) -> None:
             assert hashes(left) in complete, left
             continue
         try:
-            open_folder(left)
+            open_checkpoint(left)
         except CheckpointError:
             continue
         raise AssertionError(f"{left} loads")

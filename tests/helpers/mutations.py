@@ -21,7 +21,7 @@ from typing import Any
 from checkpoints import CONFIG, random_tensors, write_checkpoint
 
 from jaxgen import CheckpointError
-from jaxgen.checkpoint.source import open_folder
+from jaxgen.checkpoint.source import open_checkpoint
 
 SECONDS, MEGABYTES = 60.0, 256  # of the processor; each takes milliseconds, or would never end
 _NUMBERS = [0, -1, 1, 2, 3, 31, 33, 2**31, 2**32, 2**63, 2**64, -(2**63), 10**30, 10**400, 0.5, -0.0, 1e308, 1e-320]
@@ -174,7 +174,7 @@ def attempt(folder: Path) -> bool:
     """Whether it loads; any other error than the one that is meant is let through."""
     start = time.process_time()
     try:
-        open_folder(folder)
+        open_checkpoint(folder)
         return True
     except CheckpointError as error:
         message = str(error)

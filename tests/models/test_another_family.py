@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 
 import jaxgen
 from jaxgen import CheckpointError, convert
-from jaxgen.checkpoint.source import named_leaves, open_folder
+from jaxgen.checkpoint.source import named_leaves, open_checkpoint
 from jaxgen.cli.main import main
 from jaxgen.kv_cache import KVCache
 from jaxgen.models import FAMILIES
@@ -172,9 +172,9 @@ def test_its_vocabulary_and_dtype_are_those_of_its_embedding(tmp_path: Path) -> 
 def test_its_buffers_are_compared_and_not_loaded(tmp_path: Path) -> None:
     counts, unused = np.arange(8, dtype=np.float32), np.ones(3, np.float32)
     right = TENSORS | {"transformer.counts": counts, "transformer.unused": unused}
-    source = open_folder(write_checkpoint(tmp_path / "right", CONFIG, right))
+    source = open_checkpoint(write_checkpoint(tmp_path / "right", CONFIG, right))
     assert not source.warnings and {*source.buffers} == right.keys() - TENSORS.keys()
-    wrong = open_folder(write_checkpoint(tmp_path / "wrong", CONFIG, right | {"transformer.counts": counts + 1}))
+    wrong = open_checkpoint(write_checkpoint(tmp_path / "wrong", CONFIG, right | {"transformer.counts": counts + 1}))
     assert "`transformer.counts` is not what config.json says" in wrong.warnings[0] and len(wrong.warnings) == 1
 
 
