@@ -24,10 +24,10 @@ WITH_THE_WHOLE_MODEL = {"index.md"}
 
 
 @pytest.fixture(scope="session")
-def one_layer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def one_layer(chat_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The first layer of the story model: its programs compile in half the time, and shapes are the same."""
     copy = tmp_path_factory.mktemp("one layer") / "stories"
-    shutil.copytree(jaxgen.BUNDLED_MODEL, copy)
+    shutil.copytree(chat_folder, copy)
     config = json.loads((copy / "config.json").read_text()) | {"num_hidden_layers": 1}
     (copy / "config.json").write_text(json.dumps(config))
     tensors = load_file(copy / "model.safetensors")
@@ -49,13 +49,14 @@ def test_the_python_of_a_page_prints_what_the_page_says(
 @pytest.mark.parametrize("name", [name for name in PAGES if commands(TEXTS[name])])
 def test_the_commands_of_a_page_run_one_after_the_other(
     name: str,
-    chat_folder: Path,
+    one_layer: Path,
     folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    places = {"FOLDER": chat_folder, "SRC": folder, "DST": tmp_path / "converted", "BACK": tmp_path / "back"}
+    monkeypatch.setattr("jaxgen.cli.terminal.BUNDLED_MODEL", one_layer)
+    places = {"FOLDER": one_layer, "SRC": folder, "DST": tmp_path / "converted", "BACK": tmp_path / "back"}
     for line in commands(TEXTS[name]):
         run_command(line, places, monkeypatch, capsys)
     if "BACK" in TEXTS[name]:
