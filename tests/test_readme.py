@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from snippets import blocks, run_python
+from snippets import blocks, run_python, without_blocks_not_run
 
 import jaxgen
 
@@ -14,10 +14,10 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_the_python_examples_run_one_after_the_other_and_print_stories(capsys: pytest.CaptureFixture[str]) -> None:
-    first, others = run_python(ROOT / "README.md", capsys)
+    first, *others = run_python(ROOT / "README.md", capsys)
     stories = first.strip().splitlines()
     assert [story.startswith(("Once upon a time", "One day, a small fox")) for story in stories] == [True, True]
-    assert len(others) > 60
+    assert len(others[-1]) > 60
 
 
 def test_the_first_screen_has_one_command_to_run_and_one_to_test() -> None:
@@ -39,7 +39,7 @@ def test_it_fits_on_a_few_screens() -> None:
 
 
 def test_every_name_of_the_package_in_the_readme_exists() -> None:
-    names = re.findall(r"jaxgen\.(\w+)\(?", README)
+    names = re.findall(r"jaxgen\.(\w+)\(?", without_blocks_not_run(README))
     assert "generate" in names
     for name in names:
         assert hasattr(jaxgen, name) or importlib.util.find_spec(f"jaxgen.{name}"), name
