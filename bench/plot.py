@@ -1,6 +1,6 @@
 """Pictures of what the benchmarks recorded: one PNG for each of the files given.
 
-    python bench/plot.py --throughput t.jsonl --growth g.jsonl --compare c.jsonl --to bench/results
+    python bench/plot.py --throughput t.jsonl --growth g.jsonl --compare c.jsonl --to docs/images
 
 Of several records of one case the last counts. Needs matplotlib.
 """

@@ -37,3 +37,13 @@ def test_grpo_raises_the_reward_and_the_loss_agrees_with_the_rollout(monkeypatch
     rewards = [report["reward"] for report in reports]
     assert reports[0]["ratio_error"] < 1e-4
     assert np.mean(rewards[-5:]) > np.mean(rewards[:5]) + 0.5
+
+
+def test_the_script_moved_from_flax_models_tells_stories(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import from_flax  # pyright: ignore
+
+    greedy, samples = from_flax.evaluate()
+    for texts in (greedy, samples):
+        assert [text.startswith(prompt) for text, prompt in zip(texts, from_flax.PROMPTS, strict=True)] == [True] * 3
+    assert greedy != samples and all(len(text) > 100 for text in greedy + samples)

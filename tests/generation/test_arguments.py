@@ -1,4 +1,4 @@
-"""The table of fields is whole, ARGUMENTS.md is made from it, and each field and argument has a test that shows it."""
+"""The table of fields is whole, docs/arguments.md is made from it, and a test shows each field and argument."""
 
 import inspect
 from pathlib import Path
@@ -97,7 +97,7 @@ def test_every_supported_field_and_argument_is_shown_by_a_test() -> None:
     assert SHOWN_BY.keys() == SUPPORTED | PARAMETERS - REFUSED_ARGUMENTS.keys() | inputs
 
 
-def test_arguments_md_is_the_page_that_the_code_makes() -> None:
+def test_the_page_of_arguments_is_the_one_that_the_code_makes() -> None:
     assert arguments.FILE.read_text() == arguments.page(), "run `python tests/scripts/arguments.py`"
 
 

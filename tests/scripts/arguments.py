@@ -1,4 +1,4 @@
-"""ARGUMENTS.md, from the table of fields and the docstring of `generate`.
+"""docs/arguments.md, from the table of fields and the docstring of `generate`.
 
 `python tests/scripts/arguments.py` writes it again.
 """
@@ -12,7 +12,7 @@ from typing import Any, get_args
 import jaxgen
 from jaxgen.generation.config.fields import FIELDS, REFUSED_ARGUMENTS, GenerateKeywords, described
 
-FILE = Path(__file__).parents[2] / "ARGUMENTS.md"
+FILE = Path(__file__).parents[2] / "docs" / "arguments.md"
 _KEYWORDS = described(GenerateKeywords)
 
 _HEAD = """# Every argument of `generate`

@@ -1,7 +1,7 @@
 """The table of generation fields: every public field of transformers' GenerationConfig, and its meaning in jaxgen.
 
-The configuration, the command line, ARGUMENTS.md and the types of the keywords of `generate` are made from it. It must
-not import JAX or transformers, because `jaxgen --help` reads it and should be fast.
+The configuration, the command line, docs/arguments.md and the types of the keywords of `generate` are made from it. It
+must not import JAX or transformers, because `jaxgen --help` reads it and should be fast.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ class Field(NamedTuple):
     """The description of a keyword of `generate` for users, which follows its type in `Annotated`.
 
     Attributes:
-        group: its heading in ARGUMENTS.md. Fields under "refused" and "no effect" are not supported; the type of a
+        group: its heading in docs/arguments.md. Fields under "refused" and "no effect" are not supported; the type of a
             refused field lists the values that switch it off, which are accepted.
         help: its effect and range, also for the command line. For a refused field, the effect in transformers; for one
             without effect, the reason.
