@@ -3,7 +3,7 @@
 Same results as the classes of transformers 5.24 `generation/logits_process.py`. The names are the same without the
 suffixes. Numbers are leaves of pytrees, so a new penalty or threshold compiles nothing. Lists of token ids become masks
 [V], so that lists of any length share a program. Warpers look only at the scores and not at their tokens, so they can
-also run on the few candidates of a sample; see `decoding.sampling`.
+also run on the few candidates of a sample; see `decoding.choice`.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
