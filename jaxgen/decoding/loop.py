@@ -13,7 +13,7 @@ import functools
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -108,9 +108,13 @@ def decode(model: Model, call: Call) -> Mapping[str, jax.Array]:
         )
     with no_mesh():
         call = jax.tree.map(jnp.asarray, call)  # a tracer cannot index NumPy arrays
-        state = _prefill(model, call)
-        n_steps = jnp.int32(call.strategy.forward_passes(call.slots - columns))
-        return finalize(call.strategy, _advance(model, state, call.strategy, n_steps))
+        strategy, new_tokens = call.strategy, call.slots - columns
+        n_steps = jnp.int32(strategy.forward_passes(new_tokens))
+        if strategy.columns == 1:
+            return finalize(strategy, _advance(model, _prefill(model, call), strategy, n_steps))
+        # Holes take at most as many slots as the longest text.
+        state = _prefill(model, call, cache_slots=2 * strategy.cache_slots(call.prompt_slots, new_tokens))
+        return finalize(strategy, _advance_squeezing(model, state, strategy, n_steps))
 
 
 def finalize(strategy: Strategy, state: DecodeState) -> Mapping[str, jax.Array]:
@@ -218,6 +222,16 @@ def _advance(
         return DecodeState(cache, inner, state.steps + 1, scale, state.prompt_intermediates, buffers)
 
     return lax.while_loop(unfinished, step, state)
+
+
+def _advance_squeezing(model: Model, state: DecodeState, strategy: Strategy, n_steps: jax.Array) -> DecodeState:
+    """As `_advance` to the end of all rows, with the holes squeezed out of the cache whenever it is full."""
+
+    def advance(state: DecodeState) -> DecodeState:
+        state = _advance(model, state, strategy, n_steps)
+        return replace(state, cache=cast(RaggedCache, state.cache).squeezed())
+
+    return lax.while_loop(lambda state: strategy.unfinished(state.inner), advance, state)
 
 
 def _needed(intermediates: tuple[str, ...], strategy: Strategy) -> tuple[str, ...]:
