@@ -72,7 +72,7 @@ CALL: dict[str, Any] = {"attention_mask": MASK, "eos_token_id": None, "max_new_t
 
 
 @pytest.mark.parametrize(("wrong", "steps"), [(0.0, 6), (1.0, 24)])
-def test_right_drafts_of_n_tokens_make_n_plus_one_per_step_and_wrong_ones_cost_none(
+def test_right_drafts_save_steps_and_wrong_ones_cost_none(
     wrong: float, steps: int, model: Any
 ) -> None:
     plain = jaxgen.generate(model, PROMPTS, **CALL)

@@ -395,9 +395,8 @@ class GenerationFields(TypedDict, total=False):
         int | None,
         Field(
             "assisted decoding",
-            "compare up to n tokens in the lookup",
-            2,
-            "0 means 2, as in transformers. The last place with the longest match counts; in transformers the first.",
+            "compare up to n tokens in the lookup; 2 by default",
+            note="0 means 2, as in transformers. The last place with the longest match counts; in transformers the first.",
         ),
     ]
 
