@@ -49,7 +49,7 @@ def assisted(
     schedule: ChunkSchedule = UNWATCHED,
     **keywords: Any,
 ) -> tuple[Any, dict[str, np.ndarray]]:
-    """The output of an assisted call and the outputs of its strategy.
+    """The output of an assisted call and the outputs of its strategy, with its steps and the slots it used.
 
     The drafts are these texts, a share of them `wrong`; with None, those of prompt lookup.
     """
@@ -64,8 +64,7 @@ def assisted(
     with undisturbed(), call.host.registered():
         state = collect(drive(model, call, schedule))
         output = to_output(call, state)
-        counts = jax.device_get(
-            dict(strategy.finalize(state.inner)) | {"steps": state.steps, "slots": state.cache.slots}
-        )
+        used = int(state.cache.valid.shape[1] - jnp.argmax(state.cache.valid[:, ::-1].any(axis=0)))
+        counts = jax.device_get({**strategy.finalize(state.inner), "steps": state.steps})
     assert isinstance(output, np.ndarray | GenerateDecoderOnlyOutput)
-    return output, counts
+    return output, {**counts, "used": used - call.call.prompt_slots, "slots": state.cache.slots}

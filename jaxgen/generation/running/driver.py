@@ -166,11 +166,10 @@ def drive(model: Model, prepared: PreparedCall, schedule: ChunkSchedule) -> Chun
             now = time.monotonic() - started - compiling
             if not read.unfinished:
                 return state
-            if read.full:
+            if read.full:  # the chunks that are queued did nothing
                 compiled = compile_seconds()
                 state = replace(state, cache=_with_room(state.cache, prepared.call.strategy.columns, sizes))
                 compiling += compile_seconds() - compiled
-                unread.clear()  # the chunks that are queued find the cache full and do nothing
             if now > max_time and read.length > prepared.prompt_length:  # at least one token, however short the limit
                 return _stopped(model, prepared, state, read)
             steps = schedule.next(steps, (now - before) / chunk, max_time - now)
