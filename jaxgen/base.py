@@ -246,6 +246,10 @@ class Cache(Protocol):
         """A cache of C continuations of each row."""
         ...
 
+    def ragged(self) -> "RaggedCache":
+        """A cache whose rows continue at their own pace."""
+        ...
+
 
 class BranchedCache(Cache, Protocol):
     """A cache of C branches per row, whose forward passes take C columns, one for each branch."""
@@ -259,6 +263,27 @@ class BranchedCache(Cache, Protocol):
 
         Of the last C columns only that branch's is kept.
         """
+        ...
+
+
+class RaggedCache(Cache, Protocol):
+    """A cache whose rows may drop the last columns of a forward pass, each row its own number of them."""
+
+    def keep_first(self, kept: jax.Array, before: Self) -> Self:
+        """The cache after a forward pass of which row n keeps the first `kept[n]` columns; int32 [N].
+
+        Args:
+            kept: at most the columns of the pass.
+            before: the cache before the pass.
+        """
+        ...
+
+    def has_room(self, columns: int) -> jax.Array:
+        """bool []. Whether T more columns fit."""
+        ...
+
+    def squeezed(self) -> Self:
+        """The same cache without the room that dropped columns take."""
         ...
 
 
@@ -321,6 +346,7 @@ class Model(Protocol[AnyCache]):
         attention_mask: jax.Array,
         position_ids: jax.Array | None = None,
         intermediates: tuple[str, ...] = (),
+        logits_to_keep: int = 1,
     ) -> tuple[jax.Array, AnyCache, Intermediates]:
         """One forward pass over the next T columns.
 
@@ -329,11 +355,13 @@ class Model(Protocol[AnyCache]):
             attention_mask: bool [N, T]. False for columns that later columns may not attend.
             position_ids: int32 [N, T], or None to continue counting.
             intermediates: which of them to return: "hidden_states", "attentions".
+            logits_to_keep: how many of the last columns to return logits of; 1 with branches.
 
         Returns:
-            float32 [N, V] logits of the last column, or [N * C, V] of the last column of each branch; the cache, T
-            columns longer; and the intermediates asked for. `hidden_states` are [N, T, D] each, one more than there are
-            layers, `attentions` [N, Q, T, S] each, one per layer.
+            float32 [N * logits_to_keep, V] logits of the last columns, those of a row side by side, or [N * C, V] of
+            the last column of each branch; the cache, T columns longer; and the intermediates asked for.
+            `hidden_states` are [N, T, D] each, one more than there are layers, `attentions` [N, Q, T, S] each, one per
+            layer.
         """
         ...
 
@@ -411,7 +439,7 @@ class StrategyState(Protocol):
 
     @property
     def tokens(self) -> jax.Array:
-        """int32 [N], or [N * C] with branches. The next input of the model."""
+        """int32 [N], [N * C] with branches, or [N, T] if the strategy has T `columns`. The next input of the model."""
         ...
 
     @property
@@ -450,6 +478,11 @@ class Strategy(Generic[State]):
     @property
     def branches(self) -> int:
         """C: how many branches each row has after the prompt's forward pass. They share its row of the cache."""
+        return 1
+
+    @property
+    def columns(self) -> int:
+        """T: the columns of each row that a forward pass reads. With more than one, rows keep as many as they like."""
         return 1
 
     @property
@@ -504,6 +537,14 @@ class Strategy(Generic[State]):
         """int32 [N]: the one branch that all branches continue after a step; see `BranchedCache.keep`."""
         del state
         return None
+
+    def read(self, state: State) -> jax.Array:
+        """bool [N, T]: with several `columns`, the first ones of each row that the next forward pass is to read."""
+        raise NotImplementedError
+
+    def kept(self, state: State) -> jax.Array:
+        """int32 [N]: with several `columns`, how many of them each row keeps after a step."""
+        raise NotImplementedError
 
     def unfinished(self, state: State) -> jax.Array:
         """bool []. Whether any row needs another token."""

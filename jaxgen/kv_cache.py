@@ -24,6 +24,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxgen.base import rows_axis
 from jaxgen.pytree import pytree
 
+_FREE = -(1 << 30)  # in `columns`: a slot without a column; so far below any column that no `skip` lifts it
+
 
 @pytree
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class KVCache:
         valid: bool [N, S]. Slots that later columns may attend.
         length: int32 []. Slots written so far, which is also the next slot to write.
         position: int32 [N]. Position id of each row's next token.
-        columns: int32 [S]. The column of the text in each slot, up to a constant; lower than all of these in free
+        columns: int32 [S]. The column of the text in each slot, up to a constant; far below all of these in free
             slots. None if no layer of the model has a sliding window.
     """
 
@@ -76,7 +78,7 @@ class KVCache:
             valid=jnp.zeros((rows, slots), bool),
             length=jnp.zeros((), jnp.int32),
             position=jnp.zeros((rows,), jnp.int32),
-            columns=jnp.full((slots,), -1, jnp.int32) if windowed else None,
+            columns=jnp.full((slots,), _FREE, jnp.int32) if windowed else None,
         )
 
     def placed(self, mesh: Mesh, rows: int, heads: int) -> Self:
@@ -176,7 +178,9 @@ class KVCache:
             self,
             layers=tuple((pad(keys), pad(values)) for keys, values in self.layers),
             valid=jnp.pad(self.valid, (*[(0, 0)] * (self.valid.ndim - 1), (0, extra))),
-            columns=None if self.columns is None else jnp.pad(self.columns, (0, extra), constant_values=-1),
+            columns=None
+            if self.columns is None
+            else jnp.pad(self.columns, (*[(0, 0)] * (self.columns.ndim - 1), (0, extra)), constant_values=_FREE),
         )
 
     def grow_by_parts(self, slots: int, grow: Callable[[Self, int], Self]) -> Self:
@@ -233,7 +237,7 @@ class KVCache:
             valid=valid,
             length=jnp.asarray(length, jnp.int32),
             position=jnp.zeros(len(rows), jnp.int32),  # not known here
-            columns=None if self.columns is None else jnp.where(numbers < length, numbers, -1),
+            columns=None if self.columns is None else jnp.where(numbers < length, numbers, _FREE),
         )
 
     def branch(self, branches: int) -> "BranchedCache":
@@ -245,6 +249,11 @@ class KVCache:
             position=jnp.repeat(self.position[:, None], branches, axis=1),
             columns=self.columns,
         )
+
+    def ragged(self) -> "RaggedCache":
+        """A cache whose rows continue at their own pace; see `RaggedCache`."""
+        columns = None if self.columns is None else jnp.broadcast_to(self.columns[None], self.valid.shape)
+        return RaggedCache(self.layers, self.valid, self.length, self.position, columns)
 
     @property
     def num_layers(self) -> int:
@@ -356,6 +365,96 @@ class BranchedCache(KVCache):
             valid=(self.valid & (slots < start)) | (slots == start),
             length=start + 1,
         )
+
+
+@pytree
+@dataclass(frozen=True)
+class RaggedCache(KVCache):
+    """A cache whose rows keep columns at their own pace, as in assisted decoding.
+
+    A forward pass writes T columns of every row at the shared slot, and each row keeps some of the first of them. The
+    next pass begins after the longest row. The slots that a shorter row did not keep are holes, which are not valid:
+
+    ```
+    slot      0  1  2  3  4  5  6  7  8  9        T = 3
+    row 0     a  b  c  d  e  _  .  .  .  .        keeps d e
+    row 1     p  q  r  s  _  _  .  .  .  .        keeps s
+    next pass             f  g  h                 length moved back from 6 to 5
+                          t  u  v                 slot 4 of row 1 stays a hole
+    ```
+
+    It has the methods of a `KVCache`, and:
+
+    Attributes:
+        layers, valid, length, position: as in `KVCache`.
+        columns: int32 [N, S], since rows hold different columns in a slot. None as in `KVCache`.
+    """
+
+    def extend(
+        self, attention_mask: jax.Array, position_ids: jax.Array | None = None
+    ) -> tuple["RaggedCache", jax.Array, jax.Array]:
+        """As `KVCache.extend`, for columns that follow each other from the row's position on, masked or not."""
+        if position_ids is None:
+            position_ids = self.position[:, None] + jnp.arange(attention_mask.shape[1], dtype=jnp.int32)[None]
+        cache, position_ids, mask = super().extend(attention_mask, position_ids)
+        assert isinstance(cache, RaggedCache)
+        return cache, position_ids, mask
+
+    def _numbered(self, columns: jax.Array) -> Self:
+        if self.columns is None:
+            return self
+        following = self.columns.max(axis=1, keepdims=True) + 1 + jnp.arange(len(columns), dtype=jnp.int32)[None]
+        start = self.length - len(columns)
+        return replace(self, columns=lax.dynamic_update_slice_in_dim(self.columns, following, start, axis=1))
+
+    def within(self, window: int, mask: jax.Array) -> jax.Array:
+        """See `KVCache.within`."""
+        assert self.columns is not None, "made without `windowed`"
+        num_new = mask.shape[1]
+        new_columns = lax.dynamic_slice_in_dim(self.columns, self.length - num_new, num_new, axis=1)
+        return mask & (self.columns[:, None] > new_columns[:, :, None] - window)
+
+    def keep_first(self, kept: jax.Array, before: "RaggedCache") -> Self:
+        """The cache after a forward pass of which row n keeps the first `kept[n]` columns; int32 [N].
+
+        Args:
+            kept: at most the columns of the pass.
+            before: the cache before the pass.
+        """
+        # The columns of the pass, counted from its first slot.
+        number = jnp.arange(self.slots)[None] - before.length
+        dropped = number >= kept[:, None]
+        return replace(
+            self,
+            valid=self.valid & ~dropped,
+            length=before.length + kept.max().astype(jnp.int32),
+            position=before.position + kept.astype(jnp.int32),
+            columns=None if self.columns is None else jnp.where(dropped, _FREE, self.columns),
+        )
+
+    def has_room(self, columns: int) -> jax.Array:
+        """bool []. Whether T more columns fit."""
+        return self.length + columns <= self.slots
+
+    def squeezed(self) -> Self:
+        """The same cache without holes: the valid slots of each row move right, up to a common length.
+
+        ```
+        slot      0  1  2  3  4  5  6              0  1  2  3  4  5  6
+        row 0     a  b  c  d  e  _  f      ->      a  b  c  d  e  f  .      length 6
+        row 1     .  p  _  _  q  _  r              .  .  .  p  q  r  .
+        ```
+        """
+        count = self.valid.sum(axis=1, dtype=jnp.int32)
+        length = count.max()
+        # A stable sort puts the valid slots last; rolling moves the free ones of the longest row to the end.
+        order = jnp.argsort(self.valid, axis=1, stable=True)
+        order = jnp.roll(order, length - self.slots, axis=1)
+        rows = jnp.arange(len(count), dtype=jnp.int32)
+        valid = jnp.take_along_axis(self.valid, order, axis=1)
+        columns = None if self.columns is None else jnp.take_along_axis(self.columns, order, axis=1)
+        packed = self.select(rows, order, valid, length)
+        return replace(self, layers=packed.layers, valid=valid, length=length, columns=columns)
 
 
 def _without_ones(*sizes: int) -> tuple[int, ...]:

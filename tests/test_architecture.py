@@ -20,7 +20,7 @@ import jaxgen
 import jaxgen.base
 
 ROOT = Path(__file__).parent.parent
-STRATEGIES = {"sampling", "beam_search", "group_beam_search", "contrastive_search"}
+STRATEGIES = {"sampling", "assisted", "beam_search", "group_beam_search", "contrastive_search"}
 GROUND_FLOOR = {"base", "buckets", "lazy", "pytree", "version"}
 # What each part of the package imports besides the ground floor. Nobody imports who stands below.
 MAY_IMPORT: dict[str, set[str]] = {
@@ -143,7 +143,10 @@ def test_strategies_know_neither_the_loop_nor_each_other(strategy: str) -> None:
 
 
 # What tells one mode from another: its fields, and what its strategy records to sort the outputs.
-FIELDS_OF_MODES = set("num_beams num_beam_groups diversity_penalty length_penalty early_stopping penalty_alpha".split())
+FIELDS_OF_MODES = {
+    *"num_beams num_beam_groups diversity_penalty length_penalty early_stopping penalty_alpha".split(),
+    *"prompt_lookup_num_tokens max_matching_ngram_size".split(),
+}
 RECORDED_BY_MODES = {"parents", "chosen"}
 ROOMS = {
     *(ROOT / "jaxgen" / "generation" / "modes").glob("*.py"),

@@ -12,10 +12,10 @@ reads all slots, so that a cache with room for the longest text would make every
 import functools
 import logging
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ from jaxgen.base import (
     Intermediates,
     Model,
     Prefill,
+    RaggedCache,
     Strategy,
     StrategyState,
     no_mesh,
@@ -77,11 +78,13 @@ class Progress:
         length: int32 []. Columns of the prompt and the tokens of all steps so far.
         unfinished: bool []. Whether any row needs another token.
         text: int32 [N, S]. The prompts and their tokens so far; None if later steps may change them, as with beams.
+        full: bool []. Whether the cache has no room for another step; None if the host can count its slots.
     """
 
     length: jax.Array
     unfinished: jax.Array
     text: jax.Array | None
+    full: jax.Array | None = None
 
 
 def decode(model: Model, call: Call) -> Mapping[str, jax.Array]:
@@ -105,9 +108,13 @@ def decode(model: Model, call: Call) -> Mapping[str, jax.Array]:
         )
     with no_mesh():
         call = jax.tree.map(jnp.asarray, call)  # a tracer cannot index NumPy arrays
-        state = _prefill(model, call)
-        n_steps = jnp.int32(call.strategy.forward_passes(call.slots - columns))
-        return finalize(call.strategy, _advance(model, state, call.strategy, n_steps))
+        strategy, new_tokens = call.strategy, call.slots - columns
+        n_steps = jnp.int32(strategy.forward_passes(new_tokens))
+        if strategy.columns == 1:
+            return finalize(strategy, _advance(model, _prefill(model, call), strategy, n_steps))
+        # Holes take at most as many slots as the longest text.
+        state = _prefill(model, call, cache_slots=2 * strategy.cache_slots(call.prompt_slots, new_tokens))
+        return finalize(strategy, _advance_squeezing(model, state, strategy, n_steps))
 
 
 def finalize(strategy: Strategy, state: DecodeState) -> Mapping[str, jax.Array]:
@@ -135,10 +142,12 @@ def _prefill(
     cache = cache.grow(cache_slots or strategy.cache_slots(call.prompt_slots, new_tokens))
     if strategy.branches > 1:
         cache = cache.branch(strategy.branches)
+    elif strategy.columns > 1:
+        cache = cache.ragged()
     buffers: Intermediates = {}
     if intermediates:
         # The shapes of one step's intermediates depend on the cache as it is now: grown and branched.
-        step = jax.eval_shape(lambda: _extend(model, cache, inner.tokens, call.guidance_scale, intermediates)[2])
+        step = jax.eval_shape(lambda: _extend(model, cache, strategy, inner, call.guidance_scale, intermediates)[2])
         buffers = jax.tree.map(lambda x: jnp.zeros((new_tokens, *x.shape), x.dtype), step)
     prompt_intermediates = {name: computed[name] for name in intermediates}
     return DecodeState(cache, inner, jnp.int32(0), call.guidance_scale, prompt_intermediates, buffers)
@@ -190,27 +199,39 @@ def _read_chunks(
 def _advance(
     model: Model, state: DecodeState, strategy: Strategy, n_steps: jax.Array, intermediates: tuple[str, ...] = ()
 ) -> DecodeState:
-    """Chooses up to `n_steps` (traced) more tokens per row; stops early once every row is finished."""
+    """Runs up to `n_steps` (traced) more steps; stops early once every row is finished, or a ragged cache is full."""
     end = state.steps + n_steps  # `steps` counts over all chunks
 
     def unfinished(state: DecodeState) -> jax.Array:
-        return (state.steps < end) & strategy.unfinished(state.inner)
+        going = (state.steps < end) & strategy.unfinished(state.inner)
+        return going if (full := _full(strategy, state)) is None else going & ~full
 
     def step(state: DecodeState) -> DecodeState:
         scale = state.guidance_scale
         logits, cache, computed = _extend(
-            model, state.cache, state.inner.tokens, scale, _needed(intermediates, strategy)
+            model, state.cache, strategy, state.inner, scale, _needed(intermediates, strategy)
         )
-        # Entry 0 is of the first step after the prompt, whose own intermediates are kept apart.
         write = functools.partial(lax.dynamic_update_index_in_dim, index=state.steps, axis=0)
         buffers = jax.tree.map(write, state.step_intermediates, {name: computed[name] for name in intermediates})
         inner = strategy.step(*_guided(strategy, scale, logits, computed), state.inner)
         # Each branch has written its column. Which branches go on is known only now.
         if strategy.branches > 1:
             cache = _reordered(cache, strategy, inner, scale)
+        elif strategy.columns > 1:
+            cache = cache.keep_first(_for_both_halves(strategy.kept(inner), scale), state.cache)
         return DecodeState(cache, inner, state.steps + 1, scale, state.prompt_intermediates, buffers)
 
     return lax.while_loop(unfinished, step, state)
+
+
+def _advance_squeezing(model: Model, state: DecodeState, strategy: Strategy, n_steps: jax.Array) -> DecodeState:
+    """As `_advance` to the end of all rows, with the holes squeezed out of the cache whenever it is full."""
+
+    def advance(state: DecodeState) -> DecodeState:
+        state = _advance(model, state, strategy, n_steps)
+        return replace(state, cache=cast(RaggedCache, state.cache).squeezed())
+
+    return lax.while_loop(lambda state: strategy.unfinished(state.inner), advance, state)
 
 
 def _needed(intermediates: tuple[str, ...], strategy: Strategy) -> tuple[str, ...]:
@@ -219,16 +240,52 @@ def _needed(intermediates: tuple[str, ...], strategy: Strategy) -> tuple[str, ..
 
 
 def _extend(
-    model: Model, cache: Cache, tokens: jax.Array, guidance_scale: jax.Array | None, intermediates: tuple[str, ...]
+    model: Model,
+    cache: Any,
+    strategy: Strategy,
+    inner: StrategyState,
+    guidance_scale: jax.Array | None,
+    intermediates: tuple[str, ...],
 ) -> tuple[jax.Array, Any, Intermediates]:
-    """One forward pass over int32 [N] tokens, or [N * C] with branches. With guidance the model has 2N rows.
+    """One forward pass over the strategy's tokens. With guidance the model has 2N rows.
 
     Returns:
-        Logits, the cache, a `BranchedCache` if `cache` is one, and intermediates.
+        Logits, the cache (a `BranchedCache` or `RaggedCache` if `cache` is one), and intermediates.
     """
-    # One column for each branch: [N, 1], or [N, C].
-    columns = _for_both_halves(tokens, guidance_scale).reshape(-1, cache.branches)
+    tokens = _for_both_halves(inner.tokens, guidance_scale)
+    if strategy.columns > 1:
+        return _extend_by_columns(model, cache, tokens, _for_both_halves(strategy.read(inner), guidance_scale))
+    columns = tokens.reshape(-1, cache.branches)
     return model.extend(cache, columns, jnp.ones_like(columns, bool), None, intermediates)
+
+
+def _extend_by_columns(
+    model: Model, cache: RaggedCache, tokens: jax.Array, mask: jax.Array
+) -> tuple[jax.Array, RaggedCache, Intermediates]:
+    """A forward pass over int32 [N, T] tokens, of which each row reads the first ones, as bool [N, T] says.
+
+    Where no row reads more than its first column, as between two finds of prompt lookup, the pass is that of a plain
+    step. Returns float32 [N * T, V] logits, zeros for columns that were left out.
+    """
+    rows, width = tokens.shape
+
+    def reads(columns: int) -> Callable[[RaggedCache], tuple[jax.Array, RaggedCache]]:
+        def read(cache: RaggedCache) -> tuple[jax.Array, RaggedCache]:
+            logits, cache, _ = model.extend(
+                cache, tokens[:, :columns], mask[:, :columns], None, (), logits_to_keep=columns
+            )
+            logits = logits.reshape(rows, columns, -1)
+            return jnp.pad(logits, ((0, 0), (0, width - columns), (0, 0))).reshape(rows * width, -1), cache
+
+        return read
+
+    logits, cache = lax.cond(mask[:, 1:].any(), reads(width), reads(1), cache)
+    return logits, cache, {}
+
+
+def _full(strategy: Strategy, state: DecodeState) -> jax.Array | None:
+    """bool []. Whether a ragged cache has no room for another step; None for other caches, whose slots are counted."""
+    return None if strategy.columns == 1 else ~cast(RaggedCache, state.cache).has_room(strategy.columns)
 
 
 def _reordered(
@@ -303,7 +360,15 @@ def advance(
 
 
 def _progress(strategy: Strategy, state: DecodeState) -> Progress:
-    return Progress(state.inner.cur_len, strategy.unfinished(state.inner), strategy.text(state.inner))
+    inner = state.inner
+    return Progress(inner.cur_len, strategy.unfinished(inner), strategy.text(inner), _full(strategy, state))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def squeeze(cache: RaggedCache) -> RaggedCache:
+    """The same cache without holes. `cache` is donated."""
+    _count("grow")
+    return cache.squeezed()
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -340,6 +405,6 @@ def drop_programs_if_many() -> None:
             used,
             most,
         )
-        jitted: Any = (prefill, advance, _grow)  # jax does not declare `clear_cache`
+        jitted: Any = (prefill, advance, squeeze, _grow)  # jax does not declare `clear_cache`
         for function in jitted:
             function.clear_cache()

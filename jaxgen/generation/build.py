@@ -230,5 +230,6 @@ def _strategy(
             vocab_size=model.vocab_size,
             recorded=mode.recorded(mode.config.intermediates, request.output_logprobs),
             has_eos=bool(stop.eos_token_id),
+            on_host=bool(host),
         )
     )

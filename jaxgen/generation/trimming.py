@@ -50,8 +50,28 @@ def _past_key_values(prepared: PreparedCall, state: DecodeState, steps: int) -> 
     rows, token_slots = prepared.rows * prepared.call.strategy.copies, prepared.token_slots
     first = token_slots[-1] + 1
     # The model has not read the token of the last step, so that is not in the cache.
+    if prepared.call.strategy.columns > 1:
+        return PastKeyValues(state.cache, _ragged_slots(prepared, np.asarray(state.cache.valid)[:rows], steps - 1))
     generated = first + prepared.mode.cached_steps(state.cache, first, rows, steps - 1)
     return PastKeyValues(state.cache, _after(token_slots, generated))
+
+
+def _ragged_slots(prepared: PreparedCall, valid: np.ndarray, steps: int) -> np.ndarray:
+    """int [N, 1, L + steps]: the slots of each row's tokens in a cache that has them in order, with holes between.
+
+    ```
+    valid             . 1 1 . 1 1 .      bool [N, S]
+    attention mask    0 1 1 1 1          of the prompt and the tokens after it; masked columns get slot 0
+    slots             0 1 2 4 5
+    ```
+    """
+    copies = prepared.call.strategy.copies
+    mask = np.repeat(prepared.inputs.attention_mask.astype(bool), copies, axis=0)
+    mask = np.pad(mask, ((0, 0), (0, steps)), constant_values=True)
+    slots = np.zeros(mask.shape, np.int64)
+    for row, columns in enumerate(mask):
+        slots[row, columns] = np.flatnonzero(valid[row])[: columns.sum()]
+    return slots[:, None]
 
 
 def _after(token_slots: np.ndarray, generated: np.ndarray) -> np.ndarray:

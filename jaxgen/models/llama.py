@@ -466,11 +466,11 @@ class Llama(nnx.Module):
         attention_mask: jax.Array,
         position_ids: jax.Array | None = None,
         intermediates: tuple[str, ...] = (),
+        logits_to_keep: int = 1,
     ) -> tuple[jax.Array, KVCache, Intermediates]:
-        """See `base.Model.extend`. The head runs only on the last column, or on the last column of each branch."""
+        """See `base.Model.extend`. The head runs only on the columns whose logits are returned."""
         hidden, cache, computed = self._hidden_states(cache, input_ids, attention_mask, position_ids, intermediates)
-        # Branches are columns, so the last C columns are the last column of each branch.
-        last = hidden[:, -cache.branches :].reshape(-1, hidden.shape[-1])
+        last = hidden[:, -logits_to_keep * cache.branches :].reshape(-1, hidden.shape[-1])
         return self._logits(last), cache, computed
 
     def _hidden_states(

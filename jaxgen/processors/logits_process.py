@@ -3,12 +3,12 @@
 Same results as the classes of transformers 5.24 `generation/logits_process.py`. The names are the same without the
 suffixes. Numbers are leaves of pytrees, so a new penalty or threshold compiles nothing. Lists of token ids become masks
 [V], so that lists of any length share a program. Warpers look only at the scores and not at their tokens, so they can
-also run on the few candidates of a sample; see `decoding.sampling`.
+also run on the few candidates of a sample; see `decoding.choice`.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +41,61 @@ def process(
         scores, state = processor.step(input_ids, scores, cur_len, state)
         new_states.append(state)
     return scores, tuple(new_states)
+
+
+def by_row(states: Sequence[object], rows: int) -> tuple[object, ...]:
+    """The states of `init` by row, for `process_columns`: [N, 1, ...], and [N] of single numbers."""
+    return tuple(
+        jax.tree.map(lambda leaf: leaf[:, None] if leaf.ndim else jnp.broadcast_to(leaf, (rows,)), state)
+        for state in states
+    )
+
+
+def process_columns(
+    processors: Sequence[LogitsProcessor],
+    input_ids: jax.Array,
+    scores: jax.Array,
+    cur_len: jax.Array,
+    states: Sequence[object],
+) -> tuple[jax.Array, tuple[object, ...]]:
+    """The scores of T consecutive tokens of each row after all processors, which see one token of one row at a time.
+
+    Args:
+        processors: of the call.
+        input_ids: int32 [N, S]. The texts with the T tokens.
+        scores: float32 [N, T, V]. Of the token at column `cur_len[n] + t`.
+        cur_len: int32 [N]. The columns of each row before the T tokens.
+        states: as from `by_row`.
+
+    Returns:
+        float32 [N, T, V], and the states with a leading axis T + 1: before the first token, and after each of them.
+    """
+    _, columns, vocab_size = scores.shape
+    numbers = jnp.arange(columns, dtype=jnp.int32)
+    stacked = []
+    for processor, state in zip(processors, states, strict=True):
+
+        def step(
+            text: jax.Array, scores: jax.Array, length: jax.Array, state: object, processor: LogitsProcessor = processor
+        ) -> tuple[jax.Array, object]:
+            scores, state = processor.step(text[None], scores[None], length, state)
+            return scores[0], state
+
+        def token(
+            state: object, of_token: tuple[jax.Array, jax.Array], step: Callable[..., Any] = step
+        ) -> tuple[object, tuple[jax.Array, object]]:
+            number, scores = of_token
+            scores, state = jax.vmap(step)(input_ids, scores, cur_len + number, state)
+            return state, (scores, state)
+
+        if isinstance(processor, Warper):  # which sees the scores alone
+            scores = processor.warp(scores.reshape(-1, vocab_size)).reshape(scores.shape)
+            stacked.append(state)
+        else:
+            _, (by_token, after) = lax.scan(token, state, (numbers, scores.swapaxes(0, 1)))
+            scores = by_token.swapaxes(0, 1)
+            stacked.append(jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), state, after))
+    return scores, tuple(stacked)
 
 
 def reorder(processors: Sequence[LogitsProcessor], states: Sequence[object], rows: jax.Array) -> tuple[object, ...]:

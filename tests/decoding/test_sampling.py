@@ -14,7 +14,7 @@ from scipy.stats import chisquare
 from shared_noise import in_jaxgen, in_torch
 
 import jaxgen
-from jaxgen.decoding import sampling
+from jaxgen.decoding import choice
 from jaxgen.processors import logits_process
 
 COMBINATIONS, CALLS_EACH = 11, 20
@@ -74,7 +74,7 @@ LAWS: dict[str, list[Any]] = {
 
 def drawn(processors: list[Any], logits: np.ndarray, key: Any, rows: int) -> np.ndarray:
     """int32 [rows]: the first token of as many rows with the same logits."""
-    return np.asarray(_drawn(tuple(processors), logits, key, rows, sampling.WINDOW))
+    return np.asarray(_drawn(tuple(processors), logits, key, rows, choice.WINDOW))
 
 
 @partial(jax.jit, static_argnums=(3, 4))
@@ -189,7 +189,7 @@ def test_a_draw_from_few_candidates_is_the_draw_from_all(
         jax.random.key(0),
         500,
     )
-    monkeypatch.setattr(sampling, "WINDOW", 8)
+    monkeypatch.setattr(choice, "WINDOW", 8)
     np.testing.assert_array_equal(drawn(chain, logits, jax.random.key(0), 500), whole)
 
 

@@ -26,6 +26,8 @@ SHOWN_BY = {
     "eos_token_id": _SAME,
     "pad_token_id": _SAME,
     "bos_token_id": "generation/test_api.py::test_without_a_prompt_each_row_starts_from_bos",
+    "prompt_lookup_num_tokens": "decoding/test_assisted.py::test_right_drafts_save_steps_and_wrong_ones_cost_none",
+    "max_matching_ngram_size": "decoding/test_drafters.py::test_the_last_place_with_the_longest_match_is_continued",
     "do_sample": _NOISE,
     "num_return_sequences": _NOISE,
     **dict.fromkeys(

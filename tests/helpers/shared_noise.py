@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgen import lazy
-from jaxgen.decoding import beam_search, loop, sampling
+from jaxgen.decoding import beam_search, choice, loop
 
 
 def _hash(step: Any, row: Any, column: Any, module: Any) -> Any:
@@ -59,15 +59,15 @@ class Multinomial:
 
 
 @contextmanager
-def in_jaxgen(window: int = sampling.WINDOW) -> Iterator[None]:
+def in_jaxgen(window: int = choice.WINDOW) -> Iterator[None]:
     """Programs built in here draw with the shared numbers, from `window` candidates."""
-    before = sampling.gumbel, beam_search.gumbel, sampling.WINDOW
+    before = choice.gumbel, beam_search.gumbel, choice.WINDOW
     _forget_programs()
-    sampling.gumbel, beam_search.gumbel, sampling.WINDOW = gumbel, gumbel, window
+    choice.gumbel, beam_search.gumbel, choice.WINDOW = gumbel, gumbel, window
     try:
         yield
     finally:
-        sampling.gumbel, beam_search.gumbel, sampling.WINDOW = before
+        choice.gumbel, beam_search.gumbel, choice.WINDOW = before
         _forget_programs()
 
 

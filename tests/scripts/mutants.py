@@ -31,7 +31,7 @@ class Mutant(NamedTuple):
     test: str
 
 
-LAYERS, TOP_K, SAMPLING = "jaxgen/models/layers.py", "jaxgen/processors/top_k.py", "jaxgen/decoding/sampling.py"
+LAYERS, TOP_K, CHOICE = "jaxgen/models/layers.py", "jaxgen/processors/top_k.py", "jaxgen/decoding/choice.py"
 RULES, DRIVER, CACHE = (
     "jaxgen/processors/logits_process.py",
     "jaxgen/generation/running/driver.py",
@@ -174,43 +174,43 @@ MUTANTS = [
     ),
     Mutant(TOP_K, "to_blocks, the last block", "constant_values=-jnp.inf", "constant_values=0.0", f"{HIGHEST}[20001]"),
     Mutant(
-        SAMPLING,
+        CHOICE,
         "_candidates, top_k of up to 64",
         "jnp.where(limited & (values < last), -jnp.inf, values)",
         "values",
         f"{DRAWN}[the usual rules]",
     ),
     Mutant(
-        SAMPLING,
+        CHOICE,
         "_candidates, a nucleus of more than 64",
         "(jnp.exp(rest - total) <= 1 - top_p)",
         "(top_p <= 1)",
         f"{DRAWN}[the usual rules]",
     ),
     Mutant(
-        SAMPLING,
+        CHOICE,
         "_candidates, top_k of more than 64",
         "((top_k.top_k >= vocab_size) & (top_p < 1) &",
         "((top_p < 1) &",
         f"{DRAWN}[the usual rules]",
     ),
     Mutant(
-        SAMPLING,
+        CHOICE,
         "_candidates, beside tokens that are left out",
         "return (scores >= edge).sum(axis=1, keepdims=True) <= window, rest",
         "return (scores >= edge).sum(axis=1, keepdims=True) <= window, rest - 9",
         f"{DRAWN}[the usual rules]",
     ),
     Mutant(
-        SAMPLING,
+        CHOICE,
         "_candidates, equal scores beyond the window",
         "separate = (edge < last) | (last == -jnp.inf) | (window == scores.shape[1])",
         "separate = jnp.ones_like(edge, bool)",
         "tests/decoding/test_sampling.py::test_a_draw_from_few_candidates_is_the_draw_from_all",
     ),
     Mutant(
-        SAMPLING,
-        "_choose, where the candidates are not enough",
+        CHOICE,
+        "choose, where the candidates are not enough",
         "lambda: pick_from_all(scores)",
         "lambda: pick(scores)",
         f"{DRAWN}[typical_p too]",

@@ -381,6 +381,25 @@ class GenerationFields(TypedDict, total=False):
     ]
     output_hidden_states: Annotated[bool | None, Field("outputs", "return the hidden states of each step and layer")]
 
+    prompt_lookup_num_tokens: Annotated[
+        int | None,
+        Field(
+            "assisted decoding",
+            "draft n tokens by looking up the last ones earlier in the text, and check them in one step",
+            note="The tokens are those of the same call without it, for any batch, greedy or sampled. It is faster "
+            "where texts repeat parts of their prompts, as in summaries and edits. Does not go with beams, contrastive "
+            "search, Python functions on the host, attentions or hidden states.",
+        ),
+    ]
+    max_matching_ngram_size: Annotated[
+        int | None,
+        Field(
+            "assisted decoding",
+            "compare up to n tokens in the lookup; 2 by default",
+            note="0 means 2, as in transformers. The last place with the longest match counts; in transformers the first.",
+        ),
+    ]
+
     use_mtp: Annotated[
         Literal[None, False], Field("refused", "drafts tokens with extra heads of the model (multi-token prediction)")
     ]
@@ -391,9 +410,6 @@ class GenerationFields(TypedDict, total=False):
     is_assistant: Annotated[Literal[None, False], Field("refused", "marks the draft model of assisted decoding")]
     assistant_early_exit: Annotated[
         Literal[None], Field("refused", "drafts tokens with the first layers of the model (assisted decoding)")
-    ]
-    prompt_lookup_num_tokens: Annotated[
-        Literal[None], Field("refused", "drafts tokens by looking up n-grams in the prompt (assisted decoding)")
     ]
     dola_layers: Annotated[
         Literal[None], Field("refused", "contrasts the logits of layers (DoLa); transformers 5 moved it to the Hub")
@@ -424,7 +440,6 @@ class GenerationFields(TypedDict, total=False):
     assistant_confidence_threshold: Annotated[float | None, Field("no effect", _ASSISTANT)]
     assistant_lookbehind: Annotated[int | None, Field("no effect", _ASSISTANT)]
     target_lookbehind: Annotated[int | None, Field("no effect", _ASSISTANT)]
-    max_matching_ngram_size: Annotated[int | None, Field("no effect", _ASSISTANT)]
     assistant_ensemble_weight: Annotated[float | None, Field("no effect", _ASSISTANT)]
     speculation_type: Annotated[str | None, Field("no effect", _ASSISTANT)]
     decoder_start_token_id: Annotated[int | Sequence[int] | None, Field("no effect", "is about encoder-decoder models")]

@@ -1,6 +1,7 @@
 """The decoding modes. The host half of each is here, and its strategy is in `decoding/` under the same name."""
 
 from jaxgen.generation.config.decode_config import DecodeConfig
+from jaxgen.generation.modes.assisted import AssistedMode
 from jaxgen.generation.modes.base import Mode
 from jaxgen.generation.modes.beam_search import BeamSearchMode
 from jaxgen.generation.modes.contrastive_search import ContrastiveSearchMode
@@ -8,7 +9,7 @@ from jaxgen.generation.modes.group_beam_search import GroupBeamSearchMode
 from jaxgen.generation.modes.sampling import SamplingMode
 
 # The mode of a call is the first one that applies. Sampling, which includes greedy decoding, always does.
-MODES: tuple[type[Mode], ...] = (GroupBeamSearchMode, BeamSearchMode, ContrastiveSearchMode, SamplingMode)
+MODES: tuple[type[Mode], ...] = (GroupBeamSearchMode, BeamSearchMode, ContrastiveSearchMode, AssistedMode, SamplingMode)
 
 
 def mode_for(config: DecodeConfig) -> Mode:

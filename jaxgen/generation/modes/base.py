@@ -29,6 +29,7 @@ class Parts:
         vocab_size: V.
         recorded: names of the arrays to record at every step, see `Mode.recorded`.
         has_eos: whether any token id ends a text, by the configuration or by a criterion of the caller.
+        on_host: whether a processor or criterion runs on the host.
     """
 
     eos: EosToken
@@ -40,6 +41,7 @@ class Parts:
     vocab_size: int
     recorded: tuple[str, ...]
     has_eos: bool
+    on_host: bool
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,322 @@
+"""Assisted decoding: a drafter proposes tokens, and one forward pass checks all of them.
+
+A forward pass over the last token and a draft gives, at each of its columns, the token that `Sample` would choose
+there: the noise of a token depends on its row, step and id alone. Drafted tokens stay while they are the chosen ones,
+and the chosen token at the first other column stays too. So the tokens are those of the call without a drafter, greedy
+or sampled, whatever the drafts, and every step yields at least one token per row:
+
+```
+text          a b c          lengths = 3
+reads         c x y z        the last token and a draft of 3
+chooses       x y w .        x and y as drafted, w not: 3 new tokens
+text          a b c x y w    the columns of c, x and y stay in the cache
+```
+
+Rows get ahead of each other, so each has a length of its own. A row that is finished goes on with padding, up to the
+length of the others, since the cache of a call has one column for every token of its output.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import jax
+import jax.numpy as jnp
+
+from jaxgen.base import (
+    EosCriterion,
+    Intermediates,
+    LengthCriterion,
+    LogitsProcessor,
+    Prompt,
+    StoppingCriterion,
+    Strategy,
+    step_buffers,
+)
+from jaxgen.decoding.choice import choose, last_warpers
+from jaxgen.decoding.drafters import Drafter
+from jaxgen.decoding.gumbel import row_keys
+from jaxgen.processors.logits_process import by_row, process_columns
+from jaxgen.processors.stopping_criteria import any_of
+from jaxgen.processors.top_k import to_blocks
+from jaxgen.pytree import Int32, pytree
+
+_NOT_YET = 2**30  # the end of a row that goes on
+
+
+@pytree
+@dataclass(frozen=True)
+class AssistedState:
+    """The state of a decode whose rows have lengths of their own.
+
+    Attributes:
+        sequences: int32 [N, S]. The caller's prompt from column 0, then the new tokens.
+        lengths: int32 [N]. Valid columns of each row of `sequences`.
+        ends: int32 [N]. The length at which a row is finished; `_NOT_YET` before. Rows of the bucket end at 0.
+        prompt_length: int32 []. Columns of the caller's prompt.
+        tokens: int32 [N, T]. The last valid column and a draft.
+        num_read: int32 [N]. How many of `tokens` the next forward pass reads.
+        num_kept: int32 [N]. How many the last one has kept.
+        invalid, keys, recorded: as in `SampleState`.
+        processors: the states of the processors, with a leading axis of rows.
+        drafted: int32 [N]. Drafted tokens so far.
+        accepted: int32 [N]. How many of them stayed.
+    """
+
+    sequences: jax.Array
+    lengths: jax.Array
+    ends: jax.Array
+    prompt_length: jax.Array
+    tokens: jax.Array
+    num_read: jax.Array
+    num_kept: jax.Array
+    invalid: jax.Array
+    keys: jax.Array | None
+    processors: tuple[object, ...]
+    recorded: dict[str, jax.Array]
+    drafted: jax.Array
+    accepted: jax.Array
+
+    @property
+    def going(self) -> jax.Array:
+        """bool [N]. Rows that are not finished."""
+        return self.ends == _NOT_YET
+
+    @property
+    def cur_len(self) -> jax.Array:
+        """int32 []. The columns that no row changes any more: those of the shortest row that is not finished."""
+        return jnp.where(self.going.any(), jnp.where(self.going, self.lengths, _NOT_YET).min(), self.ends.max())
+
+
+@pytree
+@dataclass(frozen=True)
+class Assisted(Strategy[AssistedState]):
+    """Chooses the tokens of `Sample`, several per forward pass where a drafter guesses them.
+
+    Processors and criteria are called for one row at a time, with that row's own length.
+
+    Attributes:
+        eos, max_length, pad_token_id, key, processors, stopping_criteria, num_return_sequences, outputs: as in
+            `Sample`.
+        drafter: proposes tokens.
+        whole_cache: whether finished rows must have read as many columns as the others in the end, static.
+    """
+
+    eos: EosCriterion
+    max_length: LengthCriterion
+    pad_token_id: Int32 | None
+    drafter: Drafter
+    key: jax.Array | None = None
+    processors: tuple[LogitsProcessor, ...] = ()
+    stopping_criteria: tuple[StoppingCriterion, ...] = ()
+    num_return_sequences: int = field(default=1, metadata={"static": True})
+    outputs: tuple[str, ...] = field(default=(), metadata={"static": True})
+    whole_cache: bool = field(default=False, metadata={"static": True})
+
+    @property
+    def copies(self) -> int:
+        return self.num_return_sequences
+
+    @property
+    def columns(self) -> int:
+        return 1 + self.drafter.most_tokens
+
+    def cache_slots(self, columns: int, new_tokens: int) -> int:
+        return columns + new_tokens + self.columns  # the last step may write T columns, of which one is kept
+
+    def init(self, prompt: Prompt, slots: int, vocab_size: int) -> AssistedState:
+        """The state before the first token."""
+        prompt = prompt.repeated(self.num_return_sequences)
+        rows, columns = prompt.input_ids.shape
+        per_token = jax.ShapeDtypeStruct((rows, vocab_size), jnp.float32)
+        per_row = jax.ShapeDtypeStruct((rows,), jnp.float32)
+        shapes = {"scores": per_token, "logits": per_token, "logprobs": per_row, "processed_logprobs": per_row}
+        names = [*self.outputs, *(["processed_logprobs"] if "logprobs" in self.outputs else [])]
+        states = [processor.init(prompt, vocab_size) for processor in self.processors]
+        zeros = jnp.zeros(rows, jnp.int32)
+        return AssistedState(
+            sequences=prompt.left_aligned(slots, 0),
+            lengths=jnp.full(rows, prompt.length, jnp.int32),
+            ends=jnp.where(jnp.arange(rows) < prompt.rows, _NOT_YET, 0).astype(jnp.int32),
+            prompt_length=prompt.length,
+            tokens=jnp.zeros((rows, self.columns), jnp.int32),
+            num_read=jnp.ones(rows, jnp.int32),
+            num_kept=zeros,
+            invalid=jnp.zeros(rows, bool),
+            keys=None
+            if self.key is None
+            else row_keys(self.key, rows // self.num_return_sequences, self.num_return_sequences),
+            processors=by_row(states, rows),
+            recorded=step_buffers(names, slots - columns, shapes),
+            drafted=zeros,
+            accepted=zeros,
+        )
+
+    def start(
+        self, prompt: Prompt, slots: int, logits: jax.Array, scores: jax.Array, intermediates: Intermediates
+    ) -> AssistedState:
+        state = self.init(prompt, slots, logits.shape[1])
+        logits, scores = (jnp.repeat(array, self.copies, axis=0)[:, None] for array in (logits, scores))
+        return self._next(logits, scores, state)
+
+    def step(
+        self, logits: jax.Array, scores: jax.Array, intermediates: Intermediates, state: AssistedState
+    ) -> AssistedState:
+        by_column = (len(state.tokens), self.columns, -1)
+        return self._next(logits.reshape(by_column), scores.reshape(by_column), state)
+
+    def _next(self, logits: jax.Array, scores: jax.Array, state: AssistedState) -> AssistedState:
+        """The state after a forward pass that gave float32 [N, T, V] logits, or [N, 1, V] at the end of the prompt."""
+        rows, columns, vocab_size = scores.shape
+        number = jnp.arange(columns, dtype=jnp.int32)[None]
+        draft = state.tokens[:, 1:columns]
+        on = state.going | (self.pad_token_id is None)  # rows that choose tokens; others go on with padding
+        read = on[:, None] & (number < state.num_read[:, None])
+
+        texts = _with_tokens(state.sequences, state.lengths, draft, draft.shape[1])
+        warpers = None if self.key is None or "scores" in self.outputs else last_warpers(self.processors)
+        count = len(self.processors) - (0 if warpers is None else 1 + len(warpers.others))  # on the whole vocabulary
+        kept_states = state.processors
+        scores, states = process_columns(self.processors[:count], texts, scores, state.lengths, kept_states[:count])
+        flat = scores.reshape(-1, vocab_size)
+        step = (state.lengths - state.prompt_length)[:, None] + number
+        choice = choose(
+            flat,
+            None if state.keys is None else jnp.repeat(state.keys, columns, axis=0),
+            step.reshape(-1, 1),
+            ~read.reshape(-1),
+            warpers,
+            "logprobs" in self.outputs,
+        )
+        tokens, log_p, invalid = (array.reshape(rows, columns) for array in choice)
+        if self.key is not None and warpers is None:  # warpers may drop a NaN
+            blocks = to_blocks(logits.reshape(-1, vocab_size))
+            invalid |= ~jnp.isfinite(blocks.max(axis=(1, 2))).reshape(rows, columns)
+
+        # The drafted tokens that were chosen too, and one more.
+        agrees = (tokens[:, :-1] == draft) & read[:, 1:]
+        agreed = jnp.cumprod(agrees.astype(jnp.int32), axis=1).sum(axis=1, dtype=jnp.int32)
+        new = jnp.minimum(agreed + 1, self.max_length.max_length - state.lengths)
+        ended = self._ended(_with_tokens(state.sequences, state.lengths, tokens, new), scores, state.lengths)
+        ended &= (number < new[:, None]) & state.going[:, None]
+        first = jnp.where(ended.any(axis=1), jnp.argmax(ended, axis=1) + 1, _NOT_YET).astype(jnp.int32)
+        ends = jnp.where(first < _NOT_YET, state.lengths + first, state.ends)
+        if self.pad_token_id is not None:
+            new = jnp.where(on, jnp.minimum(new, first), state.num_read)
+            tokens = jnp.where(on[:, None], tokens, self.pad_token_id)
+
+        following = replace(
+            state,
+            sequences=_with_tokens(state.sequences, state.lengths, tokens, new),
+            lengths=state.lengths + new,
+            ends=ends,
+            num_kept=new,
+            # Not of tokens after the end, which a row without padding goes on with.
+            invalid=state.invalid
+            | (invalid & (number < new[:, None]) & (state.lengths[:, None] + number < ends[:, None])).any(axis=1),
+            processors=(*_after(states, new), *kept_states[count:]),
+            recorded=self._record(logits, scores, tokens, log_p, state, new, ends),
+            accepted=state.accepted + jnp.where(state.going, jnp.minimum(agreed, new), 0),
+        )
+        return self._drafted(following)
+
+    def _ended(self, texts: jax.Array, scores: jax.Array, lengths: jax.Array) -> jax.Array:
+        """bool [N, T]: whether a row is finished with its token at column `lengths[n] + t`."""
+        criteria = self.eos, self.max_length, *self.stopping_criteria
+
+        def of_token(text: jax.Array, scores: jax.Array, cur_len: jax.Array) -> jax.Array:
+            return any_of(criteria, text[None], scores[None], cur_len)[0]
+
+        cur_len = lengths[:, None] + 1 + jnp.arange(scores.shape[1], dtype=jnp.int32)[None]
+        return jax.vmap(jax.vmap(of_token, (None, 0, 0)))(texts, scores, cur_len)
+
+    def _drafted(self, state: AssistedState) -> AssistedState:
+        """The state with the tokens of the next forward pass."""
+        last = jnp.take_along_axis(state.sequences, jnp.maximum(state.lengths - 1, 0)[:, None], axis=1)
+        draft, num_drafted = self.drafter.draft(state.sequences, state.lengths)
+        # A pass yields one token more than are drafted, and no row gets longer than the maximum.
+        left = self.max_length.max_length - state.lengths
+        num_drafted = jnp.clip(num_drafted, 0, left - 1)
+        num_read = jnp.where(left > 0, 1 + num_drafted, 0)
+        if self.pad_token_id is not None:
+            longest = jnp.where(state.going.any(), jnp.where(state.going, state.lengths, 0).max(), state.ends.max())
+            behind = jnp.clip(longest - state.lengths, 0, self.columns)
+            draft = jnp.where(state.going[:, None], draft, self.pad_token_id)
+            num_read = jnp.where(state.going, num_read, behind)
+        return replace(
+            state,
+            tokens=jnp.concatenate([last, draft], axis=1).astype(jnp.int32),
+            num_read=num_read.astype(jnp.int32),
+            drafted=state.drafted + jnp.where(state.going, num_drafted, 0),
+        )
+
+    def _record(
+        self,
+        logits: jax.Array,
+        scores: jax.Array,
+        tokens: jax.Array,
+        log_p: jax.Array,
+        state: AssistedState,
+        new: jax.Array,
+        ends: jax.Array,
+    ) -> dict[str, jax.Array]:
+        """The buffers of recorded outputs, [steps, N, ...], with those of the new tokens."""
+        if not state.recorded:
+            return {}
+        rows, columns = tokens.shape
+        values = {"scores": scores, "logits": logits}
+        if "logprobs" in self.outputs:
+            chosen = jnp.take_along_axis(logits, tokens[:, :, None], axis=2)[:, :, 0]
+            values["logprobs"] = chosen - jax.nn.logsumexp(logits, axis=2)
+            values["processed_logprobs"] = log_p
+        number = jnp.arange(columns, dtype=jnp.int32)[None]
+        column = state.lengths[:, None] + number
+        step = column - state.prompt_length
+        # The log-probabilities of padding are 0, as the buffers are from the start.
+        stays = (number < new[:, None]) & (column < ends[:, None])
+        row = jnp.arange(rows)[:, None]
+        return {
+            name: buffer.at[jnp.where(stays, step, len(buffer)), row].set(values[name], mode="drop")
+            for name, buffer in state.recorded.items()
+        }
+
+    def read(self, state: AssistedState) -> jax.Array:
+        return jnp.arange(self.columns)[None] < state.num_read[:, None]
+
+    def kept(self, state: AssistedState) -> jax.Array:
+        return state.num_kept
+
+    def unfinished(self, state: AssistedState) -> jax.Array:
+        if self.pad_token_id is not None and not self.whole_cache:
+            return state.going.any()
+        return state.going.any() | (state.lengths < state.ends.max()).any()
+
+    def text(self, state: AssistedState) -> jax.Array:
+        if self.pad_token_id is None:
+            return state.sequences
+        columns = jnp.arange(state.sequences.shape[1])[None]
+        return jnp.where(columns < state.lengths[:, None], state.sequences, self.pad_token_id)
+
+    def finalize(self, state: AssistedState) -> Mapping[str, jax.Array]:
+        """As `Sample.finalize`, with the numbers of drafted and of accepted tokens, int32 [N] each."""
+        transposed = {name: buffer.T if buffer.ndim == 2 else buffer for name, buffer in state.recorded.items()}
+        return {
+            "sequences": self.text(state),
+            "length": state.cur_len,
+            "invalid": state.invalid,
+            "drafted": state.drafted,
+            "accepted": state.accepted,
+            **transposed,
+        }
+
+
+def _with_tokens(sequences: jax.Array, lengths: jax.Array, tokens: jax.Array, count: jax.Array | int) -> jax.Array:
+    """int32 [N, S] texts, with the first `count` of int32 [N, T] tokens written from column `lengths` on."""
+    number = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+    written = number < (count[:, None] if isinstance(count, jax.Array) else count)
+    columns = jnp.where(written, lengths[:, None] + number, sequences.shape[1])
+    return sequences.at[jnp.arange(len(sequences))[:, None], columns].set(tokens, mode="drop")
+
+
+def _after(states: tuple[object, ...], new: jax.Array) -> tuple[object, ...]:
+    """The states of the processors, [T + 1, N, ...], after the first int32 [N] `new` tokens: [N, ...]."""
+    return jax.tree.map(lambda leaf: leaf[new, jnp.arange(len(new))], states)
