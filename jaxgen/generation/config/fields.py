@@ -396,7 +396,8 @@ class GenerationFields(TypedDict, total=False):
         Field(
             "assisted decoding",
             "compare up to n tokens in the lookup; 2 by default",
-            note="0 means 2, as in transformers. The last place with the longest match counts; in transformers the first.",
+            note="0 means 2, as in transformers. Of several places with the longest match the last one counts; in "
+            "transformers the first.",
         ),
     ]
 
