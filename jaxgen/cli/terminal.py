@@ -15,6 +15,7 @@ from jaxgen import lazy
 from jaxgen.base import Model
 from jaxgen.checkpoint.load import BUNDLED_MODEL, load
 from jaxgen.cli import compile_cache
+from jaxgen.cli.note import waiting
 from jaxgen.decoding.loop import Progress
 from jaxgen.generation.call import PreparedCall
 from jaxgen.generation.running.driver import WATCHED, collect, drive
@@ -54,10 +55,13 @@ def open_model(arguments: argparse.Namespace) -> tuple[Model, "PreTrainedTokeniz
     folder = BUNDLED_MODEL if arguments.model is None else Path(arguments.model)
     if arguments.model is None:
         say(f"no --model given: using the small story model that comes with jaxgen ({folder})")
-    model = load(folder, arguments.dtype, quantize=arguments.quantize, follow_links=arguments.follow_links)
-    if not any((folder / file).exists() for file in ("tokenizer.json", "tokenizer.model")):
-        raise ValueError(f"{folder} has neither tokenizer.json nor tokenizer.model. Copy the tokenizer's files there.")
-    return model, open_tokenizer(folder)
+    with waiting("loading the model ..."):
+        model = load(folder, arguments.dtype, quantize=arguments.quantize, follow_links=arguments.follow_links)
+        if not any((folder / file).exists() for file in ("tokenizer.json", "tokenizer.model")):
+            raise ValueError(
+                f"{folder} has neither tokenizer.json nor tokenizer.model. Copy the tokenizer's files there."
+            )
+        return model, open_tokenizer(folder)
 
 
 def open_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
