@@ -1,7 +1,9 @@
 """A conversation that keeps its cache: each turn prefills only the tokens that are not in the cache yet."""
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,12 @@ _SLOTS = 1024
 
 # Arguments of `generate` that cannot be combined with a kept cache.
 APART = ("guidance_scale", "penalty_alpha", "token_healing", "use_cache")
+
+Message = dict[str, Any]  # `role`, `content`, and what else a chat template may read
+Decode = Callable[[PreparedCall], tuple[GenerateOutput, int]]
+
+_ROLES = ("system", "user", "assistant")
+_MOST_BYTES = 1 << 26  # of a file of messages
 
 
 @dataclass(frozen=True)
@@ -49,7 +57,7 @@ class Conversation:
 
     Attributes:
         model: the model that answers.
-        messages: dicts with `role` and `content`.
+        messages: dicts with `role` and `content`, both str.
     """
 
     def __init__(self, model: Model, tokenizer: Any, system: str | None = None, template: str | None = None):
@@ -67,7 +75,7 @@ class Conversation:
         if template is None:
             check_template(tokenizer)
         self.model, self._tokenizer, self._template = model, tokenizer, template
-        self.messages: list[dict[str, str]] = []
+        self.messages: list[Message] = []
         self._ids: list[int] = []
         self._past: PastKeyValues | None = None
         self._slots = min(_SLOTS, 1 << (model.max_position_embeddings - 1).bit_length())
@@ -88,12 +96,7 @@ class Conversation:
         """Forgets all messages except the system message."""
         self.messages = self.messages[: self.system is not None]
 
-    def ask(
-        self,
-        text: str,
-        arguments: Mapping[str, Any],
-        decode: Callable[[PreparedCall], tuple[GenerateOutput, int]],
-    ) -> Turn:
+    def ask(self, text: str, arguments: Mapping[str, Any], decode: Decode) -> Turn:
         """One turn; if it fails, the messages stay as they were.
 
         Args:
@@ -107,8 +110,55 @@ class Conversation:
         self._ids = self._ids[:kept]
         if self._past is not None:
             self._past.crop(kept - self._past.get_seq_length())
+        prepared = self._prepared(ids, arguments, self._past)
+        output, shown = decode(prepared)
+        self.keep(output, shown)
+        tokens = output.sequences[0, len(ids) : shown].tolist()
+        answer = self._tokenizer.decode(tokens, skip_special_tokens=True)
+        self.messages = [*asked, {"role": "assistant", "content": answer}]
+        return Turn(answer, tokens, prepared.inputs.num_new, kept)
+
+    def undo(self) -> str:
+        """Forgets the last question and what follows it, and returns the question.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        asked = [number for number, message in enumerate(self.messages) if message["role"] == "user"]
+        if not asked:
+            raise ValueError("nothing was asked yet. Type a message first.")
+        question = self.messages[asked[-1]]["content"]
+        self.messages = self.messages[: asked[-1]]
+        return question
+
+    def retry(self, arguments: Mapping[str, Any], decode: Decode) -> Turn:
+        """Asks the last question again, in place of its answer; the arguments and errors are those of `ask`."""
+        before = self.messages
+        try:
+            return self.ask(self.undo(), arguments, decode)
+        except BaseException:
+            self.messages = before
+            raise
+
+    def prepare(self, arguments: Mapping[str, Any]) -> PreparedCall:
+        """A call that reads the messages, for a time in which the next question is not known yet.
+
+        It runs the programs that `ask` will run, and changes nothing here. `keep` takes its cache.
+        """
+        unknown = {"role": "user", "content": "?"}
+        return self._prepared(render(self._tokenizer, [*self.messages, unknown], self._template), arguments, None)
+
+    def keep(self, output: GenerateOutput, shown: int) -> None:
+        """Continues from the cache of a call, up to `shown` tokens. The next turn keeps what it has in common."""
+        past = self._past = output.cache
+        assert past is not None  # `use_cache` below
+        self._slots = max(self._slots, past.slots)
+        past.crop(min(shown - past.get_seq_length(), 0))
+        self._ids = output.sequences[0, : past.get_seq_length()].tolist()
+
+    def _prepared(self, ids: list[int], arguments: Mapping[str, Any], past: PastKeyValues | None) -> PreparedCall:
         fields = {name: value for name, value in arguments.items() if name != "key"}
-        inputs = {"cache": self._past, "attention_mask": np.ones((1, len(ids)), int)}
+        inputs = {"cache": past, "attention_mask": np.ones((1, len(ids)), int)}
         # These override the checkpoint's generation config: one answer, and its cache is needed.
         single = {"num_beams": 1, "num_return_sequences": 1}
         cache = {"use_cache": True, "cache_implementation": None, "return_dict_in_generate": True}
@@ -119,17 +169,45 @@ class Conversation:
             keywords={**fields, **inputs, **single, **cache},
             reserve=self._slots,
         )
-        prepared = prepare_call(self.model, request)
-        output, shown = decode(prepared)
-        past = self._past = output.cache
-        assert past is not None  # `use_cache` above
-        self._slots = max(self._slots, past.slots)
-        past.crop(min(shown - past.get_seq_length(), 0))
-        self._ids = output.sequences[0, : past.get_seq_length()].tolist()
-        tokens = output.sequences[0, len(ids) : shown].tolist()
-        answer = self._tokenizer.decode(tokens, skip_special_tokens=True)
-        self.messages = [*asked, {"role": "assistant", "content": answer}]
-        return Turn(answer, tokens, prepared.inputs.num_new, kept)
+        return prepare_call(self.model, request)
+
+
+def read_messages(file: Path) -> list[Message]:
+    """The messages of a JSON file: a list of them, or `{"messages": [...]}` as many tools write it.
+
+    Other keys of a message are kept for the chat template, which may read them.
+
+    Raises:
+        OSError: if the file cannot be read.
+        ValueError: naming the message that is not one, or if the file is not such JSON or above 64 MiB.
+    """
+    with file.open("rb") as opened:
+        data = opened.read(_MOST_BYTES + 1)
+    if len(data) > _MOST_BYTES:
+        raise ValueError(f"{file} has more than {_MOST_BYTES >> 20} MiB. Save a shorter conversation.")
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{file} is not valid JSON ({error}). Pass what `/save` wrote, or a list of messages."
+        ) from error
+    messages = content.get("messages") if isinstance(content, dict) else content
+    if not isinstance(messages, list):
+        raise ValueError(f'{file} has no messages. It must be a JSON list of them, or {{"messages": [...]}}.')
+    for number, message in enumerate(messages, 1):
+        if not isinstance(message, dict) or message.get("role") not in _ROLES:
+            raise ValueError(f"message {number} of {file} has no `role`, which is one of {', '.join(_ROLES)}.")
+        text = message.get("content")
+        if not isinstance(text, str) or not _is_unicode(text):
+            raise ValueError(f"message {number} of {file} has no `content` that is a text.")
+        if message["role"] == "system" and number > 1:
+            raise ValueError(f"message {number} of {file} is a system message, which only the first one may be.")
+    return messages
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether it has no lone surrogates, which JSON can spell and no tokenizer takes."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def check_template(tokenizer: Any) -> None:
@@ -141,7 +219,7 @@ def check_template(tokenizer: Any) -> None:
         )
 
 
-def render(tokenizer: Any, messages: list[dict[str, str]], template: str | None = None) -> list[int]:
+def render(tokenizer: Any, messages: list[Message], template: str | None = None) -> list[int]:
     """The token ids of messages up to where the answer begins.
 
     Args:

@@ -1,5 +1,6 @@
 """A conversation on a kept cache: what each turn reads, and that its answers are those of runs from scratch."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 
 import jaxgen
 from jaxgen import chat
-from jaxgen.chat import Conversation
+from jaxgen.chat import Conversation, read_messages
 from jaxgen.generation.call import PreparedCall
 from jaxgen.generation.prompt import prompts
 from jaxgen.generation.running.driver import UNWATCHED, collect, drive
@@ -154,3 +155,73 @@ def test_a_model_without_a_template_is_refused_unless_one_is_given(bundled: Any,
     template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     turn = Conversation(bundled, tokenizer, template=template).ask("Once upon a time", ARGUMENTS, Decode(bundled))
     assert len(turn.tokens) == 12
+
+
+def test_what_is_read_ahead_is_kept_and_changes_no_answer(bundled: Any, chat_tokenizer: Any) -> None:
+    conversation, decode = Conversation(bundled, chat_tokenizer, "be a fox"), Decode(bundled)
+    output, shown = decode(conversation.prepare({**ARGUMENTS, "max_new_tokens": 2}))
+    assert [message["role"] for message in conversation.messages] == ["system"]
+    conversation.keep(output, shown)
+    before = jaxgen.compile_counts()
+    ids = rendered(chat_tokenizer, [*conversation.messages, {"role": "user", "content": SAID[0]}])
+    turn = conversation.ask(SAID[0], ARGUMENTS, decode)
+    assert jaxgen.compile_counts() == before
+    assert turn.kept > 5 and turn.tokens == jaxgen.generate(bundled, ids, **ARGUMENTS)[0, ids.shape[1] :].tolist()
+
+
+def test_a_question_is_asked_again_or_taken_back_and_a_failure_takes_back_nothing(
+    bundled: Any, conversation: Conversation
+) -> None:
+    def fail(_: PreparedCall) -> Any:
+        raise KeyboardInterrupt
+
+    with pytest.raises(ValueError, match="nothing was asked yet"):
+        conversation.retry(ARGUMENTS, Decode(bundled))
+    first = conversation.ask(SAID[0], ARGUMENTS, Decode(bundled))
+    messages = list(conversation.messages)
+    conversation.ask(SAID[1], ARGUMENTS, Decode(bundled))
+    assert conversation.undo() == SAID[1] and conversation.messages == messages
+    with pytest.raises(KeyboardInterrupt):
+        conversation.retry(ARGUMENTS, fail)
+    assert conversation.messages == messages
+    assert conversation.retry(ARGUMENTS, Decode(bundled)).answer == first.answer and conversation.messages == messages
+
+
+TALK = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hello", "time": 3}]
+
+
+@pytest.mark.parametrize("content", [TALK, {"model": "x", "messages": TALK}, []], ids=["list", "object", "empty"])
+def test_messages_are_read_as_they_are_from_a_list_or_an_object(content: Any, tmp_path: Path) -> None:
+    (tmp_path / "talk").write_text(json.dumps(content))
+    assert read_messages(tmp_path / "talk") == (TALK if content else [])
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    {
+        "{": "is not valid JSON",
+        "[" * 100_000: "is not valid JSON",
+        "\udcff": "is not valid JSON",
+        "3": "has no messages",
+        '{"messages": {}}': "has no messages",
+        '["hello"]': "message 1 of .* has no `role`, which is one of system, user, assistant",
+        '[{"role": "tool", "content": "x"}]': "message 1 of .* has no `role`",
+        '[{"role": ["user"], "content": "x"}]': "message 1 of .* has no `role`",
+        '[{"role": "user", "content": ["x"]}]': "message 1 of .* has no `content` that is a text",
+        '[{"role": "user", "content": "\\ud800"}]': "message 1 of .* has no `content` that is a text",
+        '[{"role": "user", "content": "x"}, {"role": "system", "content": "x"}]': "message 2 of .* is a system message",
+    }.items(),
+    ids=lambda value: value[:20],
+)
+def test_what_is_no_conversation_is_refused_with_the_number_of_the_message(
+    text: str, said: str, tmp_path: Path
+) -> None:
+    (tmp_path / "talk").write_text(text, errors="surrogateescape")
+    with pytest.raises(ValueError, match=said):
+        read_messages(tmp_path / "talk")
+
+
+def test_a_file_of_messages_that_is_too_large_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat, "_MOST_BYTES", 1 << 20)
+    with pytest.raises(ValueError, match="has more than 1 MiB"):
+        read_messages(Path("/dev/zero"))

@@ -1,127 +1,136 @@
 """`jaxgen chat`: a conversation in the terminal."""
 
 import argparse
-import contextlib
 import json
 import signal
 import sys
-from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jax
-import numpy as np
 
-from jaxgen.chat import APART, Conversation
-from jaxgen.cli.options import Arguments, decoding_arguments
-from jaxgen.cli.terminal import Times, checked_text, decode, open_model, say
+from jaxgen.chat import Conversation, Message, read_messages
+from jaxgen.cli.keyboard import Keyboard
+from jaxgen.cli.screen import COMPILING, Screen, interruptible
+from jaxgen.cli.settings import Settings, chat_arguments
+from jaxgen.cli.terminal import Times, checked_text, counted, decode, open_model, say
 from jaxgen.generation.call import PreparedCall
-from jaxgen.generation.config.resolve import resolve
 from jaxgen.generation.outputs import GenerateOutput
-from jaxgen.generation.text_stream import TextPieces
 
 if TYPE_CHECKING:
-    from jaxgen.lazy import GenerationConfig, PreTrainedTokenizerBase
+    from jaxgen.lazy import PreTrainedTokenizerBase
 
-_NEW_TOKENS = 256  # as in `transformers chat`
-_HELP = """/reset        forget the conversation
-/system TEXT  set the system message; without TEXT remove it
-/save FILE    write the messages as JSON
-/help         show this
-/exit         leave, as Ctrl-D does
-//TEXT        a message that begins with a slash
-Ctrl-C stops an answer."""
+_HELP = '''/set             show the decoding options in force
+/set NAME VALUE  change one, such as /set temperature 0.7; VALUE default takes the change back
+/retry           answer the last message again
+/undo            forget the last message and its answer
+/reset           forget the conversation; also /clear
+/system TEXT     set the system message; without TEXT remove it
+/save FILE       write the messages as JSON
+/load FILE       go on with the messages of a JSON file
+/help            show this; also /?
+/exit            leave, as Ctrl-D does; also /bye
+//TEXT           a message that begins with a slash
+"""              begins and ends a message of several lines
+Ctrl-C stops an answer. The arrow keys and Ctrl-R bring back earlier lines.'''
+_ALIASES = {"/clear": "/reset", "/?": "/help", "/bye": "/exit"}
 
 
 def run(arguments: argparse.Namespace) -> int:
     template = Path(arguments.chat_template).read_text(encoding="utf-8") if arguments.chat_template else None
-    given = decoding_arguments(arguments)
-    if given.get("num_beams", 1) > 1 or given.get("num_return_sequences", 1) > 1:
-        raise ValueError("a chat shows one answer, token by token. Leave out `num_beams` and `num_return_sequences`.")
-    for name in APART:
-        if name in given:
-            raise ValueError(f"a chat continues its cache, which cannot be combined with `{name}`. Leave it out.")
+    chat_arguments(arguments)  # before the model is loaded
+    messages = [] if arguments.load is None else _loaded(arguments.load)
     model, tokenizer = open_model(arguments)
-    given = {**_defaults(model.generation_config, given), **given}
-    conversation = Conversation(model, tokenizer, arguments.system, template)
-    with contextlib.suppress(ImportError):  # its import makes `input` editable
-        import readline  # noqa: F401
+    settings = Settings(model.generation_config, arguments)
+    conversation = Conversation(model, tokenizer, template=template)
+    conversation.messages = messages
+    if arguments.system is not None:
+        conversation.system = arguments.system
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     # A compilation cannot be interrupted. In a thread of its own it continues while the user types.
     with ThreadPoolExecutor(max_workers=1) as worker:
-        chat = _Chat(conversation, tokenizer, given, worker)
+        chat = _Chat(conversation, tokenizer, settings, worker)
         try:
-            say(f"type a message, or /help; {_manner(model.generation_config, given)}")
-            while (line := _read()) is not None:
-                if line.split(maxsplit=1)[:1] == ["/exit"]:
+            say(f"type a message, or /help; {settings.manner()}")
+            if arguments.load is not None:
+                say(_described(messages))
+            chat.read_ahead()
+            keyboard = Keyboard()
+            while (line := keyboard.read()) is not None:
+                command, *_ = line.split(maxsplit=1) or [""]
+                if _ALIASES.get(command, command) == "/exit":
                     break
                 chat.take(line)
         finally:
             signal.signal(signal.SIGINT, before)
+            chat.leaving = True
             if chat.busy:
                 say("waiting for the compiler; Ctrl-C leaves now")
     return 0
 
 
-def _defaults(config: "GenerationConfig", given: Arguments) -> Arguments:
-    """Sampling, up to 256 tokens, as in `transformers chat`, where neither the checkpoint nor the user sets it."""
-    defaults: Arguments = {}
-    if config.do_sample is None:
-        defaults["do_sample"] = True
-    if config.max_new_tokens is None and "max_length" not in given:
-        defaults["max_new_tokens"] = _NEW_TOKENS
-    return defaults
+def _loaded(name: str) -> list[Message]:
+    return read_messages(Path(name).expanduser())
 
 
-def _manner(config: "GenerationConfig", given: Arguments) -> str:
-    """How tokens are chosen, for the first line."""
-    fields = {name: value for name, value in given.items() if name != "key"}
-    resolved = resolve(config, None, fields)[0]
-    if not resolved.do_sample:
-        return "answers take the most likely token at each step (greedy); --do-sample samples instead"
-    numbers = {name: getattr(resolved.merged, name) for name in ("temperature", "top_k", "top_p")}
-    shown = ", ".join(f"{name} {value:g}" for name, value in numbers.items() if value is not None)
-    return f"answers are sampled ({shown}); --temp 0 takes the most likely token at each step"
-
-
-def _read() -> str | None:
-    """The next line of the user; None at the end of the input."""
-    while sys.stdin is not None:
-        try:
-            return input("> " if sys.stdin.isatty() else "").strip()
-        except EOFError:
-            print()
-            return None
-        except KeyboardInterrupt:
-            print("\n(/exit or Ctrl-D to leave)")
-    return None
+def _described(messages: list[Message]) -> str:
+    """How many messages were loaded, and what to do if the last one waits for its answer."""
+    open_question = bool(messages) and messages[-1]["role"] == "user"
+    return f"{counted(len(messages), 'message')} loaded" + ("; /retry answers the last one" if open_question else "")
 
 
 class _Chat:
-    """Handles the lines of the user: messages to the model, and commands."""
+    """Handles the lines of the user: messages to the model, and commands.
+
+    Attributes:
+        leaving: set at the end, so that what is only read ahead stops early.
+    """
 
     def __init__(
         self,
         conversation: Conversation,
         tokenizer: "PreTrainedTokenizerBase",
-        arguments: Arguments,
+        settings: Settings,
         worker: ThreadPoolExecutor,
     ):
-        self._conversation, self._tokenizer, self._arguments = conversation, tokenizer, arguments
-        self._asked, self._worker = 0, worker
+        self._conversation, self._tokenizer, self._settings = conversation, tokenizer, settings
+        self._asked, self._worker, self.leaving = 0, worker, False
         self._last: Future[tuple[GenerateOutput, Times]] | None = None
+        self._ahead: Future[tuple[GenerateOutput, Times]] | None = None
+        self._work = ""  # what the worker does, for the note
 
     @property
     def busy(self) -> bool:
-        """Whether an answer that was dropped is still being computed."""
+        """Whether the worker still computes what nobody waits for."""
         return self._last is not None and not self._last.done()
+
+    def read_ahead(self) -> None:
+        """Reads the messages so far while the user types the next one, and so has the programs ready for it."""
+        if sys.stdin is None or not sys.stdin.isatty():
+            return
+        looks: list[object] = []
+
+        def stop() -> bool:
+            return self.leaving or len(looks) > 1  # the second program has run
+
+        def compiling() -> None:
+            self._work = COMPILING
+
+        try:
+            prepared = self._conversation.prepare(self._settings.arguments)
+        except ValueError as error:  # would be that of each answer, too
+            say(str(error))
+            return
+        self._work = "reading the conversation ..."
+        model = self._conversation.model
+        self._ahead = self._last = self._worker.submit(decode, model, prepared, looks.append, stop, compiling)
 
     def take(self, line: str) -> None:
         """Handles a line. Errors are printed, and the conversation goes on."""
         try:
             if line.startswith("/") and not line.startswith("//"):
-                print(self._command(*line.split(maxsplit=1)))
+                self._command(*line.split(maxsplit=1))
             elif line:
                 self._answer(checked_text(line.removeprefix("/"), "the message"))
         except KeyboardInterrupt:
@@ -131,46 +140,78 @@ class _Chat:
         except ValueError as error:
             say(str(error))
 
-    def _command(self, name: str, text: str = "") -> str:
-        if name == "/reset":
-            self._conversation.reset()
-            return "(forgotten)"
-        if name == "/system":
-            self._conversation.system = text or None
-            return "(set)" if text else "(removed)"
-        if name == "/save":
-            if not text:
-                raise ValueError("/save needs the name of a file.")
+    def _command(self, name: str, text: str = "") -> None:
+        conversation, name = self._conversation, _ALIASES.get(name, name)
+        if name in ("/save", "/load") and not text:
+            raise ValueError(f"{name} needs the name of a file.")
+        if name == "/retry":
+            return self._answer(None)
+        if name == "/undo":
+            print(f"(forgotten: {conversation.undo()})")
+        elif name == "/reset":
+            conversation.reset()
+            print("(forgotten)")
+        elif name == "/system":
+            conversation.system = checked_text(text, "the message") or None
+            print("(set)" if text else "(removed)")
+        elif name == "/set":
+            print(self._set(*text.split(maxsplit=1)))
+        elif name == "/save":
             path = Path(text).expanduser()
             with path.open("x", encoding="utf-8") as file:  # "x" never overwrites a file
-                json.dump({"messages": self._conversation.messages}, file, ensure_ascii=False, indent=1)
-            return f"(saved in {path})"
-        return _HELP if name == "/help" else f"There is no {name}.\n{_HELP}"
+                json.dump({"messages": conversation.messages}, file, ensure_ascii=False, indent=1)
+            print(f"(saved in {path})")
+        elif name == "/load":
+            conversation.messages = _loaded(text)
+            print(f"({_described(conversation.messages)})")
+            self.read_ahead()
+        else:
+            print(_HELP if name == "/help" else f"There is no {name}.\n{_HELP}")
 
-    def _answer(self, text: str) -> None:
-        arguments, taken = dict(self._arguments), []
+    def _set(self, name: str = "", text: str = "") -> str:
+        """Changes an option, or describes them all."""
+        if not name:
+            return self._settings.describe()
+        if not text:
+            raise ValueError(f"/set {name} needs a value; `default` takes a change back, and /set alone shows all.")
+        changed = self._settings.changed(name, checked_text(text, "the value"))
+        self._conversation.prepare(changed.arguments)  # which checks the values
+        self._settings = changed
+        return f"({name} {text}; {changed.manner().partition(';')[0]})"
+
+    def _answer(self, text: str | None) -> None:
+        """Asks a question, or the last one again, and shows the answer."""
+        conversation, arguments = self._conversation, dict(self._settings.arguments)
         if "key" in arguments:  # or the same question would always get the same answer
             arguments["key"] = jax.random.fold_in(jax.random.key(arguments["key"]), self._asked)
         self._asked += 1
-        screen = _Screen(self._tokenizer)
-        with _interruptible(screen) as interrupted:
+        screen, taken = Screen(self._tokenizer), list[Times]()
+        with interruptible(screen) as interrupted:
+
+            def compiling() -> None:
+                self._work = COMPILING
+                screen.note(COMPILING)
 
             def run_call(prepared: PreparedCall) -> tuple[GenerateOutput, int]:
-                if self.busy:  # the one worker still compiles for an answer that was dropped
-                    screen.compiling()
-                model = self._conversation.model
-                self._last = self._worker.submit(decode, model, prepared, screen.show, interrupted, screen.compiling)
+                # The one worker may still be at an answer that was dropped.
+                screen.note(self._work if self.busy else "reading the prompt ...")
+                submit, model = self._worker.submit, conversation.model
+                self._last = submit(decode, model, prepared, screen.show, interrupted, compiling)
                 output, times = self._last.result()
                 taken.append(times)
                 return output, times.shown
 
             try:
-                turn = self._conversation.ask(text, arguments, run_call)
+                self._take_ahead(screen)
+                if text is None:
+                    turn = conversation.retry(arguments, run_call)
+                else:
+                    turn = conversation.ask(text, arguments, run_call)
             finally:
                 screen.close()
             screen.end()
         (times,) = taken
-        context = self._conversation.model.max_position_embeddings
+        context = conversation.model.max_position_embeddings
         notes = [
             f"{turn.read} tokens read, {turn.kept} kept, {len(turn.tokens)} written, {times.rate:,.0f} tokens/s",
             f"{times.shown:,} of {context:,} tokens used" + (", /reset to forget" if times.shown > context else ""),
@@ -179,66 +220,15 @@ class _Chat:
         ]
         print(f"[{'; '.join(notes)}]", file=sys.stderr, flush=True)
 
-
-class _Screen:
-    """Shows an answer as it comes, and until then a note that programs are compiled."""
-
-    _NOTE = "compiling, the first answer takes a while ..."
-
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase"):
-        self._pieces = TextPieces(tokenizer)
-        self._waiting: list[int] = []
-        self._noted, self._looks, self._ended = False, 0, False
-
-    @property
-    def begun(self) -> bool:
-        """Whether tokens arrive steadily: the first one comes before the program of the others is compiled."""
-        return self._looks > 1
-
-    def compiling(self) -> None:
-        """Shows the note, in a terminal; it stays until `begun`."""
-        if not self._looks and not self._noted and not self._ended and sys.stderr.isatty():
-            self._noted = True
-            print(self._NOTE, end="", file=sys.stderr, flush=True)
-
-    def show(self, ids: np.ndarray) -> None:
-        """Shows the text of new token ids, int [T]; nothing after `close`."""
-        self._looks += 1
-        self._waiting += ids.tolist()
-        # The first token stays behind the note until the others follow.
-        if self._ended or (self._noted and not self.begun):
+    def _take_ahead(self, screen: Screen) -> None:
+        """Waits for what is read ahead, and keeps its cache."""
+        if self._ahead is None:
             return
-        self._clear()
-        piece, self._waiting = self._pieces.add(self._waiting), []
-        print(piece, end="", flush=True)
-
-    def close(self) -> None:
-        """Stops showing anything, even if the answer is still being computed."""
-        self._ended = True
-        self._clear()
-
-    def end(self) -> None:
-        """Shows the rest of an answer that was not dropped."""
-        print(self._pieces.add(self._waiting) + self._pieces.end(), flush=True)
-
-    def _clear(self) -> None:
-        if self._noted:
-            self._noted = False
-            print(f"\r{' ' * len(self._NOTE)}\r", end="", file=sys.stderr, flush=True)
-
-
-@contextlib.contextmanager
-def _interruptible(screen: _Screen) -> Iterator[Callable[[], bool]]:
-    """Yields a function that says whether Ctrl-C was pressed. Before the answer has begun, or twice, it raises."""
-    pressed: list[int] = []
-
-    def press(*_: object) -> None:
-        pressed.append(1)
-        if len(pressed) > 1 or not screen.begun:
-            raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGINT, press)
-    try:
-        yield lambda: bool(pressed)
-    finally:
-        signal.signal(signal.SIGINT, before)
+        if not self._ahead.done():
+            screen.note(self._work)
+        failed = self._ahead.exception()  # an answer fails in the same way, and is reported then
+        screen.note("")
+        ahead, self._ahead = self._ahead, None
+        if failed is None:
+            output, times = ahead.result()
+            self._conversation.keep(output, times.shown)

@@ -86,11 +86,18 @@ def _request(arguments: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase"
 
 
 def _text(arguments: argparse.Namespace) -> str:
-    """The text to continue: TEXT, the content of a file, or standard input."""
+    """The text to continue: TEXT, the content of a file, or standard input; a question may have a text to be about."""
     if arguments.prompt is not None and arguments.file is not None:
-        raise ValueError("TEXT and --file were both given. Give one of them.")
+        if not arguments.chat:
+            raise ValueError("TEXT and --file were both given. Give one of them, or --chat to ask TEXT about the file.")
+        return f"{checked_text(arguments.prompt, 'TEXT')}\n\n{_from_file(arguments)}"
     if arguments.prompt is not None:
         return checked_text(arguments.prompt, "TEXT")
+    return _from_file(arguments)
+
+
+def _from_file(arguments: argparse.Namespace) -> str:
+    """The content of the file, or of standard input."""
     if arguments.file not in (None, "-"):
         return checked_text(Path(arguments.file).read_text(encoding="utf-8", errors="surrogateescape"), arguments.file)
     if sys.stdin is None or (arguments.file is None and sys.stdin.isatty()):

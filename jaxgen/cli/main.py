@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from importlib.metadata import version
 from io import TextIOWrapper
 
+from jaxgen.cli.note import waiting
 from jaxgen.cli.options import add_decoding_options
 from jaxgen.version import __version__
 
@@ -33,7 +34,9 @@ def main(argv: list[str] | None = None) -> int:
                     sys.stdin, TextIOWrapper
                 ):  # whatever the locale; `checked_text` reports bytes that are not UTF-8
                     sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
-                return importlib.import_module(f"jaxgen.cli.{parsed.command}").run(parsed)
+                with waiting("loading the program ..."):
+                    command = importlib.import_module(f"jaxgen.cli.{parsed.command}")
+                return command.run(parsed)
             # By name, since the package must not import the converter.
             converter = importlib.import_module("jaxgen.convert.command")
         return converter.run(parsed)  # it handles Ctrl-C itself, to say how to resume
@@ -122,7 +125,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_generate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", metavar="TEXT", nargs="?", help="the text to continue; standard input by default")
-    parser.add_argument("--file", metavar="FILE", help="a file with the text instead; - for standard input")
+    parser.add_argument(
+        "--file",
+        metavar="FILE",
+        help="a file with the text instead, or with --chat a text that TEXT is about; - for standard input",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
     parser.add_argument(
         "--chat",
@@ -138,6 +145,9 @@ def _add_generate_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_chat_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--system", metavar="TEXT", help="the system message")
+    parser.add_argument(
+        "--load", metavar="FILE", help="go on with the messages of a JSON file, as /save and other tools write them"
+    )
     parser.add_argument("--chat-template", metavar="FILE", help="a Jinja template; the checkpoint's own by default")
     _add_model_options(parser)
     add_decoding_options(parser)

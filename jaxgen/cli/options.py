@@ -4,8 +4,9 @@ JAX is not imported here, so that `--help` answers at once.
 """
 
 import argparse
+import difflib
 import json
-from typing import Any, get_args
+from typing import Any, NoReturn, get_args
 
 from jaxgen.generation.config.fields import FIELDS, SUPPORTED
 
@@ -13,6 +14,7 @@ Arguments = dict[str, Any]  # keywords of `generate`
 
 # Fields that only change which outputs `generate` returns have no option.
 _OPTIONS = {name: FIELDS[name] for name in FIELDS if name in SUPPORTED and FIELDS[name][1].group != "outputs"}
+OPTION_NAMES = tuple(_OPTIONS)
 _SAMPLING = {name for name, (_, field) in _OPTIONS.items() if field.group == "sampling"} | {"key"}
 
 
@@ -74,3 +76,46 @@ def decoding_arguments(arguments: argparse.Namespace) -> Arguments:
     if given.keys() & _SAMPLING and "penalty_alpha" not in given:
         return {"do_sample": True, **given}
     return given
+
+
+def option_name(name: str) -> str:
+    """The keyword of `generate` that an option sets, from any of its names, with or without the leading hyphens.
+
+    Raises:
+        ValueError: if there is no such option.
+    """
+    names = {option: option for option in _OPTIONS} | {"seed": "key"}
+    names |= {field.alias.replace("-", "_"): option for option, (_, field) in _OPTIONS.items() if field.alias}
+    bare = name.removeprefix("--").replace("-", "_")
+    if bare not in names:
+        close = difflib.get_close_matches(bare, names, n=1)
+        raise ValueError(f"there is no decoding option {name!r}." + "".join(f" Did you mean {each}?" for each in close))
+    return names[bare]
+
+
+def read_option(name: str, text: str) -> Arguments:
+    """One decoding option as the command line reads it, before `decoding_arguments`.
+
+    Args:
+        name: any of its names, with or without the leading hyphens.
+        text: its value; true or false for an option that takes none.
+
+    Raises:
+        ValueError: if there is no such option, or the value is not of its type.
+    """
+    option = "seed" if (keyword := option_name(name)) == "key" else keyword.replace("_", "-")
+    line = f"--{option}={text}"
+    if keyword in _OPTIONS and _OPTIONS[keyword][0] == bool | None:
+        if text not in ("true", "false"):
+            raise ValueError(f"{keyword} is true or false, not {text!r}.")
+        line = f"--{option}" if text == "true" else f"--no-{option}"
+    parser = _RaisingParser(add_help=False, allow_abbrev=False)
+    add_decoding_options(parser)
+    return vars(parser.parse_args([line]))
+
+
+class _RaisingParser(argparse.ArgumentParser):
+    """A parser whose errors do not end the process."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)

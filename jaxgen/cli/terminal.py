@@ -16,6 +16,7 @@ from jaxgen.checkpoint.hub import local_path
 from jaxgen.checkpoint.load import BUNDLED_MODEL, load
 from jaxgen.checkpoint.tokenizer import load_tokenizer
 from jaxgen.cli import compile_cache
+from jaxgen.cli.note import waiting
 from jaxgen.decoding.loop import Progress
 from jaxgen.generation.call import PreparedCall
 from jaxgen.generation.running.driver import WATCHED, collect, drive
@@ -57,8 +58,9 @@ def open_model(arguments: argparse.Namespace) -> tuple[Model, "PreTrainedTokeniz
         say(f"no --model given: using the small story model that comes with jaxgen ({folder})")
     elif folder != Path(arguments.model):
         say(f"{arguments.model} at commit {folder.name}")
-    model = load(folder, arguments.dtype, quantize=arguments.quantize, follow_links=arguments.follow_links)
-    return model, open_tokenizer(folder)
+    with waiting("loading the model ..."):
+        model = load(folder, arguments.dtype, quantize=arguments.quantize, follow_links=arguments.follow_links)
+        return model, open_tokenizer(folder)
 
 
 def open_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":

@@ -3,72 +3,22 @@
 import io
 import json
 import os
-import pty
 import re
-import select
 import shutil
 import signal
-import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from terminals import Terminal
 
+import jaxgen
 from jaxgen.cli import chat as chat_command
 from jaxgen.cli.main import main
-
-
-class Terminal:
-    """A program in a pseudo-terminal."""
-
-    def __init__(self, *command: str):
-        self._master, slave = pty.openpty()
-        self.process = subprocess.Popen(
-            command, stdin=slave, stdout=slave, stderr=slave, start_new_session=True, preexec_fn=_own_terminal,
-            env={**os.environ, "TERM": "dumb"},
-        )  # fmt: skip
-        os.close(slave)
-        self.screen = ""
-
-    def wait_for(self, pattern: str, seconds: float = 600) -> str:
-        """What is on the screen up to the end of the pattern, which is then forgotten."""
-        end = time.monotonic() + seconds
-        while not (found := re.search(pattern, self.screen)):
-            ready, _, _ = select.select([self._master], [], [], max(0, end - time.monotonic()))
-            assert ready, f"waited for {pattern!r} in vain; the screen: {self.screen!r}"
-            try:
-                self.screen += os.read(self._master, 4096).decode(errors="replace")
-            except OSError:  # the program has left
-                assert re.search(pattern, self.screen), self.screen
-        before, self.screen = self.screen[: found.end()], self.screen[found.end() :]
-        return before
-
-    def wait_until_it_waits(self) -> None:
-        """For a key, which Linux calls sleeping."""
-        state = Path(f"/proc/{self.process.pid}/stat")
-        while state.exists() and state.read_text().rpartition(") ")[2][0] != "S":
-            os.sched_yield()
-
-    def type(self, text: str) -> None:
-        os.write(self._master, text.encode())
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        os.close(self._master)
-
-
-def _own_terminal() -> None:
-    """Makes standard input the terminal that sends the signals."""
-    import fcntl
-    import termios
-
-    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
 @pytest.fixture
@@ -80,25 +30,29 @@ def chat(chat_folder: Path) -> Iterator[Terminal]:
 
 
 def test_a_person_talks_stops_an_answer_talks_on_and_leaves(chat: Terminal, tmp_path: Path) -> None:
+    chat.wait_for(r"loading the program \.\.\.\r +\r")
+    chat.wait_for(r"loading the model \.\.\.\r +\r")
     chat.wait_for("> ")
     chat.type("hello there\n")
     chat.wait_for(r"to avoid it\.\r\n")  # a warning about the length
-    chat.wait_for(r"compiling, the first answer takes a while \.\.\.\r +\r")
+    chat.wait_for(r"reading the prompt \.\.\.\r +\r")
     chat.wait_for(r"\w+ \w+ \w+ ")  # the answer has begun, and would go on for thousands of tokens
     chat.type("\x03")
-    note = chat.wait_for(r"\[(\d+) tokens read, 0 kept, (\d+) written.*stopped\]\r\n")
-    written = int(re.search(r"(\d+) written", note)[1])  # type: ignore[index]
-    assert 0 < written < 1900
+    note = chat.wait_for(r"\[\d+ tokens read, \d+ kept, \d+ written.*stopped\]\r\n")
+    kept, written = map(int, re.search(r"(\d+) kept, (\d+) written", note).groups())  # type: ignore[union-attr]
+    assert 0 < written < 1900 and kept > 3  # the system message was read before the person typed
+    assert "compiled" not in note
     chat.wait_for("> ")
     chat.wait_until_it_waits()  # readline misses a signal that comes between its prompt and its waiting for a key
     chat.type("\x03")
     chat.wait_for("to leave")
     chat.type("and then\n")
     chat.wait_for(r"to avoid it\.\r\n")
-    assert "compiling" not in chat.wait_for(r"\w+ \w+ \w+ ")
+    assert "compiling" not in chat.wait_for(r"reading the prompt \.\.\.\r +\r")
+    chat.wait_for(r"\w+ \w+ \w+ ")
     chat.type("\x03")
-    kept = re.search(r"(\d+) kept", chat.wait_for(r"kept.*stopped\]\r\n"))
-    assert kept and int(kept[1]) > 5
+    kept_now = re.search(r"(\d+) kept", chat.wait_for(r"kept.*stopped\]\r\n"))
+    assert kept_now and int(kept_now[1]) > kept
     chat.wait_for("> ")
     chat.type(f"/save {tmp_path / 'talk.json'}\n")
     chat.wait_for("saved in")
@@ -142,7 +96,8 @@ def test_an_interrupt_while_it_compiles_gives_the_prompt_back_at_once(
     assert events == ["prompt", "compiled"]
     before, after = out.split("(dropped)\n")
     assert not before.strip() and after.strip()  # nothing of the answer that was dropped
-    assert "compiling, the first answer takes a while" in err and "0 kept, 5 written" in err
+    assert "reading the prompt ...\r" in err and "compiling, the first answer takes a while ...\r" in err
+    assert "0 kept, 5 written" in err
 
 
 def piped(monkeypatch: pytest.MonkeyPatch, lines: list[str]) -> None:
@@ -269,3 +224,71 @@ def test_beams_and_models_without_a_template_are_refused(
     template = chat_folder / "chat_template.jinja"
     piped(monkeypatch, [])
     assert main(["chat", "--chat-template", str(template)]) == 0
+
+
+def test_a_saved_conversation_is_loaded_and_goes_on(
+    chat_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    there, saved, again = ["--model", str(chat_folder), "--max-tokens", "5"], tmp_path / "a.json", tmp_path / "b.json"
+    piped(monkeypatch, ["hello there", f"/save {saved}"])
+    assert main(["chat", *there, "--system", "be kind"]) == 0
+    piped(
+        monkeypatch, ["/retry", "and then", "/undo", f"/save {again}", f"/load {tmp_path}", "/load", "/clear", "/undo"]
+    )
+    assert main(["chat", *there, "--load", str(saved), "--system", "be a fox"]) == 0
+    out, err = capsys.readouterr()
+    assert "3 messages loaded" in err and "(forgotten: and then)" in out and "nothing was asked yet" in err
+    assert f"{tmp_path}: Is a directory" in err and "/load needs the name of a file" in err
+    before, after = (json.loads(file.read_text())["messages"] for file in (saved, again))
+    assert after[:2] == [{"role": "system", "content": "be a fox"}, before[1]] and len(after) == 3
+    saved.write_text(json.dumps([*before, {"role": "user", "content": "who was it"}]))
+    piped(monkeypatch, ["hello", f"/load {saved}", "/retry"])
+    assert main(["chat", *there]) == 0
+    out, err = capsys.readouterr()
+    assert "(4 messages loaded; /retry answers the last one)" in out and err.count("5 written") == 2
+    saved.write_text("[1]")
+    assert main(["chat", *there, "--load", str(saved)]) == 1
+    assert "message 1 of" in capsys.readouterr().err
+
+
+def test_options_are_changed_in_a_chat_and_a_new_temperature_compiles_nothing(
+    chat_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    temperatures, counts = [], []
+
+    def decode(model: Any, call: Any, *rest: Any) -> Any:
+        temperatures.append(call.config.merged.temperature)
+        answer = chat_command.decode_for_real(model, call, *rest)
+        counts.append(jaxgen.compile_counts())
+        return answer
+
+    monkeypatch.setattr(chat_command, "decode_for_real", chat_command.decode, raising=False)
+    monkeypatch.setattr(chat_command, "decode", decode)
+    changes = [
+        "hello there",
+        "/set temperature 0.7",
+        "hello there",
+        "/set temp 1.3",
+        "/set seed 5",
+        "/set max-tokens 4",
+        "hello there",
+    ]
+    wrong = [
+        "/set temperature hot",
+        "/set nonsense 3",
+        "/set num_beams 2",
+        "/set min_p 7",
+        "/set top_p",
+        "/set do_sample 3",
+    ]
+    piped(monkeypatch, [*changes, *wrong, "/set", "/set temperature default", "hello there", "/set temp 0"])
+    assert main(["chat", "--model", str(chat_folder), "--max-tokens", "5"]) == 0
+    out, err = capsys.readouterr()
+    assert temperatures == [1.0, 0.7, 1.3, 1.0] and all(each == counts[0] for each in counts)
+    assert "(temp 1.3; answers are sampled (temperature 1.3, top_k 50, top_p 1))" in out and "greedy" in out
+    for said in ("invalid float value: 'hot'", "no decoding option 'nonsense'", "shows one answer", "`min_p`"):
+        assert said in err
+    assert "/set top_p needs a value" in err and "do_sample is true or false" in err
+    for said in ("temperature 1.3 (yours)", "max_new_tokens 4 (yours)", "seed 5 (yours)", "top_k 50\n", "not set: "):
+        assert said in out
+    assert "eos_token_id 2 (the checkpoint's)" in out and "min_p" in out.split("not set: ")[1]

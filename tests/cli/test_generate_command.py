@@ -140,7 +140,7 @@ def test_weights_of_one_byte_tell_the_story_of_a_model_loaded_so(
 
 
 def test_a_question_is_asked_by_the_chat_template_and_its_answer_printed(
-    chat_folder: Path, capsys: pytest.CaptureFixture[str]
+    chat_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from transformers import AutoTokenizer
 
@@ -152,6 +152,9 @@ def test_a_question_is_asked_by_the_chat_template_and_its_answer_printed(
     assert output(capsys, "hello there", "--chat", *there) == f"{answer}\n"
     told = json.loads(output(capsys, "hello there", "--chat", "--json", *there))
     assert (told["prompt"], told["completions"], told["prompt_tokens"]) == ("hello there", [answer], ids.shape[1])
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the story of a fox"))
+    told = json.loads(output(capsys, "hello there", "--chat", "--file", "-", "--json", *there))
+    assert told["prompt"] == "hello there\n\nthe story of a fox" and told["prompt_tokens"] > ids.shape[1]
     assert main(["generate", "hello there", "--chat"]) == 1
     assert "has no chat template" in capsys.readouterr().err
 
