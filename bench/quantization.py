@@ -3,9 +3,10 @@
     python bench/quantization.py
 
 Models of the same random weights in float32, bfloat16 and int8 take turns; the time of a step is the time of a call of
-some steps minus that of a call of one, divided by their number. The divergence is KL, in nats per token, from the
-float32 model of `--model` (by default the bundled one), over texts that this one wrote; beside it, how often the top
-token differs. A small model trained on one kind of text says little about a real one.
+some steps minus that of a call of one, divided by their number, and its share of float32's is the median over turns.
+The divergence is KL, in nats per token, from the float32 model of `--model` (by default the bundled one), over prose,
+code and answers that this one wrote, without the prompts; beside it, how often the top token differs. A small model
+trained on one kind of text says little about a real one.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from common import continued, positive, random_prompts, record, step_times, varied
+from transformers import AutoTokenizer
 
 import jaxgen
 from jaxgen.planning.shapes import SHAPES
@@ -28,6 +30,28 @@ KINDS: dict[str, dict[str, Any]] = {
     "int8, bfloat16": {"dtype": "bfloat16", "quantize": "int8"},
 }
 PROMPT_TOKENS = 32
+# How texts begin; each is continued to TEXT_TOKENS twice. Questions are put into the model's chat template, if any.
+TEXT_TOKENS = 128
+TEXTS = {
+    "prose": [
+        "The old house at the end of the street",
+        "In the spring of 1848, the city",
+        "Most people think that bees",
+        "She opened the letter and",
+    ],
+    "code": [
+        "import numpy as np\n\ndef ",
+        "#include <stdio.h>\n\nint main(",
+        'class Stack:\n    """',
+        "function parse(text) {\n",
+    ],
+    "chat": [
+        "How do I cook rice?",
+        "Explain why the sky is blue.",
+        "Write a poem about winter.",
+        "What should I see in Rome?",
+    ],
+}
 
 
 def main() -> None:
@@ -39,7 +63,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=positive, default=5, help="timed calls of each (default: 5)")
     parser.add_argument("--json", type=Path, help="append the figures to this file, one JSON object per line")
     arguments = parser.parse_args()
-    moved = {kind: divergence(arguments.model, kind) for kind in KINDS}
+    moved = divergences(arguments.model)
     models = {kind: jaxgen.from_config(varied(arguments.shape), **options) for kind, options in KINDS.items()}
     print(
         f"{'weights':16} {'MB':>7} {'KL, nats':>9} {'other token':>11} {'batch':>5} {'ms/step':>8} {'of float32':>10}"
@@ -47,6 +71,7 @@ def main() -> None:
     for batch in arguments.batch:
         steps = step_ms(models, batch, arguments.steps, arguments.repeats)
         for kind, model in models.items():
+            shares = [mine / wide for mine, wide in zip(steps[kind], steps["float32"], strict=True)]
             figures = {
                 "shape": arguments.shape,
                 "model": arguments.model.name,
@@ -54,8 +79,9 @@ def main() -> None:
                 "bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(model)),
                 **moved[kind],
                 "batch": batch,
-                "step_ms": steps[kind],
-                "of_float32": steps[kind] / steps["float32"],
+                "step_ms": statistics.median(steps[kind]),
+                "of_float32": statistics.median(shares),
+                "of_float32_range": [min(shares), max(shares)],
             }
             print(
                 f"{kind:16} {figures['bytes'] / 1e6:7.1f} {figures['kl']:9.6f} {figures['other_token']:11.2%} "
@@ -65,19 +91,46 @@ def main() -> None:
             record(arguments.json, figures | {"steps": arguments.steps, "repeats": arguments.repeats})
 
 
-def divergence(folder: Path, kind: str) -> dict[str, float]:
-    """Of a model in this kind of weights from itself in float32, over 16 texts of 128 tokens."""
-    wide, model = jaxgen.load(folder, dtype="float32"), jaxgen.load(folder, **KINDS[kind])
-    starts = np.full((16, 1), wide.generation_config.bos_token_id)
-    texts = jnp.asarray(continued(wide, starts, 127, do_sample=True, top_k=0, key=0))
-    log_p, log_q = (jax.nn.log_softmax(jax.jit(type(each).__call__)(each, texts)) for each in (wide, model))
-    return {
-        "kl": float((jnp.exp(log_p) * (log_p - log_q)).sum(axis=-1).mean()),
-        "other_token": float((log_p.argmax(axis=-1) != log_q.argmax(axis=-1)).mean()),
-    }
+def divergences(folder: Path) -> dict[str, dict[str, Any]]:
+    """Of the model in each kind of weights from itself in float32: means, and the KL for each kind of text."""
+    wide, tokenizer = jaxgen.load(folder, dtype="float32"), AutoTokenizer.from_pretrained(folder)
+    texts = {text: [written(wide, tokenizer, text, begin) for begin in begins] for text, begins in TEXTS.items()}
+    found: dict[str, dict[str, Any]] = {}
+    for kind, options in KINDS.items():
+        model = jaxgen.load(folder, **options)
+        moved = {
+            text: np.concatenate([distances(wide, model, *each) for each in texts[text]], axis=1) for text in texts
+        }
+        kl_by_text = {text: float(kl.mean()) for text, (kl, _) in moved.items()}
+        kl, other = np.concatenate([*moved.values()], axis=1).mean(axis=1)
+        found[kind] = {"kl": float(kl), "kl_by_text": kl_by_text, "other_token": float(other)}
+    return found
 
 
-def step_ms(models: dict[str, Any], batch: int, steps: int, repeats: int) -> dict[str, float]:
+def written(model: Any, tokenizer: Any, kind: str, begin: str) -> tuple[np.ndarray, int]:
+    """Two texts of the model that begin like this, int [2, TEXT_TOKENS], and the number of tokens of the prompt."""
+    if kind == "chat" and tokenizer.chat_template:
+        message = [{"role": "user", "content": begin}]
+        begin = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    ids = np.array([tokenizer(begin, add_special_tokens=False)["input_ids"]] * 2)
+    texts = continued(model, ids, TEXT_TOKENS - ids.shape[1], do_sample=True, top_k=0, key=0)
+    return np.asarray(texts), ids.shape[1]
+
+
+def distances(wide: Any, model: Any, texts: np.ndarray, prompt_tokens: int) -> np.ndarray:
+    """[2, tokens]: the KL of a model from the wide one where texts were written, and whether the top token differs."""
+    return np.stack([each[:, prompt_tokens - 1 :].reshape(-1) for each in _distances(wide, model, jnp.asarray(texts))])
+
+
+@jax.jit
+def _distances(wide: Any, model: Any, texts: jax.Array) -> tuple[jax.Array, jax.Array]:
+    log_p, log_q = (jax.nn.log_softmax(each(texts)) for each in (wide, model))
+    other = log_p.argmax(axis=-1) != log_q.argmax(axis=-1)
+    return (jnp.exp(log_p) * (log_p - log_q)).sum(axis=-1), other.astype(jnp.float32)
+
+
+def step_ms(models: dict[str, Any], batch: int, steps: int, repeats: int) -> dict[str, list[float]]:
+    """Of each model, once per turn."""
     prompts = random_prompts(next(iter(models.values())).vocab_size, batch, PROMPT_TOKENS)
     calls = {
         kind: lambda new_tokens, model=model: continued(model, prompts, new_tokens) for kind, model in models.items()
@@ -85,7 +138,7 @@ def step_ms(models: dict[str, Any], batch: int, steps: int, repeats: int) -> dic
     for call in calls.values():
         if not np.array_equal(call(1 + steps), call(1 + steps)):
             raise SystemExit("the same call gave different tokens, so its times are not valid.")
-    return {kind: statistics.median(taken) for kind, taken in step_times(calls, steps, repeats).items()}
+    return step_times(calls, steps, repeats)
 
 
 if __name__ == "__main__":

@@ -59,8 +59,8 @@ def load(
         mesh: devices to shard the model over, with the axes "tensor" (attention heads, MLP units, the vocabulary),
             "data" (rows of a batch) or both, as `jax.make_mesh((2, 4), ("data", "tensor"))`. Each parameter is put on
             its devices directly.
-        quantize: "int8" to hold every matrix as one byte per weight and a float32 scale per row; `dtype` is then the
-            dtype of activations and of the cache.
+        quantize: "int8" to hold every matrix as one byte per weight and a float32 scale per row, with a few of its
+            columns in `dtype`, which is also the dtype of activations and of the cache.
         follow_links: also read files outside the folder that its links lead to. Links from a snapshot to the blobs of
             the Hugging Face hub's cache are always followed.
         revision: of a model on the hub: a branch, a tag or a commit; "main" by default.
@@ -87,9 +87,10 @@ def load(
             bar.update(array.nbytes)
             parameter = quantised(array) if quantize else array
             if isinstance(parameter, Int8) and sharding is not None:
-                # values [out, in] are sharded as the matrix would be, scales [out] as its first axis
+                # values [out, in] are sharded as the matrix would be, scales and outliers as its first axis
                 by_row = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:1]))
-                sharding = replace(parameter, values=sharding, scales=by_row)
+                everywhere = NamedSharding(sharding.mesh, PartitionSpec())
+                sharding = replace(parameter, values=sharding, scales=by_row, columns=everywhere, outliers=by_row)
             arrays.append(jax.device_put(parameter, sharding))
     return jax.tree.unflatten(treedef, arrays)
 

@@ -1,10 +1,11 @@
-"""Weights in int8: each row of a matrix in 127ths of its largest entry.
+"""Weights in int8: each row of a matrix in 127ths of its largest entry, and a few outlier columns in full.
 
 Only weights are quantised; activations keep their precision. The scale of a row multiplies the product and not the
 weights, so that the weights are read as bytes.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from types import EllipsisType, ModuleType
 
 import jax
@@ -26,24 +27,32 @@ class Int8:
     """A quantised matrix [out, in], which replaces an array in the parameters of a model.
 
     Attributes:
-        values: int8 [out, in].
+        values: int8 [out, in], zero in the outlier columns.
         scales: float32 [out].
-        dtype: of the original matrix, static.
+        columns: int32 [outliers], which columns are outliers.
+        outliers: [out, outliers], those columns in the dtype of the original matrix.
     """
 
     values: Array
     scales: Array
-    dtype: np.dtype = field(metadata={"static": True})
+    columns: Array
+    outliers: Array
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of the original matrix."""
+        return self.outliers.dtype
 
     @property
     def nbytes(self) -> int:
-        return self.values.nbytes + self.scales.nbytes
+        return sum(each.nbytes for each in vars(self).values())
 
     def __getitem__(self, ids: jax.Array | EllipsisType) -> "Array | Int8":
         """Rows, int32 [...] -> [..., in]; or with `...` the matrix itself, as Flax reads a parameter: `param[...]`."""
         if ids is Ellipsis:
             return self
-        return (self.values[ids].astype(jnp.float32) * self.scales[ids][..., None]).astype(self.dtype)
+        rows = (self.values[ids].astype(jnp.float32) * self.scales[ids][..., None]).astype(self.dtype)
+        return jnp.asarray(rows).at[..., self.columns].set(self.outliers[ids])
 
     def product(self, x: jax.Array) -> jax.Array:
         """x @ self.T, [..., in] -> [..., out]."""
@@ -52,7 +61,7 @@ class Int8:
     def _product(self, x: jax.Array) -> jax.Array:
         # On GPU and TPU the compilers fuse this cast into the product, so that memory traffic is in bytes.
         y = jnp.einsum("...i,oi->...o", x, self.values.astype(x.dtype), preferred_element_type=jnp.float32)
-        return (y * as_last(self.scales, y)).astype(x.dtype)
+        return (y * as_last(self.scales, y) + self._outlier_product(x)).astype(x.dtype)
 
     def _product_on_cpu(self, x: jax.Array) -> jax.Array:
         """A product of bytes with bytes. XLA:CPU would cast the weights in memory, which is 10 times slower.
@@ -69,25 +78,65 @@ class Int8:
         products = jnp.einsum("mi,oi->mo", both, self.values, preferred_element_type=jnp.int32).astype(jnp.float32)
         coarse_products, fine_products = jnp.split(products, 2)
         y = (coarse_products + fine_products / 254) * unit * self.scales[None]
-        return y.astype(x.dtype).reshape(*x.shape[:-1], -1)
+        return (y.reshape(*x.shape[:-1], -1) + self._outlier_product(x)).astype(x.dtype)
+
+    def _outlier_product(self, x: jax.Array) -> jax.Array:
+        """What the outlier columns add to the product, [..., in] -> float32 [..., out]."""
+        outliers = self.outliers.astype(x.dtype)
+        return jnp.einsum("...i,oi->...o", x[..., self.columns], outliers, preferred_element_type=jnp.float32)
+
+
+def outlier_columns(columns: int) -> int:
+    """How many of the columns of a matrix are held in full: at most 16, and at most one in 32."""
+    return min(16, columns // 32)
 
 
 def quantised(array: Array) -> Array | Int8:
     """A matrix as `Int8`, computed with JAX if it is a JAX array, else with NumPy; other arrays unchanged."""
     if array.ndim != 2:
         return array
-    if isinstance(array, jax.Array):
-        return Int8(*_quantise(jnp, array), array.dtype)
-    values, scales = np.empty(array.shape, np.int8), np.empty(len(array), np.float32)
-    for start in range(0, len(array), _ROWS):
-        rows = slice(start, start + _ROWS)
-        values[rows], scales[rows] = _quantise(np, array[rows])
-    return Int8(values, scales, array.dtype)
+    numpy, size = (jnp, len(array)) if isinstance(array, jax.Array) else (np, _ROWS)
+
+    def parts() -> Iterator[Array]:
+        return (array[start : start + size].astype(np.float32) for start in range(0, len(array), size))
+
+    columns = _find_outliers(numpy, parts(), outlier_columns(array.shape[1]))
+    values, scales = zip(*(_quantise(numpy, part, columns) for part in parts()), strict=True)
+    return Int8(numpy.concatenate(values), numpy.concatenate(scales), columns, array[:, columns])
 
 
-def _quantise(numpy: ModuleType, array: Array) -> tuple[Array, Array]:
-    """int8 [out, in] and float32 [out], with `numpy` or `jax.numpy`. Zeros have the scale 0; NaN shows in the scale."""
-    wide = array.astype(np.float32)
+def _find_outliers(numpy: ModuleType, parts: Iterator[Array], count: int) -> Array:
+    """int32 [count]: half are the columns with the largest entries, the others those with the smallest on average.
+
+    Entries that are large for their row would set its scale, and belong to inputs that are rarely and then hugely
+    active. Where all entries are small the inputs are large for every token, which multiplies the errors. On
+    SmolLM2-135M these columns take two thirds of the divergence away.
+    """
+    tiny = np.finfo(np.float32).tiny  # rows of zeros are not divided by 0
+    peaks, sums = [], []
+    for part in parts:
+        sizes = numpy.abs(part)
+        peaks.append((sizes / numpy.sqrt((part * part).mean(axis=1, keepdims=True) + tiny)).max(axis=0))
+        sums.append(sizes.sum(axis=0))
+    largest = numpy.argsort(-numpy.stack(peaks).max(axis=0))[: (count + 1) // 2]
+    total = numpy.stack(sums).sum(axis=0)
+    smallest = numpy.argsort(numpy.where(_among(numpy, largest, len(total)), np.inf, total))[: count // 2]
+    return numpy.concatenate([largest, smallest]).astype(np.int32)
+
+
+def _quantise(numpy: ModuleType, wide: Array, outliers: Array) -> tuple[Array, Array]:
+    """int8 [out, in] and float32 [out], with `numpy` or `jax.numpy`. Zeros have the scale 0; NaN shows in the scale.
+
+    Args:
+        wide: float32 [out, in].
+        outliers: int [outliers], the columns that become zeros.
+    """
+    wide = numpy.where(_among(numpy, outliers, wide.shape[1])[None], 0, wide)
     scales = numpy.abs(wide).max(axis=1) / 127
     unit = numpy.where(scales > 0, scales, 1)[:, None]  # rows of zeros are not divided by 0
     return numpy.round(wide / unit).astype(np.int8), scales
+
+
+def _among(numpy: ModuleType, columns: Array, count: int) -> Array:
+    """bool [count]: which of so many columns are among these."""
+    return (numpy.arange(count, dtype=columns.dtype)[:, None] == columns[None]).any(axis=1)

@@ -26,6 +26,7 @@ from jaxgen.generation.request import Request
 from jaxgen.generation.running.memory import memory_bytes
 from jaxgen.models import FAMILIES, LoadedModel
 from jaxgen.models.family import Config, Family, ForwardPass
+from jaxgen.models.int8 import outlier_columns
 from jaxgen.planning.shapes import SHAPES
 
 _GIB = 1 << 30
@@ -379,8 +380,9 @@ class _Call:
             size = math.prod(shape) // math.prod(share)
             if quantize is None or len(shape) == 1:
                 size *= self.dtype.itemsize
-            else:  # int8, and a float32 scale per row of the matrix
-                size += 4 * shape[0] // share[0]
+            else:  # int8, a float32 scale per row of the matrix, and its outlier columns with their int32 numbers
+                outliers = outlier_columns(shape[1])
+                size += (4 + outliers * self.dtype.itemsize) * shape[0] // share[0] + 4 * outliers
             total += size
             # A step reads only a few rows of an embedding that is not the head too.
             if path != self.family.embedding or self.config.tie_word_embeddings:

@@ -20,7 +20,9 @@ def matrix(out: int = 40, columns: int = 64) -> np.ndarray:
 
 
 def wide(weight: Int8) -> np.ndarray:
-    return np.asarray(weight.values, np.float64) * np.asarray(weight.scales, np.float64)[:, None]
+    rows = np.asarray(weight.values, np.float64) * np.asarray(weight.scales, np.float64)[:, None]
+    rows[:, np.asarray(weight.columns)] += np.asarray(weight.outliers, np.float64)
+    return rows
 
 
 @pytest.mark.parametrize("of", [np.asarray, jnp.asarray], ids=["NumPy", "JAX"])
@@ -37,8 +39,33 @@ def test_a_matrix_of_many_rows_is_quantised_as_a_whole(monkeypatch: pytest.Monke
     whole = quantised(array)
     monkeypatch.setattr("jaxgen.models.int8._ROWS", 7)
     in_parts = quantised(array)
-    np.testing.assert_array_equal(in_parts.values, whole.values)
-    np.testing.assert_array_equal(in_parts.scales, whole.scales)
+    for found, expected in zip(jax.tree.leaves(in_parts), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("of", [np.asarray, jnp.asarray], ids=["NumPy", "JAX"])
+def test_columns_of_outliers_are_exact_and_do_not_spoil_the_others(of: Any) -> None:
+    """One with a huge entry, and one whose entries are all small, as those of large inputs are."""
+    array = matrix()
+    array[3, 7], array[:, 50] = 1e6, array[:, 50] / 100
+    found = quantised(of(array))
+    assert sorted(np.asarray(found.columns).tolist()) == [7, 50]
+    np.testing.assert_array_equal(wide(found)[:, [7, 50]], array[:, [7, 50]])
+    unit = np.abs(np.delete(array, 7, axis=1)).max(axis=1, keepdims=True) / 127
+    assert (np.abs(wide(found) - array) <= 0.5001 * unit).all()
+
+
+@pytest.mark.parametrize(("columns", "outliers"), [(16, 0), (32, 1), (64, 2), (1024, 16)])
+def test_at_most_sixteen_columns_and_one_in_32_are_outliers(columns: int, outliers: int) -> None:
+    weight = quantised(jnp.asarray(matrix(columns=columns)))
+    assert weight.outliers.shape == (40, outliers) and len({*np.asarray(weight.columns).tolist()}) == outliers
+    x = jnp.asarray(RNG.standard_normal((1, columns)), jnp.float32)
+    np.testing.assert_allclose(weight.product(x), np.asarray(x) @ wide(weight).T, rtol=1e-3, atol=0.02)
+
+
+def test_a_row_looked_up_is_that_of_the_product() -> None:
+    weight = quantised(jnp.asarray(matrix()))
+    np.testing.assert_allclose(weight[jnp.asarray([[4, 0], [39, 4]])], wide(weight)[[[4, 0], [39, 4]]], rtol=1e-6)
 
 
 def test_a_row_of_zeros_stays_zero_and_a_nan_stays_in_its_row() -> None:
@@ -71,7 +98,7 @@ def test_a_loaded_model_holds_a_byte_per_weight_and_gives_nearly_the_same_distri
         each: sum(leaf.nbytes for leaf in jax.tree.leaves(each_model))
         for each, each_model in (("f", model), ("q", small))
     }
-    assert size["q"] < 0.27 * size["f"]
+    assert size["q"] < 0.29 * size["f"]
     assert small.dtype == model.dtype == jnp.float32
     ids = np.asarray(jaxgen.generate(model, [[1, 5, 6]], max_new_tokens=60, eos_token_id=None))
     log_p, log_q = (jax.nn.log_softmax(each(jnp.asarray(ids))) for each in (model, small))

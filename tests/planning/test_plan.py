@@ -100,11 +100,15 @@ def test_each_device_of_a_mesh_has_its_share() -> None:
     assert spread.rows == 4 * 6, "each of four devices has a bucket of rows"
 
 
-def test_int8_is_a_byte_per_weight_and_a_scale_per_row() -> None:
+def test_int8_is_a_byte_per_weight_a_scale_per_row_and_a_few_columns_in_full() -> None:
     found = plan("2-layer", quantize="int8", device="l4")
+    model = jax.eval_shape(lambda: jaxgen.from_config(SHAPES["2-layer"], quantize="int8"))
+    assert found.weights == sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(model))
     matrices = 2 * 1000 * 64 + 2 * (128 * 64 + 64 * 64 + 256 * 64 + 64 * 128)
     rows = 2 * 1000 + 2 * (128 + 64 + 256 + 64)
-    assert found.weights == matrices + 4 * rows + 4 * 5 * 64
+    of_128_columns = 2 * 64
+    outliers = 4 * (2 * rows + 2 * of_128_columns) + 4 * (2 * 2 + 2 * (2 + 2 + 2 + 4))
+    assert found.weights == matrices + 4 * rows + outliers + 4 * 5 * 64
 
 
 def test_a_step_takes_at_least_as_long_as_its_reads() -> None:

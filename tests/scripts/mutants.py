@@ -131,8 +131,15 @@ MUTANTS = [
     Mutant(
         "jaxgen/models/int8.py",
         "quantised, over 4096 rows",
-        "rows = slice(start, start + _ROWS)",
-        "rows = slice(0, _ROWS)",
+        "array[start : start + size]",
+        "array[0 : start + size]",
+        "tests/models/test_int8.py::test_a_matrix_of_many_rows_is_quantised_as_a_whole",
+    ),
+    Mutant(
+        "jaxgen/models/int8.py",
+        "_find_outliers, over 4096 rows",
+        "numpy.stack(sums).sum(axis=0)",
+        "numpy.stack(sums)[0]",
         "tests/models/test_int8.py::test_a_matrix_of_many_rows_is_quantised_as_a_whole",
     ),
     Mutant(
