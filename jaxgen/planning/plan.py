@@ -200,17 +200,22 @@ def plan(
     if device is not None and device not in _DEVICES:
         raise ValueError(f"`device`={device!r} is not known; it may be one of {[*_DEVICES]}.")
     target = _local_device() if device is None else _usable(_DEVICES[device])
-    source = None
-    if str(model) not in SHAPES:
-        source = open_checkpoint(local_path(model, revision), follow_links=follow_links)
-    elif revision is not None:
-        raise ValueError(
-            f"`revision`={revision!r} is for a model on the hub, and {model} is only a size. Leave it out."
-        )
+    source = _source(model, revision, follow_links)
     call = _Call.of(str(model), source, prompt_tokens, new_tokens, num_beams, num_return_sequences, dtype)
     setup = _Setup(target, batch, quantize, mesh)
     planned = call.on(setup)
     return planned if planned.fits else replace(planned, suggestions=tuple(_suggestions(call, setup)))
+
+
+def _source(model: str | Path, revision: str | None, follow_links: bool) -> Source | None:
+    """The checkpoint of a model; None for a name in `SHAPES`."""
+    if str(model) not in SHAPES:
+        return open_checkpoint(local_path(model, revision), follow_links=follow_links)
+    if revision is not None:
+        raise ValueError(
+            f"`revision`={revision!r} is for a model on the hub, and {model} is only a size. Leave it out."
+        )
+    return None
 
 
 def _local_device() -> Device:
