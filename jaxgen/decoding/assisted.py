@@ -30,9 +30,8 @@ from jaxgen.base import (
     Prompt,
     StoppingCriterion,
     Strategy,
-    step_buffers,
 )
-from jaxgen.decoding.choice import choose, last_warpers
+from jaxgen.decoding.choice import choose, last_warpers, output_buffers
 from jaxgen.decoding.drafters import Drafter
 from jaxgen.decoding.gumbel import row_keys
 from jaxgen.processors.logits_process import by_row, process_columns
@@ -127,10 +126,6 @@ class Assisted(Strategy[AssistedState]):
         """The state before the first token."""
         prompt = prompt.repeated(self.num_return_sequences)
         rows, columns = prompt.input_ids.shape
-        per_token = jax.ShapeDtypeStruct((rows, vocab_size), jnp.float32)
-        per_row = jax.ShapeDtypeStruct((rows,), jnp.float32)
-        shapes = {"scores": per_token, "logits": per_token, "logprobs": per_row, "processed_logprobs": per_row}
-        names = [*self.outputs, *(["processed_logprobs"] if "logprobs" in self.outputs else [])]
         states = [processor.init(prompt, vocab_size) for processor in self.processors]
         zeros = jnp.zeros(rows, jnp.int32)
         return AssistedState(
@@ -146,7 +141,7 @@ class Assisted(Strategy[AssistedState]):
             if self.key is None
             else row_keys(self.key, rows // self.num_return_sequences, self.num_return_sequences),
             processors=by_row(states, rows),
-            recorded=step_buffers(names, slots - columns, shapes),
+            recorded=output_buffers(self.outputs, rows, vocab_size, slots - columns),
             drafted=zeros,
             accepted=zeros,
         )

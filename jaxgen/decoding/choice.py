@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxgen.base import LogitsProcessor
+from jaxgen.base import LogitsProcessor, step_buffers
 from jaxgen.decoding.gumbel import gumbel
 from jaxgen.processors.logits_process import TopK, TopP, Warper
 from jaxgen.processors.top_k import blocked_argmax, blocked_top_k
@@ -103,6 +103,14 @@ def choose(
         lambda: pick_from_all(scores),
     )
     return choice._replace(invalid=choice.invalid | candidates.invalid)
+
+
+def output_buffers(outputs: Sequence[str], rows: int, vocab_size: int, steps: int) -> dict[str, jax.Array]:
+    """Zeros for what is recorded at each step: scores and logits [steps, N, V], log-probabilities [steps, N]."""
+    per_token = jax.ShapeDtypeStruct((rows, vocab_size), jnp.float32)
+    per_row = jax.ShapeDtypeStruct((rows,), jnp.float32)
+    shapes = {"scores": per_token, "logits": per_token, "logprobs": per_row, "processed_logprobs": per_row}
+    return step_buffers([*outputs, *(["processed_logprobs"] if "logprobs" in outputs else [])], steps, shapes)
 
 
 @pytree

@@ -18,10 +18,9 @@ from jaxgen.base import (
     Prompt,
     StoppingCriterion,
     Strategy,
-    step_buffers,
     write_step,
 )
-from jaxgen.decoding.choice import choose, last_warpers
+from jaxgen.decoding.choice import choose, last_warpers, output_buffers
 from jaxgen.decoding.gumbel import row_keys
 from jaxgen.processors.logits_process import process
 from jaxgen.processors.stopping_criteria import any_of
@@ -93,10 +92,6 @@ class Sample(Strategy[SampleState]):
         tokens = jnp.repeat(prompt.input_ids[:, -1], self.num_return_sequences)
         prompt = prompt.repeated(self.num_return_sequences)
         rows, columns = prompt.input_ids.shape
-        per_token = jax.ShapeDtypeStruct((rows, vocab_size), jnp.float32)
-        per_row = jax.ShapeDtypeStruct((rows,), jnp.float32)
-        shapes = {"scores": per_token, "logits": per_token, "logprobs": per_row, "processed_logprobs": per_row}
-        names = [*self.outputs, *(["processed_logprobs"] if "logprobs" in self.outputs else [])]
         return SampleState(
             sequences=prompt.left_aligned(slots, 0),
             cur_len=prompt.length,
@@ -109,7 +104,7 @@ class Sample(Strategy[SampleState]):
             if self.key is None
             else row_keys(self.key, rows // self.num_return_sequences, self.num_return_sequences),
             processors=tuple(processor.init(prompt, vocab_size) for processor in self.processors),
-            recorded=step_buffers(names, slots - columns, shapes),
+            recorded=output_buffers(self.outputs, rows, vocab_size, slots - columns),
         )
 
     def step(
