@@ -95,11 +95,19 @@ def divergences(folder: Path) -> dict[str, dict[str, Any]]:
     """Of the model in each kind of weights from itself in float32: means, and the KL for each kind of text."""
     wide, tokenizer = jaxgen.load(folder, dtype="float32"), AutoTokenizer.from_pretrained(folder)
     texts = {text: [written(wide, tokenizer, text, begin) for begin in begins] for text, begins in TEXTS.items()}
+    expected = {text: [log_probabilities(wide, *each) for each in several] for text, several in texts.items()}
     found: dict[str, dict[str, Any]] = {}
     for kind, options in KINDS.items():
         model = jaxgen.load(folder, **options)
         moved = {
-            text: np.concatenate([distances(wide, model, *each) for each in texts[text]], axis=1) for text in texts
+            text: np.concatenate(
+                [
+                    distances(log_p, log_probabilities(model, *each))
+                    for log_p, each in zip(expected[text], texts[text], strict=True)
+                ],
+                axis=1,
+            )
+            for text in texts
         }
         kl_by_text = {text: float(kl.mean()) for text, (kl, _) in moved.items()}
         kl, other = np.concatenate([*moved.values()], axis=1).mean(axis=1)
@@ -117,16 +125,16 @@ def written(model: Any, tokenizer: Any, kind: str, begin: str) -> tuple[np.ndarr
     return np.asarray(texts), ids.shape[1]
 
 
-def distances(wide: Any, model: Any, texts: np.ndarray, prompt_tokens: int) -> np.ndarray:
-    """[2, tokens]: the KL of a model from the wide one where texts were written, and whether the top token differs."""
-    return np.stack([each[:, prompt_tokens - 1 :].reshape(-1) for each in _distances(wide, model, jnp.asarray(texts))])
+def log_probabilities(model: Any, texts: np.ndarray, prompt_tokens: int) -> jax.Array:
+    """Of the tokens after the prompt, and of one more: [2 * tokens, V]."""
+    logits = jax.jit(type(model).__call__)(model, jnp.asarray(texts))[:, prompt_tokens - 1 :]
+    return jax.nn.log_softmax(logits).reshape(-1, logits.shape[-1])
 
 
-@jax.jit
-def _distances(wide: Any, model: Any, texts: jax.Array) -> tuple[jax.Array, jax.Array]:
-    log_p, log_q = (jax.nn.log_softmax(each(texts)) for each in (wide, model))
+def distances(log_p: jax.Array, log_q: jax.Array) -> np.ndarray:
+    """[2, tokens]: the KL of each token, and whether the top token differs."""
     other = log_p.argmax(axis=-1) != log_q.argmax(axis=-1)
-    return (jnp.exp(log_p) * (log_p - log_q)).sum(axis=-1), other.astype(jnp.float32)
+    return np.stack([(jnp.exp(log_p) * (log_p - log_q)).sum(axis=-1), other])
 
 
 def step_ms(models: dict[str, Any], batch: int, steps: int, repeats: int) -> dict[str, list[float]]:

@@ -59,13 +59,16 @@ def test_three_quotes_begin_and_end_a_message_of_several_lines(echo: Terminal, h
         '"""one"""\n': "one",
         'what is """ in Python\n': 'what is """ in Python',
     }.items():
+        echo.wait_until_it_waits()  # what is typed while the terminal changes its mode can be lost
         echo.type(typed)
-        assert f"read {read!r}\r\n".replace("\\\\", "\\") in echo.wait_for("read .*\r\n")
+        assert f"read {read!r}\r\n".replace("\\\\", "\\") in echo.wait_for("read .*\r\n> ")
+    echo.wait_until_it_waits()
     echo.type('"""dropped\n')
     echo.wait_for(r"\.\.\. ")
     echo.wait_until_it_waits()
     echo.type("\x03")
-    echo.wait_for("to leave")
+    echo.wait_for("to leave\\)\r\n> ")
+    echo.wait_until_it_waits()
     echo.type('"""unfinished\n')
     echo.wait_for(r"\.\.\. ")
     echo.type("\x04")
