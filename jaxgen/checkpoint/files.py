@@ -13,6 +13,8 @@ from typing import Any
 # Bytes. The index of a model with 100,000 tensors would be that long; that of Llama 405B has 0.1 MB.
 LARGEST_JSON = 8 << 20
 
+MOST_LAYERS = 256  # Llama 405B has 126; a limit keeps a broken config from making a long list
+
 Json = Mapping[str, Any]  # a JSON object, such as a config.json
 
 

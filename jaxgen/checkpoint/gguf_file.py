@@ -23,7 +23,7 @@ from typing import Any, BinaryIO, NamedTuple, TypeGuard
 
 import numpy as np
 
-from jaxgen.checkpoint.files import CheckpointError, Json, refuse_placeholder
+from jaxgen.checkpoint.files import MOST_LAYERS, CheckpointError, Json, refuse_placeholder
 from jaxgen.checkpoint.folder import listed
 from jaxgen.checkpoint.safetensors_file import DTYPES, ComputedTensor, StoredTensor, Tensor
 from jaxgen.models import FAMILIES
@@ -33,7 +33,7 @@ _MAGIC, _VERSIONS = b"GGUF", (2, 3)
 _QUANTISED = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 # Limits, against numbers that lie. Vocabularies have up to 262,144 tokens, and twice as many merges; the header of such
 # a file has 15 MB.
-_LARGEST_HEADER, _MOST_ELEMENTS, _MOST_ENTRIES, _MOST_LAYERS = 64 << 20, 1 << 20, 1 << 14, 256
+_LARGEST_HEADER, _MOST_ELEMENTS, _MOST_ENTRIES = 64 << 20, 1 << 20, 1 << 14
 _LARGEST_BUFFER, _MOST_DIMENSIONS = 4096, 4
 
 # The types of metadata, as `struct` writes them.
@@ -86,7 +86,7 @@ class QuantisedTensor(ComputedTensor):
         """See `Tensor.read`."""
         gguf, done = package(), 0
         for rows in self.data.blocks(start, start + len(out)):
-            with np.errstate(over="ignore", invalid="ignore"):  # of scales that are no numbers; `convert` reports them
+            with np.errstate(over="ignore", invalid="ignore"):  # of NaN scales, which `convert` reports
                 out[done : done + len(rows)] = gguf.quants.dequantize(rows, gguf.GGMLQuantizationType[self.kind])
             done += len(rows)
 
@@ -131,7 +131,7 @@ def is_gguf(path: Path) -> bool:
     try:
         with path.open("rb") as file:
             return file.read(len(_MAGIC)) == _MAGIC
-    except OSError:  # which is not to be read
+    except OSError:  # not readable
         return False
 
 
@@ -180,10 +180,10 @@ def _content(rules: Gguf[Any], metadata: Json, tensors: dict[str, Tensor]) -> Co
     sizes: dict[str, Any] = {"vocab_size": len(tokens) if isinstance(tokens, list) else 0}
     sizes |= {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
     layers = sizes.get("block_count")
-    if not _is_count(layers) or not 1 <= layers <= min(len(tensors), _MOST_LAYERS):
+    if not _is_count(layers) or not 1 <= layers <= min(len(tensors), MOST_LAYERS):
         raise ValueError(
             f"`{prefix}block_count`={layers!r:.100} must be an integer from 1 to the number of its tensors, "
-            f"{len(tensors)}, and at most {_MOST_LAYERS}."
+            f"{len(tensors)}, and at most {MOST_LAYERS}."
         )
     buffers = {name: _buffer(tensors.pop(name)) for name in rules.buffers if name in tensors}
     raw = dict(rules.config(sizes, tensors.keys(), buffers))
@@ -222,7 +222,7 @@ def _names(family: Family, config: Any, architecture: str, layers: int) -> dict[
 
 
 def _check_general(metadata: Json) -> None:
-    """Raises ValueError for a part of a model, or what is no model."""
+    """Raises ValueError for one part of a split model, and for files of another kind, such as adapters."""
     parts = metadata.get("split.count", 1)
     if parts not in (0, 1):
         raise ValueError(

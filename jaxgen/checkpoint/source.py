@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxgen import lazy
 from jaxgen.base import tensor_shards
 from jaxgen.checkpoint import float8, gguf_file
-from jaxgen.checkpoint.files import CheckpointError, Json, checkpoint_folder, holds, read_json
+from jaxgen.checkpoint.files import MOST_LAYERS, CheckpointError, Json, checkpoint_folder, holds, read_json
 from jaxgen.checkpoint.folder import listed, read_configs, read_tensors
 from jaxgen.checkpoint.safetensors_file import DTYPES, STORED, Tensor
 from jaxgen.models import FAMILIES, LoadedModel
@@ -41,7 +41,6 @@ _WRAPPERS = {
     "_forward_module": "Lightning (`model.module.save_pretrained(...)`)",
     "base_model": "peft (`model.merge_and_unload().save_pretrained(...)`)",
 }
-_MOST_LAYERS = 256  # Llama 405B has 126; a limit keeps a broken config from making a long list
 
 
 def abstract_model(
@@ -214,10 +213,10 @@ def _account(
 def _check_layers(folder: Path, raw: Json, tensors: int) -> None:
     """Raises CheckpointError for more layers than there can be, before the names of their tensors are listed."""
     layers = raw.get("num_hidden_layers")
-    if isinstance(layers, int) and layers > min(tensors, _MOST_LAYERS):
+    if isinstance(layers, int) and layers > min(tensors, MOST_LAYERS):
         raise CheckpointError(
             f"{folder} holds {tensors} tensors, but its config.json has `num_hidden_layers`={layers}. Each "
-            f"layer needs tensors of its own, and the limit is {_MOST_LAYERS} layers. Download it again."
+            f"layer needs tensors of its own, and the limit is {MOST_LAYERS} layers. Download it again."
         )
 
 

@@ -31,12 +31,11 @@ from jaxgen.base import (
     StoppingCriterion,
     Strategy,
 )
-from jaxgen.decoding.choice import choose, last_warpers, output_buffers
+from jaxgen.decoding.choice import choose, output_buffers, split_warpers
 from jaxgen.decoding.drafters import Drafter
 from jaxgen.decoding.gumbel import row_keys
 from jaxgen.processors.logits_process import by_row, process_columns
 from jaxgen.processors.stopping_criteria import any_of
-from jaxgen.processors.top_k import to_blocks
 from jaxgen.pytree import Int32, pytree
 
 _NOT_YET = 2**30  # the end of a row that goes on
@@ -168,14 +167,13 @@ class Assisted(Strategy[AssistedState]):
         read = on[:, None] & (number < state.num_read[:, None])
 
         texts = _with_tokens(state.sequences, state.lengths, draft, draft.shape[1])
-        warpers = None if self.key is None or "scores" in self.outputs else last_warpers(self.processors)
-        count = len(self.processors) - (0 if warpers is None else 1 + len(warpers.others))  # on the whole vocabulary
-        kept_states = state.processors
-        scores, states = process_columns(self.processors[:count], texts, scores, state.lengths, kept_states[:count])
-        flat = scores.reshape(-1, vocab_size)
+        processors, warpers = split_warpers(self.processors, self.key is not None, self.outputs)
+        kept_states, count = state.processors, len(processors)
+        scores, states = process_columns(processors, texts, scores, state.lengths, kept_states[:count])
         step = (state.lengths - state.prompt_length)[:, None] + number
         choice = choose(
-            flat,
+            logits.reshape(-1, vocab_size),
+            scores.reshape(-1, vocab_size),
             None if state.keys is None else jnp.repeat(state.keys, columns, axis=0),
             step.reshape(-1, 1),
             ~read.reshape(-1),
@@ -183,9 +181,6 @@ class Assisted(Strategy[AssistedState]):
             "logprobs" in self.outputs,
         )
         tokens, log_p, invalid = (array.reshape(rows, columns) for array in choice)
-        if self.key is not None and warpers is None:  # warpers may drop a NaN
-            blocks = to_blocks(logits.reshape(-1, vocab_size))
-            invalid |= ~jnp.isfinite(blocks.max(axis=(1, 2))).reshape(rows, columns)
 
         # The drafted tokens that were chosen too, and one more.
         agrees = (tokens[:, :-1] == draft) & read[:, 1:]

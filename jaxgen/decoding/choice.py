@@ -16,7 +16,7 @@ from jax import lax
 from jaxgen.base import LogitsProcessor, step_buffers
 from jaxgen.decoding.gumbel import gumbel
 from jaxgen.processors.logits_process import TopK, TopP, Warper
-from jaxgen.processors.top_k import blocked_argmax, blocked_top_k
+from jaxgen.processors.top_k import blocked_argmax, blocked_top_k, to_blocks
 from jaxgen.pytree import pytree
 
 WINDOW = 64  # candidates of a sample; more than the usual top_k of 50
@@ -43,16 +43,23 @@ class Choice(NamedTuple):
     invalid: jax.Array
 
 
-def last_warpers(processors: Sequence[LogitsProcessor]) -> Warpers | None:
-    """The TopK and the warpers after it, if nothing else comes after it."""
-    for index, processor in enumerate(processors):
-        warpers = [each for each in processors[index + 1 :] if isinstance(each, Warper)]
-        if isinstance(processor, TopK) and len(warpers) == len(processors) - index - 1:
-            return Warpers(processor, warpers)
-    return None
+def split_warpers(
+    processors: tuple[LogitsProcessor, ...], sampled: bool, outputs: Sequence[str]
+) -> tuple[tuple[LogitsProcessor, ...], Warpers | None]:
+    """The processors that need the whole vocabulary, and a TopK with only warpers after it, which do not.
+
+    Greedy decoding has no warpers, and recorded scores are of the whole vocabulary: then all processors need it.
+    """
+    if sampled and "scores" not in outputs:
+        for index, processor in enumerate(processors):
+            warpers = [each for each in processors[index + 1 :] if isinstance(each, Warper)]
+            if isinstance(processor, TopK) and len(warpers) == len(processors) - index - 1:
+                return processors[:index], Warpers(processor, warpers)
+    return processors, None
 
 
 def choose(
+    logits: jax.Array,
     scores: jax.Array,
     keys: jax.Array | None,
     step: jax.Array,
@@ -63,6 +70,7 @@ def choose(
     """One token per row: of equal scores the one with the lowest id.
 
     Args:
+        logits: float32 [N, V], before all processors: where these have run, they may have dropped a NaN.
         scores: float32 [N, V], after all processors but the `warpers`.
         keys: uint32 [N, 2], or None to take the highest score.
         step: int32 [], or [N, 1] if rows are at different steps: how many new tokens come before this one.
@@ -89,7 +97,10 @@ def choose(
         return Choice(tokens, log_p, ~jnp.isfinite(chosen))
 
     if warpers is None:
-        return pick(scores)
+        choice = pick(scores)
+        if keys is None:
+            return choice
+        return choice._replace(invalid=choice.invalid | ~jnp.isfinite(to_blocks(logits).max(axis=(1, 2))))
 
     def pick_from_all(scores: jax.Array) -> Choice:
         for warper in (warpers.top_k, *warpers.others):

@@ -20,11 +20,10 @@ from jaxgen.base import (
     Strategy,
     write_step,
 )
-from jaxgen.decoding.choice import choose, last_warpers, output_buffers
+from jaxgen.decoding.choice import choose, output_buffers, split_warpers
 from jaxgen.decoding.gumbel import row_keys
 from jaxgen.processors.logits_process import process
 from jaxgen.processors.stopping_criteria import any_of
-from jaxgen.processors.top_k import to_blocks
 from jaxgen.pytree import Int32, pytree
 
 
@@ -110,14 +109,11 @@ class Sample(Strategy[SampleState]):
     def step(
         self, logits: jax.Array, scores: jax.Array, intermediates: Intermediates, state: SampleState
     ) -> SampleState:
-        warpers = None if self.key is None or "scores" in self.outputs else last_warpers(self.processors)
-        count = len(self.processors) - (0 if warpers is None else 1 + len(warpers.others))  # on the whole vocabulary
-        states = state.processors
-        scores, new_states = process(self.processors[:count], state.sequences, scores, state.cur_len, states[:count])
-        step = state.cur_len - state.prompt_length
-        tokens, log_p, invalid = choose(scores, state.keys, step, state.finished, warpers, "logprobs" in self.outputs)
-        if self.key is not None and warpers is None:
-            invalid |= ~jnp.isfinite(to_blocks(logits).max(axis=(1, 2)))  # warpers may drop a NaN
+        processors, warpers = split_warpers(self.processors, self.key is not None, self.outputs)
+        states, count = state.processors, len(processors)
+        scores, new_states = process(processors, state.sequences, scores, state.cur_len, states[:count])
+        step, with_log_p = state.cur_len - state.prompt_length, "logprobs" in self.outputs
+        tokens, log_p, invalid = choose(logits, scores, state.keys, step, state.finished, warpers, with_log_p)
         recorded = self._record(logits, scores, tokens, log_p, state)
 
         # After `_record`: the log-probabilities are of the chosen tokens, not of padding.

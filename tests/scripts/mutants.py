@@ -443,7 +443,7 @@ MUTANTS = [
     Mutant(
         "jaxgen/checkpoint/source.py",
         "_check_layers, over 256 layers",
-        "layers > min(tensors, _MOST_LAYERS)",
+        "layers > min(tensors, MOST_LAYERS)",
         "layers > tensors",
         "tests/checkpoint/test_load.py::test_more_layers_than_any_model_has_are_refused_before_they_are_listed",
     ),

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 from jaxgen.decoding.assisted import Assisted
 from jaxgen.decoding.drafters import PromptLookup
 from jaxgen.generation.config.validators import integer, positive
-from jaxgen.generation.modes.base import Mode, Parts
+from jaxgen.generation.modes.base import Parts
+from jaxgen.generation.modes.sampling import SamplingMode
 
 if TYPE_CHECKING:
     from jaxgen.lazy import GenerationConfig
@@ -14,7 +15,7 @@ _MOST_DRAFTED = 64  # a longer draft is hardly ever right to its end, and each o
 _COMPARED = 4  # sizes of n-grams that share a program
 
 
-class AssistedMode(Mode):
+class AssistedMode(SamplingMode):
     @classmethod
     def applies(cls, fields: "GenerationConfig") -> bool:
         return fields.prompt_lookup_num_tokens is not None
@@ -53,7 +54,7 @@ class AssistedMode(Mode):
                 f"`output_{intermediates[0]}`=True does not go with `prompt_lookup_num_tokens`, which reads several "
                 "tokens per step. Leave out one of them."
             )
-        return (*super().recorded(intermediates, False), *(["logprobs"] if logprobs else []))
+        return super().recorded(intermediates, logprobs)
 
     def build(self, parts: Parts) -> Assisted:
         if parts.on_host:

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from jaxgen.base import Strategy
 from jaxgen.decoding.sampling import Sample
 from jaxgen.generation.modes.base import Mode, Parts
 
@@ -18,7 +19,7 @@ class SamplingMode(Mode):
     def recorded(self, intermediates: tuple[str, ...], logprobs: bool) -> tuple[str, ...]:
         return (*super().recorded(intermediates, False), *(["logprobs"] if logprobs else []))
 
-    def build(self, parts: Parts) -> Sample:
+    def build(self, parts: Parts) -> Strategy:
         return Sample(
             eos=parts.eos,
             max_length=parts.max_length,
