@@ -386,7 +386,7 @@ class GenerationFields(TypedDict, total=False):
         Field(
             "assisted decoding",
             "draft n tokens by looking up the last ones earlier in the text, and check them in one step",
-            note="The tokens are those of the same call without it, for any batch, greedy or sampled. It is faster "
+            note="The same call gives the same tokens without it, for any batch, greedy or sampled. It is faster "
             "where texts repeat parts of their prompts, as in summaries and edits. Does not go with beams, contrastive "
             "search, Python functions on the host, attentions or hidden states.",
         ),
