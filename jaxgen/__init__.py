@@ -8,10 +8,11 @@ from jaxgen.version import __version__
 if TYPE_CHECKING:
     from jaxgen.base import Call, LogitsProcessor, Model, Prompt, Strategy
     from jaxgen.checkpoint.files import CheckpointError
-    from jaxgen.checkpoint.load import BUNDLED_MODEL, from_config, load, save
+    from jaxgen.checkpoint.load import BUNDLED_MODEL, from_config, load, save, to_int8
     from jaxgen.checkpoint.tokenizer import load_tokenizer
     from jaxgen.decoding.beam_search import BeamSearch
     from jaxgen.decoding.contrastive_search import ContrastiveSearch
+    from jaxgen.decoding.drafters import Draft, Drafter
     from jaxgen.decoding.group_beam_search import GroupBeamSearch
     from jaxgen.decoding.loop import compile_counts, decode
     from jaxgen.decoding.sampling import Sample
@@ -36,6 +37,8 @@ _HOMES = {
     "Call": "base",
     "CheckpointError": "checkpoint.files",
     "ContrastiveSearch": "decoding.contrastive_search",
+    "Draft": "decoding.drafters",
+    "Drafter": "decoding.drafters",
     "EosToken": "processors.stopping_criteria",
     "GroupBeamSearch": "decoding.group_beam_search",
     "LogitsProcessor": "base",
@@ -56,6 +59,7 @@ _HOMES = {
     "save": "checkpoint.load",
     "stream": "generation.api",
     "stream_text": "generation.text_stream",
+    "to_int8": "checkpoint.load",
 }
 
 __all__ = [
@@ -65,6 +69,8 @@ __all__ = [
     "Call",
     "CheckpointError",
     "ContrastiveSearch",
+    "Draft",
+    "Drafter",
     "EosToken",
     "GroupBeamSearch",
     "LogitsProcessor",
@@ -85,6 +91,7 @@ __all__ = [
     "save",
     "stream",
     "stream_text",
+    "to_int8",
 ]
 
 

@@ -267,15 +267,18 @@ class BranchedCache(Cache, Protocol):
 
 
 class RaggedCache(Cache, Protocol):
-    """A cache whose rows may drop the last columns of a forward pass, each row its own number of them."""
+    """A cache whose rows may drop their last columns, each row its own number of them.
 
-    def keep_first(self, kept: jax.Array, before: Self) -> Self:
-        """The cache after a forward pass of which row n keeps the first `kept[n]` columns; int32 [N].
+    Of a forward pass over T columns each row reads the first ones, as `attention_mask` says.
+    """
 
-        Args:
-            kept: at most the columns of the pass.
-            before: the cache before the pass.
-        """
+    @property
+    def length(self) -> jax.Array:
+        """int32 []. The slots that are taken, holes included."""
+        ...
+
+    def drop_last(self, count: jax.Array) -> Self:
+        """The cache without the last `count[n]` columns of row n; int32 [N]."""
         ...
 
     def has_room(self, columns: int) -> jax.Array:
@@ -335,6 +338,14 @@ class Model(Protocol[AnyCache]):
 
     def intermediates_bytes(self, name: str, columns: int, slots: int) -> int:
         """Bytes per row of one of the intermediates of `extend`, for T columns that attend S slots."""
+        ...
+
+    def first_layers(self, count: int) -> "Model[AnyCache]":
+        """The model of the first layers, with the same embeddings, final norm and head: a draft of this one.
+
+        Raises:
+            ValueError: unless there are more layers than `count`.
+        """
         ...
 
     def make_cache(self, rows: int, slots: int) -> AnyCache: ...
@@ -543,8 +554,21 @@ class Strategy(Generic[State]):
         raise NotImplementedError
 
     def kept(self, state: State) -> jax.Array:
-        """int32 [N]: with several `columns`, how many of them each row keeps after a step."""
+        """int32 [N]: with several `columns`, how many of those that it has read each row keeps after a step."""
         raise NotImplementedError
+
+    def caches(self, state: State) -> tuple[RaggedCache, ...]:
+        """The caches of other models that the state holds. They get room together with that of the call's model.
+
+        A step writes at most `columns` + 1 columns of each.
+        """
+        del state
+        return ()
+
+    def with_caches(self, state: State, caches: tuple[RaggedCache, ...]) -> State:
+        """The same state with these `caches`."""
+        del caches
+        return state
 
     def unfinished(self, state: State) -> jax.Array:
         """bool []. Whether any row needs another token."""

@@ -60,7 +60,14 @@ class Conversation:
         messages: dicts with `role` and `content`, both str.
     """
 
-    def __init__(self, model: Model, tokenizer: Any, system: str | None = None, template: str | None = None):
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: Any,
+        system: str | None = None,
+        template: str | None = None,
+        assistant_model: object = None,
+    ):
         """Starts a conversation.
 
         Args:
@@ -68,6 +75,7 @@ class Conversation:
             tokenizer: the model's.
             system: the system message.
             template: a Jinja chat template; the tokenizer's own by default.
+            assistant_model: as in `generate`.
 
         Raises:
             ValueError: if there is no template.
@@ -75,6 +83,7 @@ class Conversation:
         if template is None:
             check_template(tokenizer)
         self.model, self._tokenizer, self._template = model, tokenizer, template
+        self._assistant_model = assistant_model
         self.messages: list[Message] = []
         self._ids: list[int] = []
         self._past: PastKeyValues | None = None
@@ -166,6 +175,7 @@ class Conversation:
             inputs=np.array([ids]),
             key=arguments.get("key"),
             tokenizer=self._tokenizer,
+            assistant_model=self._assistant_model,
             keywords={**fields, **inputs, **single, **cache},
             reserve=self._slots,
         )

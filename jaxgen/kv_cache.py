@@ -372,13 +372,13 @@ class BranchedCache(KVCache):
 class RaggedCache(KVCache):
     """A cache whose rows keep columns at their own pace, as in assisted decoding.
 
-    A forward pass writes T columns of every row at the shared slot, and each row keeps some of the first of them. The
-    next pass begins after the longest row. The slots that a shorter row did not keep are holes, which are not valid:
+    A forward pass writes T columns of every row at the shared slot, and each row drops some of the last of them. The
+    next pass begins after the longest row. The slots that a shorter row does not have are holes, which are not valid:
 
     ```
     slot      0  1  2  3  4  5  6  7  8  9        T = 3
-    row 0     a  b  c  d  e  _  .  .  .  .        keeps d e
-    row 1     p  q  r  s  _  _  .  .  .  .        keeps s
+    row 0     a  b  c  d  e  _  .  .  .  .        drops 1
+    row 1     p  q  r  s  _  _  .  .  .  .        drops 2
     next pass             f  g  h                 length moved back from 6 to 5
                           t  u  v                 slot 4 of row 1 stays a hole
     ```
@@ -393,19 +393,24 @@ class RaggedCache(KVCache):
     def extend(
         self, attention_mask: jax.Array, position_ids: jax.Array | None = None
     ) -> tuple["RaggedCache", jax.Array, jax.Array]:
-        """As `KVCache.extend`, for columns that follow each other from the row's position on, masked or not."""
+        """As `KVCache.extend`, for bool [N, T] columns of which each row reads the first ones."""
+        columns = attention_mask.shape[1]
+        number = jnp.arange(columns, dtype=jnp.int32)[None]
         if position_ids is None:
-            position_ids = self.position[:, None] + jnp.arange(attention_mask.shape[1], dtype=jnp.int32)[None]
+            position_ids = self.position[:, None] + number
         cache, position_ids, mask = super().extend(attention_mask, position_ids)
         assert isinstance(cache, RaggedCache)
-        return cache, position_ids, mask
+        numbered = cache.columns
+        if numbered is not None:
+            following = numbered.max(axis=1, keepdims=True) + 1 + number
+            following = jnp.where(attention_mask, following, _FREE)
+            numbered = lax.dynamic_update_slice_in_dim(numbered, following, self.length, axis=1)
+        position = position_ids[:, 0] + attention_mask.sum(axis=1, dtype=jnp.int32)
+        return replace(cache, position=position, columns=numbered), position_ids, mask
 
     def _numbered(self, columns: jax.Array) -> Self:
-        if self.columns is None:
-            return self
-        following = self.columns.max(axis=1, keepdims=True) + 1 + jnp.arange(len(columns), dtype=jnp.int32)[None]
-        start = self.length - len(columns)
-        return replace(self, columns=lax.dynamic_update_slice_in_dim(self.columns, following, start, axis=1))
+        del columns  # which rows hold different ones of; see `extend`
+        return self
 
     def within(self, window: int, mask: jax.Array) -> jax.Array:
         """See `KVCache.within`."""
@@ -414,21 +419,25 @@ class RaggedCache(KVCache):
         new_columns = lax.dynamic_slice_in_dim(self.columns, self.length - num_new, num_new, axis=1)
         return mask & (self.columns[:, None] > new_columns[:, :, None] - window)
 
-    def keep_first(self, kept: jax.Array, before: "RaggedCache") -> Self:
-        """The cache after a forward pass of which row n keeps the first `kept[n]` columns; int32 [N].
+    def drop_last(self, count: jax.Array) -> Self:
+        """The cache without the last `count[n]` columns of row n; int32 [N].
 
-        Args:
-            kept: at most the columns of the pass.
-            before: the cache before the pass.
+        ```
+        slot      0  1  2  3  4  5  6            0  1  2  3  4  5  6
+        row 0     a  b  c  d  _  e  .    1  ->   a  b  c  d  _  .  .      length 4
+        row 1     .  p  q  r  s  t  .    3  ->   .  p  q  _  _  .  .
+        ```
         """
-        # The columns of the pass, counted from its first slot.
-        number = jnp.arange(self.slots)[None] - before.length
-        dropped = number >= kept[:, None]
+        # How many columns of the row come at or after each slot.
+        following = jnp.cumsum(self.valid[:, ::-1], axis=1, dtype=jnp.int32)[:, ::-1]
+        dropped = self.valid & (following <= count[:, None])
+        valid = self.valid & ~dropped
+        last = jnp.where(valid.any(axis=0), jnp.arange(self.slots, dtype=jnp.int32), -1).max()
         return replace(
             self,
-            valid=self.valid & ~dropped,
-            length=before.length + kept.max().astype(jnp.int32),
-            position=before.position + kept.astype(jnp.int32),
+            valid=valid,
+            length=last + 1,
+            position=self.position - count.astype(jnp.int32),
             columns=None if self.columns is None else jnp.where(dropped, _FREE, self.columns),
         )
 

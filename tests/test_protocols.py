@@ -99,6 +99,9 @@ class Recurrent:
         del name, columns, slots
         return 0
 
+    def first_layers(self, count: int) -> "Recurrent":
+        raise ValueError(f"there is one layer, and not {count}")
+
     def make_cache(self, rows: int, slots: int) -> StateCache:
         return StateCache(jnp.zeros((rows, HIDDEN)), jnp.zeros((rows, slots), bool), jnp.int32(0))
 

@@ -137,6 +137,19 @@ def _random_model(family: Family, config: Config, dtype: np.dtype, quantize: boo
     return jax.tree.map(quantised, model) if quantize else model
 
 
+def to_int8(model: LoadedModel) -> LoadedModel:
+    """A copy of the model with its matrices in int8, as `load` with `quantize="int8"` makes it.
+
+    It drafts well for the model itself: `generate(model, ..., assistant_model=to_int8(model))`.
+
+    Raises:
+        ValueError: if the model is in int8 already.
+    """
+    if any(isinstance(leaf, Int8) for leaf in jax.tree.leaves(model, is_leaf=lambda leaf: isinstance(leaf, Int8))):
+        raise ValueError("`model` is in int8 already. Use it as it is.")
+    return jax.tree.map(quantised, model)
+
+
 def check_quantize(quantize: object) -> None:
     """Raises ValueError unless `load` takes this `quantize`."""
     if quantize not in (None, "int8"):

@@ -14,7 +14,7 @@ from jaxgen.chat import Conversation, Message, read_messages
 from jaxgen.cli.keyboard import Keyboard
 from jaxgen.cli.screen import COMPILING, Screen, interruptible
 from jaxgen.cli.settings import Settings, chat_arguments
-from jaxgen.cli.terminal import Times, checked_text, counted, decode, open_model, say
+from jaxgen.cli.terminal import Times, checked_text, counted, decode, open_assistant, open_model, say
 from jaxgen.generation.call import PreparedCall
 from jaxgen.generation.outputs import GenerateOutput
 
@@ -43,7 +43,8 @@ def run(arguments: argparse.Namespace) -> int:
     messages = [] if arguments.load is None else _loaded(arguments.load)
     model, tokenizer = open_model(arguments)
     settings = Settings(model.generation_config, arguments)
-    conversation = Conversation(model, tokenizer, template=template)
+    assistant = open_assistant(arguments, model)
+    conversation = Conversation(model, tokenizer, template=template, assistant_model=assistant)
     conversation.messages = messages
     if arguments.system is not None:
         conversation.system = arguments.system
@@ -215,6 +216,7 @@ class _Chat:
         notes = [
             f"{turn.read} tokens read, {turn.kept} kept, {len(turn.tokens)} written, {times.rate:,.0f} tokens/s",
             f"{times.shown:,} of {context:,} tokens used" + (", /reset to forget" if times.shown > context else ""),
+            *([times.note] if times.note else []),
             *([f"compiled for {times.compiling:.1f} s"] if times.compiling > 0.1 else []),
             *(["stopped"] if interrupted() else []),
         ]

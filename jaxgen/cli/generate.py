@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ import numpy as np
 from jaxgen.chat import check_template, render
 from jaxgen.cli import compile_cache
 from jaxgen.cli.options import decoding_arguments
-from jaxgen.cli.terminal import Times, checked_text, counted, decode, open_model, say
+from jaxgen.cli.terminal import Times, checked_text, counted, decode, open_assistant, open_model, say
 from jaxgen.decoding.loop import compile_counts
 from jaxgen.generation.api import prepare_call
 from jaxgen.generation.request import Request
@@ -26,7 +27,8 @@ _NEW_TOKENS = 200
 def run(arguments: argparse.Namespace) -> int:
     text = _text(arguments)
     model, tokenizer = open_model(arguments)
-    prepared = prepare_call(model, _request(arguments, tokenizer, text))
+    request = replace(_request(arguments, tokenizer, text), assistant_model=open_assistant(arguments, model))
+    prepared = prepare_call(model, request)
     streams = not arguments.json and prepared.mode.streams and prepared.mode.sequences_per_prompt == 1
     folder = compile_cache.current()
     unless = ", unless they are in the compile cache" if folder and any(folder.glob("*-cache")) else ""
@@ -107,9 +109,10 @@ def _from_file(arguments: argparse.Namespace) -> str:
 
 def _report(new_tokens: int, times: Times) -> None:
     programs, folder = sum(compile_counts().values()), compile_cache.current()
+    drafts = f"{times.note}; " if times.note else ""
     where = f"compiled, kept in {folder}" if folder else "compiled"
     say(
         f"first token {times.first_token:.2f} s after loading; {counted(new_tokens, 'token')}, then {times.rate:,.0f} "
-        f"tokens/s; {counted(programs, 'program')} ready in {times.compiling:.2f} s "
+        f"tokens/s; {drafts}{counted(programs, 'program')} ready in {times.compiling:.2f} s "
         + (f"({times.kept} from the compile cache)" if times.kept else f"({where})")
     )

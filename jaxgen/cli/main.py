@@ -136,6 +136,7 @@ def _add_generate_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="ask TEXT as a question, with the checkpoint's chat template; print only the answer",
     )
+    _add_assistant_option(parser)
     parser.add_argument(
         "--negative-prompt", metavar="TEXT", help="a text to steer away from, together with --guidance-scale"
     )
@@ -149,6 +150,7 @@ def _add_chat_options(parser: argparse.ArgumentParser) -> None:
         "--load", metavar="FILE", help="go on with the messages of a JSON file, as /save and other tools write them"
     )
     parser.add_argument("--chat-template", metavar="FILE", help="a Jinja template; the checkpoint's own by default")
+    _add_assistant_option(parser)
     _add_model_options(parser)
     add_decoding_options(parser)
 
@@ -206,6 +208,15 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quantize", choices=("int8",), help="hold the weights in one byte each")
     _add_source_options(parser)
     _add_cache_option(parser)
+
+
+def _add_assistant_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--assistant",
+        metavar="MODEL",
+        help="a smaller model with the same tokenizer, which drafts tokens for the model to check; or int8, for a copy "
+        "of the model in int8. The text stays the same",
+    )
 
 
 def _add_source_options(parser: argparse.ArgumentParser) -> None:

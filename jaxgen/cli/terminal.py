@@ -13,11 +13,11 @@ import numpy as np
 
 from jaxgen.base import Model
 from jaxgen.checkpoint.hub import local_path
-from jaxgen.checkpoint.load import BUNDLED_MODEL, load
+from jaxgen.checkpoint.load import BUNDLED_MODEL, load, to_int8
 from jaxgen.checkpoint.tokenizer import load_tokenizer
 from jaxgen.cli import compile_cache
 from jaxgen.cli.note import waiting
-from jaxgen.decoding.loop import Progress
+from jaxgen.decoding.loop import Progress, finalize
 from jaxgen.generation.call import PreparedCall
 from jaxgen.generation.running.driver import WATCHED, collect, drive
 from jaxgen.generation.running.streaming import NewTokens
@@ -63,6 +63,17 @@ def open_model(arguments: argparse.Namespace) -> tuple[Model, "PreTrainedTokeniz
         return model, open_tokenizer(folder)
 
 
+def open_assistant(arguments: argparse.Namespace, model: Any) -> Model | None:
+    """The assistant that the arguments ask for: another model, or the model itself in int8."""
+    if arguments.assistant is None:
+        return None
+    with waiting("loading the assistant ..."):
+        if arguments.assistant == "int8":
+            return to_int8(model)
+        folder = local_path(arguments.assistant, None)
+        return load(folder, arguments.dtype, follow_links=arguments.follow_links)
+
+
 def open_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     """The tokenizer of a folder or a GGUF file, without its warning about long texts: `generate` has one."""
     tokenizer = load_tokenizer(folder)
@@ -95,6 +106,7 @@ class Times:
         kept: number of programs that came from the compile cache.
         shown: length of the text that was shown in tokens, prompt included.
         rate: tokens per second after the first ones, without the time for compiling.
+        note: what the decoding mode has to say about the call.
         on_compile: called when a program of the decode is about to be compiled.
     """
 
@@ -104,6 +116,7 @@ class Times:
     kept: int = 0
     shown: int = 0
     rate: float = 0.0
+    note: str = ""
     on_compile: Callable[[], None] = field(default=lambda: None, repr=False)
 
 
@@ -144,6 +157,7 @@ def decode(
     try:
         state = collect(drive(model, prepared, WATCHED), look)
         output = to_output(prepared, state)
+        times.note = prepared.mode.note(finalize(prepared.call.strategy, state))
     finally:
         _running.remove(times)
     times.total = time.perf_counter() - start

@@ -18,6 +18,7 @@ length of the others, since the cache of a call has one column for every token o
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,11 +29,13 @@ from jaxgen.base import (
     LengthCriterion,
     LogitsProcessor,
     Prompt,
+    RaggedCache,
     StoppingCriterion,
     Strategy,
 )
 from jaxgen.decoding.choice import choose, output_buffers, split_warpers
-from jaxgen.decoding.drafters import Drafter
+from jaxgen.decoding.columns import with_tokens
+from jaxgen.decoding.drafters import Chosen, Drafter, Texts
 from jaxgen.decoding.gumbel import row_keys
 from jaxgen.processors.logits_process import by_row, process_columns
 from jaxgen.processors.stopping_criteria import any_of
@@ -56,6 +59,8 @@ class AssistedState:
         num_kept: int32 [N]. How many the last one has kept.
         invalid, keys, recorded: as in `SampleState`.
         processors: the states of the processors, with a leading axis of rows.
+        memory: of the drafter.
+        rounds: int32 [N]. Forward passes that have chosen tokens of the row, that of the prompt included.
         drafted: int32 [N]. Drafted tokens so far.
         accepted: int32 [N]. How many of them stayed.
     """
@@ -71,6 +76,8 @@ class AssistedState:
     keys: jax.Array | None
     processors: tuple[object, ...]
     recorded: dict[str, jax.Array]
+    memory: Any
+    rounds: jax.Array
     drafted: jax.Array
     accepted: jax.Array
 
@@ -102,7 +109,7 @@ class Assisted(Strategy[AssistedState]):
     eos: EosCriterion
     max_length: LengthCriterion
     pad_token_id: Int32 | None
-    drafter: Drafter
+    drafter: Drafter[Any]
     key: jax.Array | None = None
     processors: tuple[LogitsProcessor, ...] = ()
     stopping_criteria: tuple[StoppingCriterion, ...] = ()
@@ -123,6 +130,7 @@ class Assisted(Strategy[AssistedState]):
 
     def init(self, prompt: Prompt, slots: int, vocab_size: int) -> AssistedState:
         """The state before the first token."""
+        memory = self.drafter.init(prompt, self.num_return_sequences)
         prompt = prompt.repeated(self.num_return_sequences)
         rows, columns = prompt.input_ids.shape
         states = [processor.init(prompt, vocab_size) for processor in self.processors]
@@ -141,6 +149,8 @@ class Assisted(Strategy[AssistedState]):
             else row_keys(self.key, rows // self.num_return_sequences, self.num_return_sequences),
             processors=by_row(states, rows),
             recorded=output_buffers(self.outputs, rows, vocab_size, slots - columns),
+            memory=memory,
+            rounds=zeros,
             drafted=zeros,
             accepted=zeros,
         )
@@ -166,7 +176,7 @@ class Assisted(Strategy[AssistedState]):
         on = state.going | (self.pad_token_id is None)  # rows that choose tokens; others go on with padding
         read = on[:, None] & (number < state.num_read[:, None])
 
-        texts = _with_tokens(state.sequences, state.lengths, draft, draft.shape[1])
+        texts = with_tokens(state.sequences, state.lengths, draft, draft.shape[1])
         processors, warpers = split_warpers(self.processors, self.key is not None, self.outputs)
         kept_states, count = state.processors, len(processors)
         scores, states = process_columns(processors, texts, scores, state.lengths, kept_states[:count])
@@ -186,7 +196,7 @@ class Assisted(Strategy[AssistedState]):
         agrees = (tokens[:, :-1] == draft) & read[:, 1:]
         agreed = jnp.cumprod(agrees.astype(jnp.int32), axis=1).sum(axis=1, dtype=jnp.int32)
         new = jnp.minimum(agreed + 1, self.max_length.max_length - state.lengths)
-        ended = self._ended(_with_tokens(state.sequences, state.lengths, tokens, new), scores, state.lengths)
+        ended = self._ended(with_tokens(state.sequences, state.lengths, tokens, new), scores, state.lengths)
         ended &= (number < new[:, None]) & state.going[:, None]
         first = jnp.where(ended.any(axis=1), jnp.argmax(ended, axis=1) + 1, _NOT_YET).astype(jnp.int32)
         ends = jnp.where(first < _NOT_YET, state.lengths + first, state.ends)
@@ -196,7 +206,7 @@ class Assisted(Strategy[AssistedState]):
 
         following = replace(
             state,
-            sequences=_with_tokens(state.sequences, state.lengths, tokens, new),
+            sequences=with_tokens(state.sequences, state.lengths, tokens, new),
             lengths=state.lengths + new,
             ends=ends,
             num_kept=new,
@@ -205,9 +215,10 @@ class Assisted(Strategy[AssistedState]):
             | (invalid & (number < new[:, None]) & (state.lengths[:, None] + number < ends[:, None])).any(axis=1),
             processors=(*_after(states, new), *kept_states[count:]),
             recorded=self._record(logits, scores, tokens, log_p, state, new, ends),
+            rounds=state.rounds + state.going,
             accepted=state.accepted + jnp.where(state.going, jnp.minimum(agreed, new), 0),
         )
-        return self._drafted(following)
+        return self._drafted(following, vocab_size)
 
     def _ended(self, texts: jax.Array, scores: jax.Array, lengths: jax.Array) -> jax.Array:
         """bool [N, T]: whether a row is finished with its token at column `lengths[n] + t`."""
@@ -219,25 +230,49 @@ class Assisted(Strategy[AssistedState]):
         cur_len = lengths[:, None] + 1 + jnp.arange(scores.shape[1], dtype=jnp.int32)[None]
         return jax.vmap(jax.vmap(of_token, (None, 0, 0)))(texts, scores, cur_len)
 
-    def _drafted(self, state: AssistedState) -> AssistedState:
+    def _drafted(self, state: AssistedState, vocab_size: int) -> AssistedState:
         """The state with the tokens of the next forward pass."""
         last = jnp.take_along_axis(state.sequences, jnp.maximum(state.lengths - 1, 0)[:, None], axis=1)
-        draft, num_drafted = self.drafter.draft(state.sequences, state.lengths)
         # A pass yields one token more than are drafted, and no row gets longer than the maximum.
         left = self.max_length.max_length - state.lengths
-        num_drafted = jnp.clip(num_drafted, 0, left - 1)
-        num_read = jnp.where(left > 0, 1 + num_drafted, 0)
+        on = state.going | (self.pad_token_id is None)
+        limits = jnp.where(on, jnp.maximum(left - 1, 0), 0)
+
+        def choose_next(texts: Texts, logits: jax.Array) -> Chosen:
+            # A vocabulary of another size is one that is padded differently.
+            missing = max(vocab_size - logits.shape[1], 0)
+            logits = jnp.pad(logits[:, :vocab_size], ((0, 0), (0, missing)), constant_values=-jnp.inf)
+            return self._chosen(state, texts, logits)
+
+        texts = Texts(state.sequences, state.lengths, state.processors)
+        draft = self.drafter.draft(texts, limits, choose_next, state.memory)
+        count = jnp.clip(draft.num_tokens, 0, limits)
+        num_read = jnp.where(left > 0, 1 + count, 0)
+        tokens = draft.tokens
         if self.pad_token_id is not None:
             longest = jnp.where(state.going.any(), jnp.where(state.going, state.lengths, 0).max(), state.ends.max())
             behind = jnp.clip(longest - state.lengths, 0, self.columns)
-            draft = jnp.where(state.going[:, None], draft, self.pad_token_id)
+            tokens = jnp.where(state.going[:, None], tokens, self.pad_token_id)
             num_read = jnp.where(state.going, num_read, behind)
         return replace(
             state,
-            tokens=jnp.concatenate([last, draft], axis=1).astype(jnp.int32),
+            tokens=jnp.concatenate([last, tokens], axis=1).astype(jnp.int32),
             num_read=num_read.astype(jnp.int32),
-            drafted=state.drafted + jnp.where(state.going, num_drafted, 0),
+            memory=draft.memory,
+            drafted=state.drafted + jnp.where(state.going, count, 0),
         )
+
+    def _chosen(self, state: AssistedState, texts: Texts, logits: jax.Array) -> Chosen:
+        """What the call would choose from float32 [N, V] logits of another model; see `drafters.Choose`."""
+        tokens, lengths, states = texts
+        rows = len(tokens)
+        processors, warpers = split_warpers(self.processors, self.key is not None, ())
+        count = len(processors)
+        scores, after = process_columns(processors, tokens, logits[:, None], lengths, states[:count])
+        step = (lengths - state.prompt_length)[:, None]
+        choice = choose(logits, scores[:, 0], state.keys, step, jnp.zeros(rows, bool), warpers, with_log_p=True)
+        states = (*_after(after, jnp.ones(rows, jnp.int32)), *states[count:])
+        return Chosen(choice.tokens, choice.log_p, jnp.isin(choice.tokens, self.eos.eos_token_id), states)
 
     def _record(
         self,
@@ -269,6 +304,12 @@ class Assisted(Strategy[AssistedState]):
             for name, buffer in state.recorded.items()
         }
 
+    def caches(self, state: AssistedState) -> tuple[RaggedCache, ...]:
+        return self.drafter.caches(state.memory)
+
+    def with_caches(self, state: AssistedState, caches: tuple[RaggedCache, ...]) -> AssistedState:
+        return replace(state, memory=self.drafter.with_caches(state.memory, caches))
+
     def read(self, state: AssistedState) -> jax.Array:
         return jnp.arange(self.columns)[None] < state.num_read[:, None]
 
@@ -287,24 +328,17 @@ class Assisted(Strategy[AssistedState]):
         return jnp.where(columns < state.lengths[:, None], state.sequences, self.pad_token_id)
 
     def finalize(self, state: AssistedState) -> Mapping[str, jax.Array]:
-        """As `Sample.finalize`, with the numbers of drafted and of accepted tokens, int32 [N] each."""
+        """As `Sample.finalize`, with the numbers of rounds, of drafted and of accepted tokens, int32 [N] each."""
         transposed = {name: buffer.T if buffer.ndim == 2 else buffer for name, buffer in state.recorded.items()}
         return {
             "sequences": self.text(state),
             "length": state.cur_len,
             "invalid": state.invalid,
+            "rounds": state.rounds,
             "drafted": state.drafted,
             "accepted": state.accepted,
             **transposed,
         }
-
-
-def _with_tokens(sequences: jax.Array, lengths: jax.Array, tokens: jax.Array, count: jax.Array | int) -> jax.Array:
-    """int32 [N, S] texts, with the first `count` of int32 [N, T] tokens written from column `lengths` on."""
-    number = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-    written = number < (count[:, None] if isinstance(count, jax.Array) else count)
-    columns = jnp.where(written, lengths[:, None] + number, sequences.shape[1])
-    return sequences.at[jnp.arange(len(sequences))[:, None], columns].set(tokens, mode="drop")
 
 
 def _after(states: tuple[object, ...], new: jax.Array) -> tuple[object, ...]:

@@ -12,7 +12,7 @@ reads all slots, so that a cache with room for the longest text would make every
 import functools
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -34,6 +34,7 @@ from jaxgen.base import (
     StrategyState,
     no_mesh,
 )
+from jaxgen.decoding.columns import extend_by_columns
 from jaxgen.pytree import pytree
 
 logger = logging.getLogger(__name__)
@@ -113,7 +114,8 @@ def decode(model: Model, call: Call) -> Mapping[str, jax.Array]:
         if strategy.columns == 1:
             return finalize(strategy, _advance(model, _prefill(model, call), strategy, n_steps))
         # Holes take at most as many slots as the longest text.
-        state = _prefill(model, call, cache_slots=2 * strategy.cache_slots(call.prompt_slots, new_tokens))
+        slots = 2 * strategy.cache_slots(max(call.prompt_slots, columns), new_tokens)
+        state = _prefill(model, call, cache_slots=slots)
         return finalize(strategy, _advance_squeezing(model, state, strategy, n_steps))
 
 
@@ -139,11 +141,13 @@ def _prefill(
     # Copied while it has P slots and not yet S. Branches share the grown cache.
     if strategy.copies > 1:
         cache = cache.take(jnp.repeat(jnp.arange(call.model_rows), strategy.copies))
-    cache = cache.grow(cache_slots or strategy.cache_slots(call.prompt_slots, new_tokens))
+    slots = cache_slots or strategy.cache_slots(call.prompt_slots, new_tokens)
+    cache = cache.grow(slots)
     if strategy.branches > 1:
         cache = cache.branch(strategy.branches)
     elif strategy.columns > 1:
         cache = cache.ragged()
+        inner = strategy.with_caches(inner, tuple(each.grow(slots) for each in strategy.caches(inner)))
     buffers: Intermediates = {}
     if intermediates:
         # The shapes of one step's intermediates depend on the cache as it is now: grown and branched.
@@ -218,18 +222,21 @@ def _advance(
         if strategy.branches > 1:
             cache = _reordered(cache, strategy, inner, scale)
         elif strategy.columns > 1:
-            cache = cache.keep_first(_for_both_halves(strategy.kept(inner), scale), state.cache)
+            dropped = strategy.read(state.inner).sum(axis=1, dtype=jnp.int32) - strategy.kept(inner)
+            cache = cache.drop_last(_for_both_halves(dropped, scale))
         return DecodeState(cache, inner, state.steps + 1, scale, state.prompt_intermediates, buffers)
 
     return lax.while_loop(unfinished, step, state)
 
 
 def _advance_squeezing(model: Model, state: DecodeState, strategy: Strategy, n_steps: jax.Array) -> DecodeState:
-    """As `_advance` to the end of all rows, with the holes squeezed out of the cache whenever it is full."""
+    """As `_advance` to the end of all rows, with the holes squeezed out of the caches whenever one is full."""
 
     def advance(state: DecodeState) -> DecodeState:
         state = _advance(model, state, strategy, n_steps)
-        return replace(state, cache=cast(RaggedCache, state.cache).squeezed())
+        others = tuple(cache.squeezed() for cache in strategy.caches(state.inner))
+        inner = strategy.with_caches(state.inner, others)
+        return replace(state, cache=cast(RaggedCache, state.cache).squeezed(), inner=inner)
 
     return lax.while_loop(lambda state: strategy.unfinished(state.inner), advance, state)
 
@@ -254,38 +261,20 @@ def _extend(
     """
     tokens = _for_both_halves(inner.tokens, guidance_scale)
     if strategy.columns > 1:
-        return _extend_by_columns(model, cache, tokens, _for_both_halves(strategy.read(inner), guidance_scale))
+        mask = _for_both_halves(strategy.read(inner), guidance_scale)
+        return *extend_by_columns(model, cache, tokens, mask), {}
     columns = tokens.reshape(-1, cache.branches)
     return model.extend(cache, columns, jnp.ones_like(columns, bool), None, intermediates)
 
 
-def _extend_by_columns(
-    model: Model, cache: RaggedCache, tokens: jax.Array, mask: jax.Array
-) -> tuple[jax.Array, RaggedCache, Intermediates]:
-    """A forward pass over int32 [N, T] tokens, of which each row reads the first ones, as bool [N, T] says.
-
-    Where no row reads more than its first column, as between two finds of prompt lookup, the pass is that of a plain
-    step. Returns float32 [N * T, V] logits, zeros for columns that were left out.
-    """
-    rows, width = tokens.shape
-
-    def reads(columns: int) -> Callable[[RaggedCache], tuple[jax.Array, RaggedCache]]:
-        def read(cache: RaggedCache) -> tuple[jax.Array, RaggedCache]:
-            logits, cache, _ = model.extend(
-                cache, tokens[:, :columns], mask[:, :columns], None, (), logits_to_keep=columns
-            )
-            logits = logits.reshape(rows, columns, -1)
-            return jnp.pad(logits, ((0, 0), (0, width - columns), (0, 0))).reshape(rows * width, -1), cache
-
-        return read
-
-    logits, cache = lax.cond(mask[:, 1:].any(), reads(width), reads(1), cache)
-    return logits, cache, {}
-
-
 def _full(strategy: Strategy, state: DecodeState) -> jax.Array | None:
     """bool []. Whether a ragged cache has no room for another step; None for other caches, whose slots are counted."""
-    return None if strategy.columns == 1 else ~cast(RaggedCache, state.cache).has_room(strategy.columns)
+    if strategy.columns == 1:
+        return None
+    full = ~cast(RaggedCache, state.cache).has_room(strategy.columns)
+    for cache in strategy.caches(state.inner):
+        full |= ~cache.has_room(strategy.columns + 1)
+    return full
 
 
 def _reordered(

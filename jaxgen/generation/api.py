@@ -66,6 +66,9 @@ def generate(
             transformers, they run after the built-in processors and before those of sampling.
         stopping_criteria: a list of such callables that return a bool per row.
         prefix_allowed_tokens_fn: (row, tokens [L]) -> the token ids that may follow; runs on the host.
+        assistant_model: a smaller model with the same tokenizer, which drafts tokens for this one to check, several in
+            one step; or a `Drafter`. The same tokens come, and where the drafts are right they come sooner, for any
+            batch, greedy or sampled. See `num_assistant_tokens`.
         negative_prompt_ids: integers [B, P'] to guide away from, with `guidance_scale`; the last token of each prompt
             by default.
         negative_prompt_attention_mask: [B, P'].

@@ -41,7 +41,7 @@ def read_request(model: Model, request: Request) -> tuple[Mode, Inputs]:
         ValueError: naming the argument, its value, the range and a way out.
     """
     config, model_inputs = resolve(model.generation_config, request.generation_config, _supported(request))
-    mode = mode_for(config)
+    mode = mode_for(config, request.assistant_model)
     if request.streamer is not None:
         _check_streamer(request.streamer)
         mode.check_streamer()
@@ -82,7 +82,7 @@ def build_call(model: Model, request: Request, mode: Mode, inputs: Inputs) -> Pr
 def _supported(request: Request) -> dict[str, object]:
     """The keywords that are fields of a GenerationConfig or inputs of the model."""
     keywords = _with_one_cache(request.keywords)
-    asked = {**keywords, "synced_gpus": request.synced_gpus, "assistant_model": request.assistant_model}
+    asked = {**keywords, "synced_gpus": request.synced_gpus}
     for name in _REFUSED & asked.keys():
         if asked[name] is not None and asked[name] is not False:
             raise ValueError(f"`{name}` is not supported. Leave it out.")
@@ -229,6 +229,9 @@ def _strategy(
             key=key_data(request.key, mode.config, row_bucket(row_shards(model.mesh), prompts), prompts),
             vocab_size=model.vocab_size,
             recorded=mode.recorded(mode.config.intermediates, request.output_logprobs),
+            model=model,
+            request=request,
+            inputs=inputs,
             has_eos=bool(stop.eos_token_id),
             on_host=bool(host),
         )

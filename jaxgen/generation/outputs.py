@@ -66,6 +66,9 @@ class GenerateDecoderOnlyOutput(_Output):
         cache: the cache of all tokens but the last, which the model has not read; it includes a continued cache.
         logprobs: float32 [N, steps]. The log-probabilities of the chosen tokens under the model, at temperature 1.
         processed_logprobs: float32 [N, steps]. The same under the processed scores, from which the tokens were sampled.
+        rounds: int32 [N], of assisted decoding. The forward passes that have chosen the new tokens of a row.
+        drafted: int32 [N], of assisted decoding. Tokens that the drafter has proposed.
+        accepted: int32 [N], of assisted decoding. How many of these the model has chosen too.
     """
 
     sequences: np.ndarray
@@ -76,6 +79,9 @@ class GenerateDecoderOnlyOutput(_Output):
     cache: PastKeyValues | None = None
     logprobs: np.ndarray | None = None
     processed_logprobs: np.ndarray | None = None
+    rounds: np.ndarray | None = None
+    drafted: np.ndarray | None = None
+    accepted: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

@@ -453,6 +453,18 @@ class Llama(nnx.Module):
             hidden, _, _ = self._hidden_states(cache, input_ids, attention_mask.astype(bool))
             return self._logits(hidden)
 
+    def first_layers(self, count: int) -> Self:
+        """See `base.Model.first_layers`. The weights are shared."""
+        layers = self.config.num_hidden_layers
+        if not 1 <= count < layers:
+            raise ValueError(
+                f"`assistant_early_exit`={count} must be from 1 to {layers - 1}: the model has {layers} layers."
+            )
+        part = nnx.clone(self, variables=False)
+        part.config = replace(self.config, num_hidden_layers=count, layer_types=self.config.layer_types[:count])
+        part.layers = nnx.List([*self.layers][:count])
+        return part
+
     def make_cache(self, rows: int, slots: int) -> KVCache:
         config, windowed = self.config, self.config.sliding_window is not None
         heads = config.num_key_value_heads

@@ -1,18 +1,24 @@
 """Prompt lookup: what it proposes for a text, place by place. `assisted` checks it, whatever it is."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgen.decoding.drafters import PromptLookup
+from jaxgen.decoding.drafters import Chosen, PromptLookup, Texts
 
 #                        0  1  2  3  4  5  6  7  8  9
 TEXT = np.array([[5, 6, 7, 1, 5, 6, 2, 8, 5, 6, 0, 0], [9, 9, 3, 4, 9, 9, 0, 0, 0, 0, 0, 0]], np.int32)
 LENGTHS = np.array([10, 6], np.int32)
 
 
+def no_logits(texts: Texts, logits: jax.Array) -> Chosen:
+    raise AssertionError("lookup has no logits")
+
+
 def drafted(lookup: PromptLookup, text: np.ndarray = TEXT, lengths: np.ndarray = LENGTHS) -> list[list[int]]:
-    tokens, count = lookup.draft(jnp.asarray(text), jnp.asarray(lengths))
+    texts = Texts(jnp.asarray(text), jnp.asarray(lengths), ())
+    tokens, count, _ = lookup.draft(texts, jnp.full(len(text), 9), no_logits, ())
     return [row[:n].tolist() for row, n in zip(np.asarray(tokens), np.asarray(count), strict=True)]
 
 

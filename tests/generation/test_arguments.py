@@ -28,6 +28,13 @@ SHOWN_BY = {
     "bos_token_id": "generation/test_api.py::test_without_a_prompt_each_row_starts_from_bos",
     "prompt_lookup_num_tokens": "decoding/test_assisted.py::test_right_drafts_save_steps_and_wrong_ones_cost_none",
     "max_matching_ngram_size": "decoding/test_drafters.py::test_the_last_place_with_the_longest_match_is_continued",
+    "assistant_model": "decoding/test_assistant.py::"
+    "test_whatever_the_assistant_tokens_and_logprobs_are_those_of_the_plain_call",
+    "num_assistant_tokens": "decoding/test_assistant.py::test_settings_come_from_the_call_and_then_from_the_assistant",
+    "num_assistant_tokens_schedule": "decoding/test_assistant.py::"
+    "test_a_schedule_drafts_more_after_a_draft_that_stayed_and_less_after_another",
+    "assistant_confidence_threshold": "decoding/test_assistant.py::test_an_unsure_token_ends_a_draft",
+    "assistant_early_exit": "decoding/test_assistant.py::test_early_exit_drafts_with_the_first_layers",
     "do_sample": _NOISE,
     "num_return_sequences": _NOISE,
     **dict.fromkeys(

@@ -10,6 +10,7 @@ import numpy as np
 from prepared import prepared
 
 from jaxgen.base import Model
+from jaxgen.decoding.drafters import Choose, Draft, Drafter, Texts
 from jaxgen.generation.api import undisturbed
 from jaxgen.generation.outputs import GenerateDecoderOnlyOutput
 from jaxgen.generation.running.driver import UNWATCHED, ChunkSchedule, collect, drive
@@ -19,16 +20,24 @@ from jaxgen.pytree import Int32, pytree
 
 @pytree
 @dataclass(frozen=True)
-class Told:
+class Told(Drafter[tuple[()]]):
     """Drafts the next tokens of texts that are told in advance, int32 [N, S]."""
 
     texts: Int32
     most_tokens: int = field(metadata={"static": True})
 
-    def draft(self, sequences: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def draft(
+        self,
+        texts: Texts,
+        limits: jax.Array,
+        choose: Choose,
+        memory: tuple[()],
+    ) -> Draft[tuple[()]]:
+        del limits, choose
+        lengths = texts.lengths
         columns = lengths[:, None] + jnp.arange(self.most_tokens)[None]
         tokens = jnp.take_along_axis(self.texts, jnp.minimum(columns, self.texts.shape[1] - 1), axis=1)
-        return tokens, jnp.full(len(lengths), self.most_tokens, jnp.int32)
+        return Draft(tokens, jnp.full(len(lengths), self.most_tokens, jnp.int32), memory)
 
 
 def told(texts: np.ndarray, rows: int, slots: int, wrong: float, rng: np.random.Generator, num_tokens: int) -> Told:

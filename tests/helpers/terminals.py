@@ -35,10 +35,11 @@ class Terminal:
         return before
 
     def wait_until_it_waits(self) -> None:
-        """For a key, which Linux calls sleeping."""
-        state = Path(f"/proc/{self.process.pid}/stat")
-        while state.exists() and state.read_text().rpartition(") ")[2][0] != "S":
-            os.sched_yield()
+        """For a key: Linux calls it sleeping, and not only for a moment, as while it writes its prompt."""
+        state, looks = Path(f"/proc/{self.process.pid}/stat"), 0
+        while state.exists() and looks < 10:
+            looks = looks + 1 if state.read_text().rpartition(") ")[2][0] == "S" else 0
+            time.sleep(0.01)
 
     def type(self, text: str) -> None:
         os.write(self._master, text.encode())

@@ -386,9 +386,7 @@ class GenerationFields(TypedDict, total=False):
         Field(
             "assisted decoding",
             "draft n tokens by looking up the last ones earlier in the text, and check them in one step",
-            note="The same call gives the same tokens without it, for any batch, greedy or sampled. It is faster "
-            "where texts repeat parts of their prompts, as in summaries and edits. Does not go with beams, contrastive "
-            "search, Python functions on the host, attentions or hidden states.",
+            note="From 1 to 64. It is faster where texts repeat parts of their prompts, as in summaries and edits.",
         ),
     ]
     max_matching_ngram_size: Annotated[
@@ -401,6 +399,46 @@ class GenerationFields(TypedDict, total=False):
         ),
     ]
 
+    num_assistant_tokens: Annotated[
+        int | None,
+        Field(
+            "assisted decoding",
+            "draft up to n tokens with the `assistant_model`, and check them in one step",
+            20,
+            "From 1 to 64. If not set in the call, the assistant's generation config counts; transformers reads "
+            "only that.",
+        ),
+    ]
+    num_assistant_tokens_schedule: Annotated[
+        str | None,
+        Field(
+            "assisted decoding",
+            "`constant`, or `heuristic` to draft 2 more after a draft that stayed in full, and 1 less after another",
+            "constant",
+            "`heuristic_transient` is the same, since the assistant's own config is never changed. Each row has a "
+            "number of its own, which doubles at most. If not set in the call, the assistant's generation config "
+            "counts.",
+        ),
+    ]
+    assistant_confidence_threshold: Annotated[
+        float | None,
+        Field(
+            "assisted decoding",
+            "end a draft with a token whose probability is below this",
+            0.4,
+            "0 never ends a draft. If not set in the call, the assistant's generation config counts.",
+        ),
+    ]
+    assistant_early_exit: Annotated[
+        int | None,
+        Field(
+            "assisted decoding",
+            "draft with the first n layers of the model itself",
+            note="From 1 to one less than the model has layers; transformers takes any number. Pays with models that "
+            "were trained for it.",
+        ),
+    ]
+
     use_mtp: Annotated[
         Literal[None, False], Field("refused", "drafts tokens with extra heads of the model (multi-token prediction)")
     ]
@@ -408,10 +446,11 @@ class GenerationFields(TypedDict, total=False):
         Literal[None, "dynamic", "hybrid", "hybrid_chunked", "sliding_window", "static"],
         Field("refused", "names a cache that is offloaded or quantised; jaxgen has one kind, in the device's memory"),
     ]
-    is_assistant: Annotated[Literal[None, False], Field("refused", "marks the draft model of assisted decoding")]
-    assistant_early_exit: Annotated[
-        Literal[None], Field("refused", "drafts tokens with the first layers of the model (assisted decoding)")
+    assistant_ensemble_weight: Annotated[
+        Literal[None], Field("refused", "mixes the assistant's distribution into the model's, which changes the tokens")
     ]
+    speculation_type: Annotated[Literal[None], Field("refused", "names a drafter that was trained for one model")]
+    is_assistant: Annotated[Literal[None, False], Field("refused", "marks the draft model of assisted decoding")]
     dola_layers: Annotated[
         Literal[None], Field("refused", "contrasts the logits of layers (DoLa); transformers 5 moved it to the Hub")
     ]
@@ -436,13 +475,8 @@ class GenerationFields(TypedDict, total=False):
         bool | None,
         Field("no effect", "was about the memory of contrastive search in transformers 4, not about its tokens"),
     ]
-    num_assistant_tokens: Annotated[int | None, Field("no effect", _ASSISTANT)]
-    num_assistant_tokens_schedule: Annotated[str | None, Field("no effect", _ASSISTANT)]
-    assistant_confidence_threshold: Annotated[float | None, Field("no effect", _ASSISTANT)]
     assistant_lookbehind: Annotated[int | None, Field("no effect", _ASSISTANT)]
     target_lookbehind: Annotated[int | None, Field("no effect", _ASSISTANT)]
-    assistant_ensemble_weight: Annotated[float | None, Field("no effect", _ASSISTANT)]
-    speculation_type: Annotated[str | None, Field("no effect", _ASSISTANT)]
     decoder_start_token_id: Annotated[int | Sequence[int] | None, Field("no effect", "is about encoder-decoder models")]
     transformers_version: Annotated[str | None, Field("no effect", "says which transformers wrote the config")]
 
@@ -505,7 +539,6 @@ class GenerateKeywords(GenerationFields, ModelInputs, total=False):
 
 # The arguments of transformers' `generate` that are refused unless they are None or False.
 REFUSED_ARGUMENTS = {
-    "assistant_model": "is the draft model of assisted decoding",
     "assistant_tokenizer": "is the tokenizer of the draft model of assisted decoding",
     "synced_gpus": "keeps the processes of FSDP and DeepSpeed in step; with a mesh, jaxgen runs one program",
 }

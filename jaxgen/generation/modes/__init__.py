@@ -12,12 +12,16 @@ from jaxgen.generation.modes.sampling import SamplingMode
 MODES: tuple[type[Mode], ...] = (GroupBeamSearchMode, BeamSearchMode, ContrastiveSearchMode, AssistedMode, SamplingMode)
 
 
-def mode_for(config: DecodeConfig) -> Mode:
-    """The mode that a configuration asks for.
+def mode_for(config: DecodeConfig, assistant_model: object = None) -> Mode:
+    """The mode that a call asks for.
+
+    Args:
+        config: of the call.
+        assistant_model: the argument of `generate`.
 
     Raises:
         ValueError: naming a field of any mode, its value and the range.
     """
     for mode in MODES:
-        mode.check(config.merged)
-    return next(mode for mode in MODES if mode.applies(config.merged))(config)
+        mode.check(config.merged, assistant_model)
+    return next(mode for mode in MODES if mode.applies(config.merged, assistant_model))(config)

@@ -1,72 +1,78 @@
-"""Assisted decoding, with drafts from prompt lookup."""
+"""Assisted decoding, with drafts from prompt lookup, an assistant model or the first layers of the model itself."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
+import jax
+import numpy as np
+
+from jaxgen.base import Model
+from jaxgen.decoding.assistant import Assistant
 from jaxgen.decoding.assisted import Assisted
-from jaxgen.decoding.drafters import PromptLookup
-from jaxgen.generation.config.validators import integer, positive
+from jaxgen.decoding.drafters import Drafter, PromptLookup
+from jaxgen.generation.config.validators import integer, number
 from jaxgen.generation.modes.base import Parts
 from jaxgen.generation.modes.sampling import SamplingMode
+from jaxgen.generation.user_warnings import warn_once
 
 if TYPE_CHECKING:
     from jaxgen.lazy import GenerationConfig
 
 _MOST_DRAFTED = 64  # a longer draft is hardly ever right to its end, and each of its tokens costs time
 _COMPARED = 4  # sizes of n-grams that share a program
+_SCHEDULES = ("constant", "heuristic", "heuristic_transient")
+# Where neither the call nor the assistant's generation config says otherwise, as in transformers 5.24.
+_DEFAULTS = {
+    "num_assistant_tokens": 20,
+    "num_assistant_tokens_schedule": "constant",
+    "assistant_confidence_threshold": 0.4,
+}
 
 
 class AssistedMode(SamplingMode):
     @classmethod
-    def applies(cls, fields: "GenerationConfig") -> bool:
-        return fields.prompt_lookup_num_tokens is not None
+    def applies(cls, fields: "GenerationConfig", assistant_model: object = None) -> bool:
+        return bool(_asked(fields, assistant_model))
 
     @classmethod
-    def check(cls, fields: "GenerationConfig") -> None:
-        if (drafted := positive("prompt_lookup_num_tokens", fields.prompt_lookup_num_tokens)) is None:
+    def check(cls, fields: "GenerationConfig", assistant_model: object = None) -> None:
+        for name, least in (
+            ("prompt_lookup_num_tokens", 1),
+            ("max_matching_ngram_size", 0),
+            ("assistant_early_exit", 1),
+        ):
+            _in_range(name, getattr(fields, name), least)
+        if not (drafters := _asked(fields, assistant_model)):
             return
-        if drafted > _MOST_DRAFTED:
-            raise ValueError(f"`prompt_lookup_num_tokens`={drafted} must be from 1 to {_MOST_DRAFTED}.")
-        compared = integer("max_matching_ngram_size", fields.max_matching_ngram_size)
-        if compared is not None and not 0 <= compared <= _MOST_DRAFTED:
-            raise ValueError(f"`max_matching_ngram_size`={compared} must be from 0 to {_MOST_DRAFTED}.")
+        asked = drafters[0]
         for name, off in (("num_beams", 1), ("penalty_alpha", 0)):
             if (value := getattr(fields, name, None)) not in (None, off):
                 raise ValueError(
-                    f"`prompt_lookup_num_tokens`={drafted} is for greedy decoding and sampling, and does not go with "
-                    f"`{name}`={value}. Leave out one of them."
+                    f"`{asked}` is for greedy decoding and sampling, and does not go with `{name}`={value}. Leave out "
+                    "one of them."
                 )
         if fields.use_cache is False:
-            raise ValueError(
-                f"`prompt_lookup_num_tokens`={drafted} needs a cache. Leave out `use_cache`=False, as in transformers."
-            )
-
-    @property
-    def _drafter(self) -> PromptLookup:
-        fields = self.config.merged
-        drafted, compared = int(fields.prompt_lookup_num_tokens), int(fields.max_matching_ngram_size or 2)
-        # A pass reads one token more than the draft: widths of 2, 4, 8, 12, 16, ... share a program.
-        width = drafted + 1 if drafted < 4 else -(-(drafted + 1) // 4) * 4
-        return PromptLookup(drafted, compared, width - 1, -(-compared // _COMPARED) * _COMPARED)
+            raise ValueError(f"`{asked}` needs a cache. Leave out `use_cache`=False, as in transformers.")
 
     def recorded(self, intermediates: tuple[str, ...], logprobs: bool) -> tuple[str, ...]:
         if intermediates:
             raise ValueError(
-                f"`output_{intermediates[0]}`=True does not go with `prompt_lookup_num_tokens`, which reads several "
-                "tokens per step. Leave out one of them."
+                f"`output_{intermediates[0]}`=True does not go with assisted decoding, which reads several tokens per "
+                "step. Leave out one of them."
             )
         return super().recorded(intermediates, logprobs)
 
     def build(self, parts: Parts) -> Assisted:
         if parts.on_host:
             raise ValueError(
-                "`prompt_lookup_num_tokens` does not go with a processor or criterion that runs on the host. Write it "
-                "as a JAX function of (input_ids, scores, cur_len), or leave out one of them."
+                "assisted decoding does not go with a processor or criterion that runs on the host. Write it as a JAX "
+                "function of (input_ids, scores, cur_len), or leave out one of them."
             )
         return Assisted(
             eos=parts.eos,
             max_length=parts.max_length,
             pad_token_id=self.pad_token_id(parts),
-            drafter=self._drafter,
+            drafter=self._drafter(parts),
             key=parts.key,
             processors=parts.processors,
             stopping_criteria=parts.stopping_criteria,
@@ -74,3 +80,98 @@ class AssistedMode(SamplingMode):
             outputs=parts.recorded,
             whole_cache=self.config.return_dict_in_generate and self.config.use_cache,
         )
+
+    def _drafter(self, parts: Parts) -> Drafter[Any]:
+        """The drafter of the call. If several are asked for, the first one drafts, as in transformers 5.24."""
+        fields, assistant = self.config.merged, parts.request.assistant_model
+        asked, *others = _asked(fields, assistant)
+        for name in others:
+            warn_once(f"`{asked}` drafts the tokens of this call, and `{name}` has no effect, as in transformers.")
+        if asked == "prompt_lookup_num_tokens":
+            drafted, compared = int(fields.prompt_lookup_num_tokens), int(fields.max_matching_ngram_size or 2)
+            return PromptLookup(drafted, compared, _most_tokens(drafted), -(-compared // _COMPARED) * _COMPARED)
+        if asked == "assistant_model" and isinstance(assistant, Drafter):
+            return assistant
+        if not parts.inputs.input_ids.size:
+            raise ValueError(
+                f"`{asked}` reads the tokens of the prompt, but `inputs_embeds` has none. Pass `input_ids` too, or use "
+                "`prompt_lookup_num_tokens`."
+            )
+        if asked == "assistant_early_exit":
+            return _assistant(parts.model.first_layers(int(fields.assistant_early_exit)), parts)
+        return _assistant(_checked(assistant, parts.model), parts)
+
+    def note(self, outputs: Mapping[str, jax.Array]) -> str:
+        rounds, drafted, accepted = (int(outputs[name][0]) for name in ("rounds", "drafted", "accepted"))
+        return f"{accepted:,} of {drafted:,} drafted tokens stayed, in {rounds:,} passes"
+
+    def texts(self, fetched: Mapping[str, np.ndarray], rows: int, prompt_length: int) -> dict[str, np.ndarray]:
+        texts = super().texts(fetched, rows, prompt_length)
+        count = rows * self.sequences_per_prompt
+        return texts | {name: fetched[name][:count].copy() for name in ("rounds", "drafted", "accepted")}
+
+
+def _asked(fields: "GenerationConfig", assistant_model: object) -> list[str]:
+    """The arguments that ask for drafts. The first one counts."""
+    given = {
+        "assistant_early_exit": fields.assistant_early_exit,
+        "prompt_lookup_num_tokens": fields.prompt_lookup_num_tokens,
+        "assistant_model": assistant_model,
+    }
+    return [name for name, value in given.items() if value is not None]
+
+
+def _in_range(name: str, value: Any, least: int, most: int = _MOST_DRAFTED) -> int | None:
+    count = integer(name, value)
+    if count is not None and not least <= count <= most:
+        raise ValueError(f"`{name}`={count} must be from {least} to {most}.")
+    return count
+
+
+def _most_tokens(drafted: int) -> int:
+    """The tokens that a program drafts for so many: a pass over 2, 4, 8, 12, 16, ... columns reads one more."""
+    return drafted if drafted < 4 else -(-(drafted + 1) // 4) * 4 - 1
+
+
+def _checked(assistant: Any, model: Model[Any]) -> Model[Any]:
+    """The assistant, if it can draft for the model."""
+    if not callable(getattr(assistant, "extend", None)):
+        raise ValueError(
+            f"`assistant_model`={assistant!r:.100} must be a model of jaxgen, as from `jaxgen.load`, or a "
+            "`jaxgen.Drafter`. Load it first."
+        )
+    # Vocabularies of one tokenizer are often padded to different sizes; others differ by more.
+    sizes = sorted((assistant.vocab_size, model.vocab_size))
+    if sizes[1] - sizes[0] > max(sizes[1] // 100, 16):
+        raise ValueError(
+            f"`assistant_model` has a vocabulary of {assistant.vocab_size} tokens, but the model has "
+            f"{model.vocab_size}: they have different tokenizers. Pass an assistant with the model's tokenizer."
+        )
+    if assistant.mesh != model.mesh:
+        raise ValueError(
+            f"`assistant_model` is on {assistant.mesh or 'one device'}, but the model is on "
+            f"{model.mesh or 'one device'}. Load both with the same `mesh`."
+        )
+    return assistant
+
+
+def _assistant(model: Model[Any], parts: Parts) -> Assistant:
+    """The drafter with this model; its settings come from the call, else from the model's generation config."""
+    request = parts.request
+
+    def setting(name: str) -> Any:
+        given = (
+            request.keywords.get(name),
+            *(getattr(config, name, None) for config in (request.generation_config, model.generation_config)),
+        )
+        return next((value for value in given if value is not None), _DEFAULTS[name])
+
+    num_tokens = _in_range("num_assistant_tokens", setting("num_assistant_tokens"), 1) or 1
+    threshold = number("assistant_confidence_threshold", setting("assistant_confidence_threshold"), 0.0)
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"`assistant_confidence_threshold`={threshold} must be from 0 to 1.")
+    if (schedule := setting("num_assistant_tokens_schedule")) not in _SCHEDULES:
+        raise ValueError(f"`num_assistant_tokens_schedule`={schedule!r} must be one of {[*_SCHEDULES]}.")
+    adapts = schedule != "constant"
+    most = _most_tokens(min(2 * num_tokens, _MOST_DRAFTED) if adapts else num_tokens)
+    return Assistant(model, num_tokens, threshold, adapts, most)

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import jax
 import numpy as np
 
-from jaxgen.base import Cache, LogitsProcessor, Strategy
+from jaxgen.base import Cache, LogitsProcessor, Model, Strategy
 from jaxgen.buckets import bucket
 from jaxgen.generation.config.decode_config import DecodeConfig
 from jaxgen.generation.outputs import GenerateDecoderOnlyOutput, GenerateOutput
 from jaxgen.generation.prompt.inputs import Inputs
+from jaxgen.generation.request import Request
 from jaxgen.processors.stopping_criteria import EosToken, MaxLength
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ class Parts:
         key: see `Sample.key`; None unless `do_sample`.
         vocab_size: V.
         recorded: names of the arrays to record at every step, see `Mode.recorded`.
+        model, request, inputs: of the call, for modes that read more than the prompt's tokens.
         has_eos: whether any token id ends a text, by the configuration or by a criterion of the caller.
         on_host: whether a processor or criterion runs on the host.
     """
@@ -40,6 +42,9 @@ class Parts:
     key: Any
     vocab_size: int
     recorded: tuple[str, ...]
+    model: Model
+    request: Request
+    inputs: Inputs
     has_eos: bool
     on_host: bool
 
@@ -63,12 +68,12 @@ class Mode:
     # `diversity_penalty` and `penalty_alpha` there, though only its code on the Hub reads them.
 
     @classmethod
-    def applies(cls, fields: "GenerationConfig") -> bool:
-        """Whether a GenerationConfig asks for this mode; the first of `MODES` that applies is chosen."""
+    def applies(cls, fields: "GenerationConfig", assistant_model: object = None) -> bool:
+        """Whether a call asks for this mode; the first of `MODES` that applies is chosen."""
         raise NotImplementedError
 
     @classmethod
-    def check(cls, fields: "GenerationConfig") -> None:
+    def check(cls, fields: "GenerationConfig", assistant_model: object = None) -> None:
         """Raises a ValueError if the mode's own fields are out of range or conflict. Called for every mode."""
 
     @classmethod
@@ -161,6 +166,11 @@ class Mode:
         """
         del prompt_length
         return {"sequences": fetched["sequences"][: rows * self.sequences_per_prompt, : fetched["length"]].copy()}
+
+    def note(self, outputs: Mapping[str, jax.Array]) -> str:
+        """What to tell a person about the first text of a call besides its speed, from the strategy's outputs."""
+        del outputs
+        return ""
 
     def cached_steps(self, cache: Cache, first: int, rows: int, steps: int) -> np.ndarray:
         """int [rows, C, steps]: the slots of the new tokens of each text, counted from `first`.

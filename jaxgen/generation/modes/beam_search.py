@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 class BeamSearchMode(BeamsMode):
     @classmethod
-    def applies(cls, fields: "GenerationConfig") -> bool:
+    def applies(cls, fields: "GenerationConfig", assistant_model: object = None) -> bool:
+        del assistant_model
         return (positive("num_beams", fields.num_beams) or 1) > 1
 
     @property

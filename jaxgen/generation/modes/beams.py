@@ -22,7 +22,8 @@ class BeamsMode(Mode):
     streams = False  # beams may change their tokens until the end
 
     @classmethod
-    def check(cls, fields: "GenerationConfig") -> None:
+    def check(cls, fields: "GenerationConfig", assistant_model: object = None) -> None:
+        del assistant_model
         positive("num_beams", fields.num_beams)
         number("length_penalty", fields.length_penalty, 1.0)
         if type(early := fields.early_stopping) is int and not early:  # 0, as in some files

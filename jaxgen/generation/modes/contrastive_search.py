@@ -26,11 +26,13 @@ class ContrastiveSearchMode(Mode):
     """
 
     @classmethod
-    def applies(cls, fields: "GenerationConfig") -> bool:
+    def applies(cls, fields: "GenerationConfig", assistant_model: object = None) -> bool:
+        del assistant_model
         return bool(fields.penalty_alpha)
 
     @classmethod
-    def check(cls, fields: "GenerationConfig") -> None:
+    def check(cls, fields: "GenerationConfig", assistant_model: object = None) -> None:
+        del assistant_model
         alpha = number("penalty_alpha", fields.penalty_alpha, 0.0)
         if not 0 <= alpha <= 1:
             raise ValueError(f"`penalty_alpha`={alpha} must be from 0 to 1.")

@@ -13,11 +13,13 @@ if TYPE_CHECKING:
 
 class GroupBeamSearchMode(BeamsMode):
     @classmethod
-    def applies(cls, fields: "GenerationConfig") -> bool:
+    def applies(cls, fields: "GenerationConfig", assistant_model: object = None) -> bool:
+        del assistant_model
         return (positive("num_beam_groups", fields.num_beam_groups) or 1) > 1
 
     @classmethod
-    def check(cls, fields: "GenerationConfig") -> None:
+    def check(cls, fields: "GenerationConfig", assistant_model: object = None) -> None:
+        del assistant_model
         super().check(fields)
         groups, beams = positive("num_beam_groups", fields.num_beam_groups) or 1, fields.num_beams or 1
         penalty = number("diversity_penalty", fields.diversity_penalty, 0.0)

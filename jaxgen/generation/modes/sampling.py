@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 class SamplingMode(Mode):
     @classmethod
-    def applies(cls, fields: "GenerationConfig") -> bool:
-        del fields
+    def applies(cls, fields: "GenerationConfig", assistant_model: object = None) -> bool:
+        del fields, assistant_model
         return True
 
     def recorded(self, intermediates: tuple[str, ...], logprobs: bool) -> tuple[str, ...]:

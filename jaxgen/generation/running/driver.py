@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxgen.base import Model
+from jaxgen.base import Model, Strategy
 from jaxgen.buckets import bucket
 from jaxgen.decoding.loop import DecodeState, Progress, advance, drop_programs_if_many, grow, prefill, squeeze
 from jaxgen.generation.call import PreparedCall
@@ -92,7 +92,8 @@ def cache_sizes(model: Model, prepared: PreparedCall, weights: int) -> Generator
     strategy, prompt_slots, max_size = prepared.call.strategy, prepared.call.prompt_slots, prepared.cache_slots
     max_passes = prepared.forward_passes
     if strategy.columns > 1:  # a ragged cache says itself when it is full
-        size = max(prepared.reserved, strategy.cache_slots(prompt_slots, 2), _FEWEST_SLOTS)
+        columns = max(prompt_slots, prepared.call.prompt.input_ids.shape[1])  # a drafter may read the whole prompt
+        size = max(prepared.reserved, strategy.cache_slots(columns, 2), _FEWEST_SLOTS)
         while True:
             size = bucket(size) if size > _LONG else 1 << (size - 1).bit_length()
             yield CacheSize(size, max_passes)
@@ -168,7 +169,7 @@ def drive(model: Model, prepared: PreparedCall, schedule: ChunkSchedule) -> Chun
                 return state
             if read.full:  # the chunks that are queued did nothing
                 compiled = compile_seconds()
-                state = replace(state, cache=_with_room(state.cache, prepared.call.strategy.columns, sizes))
+                state = _with_room(state, prepared.call.strategy, sizes)
                 compiling += compile_seconds() - compiled
             if now > max_time and read.length > prepared.prompt_length:  # at least one token, however short the limit
                 return _stopped(model, prepared, state, read)
@@ -183,13 +184,19 @@ def drive(model: Model, prepared: PreparedCall, schedule: ChunkSchedule) -> Chun
         raise
 
 
-def _with_room(cache: Any, columns: int, sizes: Generator[CacheSize]) -> Any:
-    """A full ragged cache with room: without its holes, and larger if less than an eighth of it is free then."""
-    if len(cache.valid) > 1:  # a single row has no holes
-        cache = squeeze(cache)
-    if int(cache.length) + columns > cache.slots * 7 // 8:
-        cache = grow(cache, next(sizes).slots)
-    return cache
+def _with_room(state: DecodeState, strategy: Strategy, sizes: Generator[CacheSize]) -> DecodeState:
+    """The state with room in its ragged caches: without holes, and larger if less than an eighth of one is free then.
+
+    All caches have the same number of slots.
+    """
+    caches: list[Any] = [state.cache, *strategy.caches(state.inner)]
+    if len(state.cache.valid) > 1:  # a single row has no holes
+        caches = [squeeze(cache) for cache in caches]
+    if any(int(cache.length) + strategy.columns > cache.slots * 7 // 8 for cache in caches):
+        slots = next(sizes).slots
+        caches = [grow(cache, slots) for cache in caches]
+    cache, *others = caches
+    return replace(state, cache=cache, inner=strategy.with_caches(state.inner, tuple(others)))
 
 
 def _stopped(model: Model, prepared: PreparedCall, state: DecodeState, read: Progress) -> DecodeState:

@@ -21,7 +21,6 @@ PROMPT = np.array([[5, 9, 17]])
         ({"use_cache": False}, "needs a cache"),
         ({"output_attentions": True, "return_dict_in_generate": True}, "`output_attentions`=True does not go with"),
         ({"prefix_allowed_tokens_fn": lambda batch, ids: [3, 4]}, "runs on the host"),
-        ({"assistant_model": object()}, "`assistant_model` is not supported"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

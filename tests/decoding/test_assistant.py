@@ -1,0 +1,248 @@
+"""An assistant model drafts: the tokens are those of the call without it, and a good assistant saves passes."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from architectures import architecture, family_member
+from random_calls import PROCESSORS, WARPERS, call, some
+
+import jaxgen
+from jaxgen.generation.running import driver
+
+COMBINATIONS, CALLS_EACH = 24, 4
+USUAL = 4  # the others are for sweeps
+OUTPUTS = {"return_dict_in_generate": True, "output_scores": True, "output_logprobs": True}
+PROMPTS = np.array([[5, 9, 17, 4, 8, 11], [0, 0, 7, 12, 3, 19], [0, 6, 13, 5, 9, 14]])
+MASK = (PROMPTS != 0).astype(int)
+CALL: dict[str, Any] = {"attention_mask": MASK, "eos_token_id": None, "max_new_tokens": 25}
+SURE = {"assistant_confidence_threshold": 0.0}
+
+
+def perturbed(model: Any, share: float) -> Any:
+    """A copy of the model with noise in its weights."""
+    leaves, treedef = jax.tree.flatten(model)
+    rng = np.random.default_rng(0)
+    noisy = [leaf + share * np.std(leaf) * rng.standard_normal(leaf.shape).astype(leaf.dtype) for leaf in leaves]
+    return jax.tree.unflatten(treedef, noisy)
+
+
+@pytest.fixture(scope="module")
+def garbage(tmp_path_factory: pytest.TempPathFactory, model: Any) -> Any:
+    """A model of the same shape with other weights."""
+    return jaxgen.from_config(model.config.to_json(), key=99)
+
+
+@pytest.fixture
+def tiny_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Caches that are full after a few steps, so that holes are squeezed out and slots added all the time."""
+    monkeypatch.setattr(driver, "_FEWEST_SLOTS", 1)
+
+
+@pytest.mark.filterwarnings("ignore:Unfeasible length")
+@pytest.mark.parametrize(
+    "seed", [pytest.param(seed, marks=[pytest.mark.sweep] if seed >= USUAL else []) for seed in range(COMBINATIONS)]
+)
+def test_whatever_the_assistant_tokens_and_logprobs_are_those_of_the_plain_call(
+    seed: int, model: Any, garbage: Any, tiny_caches: None
+) -> None:
+    rng = np.random.default_rng(seed)
+    names = some(rng, PROCESSORS, 0, 3)
+    samples = bool(seed % 2)
+    names += some(rng, WARPERS, 0, 3) if samples else []
+    copies = int(rng.choice([1, 3])) if samples else 1
+    for number in range(CALLS_EACH):
+        ids, keywords = call(rng, names)
+        keywords |= {**OUTPUTS, "do_sample": samples, "num_return_sequences": copies, "key": seed + number}
+        plain = jaxgen.generate(model, ids, **keywords)
+        assistant = [model, perturbed(model, 0.3), garbage][number % 3]
+        ours = jaxgen.generate(
+            model,
+            ids,
+            assistant_model=assistant,
+            num_assistant_tokens=[3, 2, 3, 1][number],
+            assistant_confidence_threshold=[0.0, 0.0, 0.4, 0.3][number],
+            num_assistant_tokens_schedule="constant",
+            **keywords,
+        )
+        message = str((names, number, keywords))
+        np.testing.assert_array_equal(ours.sequences, plain.sequences, err_msg=message)
+        np.testing.assert_allclose(ours.logprobs, plain.logprobs, atol=2e-4, err_msg=message)
+
+
+# ---- How many passes ----
+
+
+@pytest.mark.parametrize("samples", [False, True])
+def test_the_model_as_its_own_assistant_is_always_right(samples: bool, model: Any, tiny_caches: None) -> None:
+    keywords = {**CALL, "do_sample": samples, "key": 5, "return_dict_in_generate": True}
+    plain = jaxgen.generate(model, PROMPTS, **keywords)
+    ours = jaxgen.generate(model, PROMPTS, assistant_model=model, num_assistant_tokens=3, **SURE, **keywords)
+    np.testing.assert_array_equal(ours.sequences, plain.sequences)
+    # The pass over the prompt chooses one token, and each later one a draft of 3 and one more.
+    np.testing.assert_array_equal(ours.rounds, 1 + 24 // 4)
+    np.testing.assert_array_equal(ours.accepted, ours.drafted)
+    np.testing.assert_array_equal(ours.drafted, 18)
+
+
+def test_a_wrong_assistant_costs_no_passes(model: Any, garbage: Any) -> None:
+    keywords = {**CALL, "return_dict_in_generate": True}
+    plain = jaxgen.generate(model, PROMPTS, **keywords)
+    ours = jaxgen.generate(model, PROMPTS, assistant_model=garbage, num_assistant_tokens=3, **SURE, **keywords)
+    np.testing.assert_array_equal(ours.sequences, plain.sequences)
+    np.testing.assert_array_equal(ours.rounds + ours.accepted, 25)
+    assert ours.accepted.max() < 4
+
+
+def test_a_batch_takes_as_many_passes_as_its_slowest_row_alone(model: Any, tiny_caches: None) -> None:
+    assistant = perturbed(model, 0.2)
+    options = {"assistant_model": assistant, "num_assistant_tokens": 3, **SURE, "return_dict_in_generate": True}
+    together = jaxgen.generate(model, PROMPTS, **CALL, **options)
+    alone = [
+        jaxgen.generate(model, PROMPTS[row : row + 1], **{**CALL, "attention_mask": MASK[row : row + 1]}, **options)
+        for row in range(3)
+    ]
+    np.testing.assert_array_equal(together.rounds, [each.rounds[0] for each in alone])
+    assert len({*together.rounds.tolist()}) > 1
+    assert 7 < together.rounds.max() < 25
+
+
+def test_an_unsure_token_ends_a_draft(model: Any) -> None:
+    """With a threshold of 1 no token is sure, and a draft has one token."""
+    ours = jaxgen.generate(
+        model,
+        PROMPTS,
+        assistant_model=model,
+        num_assistant_tokens=3,
+        assistant_confidence_threshold=1.0,
+        return_dict_in_generate=True,
+        **CALL,
+    )
+    np.testing.assert_array_equal(ours.rounds, 1 + 24 // 2)
+    np.testing.assert_array_equal(ours.drafted, ours.rounds - 1)
+
+
+def test_a_schedule_drafts_more_after_a_draft_that_stayed_and_less_after_another(model: Any, garbage: Any) -> None:
+    def drafted(assistant: Any, num_tokens: int) -> list[int]:
+        ours = jaxgen.generate(
+            model,
+            PROMPTS[:1],
+            max_new_tokens=25,
+            eos_token_id=None,
+            assistant_model=assistant,
+            num_assistant_tokens=num_tokens,
+            num_assistant_tokens_schedule="heuristic",
+            return_dict_in_generate=True,
+            **SURE,
+        )
+        return [int(ours.rounds[0]), int(ours.drafted[0])]
+
+    # 2, 4, 6, and then 7, which is twice the first rounded up; 1 + 3 + 5 + 7 + 8 tokens, and then the one that is left.
+    assert drafted(model, 2) == [6, 2 + 4 + 6 + 7]
+    # 3, 2, 1, 1, ... of which none is right.
+    plain = jaxgen.generate(model, PROMPTS[:1], max_new_tokens=25, eos_token_id=None, return_dict_in_generate=True)
+    assert plain.sequences.shape[1] == 31
+    rounds, count = drafted(garbage, 3)
+    assert rounds > 20
+    assert count < 24 + 3 + 10
+
+
+def test_a_draft_ends_with_its_eos(model: Any) -> None:
+    free = jaxgen.generate(model, PROMPTS[:1], max_new_tokens=25, eos_token_id=None)
+    eos = int(free[0, PROMPTS.shape[1] + 2])
+    first = [*free[0, PROMPTS.shape[1] :]].index(eos)
+    ours = jaxgen.generate(
+        model,
+        PROMPTS[:1],
+        max_new_tokens=25,
+        eos_token_id=eos,
+        assistant_model=model,
+        num_assistant_tokens=7,
+        return_dict_in_generate=True,
+        **SURE,
+    )
+    assert ours.drafted.tolist() == [first]
+    assert ours.sequences.shape[1] == PROMPTS.shape[1] + first + 1
+
+
+# ---- With everything else ----
+
+
+def test_its_cache_continues_as_that_of_the_plain_call_does(model: Any, tiny_caches: None) -> None:
+    keywords = {**CALL, "return_dict_in_generate": True}
+    assisted = {"assistant_model": perturbed(model, 0.2), "num_assistant_tokens": 3, **SURE}
+    plain = jaxgen.generate(model, PROMPTS, **keywords)
+    ours = jaxgen.generate(model, PROMPTS, **assisted, **keywords)
+    assert ours.cache.get_seq_length() == plain.cache.get_seq_length()
+    more = np.concatenate([plain.sequences, [[7], [8], [9]]], axis=1)
+    mask = np.pad(MASK, ((0, 0), (0, more.shape[1] - MASK.shape[1])), constant_values=1)
+    call = {"attention_mask": mask, "max_new_tokens": 12, "eos_token_id": None}
+    expected = jaxgen.generate(model, more, cache=plain.cache, **call)
+    for cache in (ours.cache, plain.cache):
+        np.testing.assert_array_equal(jaxgen.generate(model, more, cache=cache, **call, **assisted), expected)
+
+
+@pytest.mark.parametrize(("model_type", "seed", "chunk"), [("mistral", 2, 4), ("qwen2", 4, None)])
+def test_an_assistant_with_windows(
+    model_type: str, seed: int, chunk: int | None, tmp_path: Path, tiny_caches: None
+) -> None:
+    windows = jaxgen.load(family_member(model_type, seed).write(tmp_path))
+    keywords = {**CALL, "prefill_chunk_size": chunk, "return_dict_in_generate": True}
+    plain = jaxgen.generate(windows, PROMPTS, **keywords)
+    assisted = {"num_assistant_tokens": 3, **SURE}
+    ours = jaxgen.generate(windows, PROMPTS, assistant_model=windows, **assisted, **keywords)
+    np.testing.assert_array_equal(ours.sequences, plain.sequences)
+    np.testing.assert_array_equal(ours.rounds, 7)
+    ours = jaxgen.generate(windows, PROMPTS, assistant_model=perturbed(windows, 0.2), **assisted, **keywords)
+    np.testing.assert_array_equal(ours.sequences, plain.sequences)
+
+
+def test_it_streams_and_decodes_inside_jit(model: Any, tiny_caches: None) -> None:
+    keywords = {**CALL, "do_sample": True, "key": 3, "num_return_sequences": 2}
+    expected = jaxgen.generate(model, PROMPTS, **keywords)
+    keywords |= {"assistant_model": perturbed(model, 0.2), "num_assistant_tokens": 3, **SURE}
+    chunks = [*jaxgen.stream(model, PROMPTS, **keywords)]
+    np.testing.assert_array_equal(np.concatenate([np.repeat(PROMPTS, 2, axis=0), *chunks], axis=1), expected)
+    call = jaxgen.prepare(model, PROMPTS, **keywords)
+    outputs = jax.jit(jaxgen.decode)(model, call)
+    np.testing.assert_array_equal(outputs["sequences"][:6, : outputs["length"]], expected)
+
+
+def test_other_numbers_compile_nothing(model: Any, garbage: Any) -> None:
+    def run(assistant: Any, num_tokens: int, threshold: float, schedule: str = "constant", **keywords: Any) -> None:
+        options = {"num_assistant_tokens_schedule": schedule, "assistant_confidence_threshold": threshold}
+        options |= {"num_assistant_tokens": num_tokens, "assistant_model": assistant}
+        jaxgen.generate(model, PROMPTS, **{**CALL, **options, **keywords})
+
+    run(garbage, 7, 0.4)
+    before = jaxgen.compile_counts()
+    run(perturbed(garbage, 0.1), 4, 0.0, max_new_tokens=24)
+    run(garbage, 5, 0.9, max_new_tokens=23, eos_token_id=9)
+    assert jaxgen.compile_counts() == before
+
+
+def test_early_exit_drafts_with_the_first_layers(tmp_path: Path) -> None:
+    two_layers = jaxgen.load(architecture(1).write(tmp_path))
+    first = two_layers.first_layers(1)
+    assert first.config.num_hidden_layers == 1
+    keywords = {**CALL, "return_dict_in_generate": True, "num_assistant_tokens": 3, **SURE}
+    plain = jaxgen.generate(two_layers, PROMPTS, **CALL)
+    ours = jaxgen.generate(two_layers, PROMPTS, assistant_early_exit=1, **keywords)
+    as_assistant = jaxgen.generate(two_layers, PROMPTS, assistant_model=first, **keywords)
+    np.testing.assert_array_equal(ours.sequences, plain)
+    np.testing.assert_array_equal(ours.accepted, as_assistant.accepted)
+    assert two_layers.config.num_hidden_layers == 2
+
+
+def test_settings_come_from_the_call_and_then_from_the_assistant(model: Any) -> None:
+    assistant = perturbed(model, 0.0)
+    assistant.generation_config = type(model.generation_config)(num_assistant_tokens=2, **SURE)
+
+    def drafted(**keywords: Any) -> int:
+        call = {**CALL, "return_dict_in_generate": True, "assistant_model": assistant, **keywords}
+        return int(jaxgen.generate(model, PROMPTS, **call).drafted[0])
+
+    assert drafted() == 16
+    assert drafted(num_assistant_tokens=3) == 18
