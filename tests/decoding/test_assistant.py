@@ -246,3 +246,43 @@ def test_settings_come_from_the_call_and_then_from_the_assistant(model: Any) -> 
 
     assert drafted() == 16
     assert drafted(num_assistant_tokens=3) == 18
+
+
+@pytest.mark.oracle
+def test_greedy_tokens_equal_the_assisted_calls_of_transformers(
+    model: Any, twin: Any, garbage: Any, tmp_path: Path
+) -> None:
+    """Of one row, as transformers decodes it, on 60 calls."""
+    import torch
+    from oracle import torch_model
+
+    jaxgen.save(garbage, tmp_path / "garbage")
+    noisy = perturbed(model, 0.3)
+    jaxgen.save(noisy, tmp_path / "noisy")
+    pairs = [(each, torch_model(tmp_path / name)) for each, name in ((garbage, "garbage"), (noisy, "noisy"))]
+    rules = [
+        {},
+        {"repetition_penalty": 1.4},
+        {"no_repeat_ngram_size": 2},
+        {"min_new_tokens": 8},
+        {"suppress_tokens": [5]},
+    ]
+    for number in range(60):
+        rng = np.random.default_rng(number)
+        ours, theirs = pairs[number % 2]
+        ids = rng.integers(3, 97, (1, 1 + number % 7))
+        keywords = {"max_new_tokens": 14, "eos_token_id": [9, 40] if number % 3 else None, **rules[number % 5]}
+        keywords |= {"pad_token_id": 0, "do_sample": False}
+        theirs.generation_config.num_assistant_tokens = 1 + number % 4
+        expected = twin.generate(
+            torch.tensor(ids), attention_mask=torch.ones(ids.shape, dtype=int), assistant_model=theirs, **keywords
+        )
+        found = jaxgen.generate(
+            model,
+            ids,
+            assistant_model=ours,
+            num_assistant_tokens=1 + number % 4,
+            attention_mask=np.ones_like(ids),
+            **keywords,
+        )
+        np.testing.assert_array_equal(found, expected.numpy(), err_msg=str((number, keywords)))

@@ -1,11 +1,17 @@
-"""What does not go with prompt lookup is refused by name; its settings have the ranges of transformers."""
+"""What does not go with drafts is refused by name, and any model or class may draft."""
 
+from dataclasses import dataclass, field
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jaxgen
+from jaxgen.decoding.drafters import Choose, Texts
+from jaxgen.generation import user_warnings
+from jaxgen.pytree import pytree
 
 PROMPT = np.array([[5, 9, 17]])
 
@@ -48,3 +54,96 @@ def test_a_streamer_gets_the_prompts_and_then_every_token(model: Any) -> None:
     np.testing.assert_array_equal(output, jaxgen.generate(model, PROMPT, **keywords))
     np.testing.assert_array_equal(streamer.taken[0], PROMPT)
     assert [int(token[0]) for token in streamer.taken[1:]] == [*output[0, 3:].tolist(), -1]
+
+
+# ---- An assistant model ----
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"assistant_model": "folder"}, "`assistant_model`='folder' must be a model of jaxgen"),
+        ({"assistant_model": object()}, "must be a model of jaxgen, as from `jaxgen.load`"),
+        ({"num_assistant_tokens": 0}, "`num_assistant_tokens`=0 must be from 1 to 64"),
+        ({"num_assistant_tokens": 65}, "`num_assistant_tokens`=65 must be from 1 to 64"),
+        ({"assistant_confidence_threshold": 1.5}, "`assistant_confidence_threshold`=1.5 must be from 0 to 1"),
+        ({"num_assistant_tokens_schedule": "fast"}, "`num_assistant_tokens_schedule`='fast' must be one of"),
+        ({"assistant_early_exit": 0}, "`assistant_early_exit`=0 must be from 1"),
+        ({"assistant_early_exit": 1}, "`assistant_early_exit`=1 must be from 1 to 0: the model has 1 layers"),
+        ({"num_beams": 2}, "`assistant_model` is for greedy decoding and sampling, and does not go with `num_beams`=2"),
+        ({"penalty_alpha": 0.6, "top_k": 4}, "does not go with `penalty_alpha`=0.6"),
+        ({"use_cache": False}, "`assistant_model` needs a cache"),
+        ({"output_hidden_states": True, "return_dict_in_generate": True}, "`output_hidden_states`=True does not go"),
+        ({"assistant_ensemble_weight": 0.5}, "`assistant_ensemble_weight`=0.5 is not supported"),
+        ({"use_mtp": True}, "`use_mtp`=True is not supported"),
+        ({"speculation_type": "dflash"}, "`speculation_type`='dflash' is not supported"),
+        ({"inputs": None, "inputs_embeds": np.zeros((1, 3, 32))}, "`inputs_embeds` has none"),
+    ],
+    ids=lambda value: "-".join(map(str, value)) if isinstance(value, dict) else "",
+)
+def test_what_does_not_go_with_an_assistant_is_refused_before_anything_is_compiled(
+    keywords: dict[str, Any], message: str, model: Any
+) -> None:
+    before = jaxgen.compile_counts()
+    with pytest.raises(ValueError, match=message):
+        jaxgen.generate(model, **{"inputs": PROMPT, "assistant_model": model, "max_new_tokens": 4, **keywords})
+    assert jaxgen.compile_counts() == before
+
+
+def test_an_assistant_with_another_vocabulary_is_refused_and_one_that_is_padded_differently_is_not(model: Any) -> None:
+    config = model.config.to_json()
+    other = jaxgen.from_config({**config, "vocab_size": config["vocab_size"] * 2})
+    with pytest.raises(ValueError, match="has a vocabulary of 194 tokens, but the model has 97"):
+        jaxgen.generate(model, PROMPT, assistant_model=other, max_new_tokens=4)
+    expected = jaxgen.generate(model, PROMPT, max_new_tokens=9, do_sample=True, key=0)
+    for size in (config["vocab_size"] + 7, config["vocab_size"] - 7):
+        padded = jaxgen.from_config({**config, "vocab_size": size})
+        ours = jaxgen.generate(model, PROMPT, assistant_model=padded, max_new_tokens=9, do_sample=True, key=0)
+        np.testing.assert_array_equal(ours, expected)
+
+
+def test_of_several_drafters_the_first_counts_and_the_others_are_named(
+    model: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    user_warnings._warned.clear()
+    keywords = {"max_new_tokens": 9, "eos_token_id": None}
+    ours = jaxgen.generate(model, PROMPT, assistant_model=model, prompt_lookup_num_tokens=2, **keywords)
+    np.testing.assert_array_equal(ours, jaxgen.generate(model, PROMPT, **keywords))
+    assert (
+        "`prompt_lookup_num_tokens` drafts the tokens of this call, and `assistant_model` has no effect" in caplog.text
+    )
+
+
+def test_a_copy_in_int8_drafts_for_the_model(bundled: Any, tokenizer: Any) -> None:
+    prompts = tokenizer(["Once upon a time", "One day, a small fox"], padding=True, return_tensors="np")
+    keywords = {**prompts, "max_new_tokens": 30, "return_dict_in_generate": True}
+    plain = jaxgen.generate(bundled, **keywords)
+    ours = jaxgen.generate(bundled, assistant_model=jaxgen.to_int8(bundled), num_assistant_tokens=3, **keywords)
+    np.testing.assert_array_equal(ours.sequences, plain.sequences)
+    assert (ours.accepted > 0.6 * ours.drafted).all()
+    with pytest.raises(ValueError, match="in int8 already"):
+        jaxgen.to_int8(jaxgen.to_int8(bundled))
+
+
+@pytree
+@dataclass(frozen=True)
+class Again(jaxgen.Drafter[jax.Array]):
+    """Drafts the last token again, and remembers how often it was asked."""
+
+    most_tokens: int = field(metadata={"static": True})
+
+    def init(self, prompt: jaxgen.Prompt, copies: int) -> jax.Array:
+        return jnp.int32(0)
+
+    def draft(self, texts: Texts, limits: jax.Array, choose: Choose, memory: jax.Array) -> jaxgen.Draft[jax.Array]:
+        last = jnp.take_along_axis(texts.tokens, texts.lengths[:, None] - 1, axis=1)
+        return jaxgen.Draft(jnp.repeat(last, self.most_tokens, axis=1), jnp.where(memory > 2, limits, 0), memory + 1)
+
+
+def test_a_drafter_of_the_callers_own(model: Any) -> None:
+    keywords = {"max_new_tokens": 12, "eos_token_id": None, "repetition_penalty": 0.2, "return_dict_in_generate": True}
+    plain = jaxgen.generate(model, PROMPT, **keywords)
+    ours = jaxgen.generate(model, PROMPT, assistant_model=Again(3), **keywords)
+    np.testing.assert_array_equal(ours.sequences, plain.sequences)
+    assert ours.accepted[0] > 0
+    assert ours.rounds[0] + ours.accepted[0] == 12
