@@ -385,7 +385,12 @@ class LogitsProcessor(Generic[ProcessorState]):
 
     Most rules are only a `__call__`. A rule that would have to read all tokens at every step keeps a state instead, by
     overriding `init` and `step`. It may name the type of its state: `class Rule(LogitsProcessor[jax.Array])`.
+
+    Attributes:
+        on_host: whether it leaves the device, which a drafter should not wait for.
     """
+
+    on_host: ClassVar[bool] = False
 
     def __call__(self, input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array) -> jax.Array:
         """New scores.
@@ -411,6 +416,37 @@ class LogitsProcessor(Generic[ProcessorState]):
         """New scores and the next state; arguments as of `__call__`."""
         return self(input_ids, scores, cur_len), state
 
+    def step_columns(
+        self, input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array, read: jax.Array, state: Any
+    ) -> tuple[jax.Array, Any]:
+        """New scores of T consecutive tokens of each row: `step` sees one token of one row at a time.
+
+        Args:
+            input_ids: int32 [N, S]. The texts with the T tokens.
+            scores: float32 [N, T, V]. Of the token at column `cur_len[n] + t`.
+            cur_len: int32 [N]. The columns of each row before the T tokens.
+            read: bool [N, T]. The tokens that count.
+            state: of each row, [N, 1, ...], and [N] of single numbers.
+
+        Returns:
+            float32 [N, T, V], and the states with a leading axis T + 1: before the first token, and after each of them.
+        """
+        del read
+
+        def step(text: jax.Array, scores: jax.Array, length: jax.Array, state: Any) -> tuple[jax.Array, Any]:
+            scores, state = self.step(text[None], scores[None], length, state)
+            return scores[0], state
+
+        def token(state: Any, of_token: tuple[jax.Array, jax.Array]) -> tuple[Any, tuple[jax.Array, Any]]:
+            number, scores = of_token
+            scores, state = jax.vmap(step)(input_ids, scores, cur_len + number, state)
+            return state, (scores, state)
+
+        numbers = jnp.arange(scores.shape[1], dtype=jnp.int32)
+        _, (by_token, after) = lax.scan(token, state, (numbers, scores.swapaxes(0, 1)))
+        stacked = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), state, after)
+        return by_token.swapaxes(0, 1), stacked
+
     def reorder(self, state: ProcessorState, rows: jax.Array) -> ProcessorState:
         """The state after row n continues row `rows[n]`, int32 [N], as in beam search.
 
@@ -431,6 +467,20 @@ class StoppingCriterion(Protocol):
             cur_len: int32 [].
         """
         ...
+
+
+class HostCriterion(StoppingCriterion):
+    """The base class of `host_callbacks.HostFunctionCriterion`: it is asked once about all tokens of a step."""
+
+    def of_columns(self, input_ids: jax.Array, cur_len: jax.Array, read: jax.Array) -> jax.Array:
+        """bool [N, T]: whether a row is finished with each of T tokens.
+
+        Args:
+            input_ids: int32 [N, S]. The texts with the T tokens.
+            cur_len: int32 [N]. The columns of each row before the T tokens.
+            read: bool [N, T]. The tokens that count.
+        """
+        raise NotImplementedError
 
 
 class EosCriterion(StoppingCriterion):

@@ -38,7 +38,7 @@ from jaxgen.decoding.columns import with_tokens
 from jaxgen.decoding.drafters import Chosen, Drafter, Texts
 from jaxgen.decoding.gumbel import row_keys
 from jaxgen.processors.logits_process import by_row, process_columns
-from jaxgen.processors.stopping_criteria import any_of
+from jaxgen.processors.stopping_criteria import any_of_columns
 from jaxgen.pytree import Int32, pytree
 
 _NOT_YET = 2**30  # the end of a row that goes on
@@ -179,7 +179,7 @@ class Assisted(Strategy[AssistedState]):
         texts = with_tokens(state.sequences, state.lengths, draft, draft.shape[1])
         processors, warpers = split_warpers(self.processors, self.key is not None, self.outputs)
         kept_states, count = state.processors, len(processors)
-        scores, states = process_columns(processors, texts, scores, state.lengths, kept_states[:count])
+        scores, states = process_columns(processors, texts, scores, state.lengths, read, kept_states[:count])
         step = (state.lengths - state.prompt_length)[:, None] + number
         choice = choose(
             logits.reshape(-1, vocab_size),
@@ -196,8 +196,10 @@ class Assisted(Strategy[AssistedState]):
         agrees = (tokens[:, :-1] == draft) & read[:, 1:]
         agreed = jnp.cumprod(agrees.astype(jnp.int32), axis=1).sum(axis=1, dtype=jnp.int32)
         new = jnp.minimum(agreed + 1, self.max_length.max_length - state.lengths)
-        ended = self._ended(with_tokens(state.sequences, state.lengths, tokens, new), scores, state.lengths)
-        ended &= (number < new[:, None]) & state.going[:, None]
+        counts = (number < new[:, None]) & state.going[:, None]
+        texts = with_tokens(state.sequences, state.lengths, tokens, new)
+        criteria = self.eos, self.max_length, *self.stopping_criteria
+        ended = any_of_columns(criteria, texts, scores, state.lengths, counts) & counts
         first = jnp.where(ended.any(axis=1), jnp.argmax(ended, axis=1) + 1, _NOT_YET).astype(jnp.int32)
         ends = jnp.where(first < _NOT_YET, state.lengths + first, state.ends)
         if self.pad_token_id is not None:
@@ -219,16 +221,6 @@ class Assisted(Strategy[AssistedState]):
             accepted=state.accepted + jnp.where(state.going, jnp.minimum(agreed, new), 0),
         )
         return self._drafted(following, vocab_size)
-
-    def _ended(self, texts: jax.Array, scores: jax.Array, lengths: jax.Array) -> jax.Array:
-        """bool [N, T]: whether a row is finished with its token at column `lengths[n] + t`."""
-        criteria = self.eos, self.max_length, *self.stopping_criteria
-
-        def of_token(text: jax.Array, scores: jax.Array, cur_len: jax.Array) -> jax.Array:
-            return any_of(criteria, text[None], scores[None], cur_len)[0]
-
-        cur_len = lengths[:, None] + 1 + jnp.arange(scores.shape[1], dtype=jnp.int32)[None]
-        return jax.vmap(jax.vmap(of_token, (None, 0, 0)))(texts, scores, cur_len)
 
     def _drafted(self, state: AssistedState, vocab_size: int) -> AssistedState:
         """The state with the tokens of the next forward pass."""
@@ -266,12 +258,17 @@ class Assisted(Strategy[AssistedState]):
         """What the call would choose from float32 [N, V] logits of another model; see `drafters.Choose`."""
         tokens, lengths, states = texts
         rows = len(tokens)
-        processors, warpers = split_warpers(self.processors, self.key is not None, ())
-        count = len(processors)
-        scores, after = process_columns(processors, tokens, logits[:, None], lengths, states[:count])
+        chosen_from = [each for each in self.processors if not each.on_host]
+        processors, warpers = split_warpers(tuple(chosen_from), self.key is not None, ())
+        own = [state for each, state in zip(self.processors, states, strict=True) if not each.on_host]
+        scores, stacked = process_columns(
+            processors, tokens, logits[:, None], lengths, jnp.ones((rows, 1), bool), own[: len(processors)]
+        )
         step = (lengths - state.prompt_length)[:, None]
         choice = choose(logits, scores[:, 0], state.keys, step, jnp.zeros(rows, bool), warpers, with_log_p=True)
-        states = (*_after(after, jnp.ones(rows, jnp.int32)), *states[count:])
+        after = iter(_after(stacked, jnp.ones(rows, jnp.int32)))
+        # Those on the host and the warpers have no states.
+        states = tuple(next(after, ()) if not each.on_host else () for each in self.processors)
         return Chosen(choice.tokens, choice.log_p, jnp.isin(choice.tokens, self.eos.eos_token_id), states)
 
     def _record(

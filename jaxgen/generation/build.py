@@ -233,6 +233,5 @@ def _strategy(
             request=request,
             inputs=inputs,
             has_eos=bool(stop.eos_token_id),
-            on_host=bool(host),
         )
     )

@@ -8,7 +8,7 @@ also run on the few candidates of a sample; see `decoding.choice`.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -56,45 +56,17 @@ def process_columns(
     input_ids: jax.Array,
     scores: jax.Array,
     cur_len: jax.Array,
+    read: jax.Array,
     states: Sequence[object],
 ) -> tuple[jax.Array, tuple[object, ...]]:
-    """The scores of T consecutive tokens of each row after all processors, which see one token of one row at a time.
+    """The scores of T consecutive tokens of each row after all processors; see `LogitsProcessor.step_columns`.
 
-    Args:
-        processors: of the call.
-        input_ids: int32 [N, S]. The texts with the T tokens.
-        scores: float32 [N, T, V]. Of the token at column `cur_len[n] + t`.
-        cur_len: int32 [N]. The columns of each row before the T tokens.
-        states: as from `by_row`.
-
-    Returns:
-        float32 [N, T, V], and the states with a leading axis T + 1: before the first token, and after each of them.
+    `states` are as from `by_row`.
     """
-    _, columns, vocab_size = scores.shape
-    numbers = jnp.arange(columns, dtype=jnp.int32)
     stacked = []
     for processor, state in zip(processors, states, strict=True):
-
-        def step(
-            text: jax.Array, scores: jax.Array, length: jax.Array, state: object, processor: LogitsProcessor = processor
-        ) -> tuple[jax.Array, object]:
-            scores, state = processor.step(text[None], scores[None], length, state)
-            return scores[0], state
-
-        def token(
-            state: object, of_token: tuple[jax.Array, jax.Array], step: Callable[..., Any] = step
-        ) -> tuple[object, tuple[jax.Array, object]]:
-            number, scores = of_token
-            scores, state = jax.vmap(step)(input_ids, scores, cur_len + number, state)
-            return state, (scores, state)
-
-        if isinstance(processor, Warper):  # which sees the scores alone
-            scores = processor.warp(scores.reshape(-1, vocab_size)).reshape(scores.shape)
-            stacked.append(state)
-        else:
-            _, (by_token, after) = lax.scan(token, state, (numbers, scores.swapaxes(0, 1)))
-            scores = by_token.swapaxes(0, 1)
-            stacked.append(jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), state, after))
+        scores, state = processor.step_columns(input_ids, scores, cur_len, read, state)
+        stacked.append(state)
     return scores, tuple(stacked)
 
 
@@ -406,6 +378,12 @@ class Warper(LogitsProcessor):
 
     def __call__(self, input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array) -> jax.Array:
         return self.warp(scores)
+
+    def step_columns(
+        self, input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array, read: jax.Array, state: tuple[()]
+    ) -> tuple[jax.Array, tuple[()]]:
+        """See `LogitsProcessor.step_columns`: all rows and tokens at once."""
+        return self.warp(scores.reshape(-1, scores.shape[2])).reshape(scores.shape), state
 
     def warp(self, scores: jax.Array) -> jax.Array:
         """float32 [N, V] or [N, W] -> the same shape, with -inf for tokens that are removed."""

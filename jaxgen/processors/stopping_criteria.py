@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxgen.base import EosCriterion, LengthCriterion, StoppingCriterion
+from jaxgen.base import EosCriterion, HostCriterion, LengthCriterion, StoppingCriterion
 from jaxgen.buckets import bucket
 from jaxgen.pytree import Int32, pytree
 
@@ -22,6 +22,34 @@ def any_of(
     finished = jnp.zeros(len(input_ids), bool)
     for criterion in criteria:
         finished |= criterion(input_ids, scores, cur_len)
+    return finished
+
+
+def any_of_columns(
+    criteria: Iterable[StoppingCriterion], input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array, read: jax.Array
+) -> jax.Array:
+    """bool [N, T]: whether at least one criterion finishes a row with each of T consecutive tokens.
+
+    Criteria see one token of one row at a time.
+
+    Args:
+        criteria: of the call.
+        input_ids: int32 [N, S]. The texts with the T tokens.
+        scores: float32 [N, T, V]. Of these tokens.
+        cur_len: int32 [N]. The columns of each row before the T tokens.
+        read: bool [N, T]. The tokens that count.
+    """
+    listed = tuple(criteria)
+    compiled = [each for each in listed if not isinstance(each, HostCriterion)]
+
+    def of_token(text: jax.Array, scores: jax.Array, cur_len: jax.Array) -> jax.Array:
+        return any_of(compiled, text[None], scores[None], cur_len)[0]
+
+    ends = cur_len[:, None] + 1 + jnp.arange(scores.shape[1], dtype=jnp.int32)[None]
+    finished = jax.vmap(jax.vmap(of_token, (None, 0, 0)))(input_ids, scores, ends)
+    for criterion in listed:
+        if isinstance(criterion, HostCriterion):
+            finished |= criterion.of_columns(input_ids, cur_len, read)
     return finished
 
 

@@ -63,11 +63,6 @@ class AssistedMode(SamplingMode):
         return super().recorded(intermediates, logprobs)
 
     def build(self, parts: Parts) -> Assisted:
-        if parts.on_host:
-            raise ValueError(
-                "assisted decoding does not go with a processor or criterion that runs on the host. Write it as a JAX "
-                "function of (input_ids, scores, cur_len), or leave out one of them."
-            )
         return Assisted(
             eos=parts.eos,
             max_length=parts.max_length,

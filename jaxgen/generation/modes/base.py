@@ -31,7 +31,6 @@ class Parts:
         recorded: names of the arrays to record at every step, see `Mode.recorded`.
         model, request, inputs: of the call, for modes that read more than the prompt's tokens.
         has_eos: whether any token id ends a text, by the configuration or by a criterion of the caller.
-        on_host: whether a processor or criterion runs on the host.
     """
 
     eos: EosToken
@@ -46,7 +45,6 @@ class Parts:
     request: Request
     inputs: Inputs
     has_eos: bool
-    on_host: bool
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,14 @@ import numpy as np
 from jax.experimental import io_callback
 
 from jaxgen import lazy
-from jaxgen.base import LogitsProcessor
+from jaxgen.base import HostCriterion, LogitsProcessor
 from jaxgen.pytree import Int32, pytree
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
-HostFunction = Callable[[np.ndarray, np.ndarray | None], np.ndarray]
+# Of int [rows, L] texts, float [rows, V] scores and the number of the first of these rows in the call.
+HostFunction = Callable[[np.ndarray, np.ndarray | None, int], np.ndarray]
 
 _numbers = itertools.count()
 _functions: dict[int, HostFunction] = {}
@@ -40,15 +41,24 @@ class HostProcessor(LogitsProcessor):
 
     number: Int32
     rows: Int32
+    on_host = True
 
     def __call__(self, input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array) -> jax.Array:
         result = jax.ShapeDtypeStruct(scores.shape, scores.dtype)
         return io_callback(_processed, result, self.number, self.rows, input_ids, scores, cur_len, ordered=True)
 
+    def step_columns(
+        self, input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array, read: jax.Array, state: tuple[()]
+    ) -> tuple[jax.Array, tuple[()]]:
+        """See `LogitsProcessor.step_columns`: one callback for all tokens, in which the function sees one at a time."""
+        result = jax.ShapeDtypeStruct(scores.shape, scores.dtype)
+        operands = self.number, self.rows, input_ids, scores, cur_len, read
+        return io_callback(_processed_columns, result, *operands, ordered=True), state
+
 
 @pytree
 @dataclass(frozen=True)
-class HostCriterion:
+class HostFunctionCriterion(HostCriterion):
     """Calls `function(input_ids [rows, cur_len], None)` on the host, in the order of the steps.
 
     Attributes:
@@ -62,6 +72,12 @@ class HostCriterion:
         """bool [N]."""
         result = jax.ShapeDtypeStruct(input_ids.shape[:1], jnp.bool_)
         return io_callback(_finished, result, self.number, self.rows, input_ids, cur_len, ordered=True)
+
+    def of_columns(self, input_ids: jax.Array, cur_len: jax.Array, read: jax.Array) -> jax.Array:
+        """See `base.HostCriterion`: one callback for all tokens, in which the function sees one at a time."""
+        result = jax.ShapeDtypeStruct(read.shape, jnp.bool_)
+        operands = self.number, self.rows, input_ids, cur_len, read
+        return io_callback(_finished_columns, result, *operands, ordered=True)
 
 
 class HostFunctions:
@@ -90,9 +106,9 @@ class HostFunctions:
                 "(input_ids, scores, cur_len)."
             ) from error
 
-        def guarded(input_ids: np.ndarray, scores: np.ndarray | None) -> np.ndarray:
+        def guarded(input_ids: np.ndarray, scores: np.ndarray | None, first_row: int) -> np.ndarray:
             try:
-                return function(input_ids, scores)
+                return function(input_ids, scores, first_row)
             except BaseException as error:
                 self._error = error
                 raise
@@ -121,7 +137,8 @@ def for_processor(function: Callable[..., object]) -> HostFunction:
     if _is_transformers(function):
         function = _with_tensors(function)
 
-    def process(input_ids: np.ndarray, scores: np.ndarray | None) -> np.ndarray:
+    def process(input_ids: np.ndarray, scores: np.ndarray | None, first_row: int) -> np.ndarray:
+        del first_row
         assert scores is not None
         processed = np.asarray(function(input_ids, scores))
         if processed.shape != scores.shape:
@@ -137,11 +154,11 @@ def for_prefix(prefix_allowed_tokens_fn: Callable[[int, np.ndarray], "ArrayLike"
     Each prompt has `copies` neighbouring rows: its beams or samples.
     """
 
-    def constrain(input_ids: np.ndarray, scores: np.ndarray | None) -> np.ndarray:
+    def constrain(input_ids: np.ndarray, scores: np.ndarray | None, first_row: int) -> np.ndarray:
         assert scores is not None
         mask = np.full_like(scores, -np.inf)
         for row, tokens in enumerate(input_ids):
-            batch_id = row // copies
+            batch_id = (first_row + row) // copies
             allowed = np.asarray(prefix_allowed_tokens_fn(batch_id, tokens), dtype=int).reshape(-1)
             if not allowed.size:
                 raise ValueError(
@@ -156,8 +173,9 @@ def for_prefix(prefix_allowed_tokens_fn: Callable[[int, np.ndarray], "ArrayLike"
             mask[row, allowed] = 0
         constrained = scores + mask
         # If all rows of a prompt have only -inf left, the constraint takes precedence over the scores.
-        unsatisfiable = np.isneginf(constrained.max(axis=1)).reshape(-1, copies).all(axis=1)
-        return np.where(np.repeat(unsatisfiable, copies)[:, None], mask, constrained)
+        together = copies if len(scores) % copies == 0 else 1
+        unsatisfiable = np.isneginf(constrained.max(axis=1)).reshape(-1, together).all(axis=1)
+        return np.where(np.repeat(unsatisfiable, together)[:, None], mask, constrained)
 
     return constrain
 
@@ -167,7 +185,8 @@ def for_criterion(function: Callable[..., object]) -> HostFunction:
     if _is_transformers(function):
         function = _with_tensors(function)
 
-    def finished(input_ids: np.ndarray, scores: np.ndarray | None) -> np.ndarray:
+    def finished(input_ids: np.ndarray, scores: np.ndarray | None, first_row: int) -> np.ndarray:
+        del first_row
         answers = np.asarray(function(input_ids, scores), bool)
         if answers.shape not in ((), (len(input_ids),)):
             raise ValueError(f"{function} returned shape {answers.shape}, but there are {len(input_ids)} rows.")
@@ -180,7 +199,7 @@ def _is_transformers(function: object) -> bool:
     return isinstance(function, (lazy.torch_class("LogitsProcessor"), lazy.torch_class("StoppingCriteria")))
 
 
-def _with_tensors(function: Callable[..., object]) -> HostFunction:
+def _with_tensors(function: Callable[..., object]) -> Callable[[np.ndarray, np.ndarray | None], np.ndarray]:
     # These classes exist only if torch is imported.
     tensor = lazy.torch().tensor
 
@@ -202,12 +221,42 @@ def _processed(
 ) -> np.ndarray:
     processed, count = np.array(scores), int(rows)
     prefix = np.asarray(input_ids)[:count, : int(cur_len)].copy()
-    processed[:count] = _functions[int(number)](prefix, processed[:count].copy())
+    processed[:count] = _functions[int(number)](prefix, processed[:count].copy(), 0)
     return processed
 
 
 def _finished(number: jax.Array, rows: jax.Array, input_ids: jax.Array, cur_len: jax.Array) -> np.ndarray:
     finished, count = np.ones(len(input_ids), bool), int(rows)  # padding rows never hold up the end
     prefix = np.asarray(input_ids)[:count, : int(cur_len)].copy()
-    finished[:count] = _functions[int(number)](prefix, None)
+    finished[:count] = _functions[int(number)](prefix, None, 0)
+    return finished
+
+
+# Of several tokens per row, one at a time, since rows are at lengths of their own:
+#
+#     input_ids      [ cur_len | tokens | unwritten positions ]     of row n, `read[n]` says which of its tokens count
+
+
+def _processed_columns(
+    number: jax.Array,
+    rows: jax.Array,
+    input_ids: jax.Array,
+    scores: jax.Array,
+    cur_len: jax.Array,
+    read: jax.Array,
+) -> np.ndarray:
+    processed, function = np.array(scores), _functions[int(number)]
+    for row, column in np.argwhere(np.asarray(read)[: int(rows)]):
+        prefix = np.asarray(input_ids)[row : row + 1, : int(cur_len[row]) + column].copy()
+        processed[row, column] = function(prefix, processed[row, column][None].copy(), int(row))[0]
+    return processed
+
+
+def _finished_columns(
+    number: jax.Array, rows: jax.Array, input_ids: jax.Array, cur_len: jax.Array, read: jax.Array
+) -> np.ndarray:
+    finished, function = np.zeros(read.shape, bool), _functions[int(number)]
+    for row, column in np.argwhere(np.asarray(read)[: int(rows)]):
+        prefix = np.asarray(input_ids)[row : row + 1, : int(cur_len[row]) + 1 + column].copy()
+        finished[row, column] = function(prefix, None, int(row))[0]
     return finished

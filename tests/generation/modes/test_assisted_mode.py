@@ -26,7 +26,6 @@ PROMPT = np.array([[5, 9, 17]])
         ({"penalty_alpha": 0.6, "top_k": 4}, "does not go with `penalty_alpha`=0.6"),
         ({"use_cache": False}, "needs a cache"),
         ({"output_attentions": True, "return_dict_in_generate": True}, "`output_attentions`=True does not go with"),
-        ({"prefix_allowed_tokens_fn": lambda batch, ids: [3, 4]}, "runs on the host"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
