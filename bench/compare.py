@@ -1,14 +1,16 @@
 """Whole calls of jaxgen and its peers side by side on the same machine, as a table.
 
     python bench/compare.py --shape 2-layer 135m --batch 1 4 16 --decode greedy sampling beams
+    python bench/compare.py --model FOLDER --batch 1 4
     JAX_PLATFORMS=cuda python bench/compare.py --shape 8b --dtype bfloat16 --peers transformers
 
-All start from the same random weights and the same prompts and produce the same number of tokens, without an eos, on
-the CPU, or on the GPU that `JAX_PLATFORMS` names. The calls alternate, so that a machine that slows down slows all;
-figures are medians. A ratio is printed for equal work only: greedy and beam tokens must be those of jaxgen. Greedy
-tokens may differ where two tie within the rounding of the dtype. Beams in bfloat16, where rounding decides between
-texts, and samples, which come from different random generators, must have the same shape. Where greedy tokens differ,
-both are compared with a forward pass without a cache, and the run stops if those of jaxgen are wrong.
+All start from the same weights, random ones or those of a Hugging Face folder, and the same prompts, and produce the
+same number of tokens, without an eos, on the CPU, or on the GPU that `JAX_PLATFORMS` names. The calls alternate, so
+that a machine that slows down slows all; figures are medians. A ratio is printed for equal work only: greedy and beam
+tokens must be those of jaxgen. Greedy tokens may differ where two tie within the rounding of the dtype. Beams in
+bfloat16, where rounding decides between texts, and samples, which come from different random generators, must have the
+same shape. Where greedy tokens differ, both are compared with a forward pass without a cache, and the run stops if
+those of jaxgen are wrong. The records also have the most memory that each process has had.
 
 The first call of a case includes compiling. A call with a new prompt length then shows whether that recompiles. Peers
 besides transformers are measured if they are installed:
@@ -19,7 +21,9 @@ besides transformers are measured if they are installed:
 import argparse
 import functools
 import itertools
+import json
 import os
+import shutil
 import statistics
 import tempfile
 from collections.abc import Callable, Mapping
@@ -45,6 +49,7 @@ Judge = Callable[[Case, np.ndarray], Verdict]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["2-layer", "135m"])
+    parser.add_argument("--model", type=Path, help="a Hugging Face folder, instead of shapes with random weights")
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 4, 16])
     parser.add_argument("--decode", nargs="+", choices=DECODES, default=[*DECODES])
     parser.add_argument("--peers", nargs="+", choices=[*PEERS][1:], help="beside jaxgen (default: all installed)")
@@ -62,9 +67,13 @@ def main() -> None:
     print(f"ms/token of a whole call, its ratio to jaxgen's, seconds of the first call; {arguments.dtype}")
     print(f"{'shape':8} {'batch':>5} {'decode':8}" + "".join(f"{name:>27}" for name in names))
     notes: set[str] = set()
-    for shape in arguments.shape:
+    for shape in [arguments.model.name] if arguments.model else arguments.shape:
         with tempfile.TemporaryDirectory() as folder:
-            jaxgen.save(jaxgen.from_config(varied(shape), dtype=arguments.dtype), folder)
+            if arguments.model:
+                shutil.copytree(arguments.model, folder, dirs_exist_ok=True)  # a peer may write its own file there
+            else:
+                jaxgen.save(jaxgen.from_config(varied(shape), dtype=arguments.dtype), folder)
+            vocab_size = json.loads((Path(folder) / "config.json").read_text())["vocab_size"]
             peers = {name: started(name, folder, arguments.dtype) for name in names}
 
             @functools.cache
@@ -75,7 +84,7 @@ def main() -> None:
                 return reference().judge(case.decode, case.prompts, tokens)
 
             for batch, decode in itertools.product(arguments.batch, arguments.decode):
-                prompts = random_prompts(SHAPES[shape]["vocab_size"], batch, arguments.prompt_tokens)
+                prompts = random_prompts(vocab_size, batch, arguments.prompt_tokens)
                 case = Case(decode, prompts, arguments.new_tokens)
                 figures = compare(peers, judge, case, arguments.dtype, arguments.repeats)
                 print(f"{shape:8} {batch:5} {decode:8}" + "".join(map(cell, figures.values())), flush=True)
@@ -134,6 +143,7 @@ def compare(peers: Mapping[str, Peer], judge: Judge, case: Case, dtype: str, rep
         median = statistics.median(per_token)
         figures[name] |= {"ms": median, "ms_range": [min(per_token), max(per_token)]}
         figures[name]["ratio"] = median / figures["jaxgen"]["ms"]
+        figures[name]["memory_mb"] = round(peers[name].memory(case))
         if new_lengths[name]:
             figures[name]["new_length_ratio"] = statistics.median(new_lengths[name]) / statistics.median(taken)
     return figures

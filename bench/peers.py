@@ -9,6 +9,7 @@ import contextlib
 import importlib.util
 import multiprocessing
 import os
+import resource
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +55,11 @@ class Peer:
         """Why there can be no such call, if so."""
         del case
         return None
+
+    def memory(self, case: Case) -> float:
+        """The most memory that its process has had so far, in MB; the case does not matter."""
+        del case
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
     def close(self) -> None:
         """Ends what it runs in."""
@@ -255,6 +261,9 @@ class Worker(Peer):
 
     def timed(self, case: Case) -> float:
         return self._ask("timed", case)
+
+    def memory(self, case: Case) -> float:
+        return self._ask("memory", case)
 
     def close(self) -> None:
         self._pipe.close()

@@ -52,6 +52,10 @@ def no_mesh() -> Iterator[None]:
         yield
 
 
+# Of a cache that a strategy holds besides that of the call's model; see `Strategy.caches`.
+MORE_COLUMNS = 5
+
+
 def as_last(vector: jax.typing.ArrayLike, x: jax.Array) -> jax.Array:
     """Reshapes [D] to the rank of `x` [..., D], for users of `jax_numpy_rank_promotion="raise"`."""
     return jnp.expand_dims(vector, tuple(range(x.ndim - 1)))
@@ -269,7 +273,7 @@ class BranchedCache(Cache, Protocol):
 class RaggedCache(Cache, Protocol):
     """A cache whose rows may drop their last columns, each row its own number of them.
 
-    Of a forward pass over T columns each row reads the first ones, as `attention_mask` says.
+    In a forward pass over T columns, `attention_mask` marks the first ones of each row, which it reads.
     """
 
     @property
@@ -369,7 +373,7 @@ class Model(Protocol[AnyCache]):
             logits_to_keep: how many of the last columns to return logits of; 1 with branches.
 
         Returns:
-            float32 [N * logits_to_keep, V] logits of the last columns, those of a row side by side, or [N * C, V] of
+            float32 [N * logits_to_keep, V] logits of the last columns, row after row, or [N * C, V] of
             the last column of each branch; the cache, T columns longer; and the intermediates asked for.
             `hidden_states` are [N, T, D] each, one more than there are layers, `attentions` [N, Q, T, S] each, one per
             layer.
@@ -610,7 +614,7 @@ class Strategy(Generic[State]):
     def caches(self, state: State) -> tuple[RaggedCache, ...]:
         """The caches of other models that the state holds. They get room together with that of the call's model.
 
-        A step writes at most `columns` + 1 columns of each.
+        A step writes at most `columns` + `MORE_COLUMNS` columns of each.
         """
         del state
         return ()

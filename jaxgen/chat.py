@@ -209,7 +209,7 @@ def read_messages(file: Path) -> list[Message]:
             raise ValueError(f"message {number} of {file} has no `role`, which is one of {', '.join(_ROLES)}.")
         text = message.get("content")
         if not isinstance(text, str) or not _is_unicode(text):
-            raise ValueError(f"message {number} of {file} has no `content` that is a text.")
+            raise ValueError(f"message {number} of {file} needs a `content` that is text.")
         if message["role"] == "system" and number > 1:
             raise ValueError(f"message {number} of {file} is a system message, which only the first one may be.")
     return messages

@@ -379,21 +379,19 @@ class RaggedCache(KVCache):
     slot      0  1  2  3  4  5  6  7  8  9        T = 3
     row 0     a  b  c  d  e  _  .  .  .  .        drops 1
     row 1     p  q  r  s  _  _  .  .  .  .        drops 2
-    next pass             f  g  h                 length moved back from 6 to 5
-                          t  u  v                 slot 4 of row 1 stays a hole
+    next pass                f  g  h              length moved back from 6 to 5
+                             t  u  v              slot 4 of row 1 stays a hole
     ```
-
-    It has the methods of a `KVCache`, and:
 
     Attributes:
         layers, valid, length, position: as in `KVCache`.
-        columns: int32 [N, S], since rows hold different columns in a slot. None as in `KVCache`.
+        columns: int32 [N, S]; as in `KVCache`, for each row.
     """
 
     def extend(
         self, attention_mask: jax.Array, position_ids: jax.Array | None = None
     ) -> tuple["RaggedCache", jax.Array, jax.Array]:
-        """As `KVCache.extend`, for bool [N, T] columns of which each row reads the first ones."""
+        """As `KVCache.extend`; the bool [N, T] mask marks the first columns of each row, which it reads."""
         columns = attention_mask.shape[1]
         number = jnp.arange(columns, dtype=jnp.int32)[None]
         if position_ids is None:
@@ -409,7 +407,7 @@ class RaggedCache(KVCache):
         return replace(cache, position=position, columns=numbered), position_ids, mask
 
     def _numbered(self, columns: jax.Array) -> Self:
-        del columns  # which rows hold different ones of; see `extend`
+        del columns  # these differ between rows; see `extend`
         return self
 
     def within(self, window: int, mask: jax.Array) -> jax.Array:

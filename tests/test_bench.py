@@ -249,6 +249,25 @@ def test_converting_is_compared_with_copying(run: Any) -> None:
     assert figures["memory_bytes"] < figures["largest_bytes"]
 
 
+def test_assisted_calls_are_timed_beside_plain_ones_with_the_same_tokens(run: Any) -> None:
+    short = ("--shape", "2-layer", "--new-tokens", "12", "--num-tokens", "3")
+    _, lookups = run("assisted.py", *short)
+    assert [each["task"] for each in lookups] == ["copy", "no copy"]
+    assert lookups[0]["accepted"] > 5
+    _, figures = run("assisted.py", *short, "--assistant", "2-layer", "--right", "1")
+    assert (figures[-1]["task"], figures[-1]["rounds"]) == ("100% right", 4)
+    assert figures[-1]["accepted"] == figures[-1]["drafted"] == 8
+
+
+def test_the_passes_whose_cycles_are_counted_run(bench: Any) -> None:
+    passes = bench("verify_step").passes
+    model = jaxgen.from_config(bench("verify_step").SHAPES["2-layer"])
+    for columns in (1, 4):
+        cache = model.make_cache(1, 16) if columns == 1 else model.make_cache(1, 16).ragged()
+        _, tokens = jax.jit(passes)(model, cache, np.full((1, columns), 5), np.int32(3))
+        assert tokens.shape == (1, columns)
+
+
 LOOP = """
 HloModule jit_advance
 

@@ -57,6 +57,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "stop strings": {"stop_strings": ["the", "a"], "top_k": 0, "top_p": 0.9, "do_sample": True, "key": 1}
     | {"watermark": {"keys": [1, 2, 3], "ngram_len": 3}},  # SynthID
     "continuing": {"again": True},
+    "drafts": {"do_sample": True, "key": 3, "top_k": 20, "repetition_penalty": 1.2, "assisted": True},
 }
 
 
@@ -109,6 +110,8 @@ def tokens(folder: Path, model: Any, bundled: Any, tokenizer: Any) -> Callable[[
     def run(way: str) -> np.ndarray:
         arguments = {"attention_mask": MASK, "max_new_tokens": 5, "pad_token_id": 0, **WAYS[way]}
         ours = small if arguments.pop("quantize", None) else model
+        if arguments.pop("assisted", False):
+            arguments |= {"assistant_model": ours, "num_assistant_tokens": 2}
         if watermark := arguments.pop("watermark", None):
             kind = SynthIDTextWatermarkingConfig if "keys" in watermark else WatermarkingConfig
             arguments["watermarking_config"] = kind(**watermark)

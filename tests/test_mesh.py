@@ -25,6 +25,7 @@ GREEDY: list[tuple[int, int, dict[str, Any]]] = [
     (4, 2, {"do_sample": True, "key": 3}),
     (2, 4, {"again": True}),
     (2, 4, {"another mesh": True}),
+    (2, 4, {"assisted": True, "rows": 3}),
     (2, 4, {"quantize": "int8"}),
 ]
 MORE: list[tuple[int, int, dict[str, Any]]] = [
@@ -34,6 +35,8 @@ MORE: list[tuple[int, int, dict[str, Any]]] = [
     (8, 1, {"do_sample": True, "num_return_sequences": 3, "top_k": 5, "key": 1, "rows": 1}),
     (2, 4, {"penalty_alpha": 0.6, "top_k": 3}),
     (4, 2, {"guidance_scale": 1.5}),
+    (4, 2, {"assisted": True, "do_sample": True, "num_return_sequences": 2, "key": 1}),
+    (1, 8, {"prompt_lookup_num_tokens": 3, "rows": 5}),
     (2, 4, {"prefill_chunk_size": 4, "rows": 9}),
     (4, 2, {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "rows": 7}),
 ]

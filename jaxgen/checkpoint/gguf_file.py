@@ -339,7 +339,7 @@ def _walk(path: Path, header: _Header, size: int) -> tuple[dict[str, Any], dict[
         if (name := header.text()) in entries:
             raise ValueError(f"`{name:.100}` appears twice")
         if not 1 <= (dimensions := header.number("I")) <= _MOST_DIMENSIONS:
-            raise ValueError(f"`{name:.100}` has {dimensions} dimensions")
+            raise ValueError(f"`{name:.100}` has {dimensions} dimensions, but must have 1 to {_MOST_DIMENSIONS}")
         shape = [header.number("Q") for _ in range(dimensions)][::-1]
         entries[name] = shape, header.number("I"), header.number("Q")
     alignment = metadata.get("general.alignment", 32)

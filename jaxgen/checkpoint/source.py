@@ -350,7 +350,10 @@ def _wrong_buffers(family: Family, config: Config, buffers: Mapping[str, Tensor]
 
 
 def _native_names(path: str, sources: Mapping[str, int], tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """The tensors that make a parameter in a converted folder: one, or one per source if their dtypes differ."""
+    """The tensors that hold a parameter in a converted folder, with their rows: one, or one per source tensor.
+
+    They are apart if the dtypes of the source tensors differ.
+    """
     if path in tensors or len(sources) == 1:
         return {path: sum(sources.values())}
     return {f"{path}.{number}": rows for number, rows in enumerate(sources.values())}

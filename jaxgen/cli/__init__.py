@@ -1,1 +1,1 @@
-"""The command line: `main` says what each command takes, and a file of its name what it does."""
+"""The command line: `main` defines the arguments of each command, and the file named after the command runs it."""

@@ -12,8 +12,40 @@ from jaxgen.decoding.columns import extend_by_columns, with_tokens
 from jaxgen.decoding.drafters import Choose, Draft, Drafter, Texts
 from jaxgen.pytree import Bool, Float32, Int32, pytree
 
-_CHUNK = 128  # columns of a prompt; the buffer of a conversation is much longer than most of its texts
-_AT_ONCE = 2  # columns: the last token of a step, and the last draft before it where that stayed
+_CHUNK = 128  # columns of a prompt that are read at once; chunks of padding alone are skipped
+# Columns of a pass: the newest token, and before it the last drafted one if it stayed, since it was never read.
+_AT_ONCE = 2
+MOST_PIECES = 4  # tokens of the assistant for one of the model; any more are dropped
+
+
+@pytree
+@dataclass(frozen=True)
+class Translation:
+    """Between the tokens of the model and those of an assistant with another tokenizer.
+
+    Attributes:
+        same: int32 [V]. The assistant's token with the same text as each of the model's, or -1.
+        pieces: int32 [V, MOST_PIECES]. The assistant's tokens for the text of each of the model's.
+        counts: int32 [V]. How many these are, at least 1.
+        prompt: the prompts in the assistant's tokens.
+    """
+
+    same: Int32
+    pieces: Int32
+    counts: Int32
+    prompt: Prompt
+
+
+class _Own(NamedTuple):
+    """Texts in the tokens of the assistant.
+
+    Attributes:
+        tokens: int32 [N, S]. The texts, and the drafts after them.
+        lengths: int32 [N]. Of the texts.
+    """
+
+    tokens: jax.Array
+    lengths: jax.Array
 
 
 @pytree
@@ -23,14 +55,16 @@ class AssistantMemory:
 
     Attributes:
         cache: of the assistant. It holds the text and then the draft, but not the last token of the draft.
-        lengths: int32 [N]. The text that the last draft was for.
-        cached: int32 [N]. How many tokens of text and draft the cache holds.
+        lengths: int32 [N]. Of the texts before the last draft.
+        own: these texts in the assistant's tokens; None if its tokenizer is the model's.
+        cached: int32 [N]. How many of the assistant's tokens of text and draft the cache holds.
         drafted: int32 [N]. Tokens of the last draft.
         num_tokens: int32 [N]. How many tokens the last draft was to have.
     """
 
     cache: RaggedCache
     lengths: jax.Array
+    own: _Own | None
     cached: jax.Array
     drafted: jax.Array
     num_tokens: jax.Array
@@ -42,6 +76,7 @@ class _Drafting(NamedTuple):
     Attributes:
         cache, cached: as in `AssistantMemory`.
         tokens: int32 [N, S]. The texts with the drafts.
+        own: int32 [N, S]. The same in the assistant's tokens.
         drafted: int32 [N]. Tokens of the draft so far.
         sure: bool [N]. Whether the last one is likely enough for the draft to go on, and does not end the text.
         processors: the states of the processors after the drafts.
@@ -50,6 +85,7 @@ class _Drafting(NamedTuple):
     cache: RaggedCache
     cached: jax.Array
     tokens: jax.Array
+    own: jax.Array
     drafted: jax.Array
     sure: jax.Array
     processors: tuple[object, ...]
@@ -58,25 +94,26 @@ class _Drafting(NamedTuple):
 @pytree
 @dataclass(frozen=True)
 class Assistant(Drafter[AssistantMemory]):
-    """Drafts the tokens that the call would choose from the logits of another model.
+    """Drafts what the call would choose if another model gave the logits.
 
-    A row's draft ends with a token that the assistant is not sure of. The rules and the noise are those of the call, so
-    that a sampled draft is right where both models agree. The cache is cut back to what of the draft stayed, and the
-    tokens after it are read before the next draft:
+    A row's draft ends after a token that the assistant is not sure of. Processors and random numbers are those of the
+    call, so a sampled draft is right where both models agree. Drafted tokens that did not stay leave the cache, and the
+    next draft begins by reading the tokens that are not in it yet:
 
     ```
     text       a b c                  cache  a b c d        draft  d e, of which e was not read
-    text       a b c d e w            cache  a b c d        reads  e w, both drafts stayed
-    text       a b c w                cache  a b c          reads  w, no draft stayed
+    text       a b c d e w            cache  a b c d        reads  e w, both drafted tokens stayed
+    text       a b c w                cache  a b c          reads  w, neither stayed
     ```
 
     Attributes:
         model: the assistant.
         num_tokens: int32 []. Tokens of the first draft.
         threshold: float32 []. The probability that a token needs for the draft to go on after it.
-        adapts: bool []. Whether a draft that stayed in full makes the next one longer by 2 tokens, and another one
-            makes it shorter by 1, as the schedules "heuristic" and "heuristic_transient" of transformers 5.24.
-        most_tokens: static; drafts do not get longer.
+        adapts: bool []. Whether the next draft is 2 tokens longer after one that stayed in full, and else 1 shorter, as
+            with the schedules "heuristic" and "heuristic_transient" of transformers 5.24.
+        most_tokens: the most tokens of a draft, static.
+        translation: for an assistant with another tokenizer, which drafts tokens that both have.
     """
 
     model: Any
@@ -84,19 +121,28 @@ class Assistant(Drafter[AssistantMemory]):
     threshold: Float32
     adapts: Bool
     most_tokens: int = field(metadata={"static": True})
+    translation: Translation | None = None
 
-    def init(self, prompt: Prompt, copies: int) -> AssistantMemory:
+    def init(self, prompt: Prompt, copies: int, slots: int) -> AssistantMemory:
         """Reads the prompts."""
         rows = jnp.repeat(jnp.arange(len(prompt.input_ids), dtype=jnp.int32), copies)
-        cache = self._read(prompt)
         lengths = jnp.broadcast_to(jnp.asarray(prompt.length, jnp.int32), rows.shape)
-        room = cache.slots + self.most_tokens + _AT_ONCE  # for the first draft
+        own, own_lengths, new = None, lengths, slots - prompt.input_ids.shape[1]
+        if self.translation is not None:
+            prompt = self.translation.prompt
+            own_lengths = jnp.broadcast_to(jnp.asarray(prompt.length, jnp.int32), rows.shape)
+            # Longer texts get no more drafts.
+            tokens = prompt.repeated(copies).left_aligned(prompt.input_ids.shape[1] + 2 * new, 0)
+            own = _Own(tokens, own_lengths)
+        cache = self._read(prompt)
+        room = cache.slots + self.most_tokens + MOST_PIECES  # for the first draft
         return AssistantMemory(
             cache=cache.take(rows).grow(room).ragged(),
             lengths=lengths,
-            cached=lengths,
+            own=own,
+            cached=own_lengths,
             drafted=jnp.zeros_like(lengths),
-            # Before the first draft all of none have stayed, which adds 2.
+            # `draft` takes the empty draft before the first one for one that stayed in full, and adds 2.
             num_tokens=jnp.broadcast_to(jnp.asarray(self.num_tokens) - 2, rows.shape),
         )
 
@@ -112,48 +158,46 @@ class Assistant(Drafter[AssistantMemory]):
             return model.extend(cache, part, part_mask)[1]
 
         first = (columns - prompt.length) // size
-        return lax.fori_loop(first, columns // size, read, model.make_cache(*ids.shape))
+        return lax.fori_loop(first, jnp.int32(columns // size), read, model.make_cache(*ids.shape))
 
-    def draft(
-        self,
-        texts: Texts,
-        limits: jax.Array,
-        choose: Choose,
-        memory: AssistantMemory,
-    ) -> Draft[AssistantMemory]:
-        lengths = texts.lengths
+    def draft(self, texts: Texts, limits: jax.Array, choose: Choose, memory: AssistantMemory) -> Draft[AssistantMemory]:
         # A step adds the drafted tokens that were right and one more.
-        stayed = jnp.clip(lengths - memory.lengths - 1, 0, memory.drafted)
-        cached = jnp.minimum(memory.cached, memory.lengths + stayed)
+        stayed = jnp.clip(texts.lengths - memory.lengths - 1, 0, memory.drafted)
         adapted = jnp.where(stayed == memory.drafted, memory.num_tokens + 2, jnp.maximum(memory.num_tokens - 1, 1))
         num_tokens = jnp.where(self.adapts, jnp.minimum(adapted, self.most_tokens), self.num_tokens)
-        wanted = jnp.minimum(num_tokens, limits)
+        own, agreed = self._own_texts(texts, stayed, memory)
+        cached = jnp.minimum(memory.cached, agreed)
+        room = own.tokens.shape[1] - own.lengths
+        wanted = jnp.minimum(num_tokens, jnp.minimum(limits, room))
 
         def goes_on(drafting: _Drafting) -> jax.Array:
             return (drafting.drafted < wanted) & drafting.sure
 
         def step(drafting: _Drafting) -> _Drafting:
-            going, ends = goes_on(drafting), lengths + drafting.drafted
-            count = jnp.where(going, jnp.minimum(ends - drafting.cached, _AT_ONCE), 0)
+            going, end = goes_on(drafting), own.lengths + drafting.drafted
+            count = jnp.where(going, jnp.minimum(end - drafting.cached, _AT_ONCE), 0)
             columns = drafting.cached[:, None] + jnp.arange(_AT_ONCE, dtype=jnp.int32)[None]
-            tokens = jnp.take_along_axis(drafting.tokens, columns, axis=1, mode="clip")
+            tokens = self._known(jnp.take_along_axis(drafting.own, columns, axis=1, mode="clip"))
             mask = jnp.arange(_AT_ONCE)[None] < count[:, None]
-            logits, cache = extend_by_columns(self.model, drafting.cache, self._known(tokens), mask)
-            # Where it reads nothing a row has written its columns nevertheless, which the next pass writes over.
+            logits, cache = extend_by_columns(self.model, drafting.cache, tokens, mask)
+            # To drop 0 moves the length back over columns that no row has read: the next pass takes their slots.
             cache = cache.drop_last(jnp.zeros_like(count))
             last = jnp.maximum(count - 1, 0)[:, None, None]
             logits = jnp.take_along_axis(logits.reshape(len(tokens), _AT_ONCE, -1), last, axis=1)[:, 0]
-            chosen = choose(Texts(drafting.tokens, ends, drafting.processors), logits)
-            new = going & (drafting.cached + count == ends)  # others have more to read before they draft
+            ends = texts.lengths + drafting.drafted
+            chosen = choose(Texts(drafting.tokens, ends, drafting.processors), self._of_model(logits))
+            new = going & (drafting.cached + count == end)  # others have more to read before they draft
 
             def where_new(after: jax.Array, before: jax.Array) -> jax.Array:
                 return jnp.where(new.reshape(-1, *[1] * (after.ndim - 1)), after, before)
 
+            added = new.astype(jnp.int32)
             return _Drafting(
                 cache=cache,
                 cached=drafting.cached + count,
-                tokens=with_tokens(drafting.tokens, ends, chosen.tokens[:, None], new.astype(jnp.int32)),
-                drafted=drafting.drafted + new,
+                tokens=with_tokens(drafting.tokens, ends, chosen.tokens[:, None], added),
+                own=with_tokens(drafting.own, end, self._of_assistant(chosen.tokens)[:, None], added),
+                drafted=drafting.drafted + added,
                 sure=where_new((jnp.exp(chosen.log_p) >= self.threshold) & ~chosen.is_eos, drafting.sure),
                 processors=jax.tree.map(where_new, chosen.processors, drafting.processors),
             )
@@ -165,15 +209,46 @@ class Assistant(Drafter[AssistantMemory]):
                 cache=memory.cache.drop_last(memory.cached - cached),
                 cached=cached,
                 tokens=texts.tokens,
-                drafted=jnp.zeros_like(lengths),
-                sure=jnp.ones_like(lengths, bool),
+                own=own.tokens,
+                drafted=jnp.zeros_like(stayed),
+                sure=jnp.ones_like(stayed, bool),
                 processors=texts.processors,
             ),
         )
-        columns = lengths[:, None] + jnp.arange(self.most_tokens, dtype=jnp.int32)[None]
+        columns = texts.lengths[:, None] + jnp.arange(self.most_tokens, dtype=jnp.int32)[None]
         tokens = jnp.take_along_axis(done.tokens, columns, axis=1, mode="clip")
-        after = AssistantMemory(done.cache, lengths, done.cached, done.drafted, num_tokens)
+        kept = None if self.translation is None else _Own(done.own, own.lengths)
+        after = AssistantMemory(done.cache, texts.lengths, kept, done.cached, done.drafted, num_tokens)
         return Draft(tokens, done.drafted, after)
+
+    def _own_texts(self, texts: Texts, stayed: jax.Array, memory: AssistantMemory) -> tuple[_Own, jax.Array]:
+        """The texts in the assistant's tokens, and int32 [N]: how many of these were there before the last step.
+
+        With a translation, drafted tokens that stayed are there already, and only the token after them is translated:
+
+        ```
+        model's tokens        once| upon| a| midnight          "midnight" was not drafted
+        assistant's           once| upon| a| mid|night
+        ```
+        """
+        if self.translation is None:
+            return _Own(texts.tokens, texts.lengths), memory.lengths + stayed
+        assert memory.own is not None
+        last = jnp.take_along_axis(texts.tokens, jnp.maximum(texts.lengths - 1, 0)[:, None], axis=1)[:, 0]
+        pieces, counts = jnp.asarray(self.translation.pieces)[last], jnp.asarray(self.translation.counts)[last]
+        known = memory.own.lengths + stayed
+        return _Own(with_tokens(memory.own.tokens, known, pieces, counts), known + counts), known
+
+    def _of_model(self, logits: jax.Array) -> jax.Array:
+        """float32 [N, V] logits of the model's tokens, from those of the assistant's."""
+        if self.translation is None:
+            return logits
+        same = jnp.asarray(self.translation.same)
+        return jnp.where(same[None] >= 0, logits[:, jnp.maximum(same, 0)], -jnp.inf)
+
+    def _of_assistant(self, tokens: jax.Array) -> jax.Array:
+        """int32 [N]: drafted tokens as the assistant's."""
+        return tokens if self.translation is None else jnp.asarray(self.translation.same)[tokens]
 
     def _known(self, tokens: jax.Array) -> jax.Array:
         """The tokens as ids of the assistant, whose vocabulary may end earlier."""

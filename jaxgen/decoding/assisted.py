@@ -130,7 +130,7 @@ class Assisted(Strategy[AssistedState]):
 
     def init(self, prompt: Prompt, slots: int, vocab_size: int) -> AssistedState:
         """The state before the first token."""
-        memory = self.drafter.init(prompt, self.num_return_sequences)
+        memory = self.drafter.init(prompt, self.num_return_sequences, slots)
         prompt = prompt.repeated(self.num_return_sequences)
         rows, columns = prompt.input_ids.shape
         states = [processor.init(prompt, vocab_size) for processor in self.processors]
@@ -217,7 +217,7 @@ class Assisted(Strategy[AssistedState]):
             | (invalid & (number < new[:, None]) & (state.lengths[:, None] + number < ends[:, None])).any(axis=1),
             processors=(*_after(states, new), *kept_states[count:]),
             recorded=self._record(logits, scores, tokens, log_p, state, new, ends),
-            rounds=state.rounds + state.going,
+            rounds=state.rounds + state.going.astype(jnp.int32),
             accepted=state.accepted + jnp.where(state.going, jnp.minimum(agreed, new), 0),
         )
         return self._drafted(following, vocab_size)
@@ -269,7 +269,8 @@ class Assisted(Strategy[AssistedState]):
         after = iter(_after(stacked, jnp.ones(rows, jnp.int32)))
         # Those on the host and the warpers have no states.
         states = tuple(next(after, ()) if not each.on_host else () for each in self.processors)
-        return Chosen(choice.tokens, choice.log_p, jnp.isin(choice.tokens, self.eos.eos_token_id), states)
+        is_eos = (choice.tokens[:, None] == self.eos.eos_token_id[None]).any(axis=1)
+        return Chosen(choice.tokens, choice.log_p, is_eos, states)
 
     def _record(
         self,

@@ -1,4 +1,4 @@
-"""Forward passes over several columns of each row, of which rows read as many as they have."""
+"""Forward passes over several columns, of which a row may read only the first few."""
 
 from collections.abc import Callable
 
@@ -8,16 +8,18 @@ from jax import lax
 
 from jaxgen.base import AnyCache, Model
 
+_SHORT = 8  # columns; a program for each number would take too long to compile
+
 
 def extend_by_columns(
     model: Model[AnyCache], cache: AnyCache, tokens: jax.Array, mask: jax.Array
 ) -> tuple[jax.Array, AnyCache]:
-    """A forward pass over int32 [N, T] tokens, of which each row reads the first ones, as bool [N, T] says.
+    """A forward pass over int32 [N, T] tokens; the bool [N, T] mask marks the first ones of each row, which it reads.
 
-    Where no row reads more than its first column, as between two finds of prompt lookup, the pass is that of a plain
-    step. Returns float32 [N * T, V] logits, zeros for columns that were left out.
+    The pass is over 1, 8 or T columns, as few as hold what the rows read: drafts are often short or missing. Returns
+    float32 [N * T, V] logits, zeros for columns that were left out.
     """
-    rows, width = tokens.shape
+    rows, most = tokens.shape
 
     def reads(columns: int) -> Callable[[AnyCache], tuple[jax.Array, AnyCache]]:
         def read(cache: AnyCache) -> tuple[jax.Array, AnyCache]:
@@ -25,13 +27,13 @@ def extend_by_columns(
                 cache, tokens[:, :columns], mask[:, :columns], None, (), logits_to_keep=columns
             )
             logits = logits.reshape(rows, columns, -1)
-            return jnp.pad(logits, ((0, 0), (0, width - columns), (0, 0))).reshape(rows * width, -1), cache
+            return jnp.pad(logits, ((0, 0), (0, most - columns), (0, 0))).reshape(rows * most, -1), cache
 
         return read
 
-    if width == 1:
-        return reads(1)(cache)
-    return lax.cond(mask[:, 1:].any(), reads(width), reads(1), cache)
+    widths = sorted({1, min(_SHORT, most), most})
+    fits = sum((mask[:, width:].any().astype(jnp.int32) for width in widths[:-1]), jnp.int32(0))
+    return lax.switch(fits, [reads(width) for width in widths], cache)
 
 
 def with_tokens(texts: jax.Array, lengths: jax.Array, tokens: jax.Array, count: jax.Array | int) -> jax.Array:

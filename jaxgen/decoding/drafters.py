@@ -41,11 +41,14 @@ class Chosen(NamedTuple):
     processors: tuple[object, ...]
 
 
-# Chooses the next token of each text from float32 [N, V] logits, with the rules and the noise of the call: with logits
-# that are nearly those of the model, a draft is right nearly always.
+# Chooses the next token of each text from float32 [N, V] logits, with the processors and random numbers of the call, so
+# that logits close to the model's nearly always give the right token.
 Choose = Callable[[Texts, jax.Array], Chosen]
 
 Memory = TypeVar("Memory")
+
+SURE = 4  # tokens of a match that is hardly ever by chance
+_MOST_MISSES = 5  # 32 steps
 
 
 class Draft(NamedTuple, Generic[Memory]):
@@ -53,7 +56,7 @@ class Draft(NamedTuple, Generic[Memory]):
 
     Attributes:
         tokens: int32 [N, most_tokens].
-        num_tokens: int32 [N]. How many of them are meant.
+        num_tokens: int32 [N]. How many of them count; the others are padding.
         memory: of the drafter.
     """
 
@@ -63,7 +66,7 @@ class Draft(NamedTuple, Generic[Memory]):
 
 
 class Drafter(Generic[Memory]):
-    """Proposes the next tokens of each row: a dataclass and a pytree.
+    """Proposes the next tokens of each row. Subclasses are dataclasses and pytrees.
 
     A subclass sets `most_tokens` and overrides `draft`. One that remembers something from step to step overrides `init`
     too. It is told nothing about which of its tokens stayed: it sees the texts as they are.
@@ -74,9 +77,15 @@ class Drafter(Generic[Memory]):
 
     most_tokens: int
 
-    def init(self, prompt: Prompt, copies: int) -> "Memory | tuple[()]":
-        """The memory before the first draft, a pytree; each of the N rows of the prompt becomes so many neighbours."""
-        del prompt, copies
+    def init(self, prompt: Prompt, copies: int, slots: int) -> "Memory | tuple[()]":
+        """The memory before the first draft, a pytree.
+
+        Args:
+            prompt: the prompts before they are repeated.
+            copies: how many neighbouring rows each prompt gets.
+            slots: S, the columns of the texts.
+        """
+        del prompt, copies, slots
         return ()
 
     def draft(
@@ -109,22 +118,43 @@ class Drafter(Generic[Memory]):
 
 @pytree
 @dataclass(frozen=True)
-class PromptLookup(Drafter[tuple[()]]):
-    """Proposes what followed the last tokens where the text had them before.
+class LookupMemory:
+    """What prompt lookup remembers of each row.
+
+    Attributes:
+        lengths: int32 [N]. Of the texts before the last draft.
+        drafted: int32 [N]. Tokens of the last draft.
+        misses: int32 [N]. Drafts in a row of which no token stayed.
+        wait: int32 [N]. Steps to go without a draft.
+    """
+
+    lengths: jax.Array
+    drafted: jax.Array
+    misses: jax.Array
+    wait: jax.Array
+
+
+@pytree
+@dataclass(frozen=True)
+class PromptLookup(Drafter[LookupMemory]):
+    """Proposes what followed when the text had its last tokens before.
 
     Of all places with the longest match the last one counts; transformers 5.24 `PromptLookupCandidateGenerator` takes
-    the first. A continuation that reaches the end of the text repeats from its start, so a loop is drafted in full:
+    the first. A continuation that reaches the end of the text starts over, so a loop is drafted in full:
 
     ```
-    text      a b c x a b c y a b c         the last 3 tokens were seen twice
-    draft                           y a b   what followed the second time, and then round again
+    text      a b c x a b c y a b c             the last 3 tokens were seen twice
+    draft                           y a b c y   what followed the second time, and then over again
     ```
+
+    Any text repeats two tokens now and then, and a draft that is wrong makes a step slower. So after a draft of which
+    no token stayed, the next 2, 4, 8, ... steps draft only where `SURE` tokens match.
 
     Attributes:
         num_tokens: int32 []. Tokens of a draft.
         max_ngram: int32 []. How many last tokens to compare at most.
         most_tokens: at least `num_tokens`, static.
-        most_compared: at least `max_ngram`, static.
+        most_compared: at least `max_ngram` and `SURE`, static.
     """
 
     num_tokens: Int32
@@ -132,26 +162,37 @@ class PromptLookup(Drafter[tuple[()]]):
     most_tokens: int = field(metadata={"static": True})
     most_compared: int = field(metadata={"static": True})
 
-    def draft(
-        self,
-        texts: Texts,
-        limits: jax.Array,
-        choose: Choose,
-        memory: tuple[()],
-    ) -> Draft[tuple[()]]:
-        del limits, choose
+    def init(self, prompt: Prompt, copies: int, slots: int) -> LookupMemory:
+        del slots
+        zeros = jnp.zeros(len(prompt.input_ids) * copies, jnp.int32)
+        return LookupMemory(zeros, zeros, zeros, zeros)
+
+    def draft(self, texts: Texts, limits: jax.Array, choose: Choose, memory: LookupMemory) -> Draft[LookupMemory]:
+        del choose
         tokens, lengths, _ = texts
         columns = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-        # matched[n, s]: how many of the tokens before column s are the last ones of the text.
+        # matched[n, s]: how many tokens just before column s are the same as those at the end of the text.
         matched, equal = jnp.zeros_like(tokens), True
         for back in range(1, self.most_compared + 1):
             last = jnp.take_along_axis(tokens, jnp.maximum(lengths - back, 0)[:, None], axis=1)
-            equal &= (jnp.roll(tokens, back, axis=1) == last) & (columns >= back) & (back <= self.max_ngram)
+            equal &= (jnp.roll(tokens, back, axis=1) == last) & (columns >= back)
             matched += equal
         matched = jnp.where(columns < lengths[:, None], matched, 0)
-        best = matched.max(axis=1)
-        start = jnp.where(matched == best[:, None], columns, 0).max(axis=1)
+        compared = jnp.minimum(matched, self.max_ngram)
+        best = compared.max(axis=1, keepdims=True)
+        start = jnp.where(compared == best, columns, 0).max(axis=1)
         period = jnp.maximum(lengths - start, 1)
         offsets = jnp.arange(self.most_tokens, dtype=jnp.int32)[None] % period[:, None]
         draft = jnp.take_along_axis(tokens, start[:, None] + offsets, axis=1)
-        return Draft(draft, jnp.where(best > 0, self.num_tokens, 0), memory)
+
+        # A step adds the drafted tokens that were right and one more.
+        stayed = lengths - memory.lengths > 1
+        missed = (memory.drafted > 0) & ~stayed
+        misses = jnp.where(missed, jnp.minimum(memory.misses + 1, _MOST_MISSES), memory.misses)
+        misses = jnp.where(stayed, 0, misses)
+        wait = jnp.where(missed, jnp.left_shift(1, misses), jnp.maximum(memory.wait - 1, 0))
+        wait = jnp.where(stayed, 0, wait)
+        sure = jnp.take_along_axis(matched, start[:, None], axis=1)[:, 0] >= SURE
+        found = (best[:, 0] > 0) & ((wait == 0) | sure)
+        drafted = jnp.where(found, jnp.minimum(self.num_tokens, limits), 0)
+        return Draft(draft, drafted, LookupMemory(lengths, drafted, misses, wait))

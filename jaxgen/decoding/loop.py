@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxgen.base import (
+    MORE_COLUMNS,
     AnyCache,
     BranchedCache,
     Cache,
@@ -114,8 +115,7 @@ def decode(model: Model, call: Call) -> Mapping[str, jax.Array]:
         if strategy.columns == 1:
             return finalize(strategy, _advance(model, _prefill(model, call), strategy, n_steps))
         # Holes take at most as many slots as the longest text.
-        slots = 2 * strategy.cache_slots(max(call.prompt_slots, columns), new_tokens)
-        state = _prefill(model, call, cache_slots=slots)
+        state = _prefill(model, call, cache_slots=2 * strategy.cache_slots(call.prompt_slots, new_tokens))
         return finalize(strategy, _advance_squeezing(model, state, strategy, n_steps))
 
 
@@ -147,7 +147,8 @@ def _prefill(
         cache = cache.branch(strategy.branches)
     elif strategy.columns > 1:
         cache = cache.ragged()
-        inner = strategy.with_caches(inner, tuple(each.grow(slots) for each in strategy.caches(inner)))
+        more = slots - call.prompt_slots + strategy.columns
+        inner = strategy.with_caches(inner, tuple(each.grow(each.slots + more) for each in strategy.caches(inner)))
     buffers: Intermediates = {}
     if intermediates:
         # The shapes of one step's intermediates depend on the cache as it is now: grown and branched.
@@ -273,7 +274,7 @@ def _full(strategy: Strategy, state: DecodeState) -> jax.Array | None:
         return None
     full = ~cast(RaggedCache, state.cache).has_room(strategy.columns)
     for cache in strategy.caches(state.inner):
-        full |= ~cache.has_room(strategy.columns + 1)
+        full |= ~cache.has_room(strategy.columns + MORE_COLUMNS)
     return full
 
 

@@ -48,6 +48,7 @@ def generate(
     key: "ArrayLike | None" = None,
     output_logprobs: bool = False,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
+    assistant_tokenizer: "PreTrainedTokenizerBase | None" = None,
     **kwargs: Unpack[GenerateKeywords],
 ) -> np.ndarray | GenerateOutput:
     """Continues each prompt. Takes the arguments of transformers 5.24 `generate` and returns the same tokens.
@@ -66,8 +67,8 @@ def generate(
             transformers, they run after the built-in processors and before those of sampling.
         stopping_criteria: a list of such callables that return a bool per row.
         prefix_allowed_tokens_fn: (row, tokens [L]) -> the token ids that may follow; runs on the host.
-        assistant_model: a smaller model with the same tokenizer, which drafts tokens for this one to check, several in
-            one step; or a `Drafter`. The same tokens come, and where the drafts are right they come sooner, for any
+        assistant_model: a smaller model, which drafts tokens for this one to check, several in one step; or a
+            `Drafter`. The same tokens come, and where the drafts are right they come sooner, for any
             batch, greedy or sampled. See `num_assistant_tokens`.
         negative_prompt_ids: integers [B, P'] to guide away from, with `guidance_scale`; the last token of each prompt
             by default.
@@ -79,7 +80,9 @@ def generate(
             or a folder or repository with a `custom_generate/generate.py`, which takes `trust_remote_code=True`.
         key: for `do_sample`: an int, a `jax.random` key, or one of either per prompt; a random key by default. The same
             key gives the same tokens. A prompt with its own key samples the same tokens in any batch.
-        tokenizer: the model's, for `stop_strings` and `token_healing`.
+        tokenizer: the model's, for `stop_strings`, `token_healing` and an `assistant_tokenizer`.
+        assistant_tokenizer: of an `assistant_model` with another tokenizer than the model's, in any size of vocabulary
+            but the model's. The assistant drafts tokens that both have.
         output_logprobs: with `return_dict_in_generate`, also return the log-probabilities of the chosen tokens:
             `logprobs` under the model alone, before temperature and all other rules, and `processed_logprobs` under the
             distribution that they were sampled from.
@@ -112,6 +115,7 @@ def generate(
         key=None if "key" in custom_arguments else key,
         output_logprobs=output_logprobs,
         tokenizer=tokenizer,
+        assistant_tokenizer=assistant_tokenizer,
         keywords={name: value for name, value in kwargs.items() if name not in custom_arguments},
     )
     prepared = prepare_call(model, request)

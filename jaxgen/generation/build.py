@@ -53,7 +53,9 @@ def read_request(model: Model, request: Request) -> tuple[Mode, Inputs]:
 
 
 def build_call(model: Model, request: Request, mode: Mode, inputs: Inputs) -> PreparedCall:
-    """The call of a request after `read_request`. Memory is not checked, so that `plan` can ask about other machines.
+    """Builds the call for a request that `read_request` has checked.
+
+    Memory is not checked, so that `plan` can ask about other machines.
 
     Raises:
         ValueError: naming the argument, its value, the range and a way out.
@@ -211,6 +213,8 @@ def _strategy(
     host: HostFunctions,
 ) -> Strategy:
     """The strategy of the mode, with processors, criteria and key. Functions that run on the host go to `host`."""
+    if request.assistant_tokenizer is not None and request.assistant_model is None:
+        logger.warning("`assistant_tokenizer` has no effect without `assistant_model`. Pass both.")
     warn_about_new_functions("logits_processor", request.logits_processor)
     warn_about_new_functions("stopping_criteria", request.stopping_criteria)
     prompts = len(inputs.input_ids)

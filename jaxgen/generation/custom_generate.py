@@ -193,7 +193,7 @@ def call_repository(repository: str, trust_remote_code: bool | None = None, **gi
     """
     del given["custom_generate"]
     # The repository may be written for transformers, whose `generate` has no such arguments.
-    unset = {"key": None, "tokenizer": None, "output_logprobs": False}
+    unset = {"key": None, "tokenizer": None, "assistant_tokenizer": None, "output_logprobs": False}
     given = {name: value for name, value in given.items() if name not in unset or value is not unset[name]}
     modules = lazy.dynamic_modules()
     message = (

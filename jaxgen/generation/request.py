@@ -34,6 +34,7 @@ class Request:
     key: "ArrayLike | None" = None
     output_logprobs: bool = False
     tokenizer: "PreTrainedTokenizerBase | None" = None
+    assistant_tokenizer: "PreTrainedTokenizerBase | None" = None
     keywords: Mapping[str, object] = field(default_factory=dict)
     reserve: int = 0
 

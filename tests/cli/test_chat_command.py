@@ -292,3 +292,17 @@ def test_options_are_changed_in_a_chat_and_a_new_temperature_compiles_nothing(
     for said in ("temperature 1.3 (yours)", "max_new_tokens 4 (yours)", "seed 5 (yours)", "top_k 50\n", "not set: "):
         assert said in out
     assert "eos_token_id 2 (the checkpoint's)" in out and "min_p" in out.split("not set: ")[1]
+
+
+def test_an_assistant_drafts_the_answers(
+    chat_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers = []
+    for assistant in ([], ["--assistant", "int8"]):
+        piped(monkeypatch, ["hello there", "and then"])
+        options = ["--model", str(chat_folder), "--max-tokens", "12", "--temp", "0"]
+        assert main(["chat", *options, *assistant]) == 0
+        captured = capsys.readouterr()
+        answers.append(captured.out)
+        assert captured.err.count("drafted tokens stayed") == (2 if assistant else 0)
+    assert answers[0] == answers[1] != ""

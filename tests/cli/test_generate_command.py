@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -168,3 +169,20 @@ def test_a_bare_text_for_a_model_with_a_chat_template_gets_a_note(
     for text, options, noted in (("hello", there, True), (f"{start}user:hello", there, False), ("hello", [], False)):
         assert main(["generate", text, *SHORT, *options]) == 0
         assert ("has a chat template" in capsys.readouterr().err) == noted
+
+
+def test_an_assistant_drafts_the_same_text_and_the_last_line_says_how_often_it_was_right(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    options = ["Once upon a time", "--temp", "0.8", "--seed", "3"]
+    told = output(capsys, *options)
+    for assistant in (
+        ["--assistant", "int8"],
+        ["--assistant", str(jaxgen.BUNDLED_MODEL), "--num-assistant-tokens", "2"],
+    ):
+        assert main(["generate", *options, *assistant, *SHORT]) == 0
+        captured = capsys.readouterr()
+        assert captured.out == told
+        assert re.search(r"tokens/s; \d+ of \d+ drafted tokens stayed, in \d passes; \d+ programs ready", captured.err)
+    assert main(["generate", *options, "--num-beams", "2", "--no-do-sample", "--assistant", "int8", *SHORT]) == 1
+    assert "`assistant_model` is for greedy decoding and sampling" in capsys.readouterr().err

@@ -12,8 +12,8 @@ from random_calls import PROCESSORS, WARPERS, call, some
 import jaxgen
 from jaxgen.generation.running import driver
 
-COMBINATIONS, CALLS_EACH = 24, 4
-USUAL = 4  # the others are for sweeps
+COMBINATIONS, CALLS_EACH = 60, 4
+USUAL = 2  # the others are for sweeps
 OUTPUTS = {"return_dict_in_generate": True, "output_scores": True, "output_logprobs": True}
 PROMPTS = np.array([[5, 9, 17, 4, 8, 11], [0, 0, 7, 12, 3, 19], [0, 6, 13, 5, 9, 14]])
 MASK = (PROMPTS != 0).astype(int)
@@ -41,35 +41,59 @@ def tiny_caches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(driver, "_FEWEST_SLOTS", 1)
 
 
+@pytest.fixture(scope="module")
+def two_layers(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return jaxgen.load(architecture(1).write(tmp_path_factory.mktemp("two")))
+
+
+@pytest.fixture(scope="module")
+def assistants(two_layers: Any) -> list[dict[str, Any]]:
+    """The model itself, nearly the model, another one, one whose vocabulary is padded further, and a part of it."""
+    config = two_layers.config.to_json()
+    padded = jaxgen.from_config({**config, "vocab_size": config["vocab_size"] + 7}, key=3)
+    others = (two_layers, perturbed(two_layers, 0.1), jaxgen.from_config(config, key=99), padded)
+    return [*({"assistant_model": each} for each in others), {"assistant_early_exit": 1}]
+
+
 @pytest.mark.filterwarnings("ignore:Unfeasible length")
 @pytest.mark.parametrize(
     "seed", [pytest.param(seed, marks=[pytest.mark.sweep] if seed >= USUAL else []) for seed in range(COMBINATIONS)]
 )
 def test_whatever_the_assistant_tokens_and_logprobs_are_those_of_the_plain_call(
-    seed: int, model: Any, garbage: Any, tiny_caches: None
+    seed: int, two_layers: Any, assistants: list[dict[str, Any]], tiny_caches: None
 ) -> None:
     rng = np.random.default_rng(seed)
     names = some(rng, PROCESSORS, 0, 3)
     samples = bool(seed % 2)
     names += some(rng, WARPERS, 0, 3) if samples else []
     copies = int(rng.choice([1, 3])) if samples else 1
+    rows = int(rng.choice([1, 2, 3, 5]))
     for number in range(CALLS_EACH):
         ids, keywords = call(rng, names)
-        keywords |= {**OUTPUTS, "do_sample": samples, "num_return_sequences": copies, "key": seed + number}
-        plain = jaxgen.generate(model, ids, **keywords)
-        assistant = [model, perturbed(model, 0.3), garbage][number % 3]
-        ours = jaxgen.generate(
-            model,
-            ids,
-            assistant_model=assistant,
-            num_assistant_tokens=[3, 2, 3, 1][number],
-            assistant_confidence_threshold=[0.0, 0.0, 0.4, 0.3][number],
-            num_assistant_tokens_schedule="constant",
-            **keywords,
+        ids, keywords["attention_mask"] = (
+            np.concatenate([each, each])[:rows] for each in (ids, keywords["attention_mask"])
         )
-        message = str((names, number, keywords))
+        keywords |= {**OUTPUTS, "do_sample": samples, "num_return_sequences": copies, "key": seed + number}
+        plain = jaxgen.generate(two_layers, ids, **keywords)
+        drafts = {
+            **assistants[(seed + number) % len(assistants)],
+            "num_assistant_tokens": int(rng.choice([1, 2, 3, 5, 13])),
+            "assistant_confidence_threshold": float(rng.choice([0.0, 0.1, 0.4])),
+            "num_assistant_tokens_schedule": ["constant", "heuristic"][seed // 2 % 2],
+        }
+        ours = jaxgen.generate(two_layers, ids, **drafts, **keywords)
+        message = str((names, drafts, keywords))
         np.testing.assert_array_equal(ours.sequences, plain.sequences, err_msg=message)
         np.testing.assert_allclose(ours.logprobs, plain.logprobs, atol=2e-4, err_msg=message)
+        # And on from its cache.
+        longer = np.concatenate([plain.sequences, rng.integers(3, 20, (len(plain.sequences), 2))], axis=1)
+        mask = np.repeat(keywords["attention_mask"], copies, axis=0)
+        mask = np.pad(mask, ((0, 0), (0, longer.shape[1] - mask.shape[1])), constant_values=1)
+        on = {"attention_mask": mask, "max_new_tokens": 5, "eos_token_id": None, "do_sample": samples, "key": 1}
+        expected = jaxgen.generate(two_layers, longer, cache=plain.cache, **on)
+        np.testing.assert_array_equal(
+            jaxgen.generate(two_layers, longer, cache=ours.cache, **drafts, **on), expected, err_msg=message
+        )
 
 
 # ---- How many passes ----
@@ -85,6 +109,10 @@ def test_the_model_as_its_own_assistant_is_always_right(samples: bool, model: An
     np.testing.assert_array_equal(ours.rounds, 1 + 24 // 4)
     np.testing.assert_array_equal(ours.accepted, ours.drafted)
     np.testing.assert_array_equal(ours.drafted, 18)
+    # 20 tokens and one more, of which the last pass needs 2.
+    ours = jaxgen.generate(model, PROMPTS, assistant_model=model, **SURE, **keywords)
+    np.testing.assert_array_equal(ours.sequences, plain.sequences)
+    np.testing.assert_array_equal([ours.rounds, ours.drafted, ours.accepted], [[3] * 3, [22] * 3, [22] * 3])
 
 
 def test_a_wrong_assistant_costs_no_passes(model: Any, garbage: Any) -> None:
@@ -167,6 +195,17 @@ def test_a_draft_ends_with_its_eos(model: Any) -> None:
     assert ours.sequences.shape[1] == PROMPTS.shape[1] + first + 1
 
 
+def test_a_long_prompt_is_read_in_chunks_without_the_padding_before_it(model: Any) -> None:
+    for columns in (130, 250):
+        ids = np.random.default_rng(columns).integers(3, 97, (2, columns))
+        mask = (np.arange(columns)[None] >= [[0], [70]]).astype(int)
+        call = {"attention_mask": mask, "max_new_tokens": 25, "eos_token_id": None, "return_dict_in_generate": True}
+        plain = jaxgen.generate(model, ids, **call)
+        ours = jaxgen.generate(model, ids, assistant_model=model, num_assistant_tokens=3, **SURE, **call)
+        np.testing.assert_array_equal(ours.sequences, plain.sequences)
+        np.testing.assert_array_equal(ours.rounds, 7)
+
+
 # ---- With everything else ----
 
 
@@ -223,8 +262,7 @@ def test_other_numbers_compile_nothing(model: Any, garbage: Any) -> None:
     assert jaxgen.compile_counts() == before
 
 
-def test_early_exit_drafts_with_the_first_layers(tmp_path: Path) -> None:
-    two_layers = jaxgen.load(architecture(1).write(tmp_path))
+def test_early_exit_drafts_with_the_first_layers(two_layers: Any) -> None:
     first = two_layers.first_layers(1)
     assert first.config.num_hidden_layers == 1
     keywords = {**CALL, "return_dict_in_generate": True, "num_assistant_tokens": 3, **SURE}

@@ -14,7 +14,7 @@ import jaxgen
 from jaxgen.generation.running import driver
 
 COMBINATIONS, CALLS_EACH = 60, 4
-USUAL = 4  # the others are for sweeps
+USUAL = 2  # the others are for sweeps
 OUTPUTS = {"return_dict_in_generate": True, "output_scores": True, "output_logprobs": True}
 
 

@@ -1,10 +1,13 @@
 """Prompt lookup: what it proposes for a text, place by place. `assisted` checks it, whatever it is."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxgen
 from jaxgen.decoding.drafters import Chosen, PromptLookup, Texts
 
 #                        0  1  2  3  4  5  6  7  8  9
@@ -18,7 +21,8 @@ def no_logits(texts: Texts, logits: jax.Array) -> Chosen:
 
 def drafted(lookup: PromptLookup, text: np.ndarray = TEXT, lengths: np.ndarray = LENGTHS) -> list[list[int]]:
     texts = Texts(jnp.asarray(text), jnp.asarray(lengths), ())
-    tokens, count, _ = lookup.draft(texts, jnp.full(len(text), 9), no_logits, ())
+    prompt = jaxgen.Prompt(text, np.ones_like(text, bool), 0, len(text))
+    tokens, count, _ = lookup.draft(texts, jnp.full(len(text), 9), no_logits, lookup.init(prompt, 1, text.shape[1]))
     return [row[:n].tolist() for row, n in zip(np.asarray(tokens), np.asarray(count), strict=True)]
 
 
@@ -41,3 +45,24 @@ def test_a_continuation_that_reaches_the_end_goes_round() -> None:
 def test_without_a_match_there_is_no_draft(length: int) -> None:
     text = np.array([[1, 2, 1, 1, 1, 1]], np.int32)
     assert drafted(PromptLookup(2, 2, 3, 4), text, np.array([length], np.int32)) == [[]]
+
+
+def test_after_a_draft_that_was_wrong_it_waits_twice_as_long_unless_more_tokens_match() -> None:
+    """The text goes on with 1 2 and then with something new every time, so that 1 2 is always found and never right."""
+    lookup, text = PromptLookup(2, 2, 3, 4), np.zeros((1, 200), np.int32)
+    memory = lookup.init(jaxgen.Prompt(text, np.ones_like(text, bool), 0, 1), 1, 200)
+    length, tried = 0, []
+    for number in range(40):
+        text[0, length : length + 3] = (100 + number, 1, 2)
+        length += 2 if number else 3  # a step adds one token; here only the length is looked at
+        texts = Texts(jnp.asarray(text), jnp.asarray([length], jnp.int32), ())
+        memory = replace(memory, lengths=jnp.asarray([length - 1], jnp.int32))
+        _, count, memory = lookup.draft(texts, jnp.full(1, 9), no_logits, memory)
+        tried.append(int(count[0]) > 0)
+        length += 1
+    assert [number for number, drafted in enumerate(tried) if drafted] == [1, 4, 9, 18, 35]
+    # Four tokens that match are drafted for at once.
+    text[0, length : length + 4] = text[0, length - 8 : length - 4]
+    texts = Texts(jnp.asarray(text), jnp.asarray([length + 4], jnp.int32), ())
+    memory = replace(memory, lengths=jnp.asarray([length + 3], jnp.int32))
+    assert int(lookup.draft(texts, jnp.full(1, 9), no_logits, memory).num_tokens[0]) == 2

@@ -30,6 +30,8 @@ SHOWN_BY = {
     "max_matching_ngram_size": "decoding/test_drafters.py::test_the_last_place_with_the_longest_match_is_continued",
     "assistant_model": "decoding/test_assistant.py::"
     "test_whatever_the_assistant_tokens_and_logprobs_are_those_of_the_plain_call",
+    "assistant_tokenizer": "generation/test_translation.py::"
+    "test_a_model_with_other_ids_for_the_same_tokens_drafts_what_the_model_says",
     "num_assistant_tokens": "decoding/test_assistant.py::test_settings_come_from_the_call_and_then_from_the_assistant",
     "num_assistant_tokens_schedule": "decoding/test_assistant.py::"
     "test_a_schedule_drafts_more_after_a_draft_that_stayed_and_less_after_another",

@@ -44,13 +44,15 @@ def main(folder: Path, calls: list[tuple[int, int, dict[str, Any]]]) -> None:
         if (data, tensor) not in spread:
             spread[data, tensor] = jaxgen.load(folder, mesh=mesh(data, tensor))
         ids, mask = prompts(arguments.pop("rows", 2))
-        again = arguments.pop("again", False)
+        again, assisted = arguments.pop("again", False), arguments.pop("assisted", False)
         # The caller's own mesh, for other code: the model's wins.
         other = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
         aside = partial(jax.set_mesh, other) if arguments.pop("another mesh", False) else contextlib.nullcontext
         outputs = []
         for model in (plain, spread[data, tensor]):
             options = {"max_new_tokens": 12, "return_dict_in_generate": True} | arguments
+            if assisted and model is not plain:
+                options |= {"assistant_model": model, "num_assistant_tokens": 3}
             with aside():
                 output = jaxgen.generate(model, ids, attention_mask=mask, **options)
             if again:

@@ -33,7 +33,7 @@ class Field(NamedTuple):
     alias: str = ""
 
 
-_ASSISTANT = "is about assisted decoding; transformers ignores it elsewhere too"
+_ASSISTANT = "is about re-encoding texts for an `assistant_tokenizer`; jaxgen looks tokens up in tables instead"
 
 
 class GenerationFields(TypedDict, total=False):
@@ -539,7 +539,6 @@ class GenerateKeywords(GenerationFields, ModelInputs, total=False):
 
 # The arguments of transformers' `generate` that are refused unless they are None or False.
 REFUSED_ARGUMENTS = {
-    "assistant_tokenizer": "is the tokenizer of the draft model of assisted decoding",
     "synced_gpus": "keeps the processes of FSDP and DeepSpeed in step; with a mesh, jaxgen runs one program",
 }
 

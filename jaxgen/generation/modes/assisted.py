@@ -1,18 +1,21 @@
 """Assisted decoding, with drafts from prompt lookup, an assistant model or the first layers of the model itself."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
-from jaxgen.base import Model
-from jaxgen.decoding.assistant import Assistant
+from jaxgen.base import Model, row_shards
+from jaxgen.buckets import row_bucket
+from jaxgen.decoding.assistant import Assistant, Translation
 from jaxgen.decoding.assisted import Assisted
 from jaxgen.decoding.drafters import Drafter, PromptLookup
-from jaxgen.generation.config.validators import integer, number
+from jaxgen.generation.config.validators import integer, number, positive
 from jaxgen.generation.modes.base import Parts
 from jaxgen.generation.modes.sampling import SamplingMode
+from jaxgen.generation.translation import translation
 from jaxgen.generation.user_warnings import warn_once
 
 if TYPE_CHECKING:
@@ -36,12 +39,9 @@ class AssistedMode(SamplingMode):
 
     @classmethod
     def check(cls, fields: "GenerationConfig", assistant_model: object = None) -> None:
-        for name, least in (
-            ("prompt_lookup_num_tokens", 1),
-            ("max_matching_ngram_size", 0),
-            ("assistant_early_exit", 1),
-        ):
+        for name, least in (("prompt_lookup_num_tokens", 1), ("max_matching_ngram_size", 0)):
             _in_range(name, getattr(fields, name), least)
+        positive("assistant_early_exit", fields.assistant_early_exit)
         if not (drafters := _asked(fields, assistant_model)):
             return
         asked = drafters[0]
@@ -52,7 +52,7 @@ class AssistedMode(SamplingMode):
                     "one of them."
                 )
         if fields.use_cache is False:
-            raise ValueError(f"`{asked}` needs a cache. Leave out `use_cache`=False, as in transformers.")
+            raise ValueError(f"`{asked}` needs a cache, as in transformers. Leave out `use_cache`=False.")
 
     def recorded(self, intermediates: tuple[str, ...], logprobs: bool) -> tuple[str, ...]:
         if intermediates:
@@ -86,6 +86,7 @@ class AssistedMode(SamplingMode):
             drafted, compared = int(fields.prompt_lookup_num_tokens), int(fields.max_matching_ngram_size or 2)
             return PromptLookup(drafted, compared, _most_tokens(drafted), -(-compared // _COMPARED) * _COMPARED)
         if asked == "assistant_model" and isinstance(assistant, Drafter):
+            _in_range("assistant_model.most_tokens", assistant.most_tokens, 1)
             return assistant
         if not parts.inputs.input_ids.size:
             raise ValueError(
@@ -93,8 +94,12 @@ class AssistedMode(SamplingMode):
                 "`prompt_lookup_num_tokens`."
             )
         if asked == "assistant_early_exit":
-            return _assistant(parts.model.first_layers(int(fields.assistant_early_exit)), parts)
-        return _assistant(_checked(assistant, parts.model), parts)
+            try:
+                return _assistant(parts.model.first_layers(int(fields.assistant_early_exit)), parts)
+            except ValueError as error:
+                raise ValueError(f"`assistant_early_exit`={fields.assistant_early_exit}: {error}") from error
+        assistant = _checked(assistant, parts.model)
+        return replace(_assistant(assistant, parts), translation=_translation(assistant, parts))
 
     def note(self, outputs: Mapping[str, jax.Array]) -> str:
         rounds, drafted, accepted = (int(outputs[name][0]) for name in ("rounds", "drafted", "accepted"))
@@ -116,15 +121,15 @@ def _asked(fields: "GenerationConfig", assistant_model: object) -> list[str]:
     return [name for name, value in given.items() if value is not None]
 
 
-def _in_range(name: str, value: Any, least: int, most: int = _MOST_DRAFTED) -> int | None:
+def _in_range(name: str, value: Any, least: int) -> int | None:
     count = integer(name, value)
-    if count is not None and not least <= count <= most:
-        raise ValueError(f"`{name}`={count} must be from {least} to {most}.")
+    if count is not None and not least <= count <= _MOST_DRAFTED:
+        raise ValueError(f"`{name}`={count} must be from {least} to {_MOST_DRAFTED}.")
     return count
 
 
 def _most_tokens(drafted: int) -> int:
-    """The tokens that a program drafts for so many: a pass over 2, 4, 8, 12, 16, ... columns reads one more."""
+    """The number rounded up, so that a pass, which reads one token more, has 2, 3, 4, 8, 12, 16, ... columns."""
     return drafted if drafted < 4 else -(-(drafted + 1) // 4) * 4 - 1
 
 
@@ -135,19 +140,38 @@ def _checked(assistant: Any, model: Model[Any]) -> Model[Any]:
             f"`assistant_model`={assistant!r:.100} must be a model of jaxgen, as from `jaxgen.load`, or a "
             "`jaxgen.Drafter`. Load it first."
         )
-    # Vocabularies of one tokenizer are often padded to different sizes; others differ by more.
-    sizes = sorted((assistant.vocab_size, model.vocab_size))
-    if sizes[1] - sizes[0] > max(sizes[1] // 100, 16):
-        raise ValueError(
-            f"`assistant_model` has a vocabulary of {assistant.vocab_size} tokens, but the model has "
-            f"{model.vocab_size}: they have different tokenizers. Pass an assistant with the model's tokenizer."
-        )
     if assistant.mesh != model.mesh:
         raise ValueError(
             f"`assistant_model` is on {assistant.mesh or 'one device'}, but the model is on "
             f"{model.mesh or 'one device'}. Load both with the same `mesh`."
         )
     return assistant
+
+
+def _translation(assistant: Model[Any], parts: Parts) -> Translation | None:
+    """The tables for an assistant with another tokenizer, None if it has that of the model.
+
+    Models with one tokenizer often pad its vocabulary to slightly different sizes; a larger difference is another one.
+    """
+    request, model = parts.request, parts.model
+    if request.assistant_tokenizer is None:
+        sizes = sorted((assistant.vocab_size, model.vocab_size))
+        if sizes[1] - sizes[0] > max(sizes[1] // 100, 16):
+            raise ValueError(
+                f"`assistant_model` has a vocabulary of {assistant.vocab_size} tokens, but the model has "
+                f"{model.vocab_size}: they have different tokenizers. Pass `tokenizer` and `assistant_tokenizer`."
+            )
+        return None
+    if request.tokenizer is None:
+        raise ValueError("`assistant_tokenizer` needs the tokenizer of the model too. Pass `tokenizer`.")
+    if request.assistant_tokenizer.get_vocab() == request.tokenizer.get_vocab():
+        raise ValueError(
+            "`assistant_tokenizer` is for an assistant with another tokenizer, but it has the tokens of `tokenizer`. "
+            "Leave it out."
+        )
+    rows = row_bucket(row_shards(model.mesh), len(parts.inputs.input_ids))
+    sizes = model.vocab_size, assistant.vocab_size
+    return translation(request.tokenizer, request.assistant_tokenizer, *sizes, parts.inputs, rows)
 
 
 def _assistant(model: Model[Any], parts: Parts) -> Assistant:

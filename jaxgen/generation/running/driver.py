@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxgen.base import Model, Strategy
+from jaxgen.base import MORE_COLUMNS, Model, Strategy
 from jaxgen.buckets import bucket
 from jaxgen.decoding.loop import DecodeState, Progress, advance, drop_programs_if_many, grow, prefill, squeeze
 from jaxgen.generation.call import PreparedCall
@@ -92,8 +92,7 @@ def cache_sizes(model: Model, prepared: PreparedCall, weights: int) -> Generator
     strategy, prompt_slots, max_size = prepared.call.strategy, prepared.call.prompt_slots, prepared.cache_slots
     max_passes = prepared.forward_passes
     if strategy.columns > 1:  # a ragged cache says itself when it is full
-        columns = max(prompt_slots, prepared.call.prompt.input_ids.shape[1])  # a drafter may read the whole prompt
-        size = max(prepared.reserved, strategy.cache_slots(columns, 2), _FEWEST_SLOTS)
+        size = max(prepared.reserved, strategy.cache_slots(prompt_slots, 2), _FEWEST_SLOTS)
         while True:
             size = bucket(size) if size > _LONG else 1 << (size - 1).bit_length()
             yield CacheSize(size, max_passes)
@@ -185,16 +184,13 @@ def drive(model: Model, prepared: PreparedCall, schedule: ChunkSchedule) -> Chun
 
 
 def _with_room(state: DecodeState, strategy: Strategy, sizes: Generator[CacheSize]) -> DecodeState:
-    """The state with room in its ragged caches: without holes, and larger if less than an eighth of one is free then.
-
-    All caches have the same number of slots.
-    """
+    """The state with room in its ragged caches: without holes, and larger if less than an eighth of one is free."""
     caches: list[Any] = [state.cache, *strategy.caches(state.inner)]
     if len(state.cache.valid) > 1:  # a single row has no holes
         caches = [squeeze(cache) for cache in caches]
-    if any(int(cache.length) + strategy.columns > cache.slots * 7 // 8 for cache in caches):
-        slots = next(sizes).slots
-        caches = [grow(cache, slots) for cache in caches]
+    if any(int(cache.length) + strategy.columns + MORE_COLUMNS > cache.slots * 7 // 8 for cache in caches):
+        more = next(sizes).slots - state.cache.slots
+        caches = [grow(cache, cache.slots + more) for cache in caches]
     cache, *others = caches
     return replace(state, cache=cache, inner=strategy.with_caches(state.inner, tuple(others)))
 

@@ -67,8 +67,8 @@ def test_a_streamer_gets_the_prompts_and_then_every_token(model: Any) -> None:
         ({"num_assistant_tokens": 65}, "`num_assistant_tokens`=65 must be from 1 to 64"),
         ({"assistant_confidence_threshold": 1.5}, "`assistant_confidence_threshold`=1.5 must be from 0 to 1"),
         ({"num_assistant_tokens_schedule": "fast"}, "`num_assistant_tokens_schedule`='fast' must be one of"),
-        ({"assistant_early_exit": 0}, "`assistant_early_exit`=0 must be from 1"),
-        ({"assistant_early_exit": 1}, "`assistant_early_exit`=1 must be from 1 to 0: the model has 1 layers"),
+        ({"assistant_early_exit": 0}, "`assistant_early_exit`=0 must be at least 1"),
+        ({"assistant_early_exit": 1}, "`assistant_early_exit`=1: the model has 1 layers"),
         ({"num_beams": 2}, "`assistant_model` is for greedy decoding and sampling, and does not go with `num_beams`=2"),
         ({"penalty_alpha": 0.6, "top_k": 4}, "does not go with `penalty_alpha`=0.6"),
         ({"use_cache": False}, "`assistant_model` needs a cache"),
@@ -131,7 +131,7 @@ class Again(jaxgen.Drafter[jax.Array]):
 
     most_tokens: int = field(metadata={"static": True})
 
-    def init(self, prompt: jaxgen.Prompt, copies: int) -> jax.Array:
+    def init(self, prompt: jaxgen.Prompt, copies: int, slots: int) -> jax.Array:
         return jnp.int32(0)
 
     def draft(self, texts: Texts, limits: jax.Array, choose: Choose, memory: jax.Array) -> jaxgen.Draft[jax.Array]:
@@ -146,3 +146,54 @@ def test_a_drafter_of_the_callers_own(model: Any) -> None:
     np.testing.assert_array_equal(ours.sequences, plain.sequences)
     assert ours.accepted[0] > 0
     assert ours.rounds[0] + ours.accepted[0] == 12
+
+
+# ---- Functions on the host ----
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+def test_functions_on_the_host_see_each_token_with_the_text_before_it(copies: int, model: Any) -> None:
+    """An even token is followed by an odd one, by a function of NumPy; and a criterion ends texts at their length."""
+    prompts = np.array([[5, 9, 17], [0, 7, 12], [6, 13, 8]])
+    seen: list[tuple[int, ...]] = []
+
+    def odd_and_even(input_ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
+        seen.append(input_ids.shape)
+        parity = np.arange(scores.shape[1]) % 2
+        return np.where(parity[None] != input_ids[:, -1:] % 2, scores, -np.inf)
+
+    def allowed(prompt: int, tokens: np.ndarray) -> list[int]:
+        return [token for token in range(97) if token % 3 != (prompt + len(tokens)) % 3]
+
+    def says_20(input_ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
+        return (input_ids == ends).any(axis=1)
+
+    ends = -1
+    keywords = {
+        "attention_mask": (prompts != 0).astype(int),
+        "max_new_tokens": 16,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+        "logits_processor": [odd_and_even],
+        "prefix_allowed_tokens_fn": allowed,
+        "stopping_criteria": [says_20],
+        "do_sample": copies > 1,
+        "num_return_sequences": copies,
+        "key": 4,
+    }
+    free = jaxgen.generate(model, prompts, **keywords)
+    ends = int(free[0, 9])
+    plain = jaxgen.generate(model, prompts, **keywords)
+    for drafter in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": model, "num_assistant_tokens": 3}):
+        seen.clear()
+        ours = jaxgen.generate(model, prompts, **keywords, **drafter)
+        np.testing.assert_array_equal(ours, plain)
+        assert {rows for rows, _ in seen} == {1}  # a text at a time
+
+
+def test_an_error_on_the_host_comes_back_as_it_is(model: Any) -> None:
+    def fails(input_ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
+        raise KeyError("gone")
+
+    with pytest.raises(KeyError, match="gone"):
+        jaxgen.generate(model, PROMPT, assistant_model=model, logits_processor=[fails], max_new_tokens=4)
