@@ -15,7 +15,7 @@ import argparse
 import functools
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ def copies(input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array) -> jax.A
 class Told(Assistant):
     """Does the work of an assistant and proposes the next token of int32 [N, S] texts instead of the one it chose."""
 
-    texts: Int32
+    texts: Int32 = field(kw_only=True)
 
     def draft(self, texts: Texts, limits: jax.Array, choose: Choose, memory: AssistantMemory) -> Draft[AssistantMemory]:
         def told(texts: Texts, logits: jax.Array) -> Chosen:
@@ -106,14 +106,9 @@ def told(
     """Assistants of a shape whose tokens are right with these probabilities."""
     texts = jaxgen.generate(model, ids, attention_mask=np.ones_like(ids), **call)
     assistant, rng = jaxgen.from_config(SHAPES[shape]), np.random.default_rng(0)
-    return [
-        # A wrong token is another one than the right one.
-        (
-            share,
-            Told(assistant, num_tokens, 0.0, False, num_tokens, np.where(rng.random(texts.shape) < share, texts, 2)),
-        )
-        for share in shares
-    ]
+    # A wrong token is another one than the right one.
+    drafts = {share: np.where(rng.random(texts.shape) < share, texts, 2) for share in shares}
+    return [(share, Told(assistant, num_tokens, 0.0, False, num_tokens, texts=each)) for share, each in drafts.items()]
 
 
 def asked(name: str, question: str, passage: str, batch: int) -> np.ndarray:

@@ -1,5 +1,6 @@
 """What XLA makes of the decode loop, read from its text: the reason why a step costs what it should."""
 
+import re
 from collections import Counter
 from typing import Any
 
@@ -63,6 +64,20 @@ def test_each_layer_writes_its_keys_and_values_in_place(instructions: tuple[int,
     cache_elements, found = instructions
     writes = [shape for operation, shape in found if operation == "dynamic-update-slice"]
     assert sum(elements(shape) == cache_elements for shape in writes) == 2 * LAYERS
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("drafts", ["lookup", "assistant"])
+def test_drafts_copy_no_cache(drafts: str, rows: int) -> None:
+    """Nor the assistant's, which has other sizes. Branches of a conditional would be copied into and out of."""
+    model, small = jaxgen.from_config(CONFIG), jaxgen.from_config({**CONFIG, "num_key_value_heads": 4})
+    asked = {"prompt_lookup_num_tokens": 11} if drafts == "lookup" else {"assistant_model": small}
+    call = jaxgen.prepare(model, np.ones((rows, 20), int), max_new_tokens=200, **asked)
+    state = jax.eval_shape(lambda: loop._prefill(model, call, cache_slots=256))
+    text = loop.advance.lower(model, state, call.strategy, np.int32(1)).compile().as_text()
+    copied = re.findall(r"= (\w+\[[\d,]*\])\S* copy\(", text)
+    assert [shape for shape in copied if elements(shape) >= rows * KV_HEADS * 256 * HEAD_DIM] == []
+    assert "while(" in text
 
 
 @pytest.fixture(scope="module", params=[1, 3], ids=lambda rows: f"{rows} prompts")

@@ -20,20 +20,23 @@ def extend_by_columns(
     float32 [N * T, V] logits, zeros for columns that were left out.
     """
     rows, most = tokens.shape
+    widths = sorted({1, min(_SHORT, most), most})
+    fitting = sum((mask[:, width:].any().astype(jnp.int32) for width in widths[:-1]), jnp.int32(0))
 
-    def reads(columns: int) -> Callable[[AnyCache], tuple[jax.Array, AnyCache]]:
-        def read(cache: AnyCache) -> tuple[jax.Array, AnyCache]:
-            logits, cache, _ = model.extend(
-                cache, tokens[:, :columns], mask[:, :columns], None, (), logits_to_keep=columns
-            )
-            logits = logits.reshape(rows, columns, -1)
-            return jnp.pad(logits, ((0, 0), (0, most - columns), (0, 0))).reshape(rows * most, -1), cache
+    def reads(width: int) -> Callable[[jax.Array, tuple[jax.Array, AnyCache]], tuple[jax.Array, AnyCache]]:
+        def read(_: jax.Array, carry: tuple[jax.Array, AnyCache]) -> tuple[jax.Array, AnyCache]:
+            logits, cache = carry
+            some, cache, _ = model.extend(cache, tokens[:, :width], mask[:, :width], None, (), logits_to_keep=width)
+            some = some.reshape(rows, width, -1)
+            return lax.dynamic_update_slice_in_dim(logits, some, 0, axis=1), cache
 
         return read
 
-    widths = sorted({1, min(_SHORT, most), most})
-    fits = sum((mask[:, width:].any().astype(jnp.int32) for width in widths[:-1]), jnp.int32(0))
-    return lax.switch(fits, [reads(width) for width in widths], cache)
+    carry = jnp.zeros((rows, most, model.vocab_size), jnp.float32), cache
+    # Loops of one or no pass, and not branches of a conditional, into and out of which XLA copies the cache.
+    for index, width in enumerate(widths):
+        carry = lax.fori_loop(jnp.int32(0), (fitting == index).astype(jnp.int32), reads(width), carry)
+    return carry[0].reshape(rows * most, -1), carry[1]
 
 
 def with_tokens(texts: jax.Array, lengths: jax.Array, tokens: jax.Array, count: jax.Array | int) -> jax.Array:
