@@ -63,11 +63,11 @@ def estimated(target: str, shape: str, batch: int, columns: int) -> tuple[float,
     """The milliseconds of a pass, and the seconds of its compilation."""
     model, _, everywhere = programs(Case(target, shape, (1, 1), batch, 64, 64), devices(target, 1))
 
-    def cache() -> Any:
+    def cache(model: Model[Any]) -> Any:
         made = model.make_cache(batch, SLOTS)
         return made if columns == 1 else made.ragged()
 
-    held = jax.tree.map(lambda leaf: placed(leaf, everywhere), jax.eval_shape(cache))
+    held = jax.tree.map(lambda leaf: placed(leaf, everywhere), jax.eval_shape(cache, model))
     tokens = placed(jax.ShapeDtypeStruct((batch, columns), jnp.int32), everywhere)
     count = placed(jax.ShapeDtypeStruct((), jnp.int32), everywhere)
     compiled, seconds = timed(jax.jit(passes, donate_argnums=1).lower(model, held, tokens, count))

@@ -12,8 +12,8 @@ from random_calls import PROCESSORS, WARPERS, call, some
 import jaxgen
 from jaxgen.generation.running import driver
 
-COMBINATIONS, CALLS_EACH = 60, 4
-USUAL = 2  # the others are for sweeps
+COMBINATIONS, CALLS_EACH = 20, 25
+USUAL, USUAL_CALLS = 2, 3  # the others are for sweeps
 OUTPUTS = {"return_dict_in_generate": True, "output_scores": True, "output_logprobs": True}
 PROMPTS = np.array([[5, 9, 17, 4, 8, 11], [0, 0, 7, 12, 3, 19], [0, 6, 13, 5, 9, 14]])
 MASK = (PROMPTS != 0).astype(int)
@@ -57,43 +57,48 @@ def assistants(two_layers: Any) -> list[dict[str, Any]]:
 
 @pytest.mark.filterwarnings("ignore:Unfeasible length")
 @pytest.mark.parametrize(
-    "seed", [pytest.param(seed, marks=[pytest.mark.sweep] if seed >= USUAL else []) for seed in range(COMBINATIONS)]
+    ("seed", "calls"),
+    [
+        *((seed, USUAL_CALLS) for seed in range(USUAL)),
+        *(pytest.param(seed, CALLS_EACH, marks=pytest.mark.sweep) for seed in range(COMBINATIONS)),
+    ],
 )
 def test_whatever_the_assistant_tokens_and_logprobs_are_those_of_the_plain_call(
-    seed: int, two_layers: Any, assistants: list[dict[str, Any]], tiny_caches: None
+    seed: int, calls: int, two_layers: Any, assistants: list[dict[str, Any]], tiny_caches: None
 ) -> None:
+    """And those of a call that goes on from its cache."""
     rng = np.random.default_rng(seed)
     names = some(rng, PROCESSORS, 0, 3)
     samples = bool(seed % 2)
     names += some(rng, WARPERS, 0, 3) if samples else []
-    copies = int(rng.choice([1, 3])) if samples else 1
-    rows = int(rng.choice([1, 2, 3, 5]))
-    for number in range(CALLS_EACH):
+    copies, rows = int(rng.choice([1, 3])) if samples else 1, int(rng.choice([1, 2, 3, 5]))
+    # These decide which programs there are.
+    schedule = {"num_assistant_tokens_schedule": ["constant", "heuristic"][seed // 2 % 2]}
+    assistant = assistants[seed % len(assistants)] | schedule
+    least = int(rng.choice([1, 2, 4, 12]))
+    for number in range(calls):
         ids, keywords = call(rng, names)
-        ids, keywords["attention_mask"] = (
-            np.concatenate([each, each])[:rows] for each in (ids, keywords["attention_mask"])
-        )
+        mask = keywords["attention_mask"]
+        ids, mask = (np.concatenate([each, each])[:rows] for each in (ids, mask))
         keywords |= {**OUTPUTS, "do_sample": samples, "num_return_sequences": copies, "key": seed + number}
+        keywords["attention_mask"] = mask
         plain = jaxgen.generate(two_layers, ids, **keywords)
         drafts = {
-            **assistants[(seed + number) % len(assistants)],
-            "num_assistant_tokens": int(rng.choice([1, 2, 3, 5, 13])),
+            **assistant,
+            "num_assistant_tokens": least if least < 4 else least + int(rng.integers(4)),
             "assistant_confidence_threshold": float(rng.choice([0.0, 0.1, 0.4])),
-            "num_assistant_tokens_schedule": ["constant", "heuristic"][seed // 2 % 2],
         }
         ours = jaxgen.generate(two_layers, ids, **drafts, **keywords)
         message = str((names, drafts, keywords))
         np.testing.assert_array_equal(ours.sequences, plain.sequences, err_msg=message)
         np.testing.assert_allclose(ours.logprobs, plain.logprobs, atol=2e-4, err_msg=message)
-        # And on from its cache.
         longer = np.concatenate([plain.sequences, rng.integers(3, 20, (len(plain.sequences), 2))], axis=1)
-        mask = np.repeat(keywords["attention_mask"], copies, axis=0)
+        mask = np.repeat(mask, copies, axis=0)
         mask = np.pad(mask, ((0, 0), (0, longer.shape[1] - mask.shape[1])), constant_values=1)
         on = {"attention_mask": mask, "max_new_tokens": 5, "eos_token_id": None, "do_sample": samples, "key": 1}
         expected = jaxgen.generate(two_layers, longer, cache=plain.cache, **on)
-        np.testing.assert_array_equal(
-            jaxgen.generate(two_layers, longer, cache=ours.cache, **drafts, **on), expected, err_msg=message
-        )
+        again = jaxgen.generate(two_layers, longer, cache=ours.cache, **drafts, **on)
+        np.testing.assert_array_equal(again, expected, err_msg=message)
 
 
 # ---- How many passes ----

@@ -300,7 +300,8 @@ MUTANTS = [
         "padded_prompt, a last chunk that is not full",
         "np.where(np.arange(num_new) < full * size, 0, padding)",
         "np.where(np.arange(num_new) < 0, 0, padding)",
-        f"{REAL}a_long_prompt_in_chunks_gives_the_tokens_of_the_whole[150]",
+        # Ropes that choose their frequencies by the positions of a pass see where chunks end.
+        "tests/generation/test_continuing.py::test_chunks_are_cut_where_transformers_cuts_them[longrope]",
     ),
     Mutant(
         "jaxgen/generation/prompt/prompts.py",
