@@ -438,8 +438,14 @@ class LogitsProcessor(Generic[ProcessorState]):
         del read
 
         def step(text: jax.Array, scores: jax.Array, length: jax.Array, state: Any) -> tuple[jax.Array, Any]:
-            scores, state = self.step(text[None], scores[None], length, state)
-            return scores[0], state
+            changed, state = self.step(text[None], scores[None], length, state)
+            if changed.shape != (1, *scores.shape):
+                raise ValueError(
+                    f"a processor returned scores of shape {changed.shape} for one row. With drafts, rows are at steps "
+                    "of their own and processors get one row at a time, so they cannot hold numbers for each row. "
+                    "Leave out the drafts."
+                )
+            return changed[0], state
 
         def token(state: Any, of_token: tuple[jax.Array, jax.Array]) -> tuple[Any, tuple[jax.Array, Any]]:
             number, scores = of_token

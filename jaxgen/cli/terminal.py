@@ -69,6 +69,10 @@ def open_assistant(arguments: argparse.Namespace, model: Any) -> Model | None:
         return None
     with waiting("loading the assistant ..."):
         if arguments.assistant == "int8":
+            if arguments.quantize == "int8":
+                raise ValueError(
+                    "--assistant int8 drafts for a model in full. Leave out --quantize int8, or --assistant."
+                )
             return to_int8(model)
         folder = local_path(arguments.assistant, None)
         return load(folder, arguments.dtype, follow_links=arguments.follow_links)

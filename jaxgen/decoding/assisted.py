@@ -35,7 +35,7 @@ from jaxgen.base import (
 )
 from jaxgen.decoding.choice import choose, output_buffers, split_warpers
 from jaxgen.decoding.columns import with_tokens
-from jaxgen.decoding.drafters import Chosen, Drafter, Texts
+from jaxgen.decoding.drafters import Chosen, Draft, Drafter, Texts
 from jaxgen.decoding.gumbel import row_keys
 from jaxgen.processors.logits_process import by_row, process_columns
 from jaxgen.processors.stopping_criteria import any_of_columns
@@ -238,7 +238,10 @@ class Assisted(Strategy[AssistedState]):
 
         texts = Texts(state.sequences, state.lengths, state.processors)
         draft = self.drafter.draft(texts, limits, choose_next, state.memory)
-        count = jnp.clip(draft.num_tokens, 0, limits)
+        _check_draft(draft, (len(texts.tokens), self.drafter.most_tokens))
+        # It ends before a token that is none: the model and functions on the host would look it up.
+        known = jnp.cumprod(((draft.tokens >= 0) & (draft.tokens < vocab_size)).astype(jnp.int32), axis=1)
+        count = jnp.clip(jnp.minimum(draft.num_tokens, known.sum(axis=1, dtype=jnp.int32)), 0, limits)
         num_read = jnp.where(left > 0, 1 + count, 0)
         tokens = draft.tokens
         if self.pad_token_id is not None:
@@ -337,6 +340,19 @@ class Assisted(Strategy[AssistedState]):
             "accepted": state.accepted,
             **transposed,
         }
+
+
+def _check_draft(draft: object, shape: tuple[int, int]) -> None:
+    """Raises ValueError unless a drafter has returned a draft of int32 [N, most_tokens]."""
+    if not isinstance(draft, Draft):
+        raise ValueError(f"a drafter returned {type(draft).__name__}, but must return a `jaxgen.Draft`.")
+    for name, array, expected in (("tokens", draft.tokens, shape), ("num_tokens", draft.num_tokens, shape[:1])):
+        found = jax.eval_shape(lambda array=array: jnp.asarray(array))
+        if found.shape != expected or not jnp.issubdtype(found.dtype, jnp.integer):
+            raise ValueError(
+                f"a drafter returned `{name}` of shape {found.shape} and dtype {found.dtype}, but it must be int32 of "
+                f"shape {expected}."
+            )
 
 
 def _after(states: tuple[object, ...], new: jax.Array) -> tuple[object, ...]:

@@ -24,11 +24,12 @@ def extend_by_columns(
     fitting = sum((mask[:, width:].any().astype(jnp.int32) for width in widths[:-1]), jnp.int32(0))
 
     def reads(width: int) -> Callable[[jax.Array, tuple[jax.Array, AnyCache]], tuple[jax.Array, AnyCache]]:
-        def read(_: jax.Array, carry: tuple[jax.Array, AnyCache]) -> tuple[jax.Array, AnyCache]:
-            logits, cache = carry
-            some, cache, _ = model.extend(cache, tokens[:, :width], mask[:, :width], None, (), logits_to_keep=width)
-            some = some.reshape(rows, width, -1)
-            return lax.dynamic_update_slice_in_dim(logits, some, 0, axis=1), cache
+        def read(number: jax.Array, carry: tuple[jax.Array, AnyCache]) -> tuple[jax.Array, AnyCache]:
+            del number
+            all_logits, cache = carry
+            logits, cache, _ = model.extend(cache, tokens[:, :width], mask[:, :width], None, (), logits_to_keep=width)
+            logits = logits.reshape(rows, width, -1)
+            return lax.dynamic_update_slice_in_dim(all_logits, logits, 0, axis=1), cache
 
         return read
 

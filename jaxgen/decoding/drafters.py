@@ -172,11 +172,11 @@ class PromptLookup(Drafter[LookupMemory]):
         tokens, lengths, _ = texts
         columns = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
         # matched[n, s]: how many tokens just before column s are the same as those at the end of the text.
-        matched, equal = jnp.zeros_like(tokens), True
+        matched, equal = jnp.zeros_like(tokens), jnp.ones_like(tokens, bool)
         for back in range(1, self.most_compared + 1):
             last = jnp.take_along_axis(tokens, jnp.maximum(lengths - back, 0)[:, None], axis=1)
             equal &= (jnp.roll(tokens, back, axis=1) == last) & (columns >= back)
-            matched += equal
+            matched += equal.astype(jnp.int32)
         matched = jnp.where(columns < lengths[:, None], matched, 0)
         compared = jnp.minimum(matched, self.max_ngram)
         best = compared.max(axis=1, keepdims=True)

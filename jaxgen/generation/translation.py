@@ -90,7 +90,7 @@ def _tables(
 
 def _normalised(tokenizer: Any) -> dict[int, str]:
     """The tokens by id, with a space in place of the sign that stands for one."""
-    (sign, *_) = tokenizer.tokenize(" a")[0]  # "Ġ" in byte-level vocabularies, "▁" in those of sentencepiece
+    sign = "".join(tokenizer.tokenize(" a"))[:1]  # "Ġ" in byte-level vocabularies, "▁" in those of sentencepiece
     sign = "" if sign in " a" else sign
     return {token: text.replace(sign, " ") if sign else text for text, token in tokenizer.get_vocab().items()}
 

@@ -457,7 +457,7 @@ class Llama(nnx.Module):
         """See `base.Model.first_layers`. The weights are shared."""
         layers = self.config.num_hidden_layers
         if not 1 <= count < layers:
-            raise ValueError(f"the model has {layers} layers, and its first ones are 1 to {layers - 1} of them.")
+            raise ValueError(f"the model has {layers} layers, and a draft must have fewer, but at least one.")
         part = nnx.clone(self, variables=False)
         part.config = replace(self.config, num_hidden_layers=count, layer_types=self.config.layer_types[:count])
         part.layers = nnx.List([*self.layers][:count])

@@ -43,7 +43,14 @@ def any_of_columns(
     compiled = [each for each in listed if not isinstance(each, HostCriterion)]
 
     def of_token(text: jax.Array, scores: jax.Array, cur_len: jax.Array) -> jax.Array:
-        return any_of(compiled, text[None], scores[None], cur_len)[0]
+        finished = any_of(compiled, text[None], scores[None], cur_len)
+        if finished.shape != (1,):
+            raise ValueError(
+                f"a stopping criterion returned {finished.shape[0]} answers for one row. With drafts, rows are at "
+                "steps of their own and criteria get one row at a time, so they cannot hold numbers for each row. "
+                "Leave out the drafts."
+            )
+        return finished[0]
 
     ends = cur_len[:, None] + 1 + jnp.arange(scores.shape[1], dtype=jnp.int32)[None]
     finished = jax.vmap(jax.vmap(of_token, (None, 0, 0)))(input_ids, scores, ends)

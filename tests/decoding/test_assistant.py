@@ -114,6 +114,11 @@ def test_the_model_as_its_own_assistant_is_always_right(samples: bool, model: An
     np.testing.assert_array_equal(ours.rounds, 1 + 24 // 4)
     np.testing.assert_array_equal(ours.accepted, ours.drafted)
     np.testing.assert_array_equal(ours.drafted, 18)
+    # Caches grow in step.
+    long = {**CALL, "max_new_tokens": 97, "return_dict_in_generate": True}
+    assert set(
+        jaxgen.generate(model, PROMPTS, assistant_model=model, num_assistant_tokens=3, **SURE, **long).rounds
+    ) == {25}
     # 20 tokens and one more, of which the last pass needs 2.
     ours = jaxgen.generate(model, PROMPTS, assistant_model=model, **SURE, **keywords)
     np.testing.assert_array_equal(ours.sequences, plain.sequences)
@@ -140,6 +145,33 @@ def test_a_batch_takes_as_many_passes_as_its_slowest_row_alone(model: Any, tiny_
     np.testing.assert_array_equal(together.rounds, [each.rounds[0] for each in alone])
     assert len({*together.rounds.tolist()}) > 1
     assert 7 < together.rounds.max() < 25
+
+
+def test_drafts_are_what_the_assistant_says_after_the_text_so_far(model: Any, tiny_caches: None) -> None:
+    """Also where drafted tokens were dropped before: nothing of them is left in its cache."""
+    assistant = perturbed(model, 0.2)
+    call = {"max_new_tokens": 25, "eos_token_id": None}
+    whole = jaxgen.generate(model, PROMPTS[:1], **call)[0]
+    length, rounds, drafted, accepted = PROMPTS.shape[1] + 1, 1, 0, 0
+    while length < len(whole):
+        wanted = min(3, len(whole) - length - 1)
+        text = np.pad(whole[:length], (40 - length, 0))[None]
+        mask = (np.arange(40) >= 40 - length).astype(int)[None]
+        draft = jaxgen.generate(assistant, text, attention_mask=mask, max_new_tokens=3, eos_token_id=None)[0, 40:]
+        agrees = draft[:wanted] == whole[length : length + wanted]
+        agreed = int(np.cumprod(agrees).sum())
+        length, rounds, drafted, accepted = length + agreed + 1, rounds + 1, drafted + wanted, accepted + agreed
+    assert 8 < rounds < 24
+    ours = jaxgen.generate(
+        model,
+        PROMPTS[:1],
+        assistant_model=assistant,
+        num_assistant_tokens=3,
+        return_dict_in_generate=True,
+        **SURE,
+        **call,
+    )
+    assert [int(each[0]) for each in (ours.rounds, ours.drafted, ours.accepted)] == [rounds, drafted, accepted]
 
 
 def test_an_unsure_token_ends_a_draft(model: Any) -> None:

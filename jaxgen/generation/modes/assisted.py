@@ -86,8 +86,7 @@ class AssistedMode(SamplingMode):
             drafted, compared = int(fields.prompt_lookup_num_tokens), int(fields.max_matching_ngram_size or 2)
             return PromptLookup(drafted, compared, _most_tokens(drafted), -(-compared // _COMPARED) * _COMPARED)
         if asked == "assistant_model" and isinstance(assistant, Drafter):
-            _in_range("assistant_model.most_tokens", assistant.most_tokens, 1)
-            return assistant
+            return _checked_drafter(assistant)
         if not parts.inputs.input_ids.size:
             raise ValueError(
                 f"`{asked}` reads the tokens of the prompt, but `inputs_embeds` has none. Pass `input_ids` too, or use "
@@ -135,7 +134,7 @@ def _most_tokens(drafted: int) -> int:
 
 def _checked(assistant: Any, model: Model[Any]) -> Model[Any]:
     """The assistant, if it can draft for the model."""
-    if not callable(getattr(assistant, "extend", None)):
+    if isinstance(assistant, type) or not callable(getattr(assistant, "make_cache", None)):
         raise ValueError(
             f"`assistant_model`={assistant!r:.100} must be a model of jaxgen, as from `jaxgen.load`, or a "
             "`jaxgen.Drafter`. Load it first."
@@ -146,6 +145,18 @@ def _checked(assistant: Any, model: Model[Any]) -> Model[Any]:
             f"{model.mesh or 'one device'}. Load both with the same `mesh`."
         )
     return assistant
+
+
+def _checked_drafter(drafter: Drafter[Any]) -> Drafter[Any]:
+    """A drafter of the caller's, if the loop can carry it."""
+    if _in_range("most_tokens", getattr(drafter, "most_tokens", None), 1) is None:
+        raise ValueError(f"`assistant_model`={drafter!r:.100} has no `most_tokens`, from 1 to {_MOST_DRAFTED}.")
+    if any(leaf is drafter for leaf in jax.tree.leaves(drafter)):
+        raise ValueError(
+            f"`assistant_model`={drafter!r:.100} is not a pytree. Make it a dataclass, and register it with "
+            "`jax.tree_util.register_dataclass`, with `most_tokens` as a meta field."
+        )
+    return drafter
 
 
 def _translation(assistant: Model[Any], parts: Parts) -> Translation | None:
@@ -164,6 +175,9 @@ def _translation(assistant: Model[Any], parts: Parts) -> Translation | None:
         return None
     if request.tokenizer is None:
         raise ValueError("`assistant_tokenizer` needs the tokenizer of the model too. Pass `tokenizer`.")
+    for name in ("tokenizer", "assistant_tokenizer"):
+        if not callable(getattr(given := getattr(request, name), "get_vocab", None)):
+            raise ValueError(f"`{name}`={given!r:.100} must be a tokenizer of transformers. Load it first.")
     if request.assistant_tokenizer.get_vocab() == request.tokenizer.get_vocab():
         raise ValueError(
             "`assistant_tokenizer` is for an assistant with another tokenizer, but it has the tokens of `tokenizer`. "

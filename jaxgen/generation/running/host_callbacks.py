@@ -142,7 +142,8 @@ def for_processor(function: Callable[..., object]) -> HostFunction:
         assert scores is not None
         processed = np.asarray(function(input_ids, scores))
         if processed.shape != scores.shape:
-            raise ValueError(f"{function} returned scores of shape {processed.shape}, but got {scores.shape}.")
+            hint = " With drafts it gets one row at a time." if len(scores) == 1 else ""
+            raise ValueError(f"{function} returned scores of shape {processed.shape}, but got {scores.shape}.{hint}")
         return processed
 
     return process
@@ -189,7 +190,8 @@ def for_criterion(function: Callable[..., object]) -> HostFunction:
         del first_row
         answers = np.asarray(function(input_ids, scores), bool)
         if answers.shape not in ((), (len(input_ids),)):
-            raise ValueError(f"{function} returned shape {answers.shape}, but there are {len(input_ids)} rows.")
+            hint = " With drafts it gets one row at a time." if len(input_ids) == 1 else ""
+            raise ValueError(f"{function} returned shape {answers.shape}, but there are {len(input_ids)} rows.{hint}")
         return np.broadcast_to(answers, len(input_ids))
 
     return finished
@@ -246,9 +248,14 @@ def _processed_columns(
     read: jax.Array,
 ) -> np.ndarray:
     processed, function = np.array(scores), _functions[int(number)]
-    for row, column in np.argwhere(np.asarray(read)[: int(rows)]):
-        prefix = np.asarray(input_ids)[row : row + 1, : int(cur_len[row]) + column].copy()
-        processed[row, column] = function(prefix, processed[row, column][None].copy(), int(row))[0]
+    for row, columns in enumerate(np.asarray(read)[: int(rows)].sum(axis=1)):
+        text, length = np.asarray(input_ids)[row], int(cur_len[row])
+        for column in range(columns):
+            prefix = text[None, : length + column].copy()
+            processed[row, column] = function(prefix, processed[row, column][None].copy(), row)[0]
+            # No draft goes on after a token that the function forbids, and it may know nothing of such texts.
+            if column + 1 < columns and np.isneginf(processed[row, column, text[length + column]]):
+                break
     return processed
 
 

@@ -63,12 +63,18 @@ def test_a_streamer_gets_the_prompts_and_then_every_token(model: Any) -> None:
     [
         ({"assistant_model": "folder"}, "`assistant_model`='folder' must be a model of jaxgen"),
         ({"assistant_model": object()}, "must be a model of jaxgen, as from `jaxgen.load`"),
+        ({"assistant_model": []}, "must be a model of jaxgen"),
+        ({"assistant_model": jaxgen.Drafter()}, "has no `most_tokens`"),
+        (
+            {"assistant_tokenizer": "gpt2", "tokenizer": "gpt2"},
+            "`tokenizer`='gpt2' must be a tokenizer of transformers",
+        ),
         ({"num_assistant_tokens": 0}, "`num_assistant_tokens`=0 must be from 1 to 64"),
         ({"num_assistant_tokens": 65}, "`num_assistant_tokens`=65 must be from 1 to 64"),
         ({"assistant_confidence_threshold": 1.5}, "`assistant_confidence_threshold`=1.5 must be from 0 to 1"),
         ({"num_assistant_tokens_schedule": "fast"}, "`num_assistant_tokens_schedule`='fast' must be one of"),
         ({"assistant_early_exit": 0}, "`assistant_early_exit`=0 must be at least 1"),
-        ({"assistant_early_exit": 1}, "`assistant_early_exit`=1: the model has 1 layers"),
+        ({"assistant_early_exit": 1}, "`assistant_early_exit`=1: the model has 1 layers, and a draft must have fewer"),
         ({"num_beams": 2}, "`assistant_model` is for greedy decoding and sampling, and does not go with `num_beams`=2"),
         ({"penalty_alpha": 0.6, "top_k": 4}, "does not go with `penalty_alpha`=0.6"),
         ({"use_cache": False}, "`assistant_model` needs a cache"),
@@ -197,3 +203,73 @@ def test_an_error_on_the_host_comes_back_as_it_is(model: Any) -> None:
 
     with pytest.raises(KeyError, match="gone"):
         jaxgen.generate(model, PROMPT, assistant_model=model, logits_processor=[fails], max_new_tokens=4)
+
+
+@pytree
+@dataclass(frozen=True)
+class Bad(jaxgen.Drafter[tuple[()]]):
+    """Returns what it is told to, in place of a draft."""
+
+    returned: Any
+    most_tokens: int = field(metadata={"static": True})
+
+    def draft(self, texts: Texts, limits: jax.Array, choose: Choose, memory: tuple[()]) -> Any:
+        if self.returned is None:
+            return None
+        rows = len(texts.lengths)
+        return jaxgen.Draft(jnp.broadcast_to(self.returned, (rows, *self.returned.shape)), limits, memory)
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (None, "a drafter returned NoneType, but must return a `jaxgen.Draft`"),
+        (np.zeros(2, np.int32), r"`tokens` of shape \(1, 2\) and dtype int32, but it must be int32 of shape \(1, 3\)"),
+        (np.zeros(3, np.float32), "dtype float32"),
+    ],
+)
+def test_what_is_no_draft_is_refused(returned: Any, message: str, model: Any) -> None:
+    with pytest.raises(ValueError, match=message):
+        jaxgen.generate(model, PROMPT, assistant_model=Bad(returned, 3), max_new_tokens=4)
+
+
+def test_drafted_tokens_that_are_none_are_not_looked_up(model: Any) -> None:
+    def knows(input_ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
+        assert input_ids.max() < 97
+        return scores
+
+    keywords = {"max_new_tokens": 9, "eos_token_id": None}
+    for token in (97, -1, 2**31 - 1):
+        drafter = Bad(np.array([5, token, 5], np.int32), 3)
+        ours = jaxgen.generate(model, PROMPT, assistant_model=drafter, logits_processor=[knows], **keywords)
+        np.testing.assert_array_equal(ours, jaxgen.generate(model, PROMPT, **keywords))
+
+
+def test_a_trie_is_not_asked_about_texts_that_it_forbids(model: Any) -> None:
+    after = {token: [(token * 5 + 1) % 97, (token * 3 + 2) % 97] for token in range(97)}
+
+    def trie(prompt: int, tokens: np.ndarray) -> list[int]:
+        for before, following in zip(tokens[3:-1].tolist(), tokens[4:].tolist(), strict=True):
+            assert following in after[before], "outside the trie"
+        return after[int(tokens[-1])]
+
+    keywords = {"max_new_tokens": 12, "eos_token_id": None, "prefix_allowed_tokens_fn": trie}
+    plain = jaxgen.generate(model, PROMPT, **keywords)
+    for drafts in ({"assistant_model": model}, {"assistant_model": Bad(np.array([7, 8, 9], np.int32), 3)}):
+        np.testing.assert_array_equal(jaxgen.generate(model, PROMPT, **keywords, **drafts), plain)
+
+
+def test_functions_that_hold_numbers_for_each_row_are_refused(model: Any) -> None:
+    prompts, bias = np.array([[5, 9, 17], [6, 13, 8]]), np.random.default_rng(0).normal(size=(2, 97)).astype(np.float32)
+    keywords = {"prompt_lookup_num_tokens": 2, "max_new_tokens": 5, "eos_token_id": None}
+    for more, message in (
+        ({"logits_processor": [lambda input_ids, scores, cur_len: scores + bias]}, "for one row"),
+        (
+            {"stopping_criteria": [lambda input_ids, scores, cur_len: cur_len >= jnp.array([4, 5])]},
+            "2 answers for one row",
+        ),
+        ({"logits_processor": [lambda input_ids, scores: scores + bias]}, "With drafts it gets one row at a time"),
+    ):
+        jaxgen.generate(model, prompts, **{**keywords, "prompt_lookup_num_tokens": None}, **more)
+        with pytest.raises(ValueError, match=message):
+            jaxgen.generate(model, prompts, **keywords, **more)
