@@ -479,8 +479,8 @@ class StoppingCriterion(Protocol):
         ...
 
 
-class HostCriterion(StoppingCriterion):
-    """The base class of `host_callbacks.HostFunctionCriterion`: it is asked once about all tokens of a step."""
+class ColumnsCriterion(StoppingCriterion):
+    """The base class of `host_callbacks.HostCriterion`: it is asked once about all tokens of a step."""
 
     def of_columns(self, input_ids: jax.Array, cur_len: jax.Array, read: jax.Array) -> jax.Array:
         """bool [N, T]: whether a row is finished with each of T tokens.

@@ -14,7 +14,7 @@ from jaxgen.base import Model
 from jaxgen.generation.config.decode_config import DecodeConfig
 from jaxgen.generation.processor_list import as_pytree, takes_cur_len, warn_about_precedence
 from jaxgen.generation.prompt.inputs import Inputs
-from jaxgen.generation.running.host_callbacks import HostFunctionCriterion, HostFunctions, for_criterion
+from jaxgen.generation.running.host_callbacks import HostCriterion, HostFunctions, for_criterion
 from jaxgen.generation.user_warnings import warn_once
 from jaxgen.processors.stop_strings import StopStrings
 from jaxgen.processors.stopping_criteria import CustomCriterion, EosToken, MaxLength
@@ -145,4 +145,4 @@ def _criterion(criterion: Callable[..., Any], host: HostFunctions, rows: int) ->
         "`stopping_criteria` runs as Python on the host: every step waits for it. A JAX function of (input_ids, "
         "scores, cur_len) is compiled into the decode instead."
     )
-    return HostFunctionCriterion(number, rows)
+    return HostCriterion(number, rows)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxgen.base import EosCriterion, HostCriterion, LengthCriterion, StoppingCriterion
+from jaxgen.base import ColumnsCriterion, EosCriterion, LengthCriterion, StoppingCriterion
 from jaxgen.buckets import bucket
 from jaxgen.pytree import Int32, pytree
 
@@ -40,7 +40,7 @@ def any_of_columns(
         read: bool [N, T]. The tokens that count.
     """
     listed = tuple(criteria)
-    compiled = [each for each in listed if not isinstance(each, HostCriterion)]
+    compiled = [each for each in listed if not isinstance(each, ColumnsCriterion)]
 
     def of_token(text: jax.Array, scores: jax.Array, cur_len: jax.Array) -> jax.Array:
         finished = any_of(compiled, text[None], scores[None], cur_len)
@@ -55,7 +55,7 @@ def any_of_columns(
     ends = cur_len[:, None] + 1 + jnp.arange(scores.shape[1], dtype=jnp.int32)[None]
     finished = jax.vmap(jax.vmap(of_token, (None, 0, 0)))(input_ids, scores, ends)
     for criterion in listed:
-        if isinstance(criterion, HostCriterion):
+        if isinstance(criterion, ColumnsCriterion):
             finished |= criterion.of_columns(input_ids, cur_len, read)
     return finished
 

@@ -361,3 +361,38 @@ def test_greedy_tokens_equal_the_assisted_calls_of_transformers(
             **keywords,
         )
         np.testing.assert_array_equal(found, expected.numpy(), err_msg=str((number, keywords)))
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("model_type", ["mistral", "qwen2"])
+def test_random_calls_of_windowed_models_give_the_tokens_of_the_plain_call(
+    model_type: str, tmp_path: Path, tiny_caches: None
+) -> None:
+    windows = jaxgen.load(family_member(model_type, {"mistral": 2, "qwen2": 4}[model_type]).write(tmp_path))
+    noisy = perturbed(windows, 0.1)
+    rng = np.random.default_rng(0)
+    for number in range(60):
+        ids, keywords = call(rng, ["repetition_penalty"])
+        keywords |= {"do_sample": number % 2 > 0, "key": number, "top_k": 20}
+        if number % 3 == 0:
+            keywords["prefill_chunk_size"] = 4
+        plain = jaxgen.generate(windows, ids, **keywords)
+        for drafts in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": noisy, "num_assistant_tokens": 3, **SURE}):
+            np.testing.assert_array_equal(
+                jaxgen.generate(windows, ids, **keywords, **drafts), plain, err_msg=str(number)
+            )
+
+
+@pytest.mark.sweep
+def test_random_calls_with_stop_strings_give_the_tokens_of_the_plain_call(bundled: Any, tokenizer: Any) -> None:
+    rng = np.random.default_rng(0)
+    starts = ["Once upon a time", "One day, a small fox", "Tom had a red car. Tom had", "The bird", "In the wood"]
+    words = ["the", "was", " a", "little", ".", "and then", "happy", "!"]
+    small = jaxgen.to_int8(bundled)
+    for number in range(40):
+        prompts = tokenizer(list(rng.choice(starts, 3)), padding=True, return_tensors="np")
+        keywords = {**prompts, "max_new_tokens": 40, "tokenizer": tokenizer, "do_sample": number % 2 > 0, "key": number}
+        keywords["stop_strings"] = list(rng.choice(words, 2, replace=False))
+        plain = jaxgen.generate(bundled, **keywords)
+        for drafts in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": small, "num_assistant_tokens": 3, **SURE}):
+            np.testing.assert_array_equal(jaxgen.generate(bundled, **keywords, **drafts), plain, err_msg=str(keywords))

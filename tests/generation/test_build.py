@@ -60,7 +60,7 @@ def test_a_call_has_room_for_its_new_tokens(keywords: dict[str, Any], passes: in
     np.testing.assert_array_equal(prepared.token_slots, [13, 14, 15])
 
 
-@pytest.mark.parametrize("name", ["assistant_model", "synced_gpus", "assistant_tokenizer"])
+@pytest.mark.parametrize("name", ["synced_gpus"])
 def test_arguments_that_are_not_supported_are_refused_by_name(name: str, model: Any) -> None:
     with pytest.raises(ValueError, match=f"`{name}` is not supported"):
         built(model, [[5]], **{name: True})

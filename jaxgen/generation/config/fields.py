@@ -34,6 +34,7 @@ class Field(NamedTuple):
 
 
 _ASSISTANT = "is about re-encoding texts for an `assistant_tokenizer`; jaxgen looks tokens up in tables instead"
+_DRAFTS = "is refused with drafts, since jaxgen does not support it; transformers ignores it elsewhere too"
 
 
 class GenerationFields(TypedDict, total=False):
@@ -446,10 +447,6 @@ class GenerationFields(TypedDict, total=False):
         Literal[None, "dynamic", "hybrid", "hybrid_chunked", "sliding_window", "static"],
         Field("refused", "names a cache that is offloaded or quantised; jaxgen has one kind, in the device's memory"),
     ]
-    assistant_ensemble_weight: Annotated[
-        Literal[None], Field("refused", "mixes the assistant's distribution into the model's, which changes the tokens")
-    ]
-    speculation_type: Annotated[Literal[None], Field("refused", "names a drafter that was trained for one model")]
     is_assistant: Annotated[Literal[None, False], Field("refused", "marks the draft model of assisted decoding")]
     dola_layers: Annotated[
         Literal[None], Field("refused", "contrasts the logits of layers (DoLa); transformers 5 moved it to the Hub")
@@ -477,6 +474,8 @@ class GenerationFields(TypedDict, total=False):
     ]
     assistant_lookbehind: Annotated[int | None, Field("no effect", _ASSISTANT)]
     target_lookbehind: Annotated[int | None, Field("no effect", _ASSISTANT)]
+    assistant_ensemble_weight: Annotated[float | None, Field("no effect", _DRAFTS)]
+    speculation_type: Annotated[str | None, Field("no effect", _DRAFTS)]
     decoder_start_token_id: Annotated[int | Sequence[int] | None, Field("no effect", "is about encoder-decoder models")]
     transformers_version: Annotated[str | None, Field("no effect", "says which transformers wrote the config")]
 

@@ -45,6 +45,9 @@ class AssistedMode(SamplingMode):
         if not (drafters := _asked(fields, assistant_model)):
             return
         asked = drafters[0]
+        for name in ("assistant_ensemble_weight", "speculation_type"):
+            if (value := getattr(fields, name, None)) is not None:
+                raise ValueError(f"`{name}`={value!r} is not supported. Leave it out.")
         for name, off in (("num_beams", 1), ("penalty_alpha", 0)):
             if (value := getattr(fields, name, None)) not in (None, off):
                 raise ValueError(

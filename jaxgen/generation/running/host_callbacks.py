@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -16,14 +16,18 @@ import numpy as np
 from jax.experimental import io_callback
 
 from jaxgen import lazy
-from jaxgen.base import HostCriterion, LogitsProcessor
+from jaxgen.base import ColumnsCriterion, LogitsProcessor
 from jaxgen.pytree import Int32, pytree
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
-# Of int [rows, L] texts, float [rows, V] scores and the number of the first of these rows in the call.
-HostFunction = Callable[[np.ndarray, np.ndarray | None, int], np.ndarray]
+
+class HostFunction(Protocol):
+    """Of int [rows, L] texts, float [rows, V] scores and the number of the first of these rows in the call."""
+
+    def __call__(self, input_ids: np.ndarray, scores: np.ndarray | None, first_row: int = 0) -> np.ndarray: ...
+
 
 _numbers = itertools.count()
 _functions: dict[int, HostFunction] = {}
@@ -58,7 +62,7 @@ class HostProcessor(LogitsProcessor):
 
 @pytree
 @dataclass(frozen=True)
-class HostFunctionCriterion(HostCriterion):
+class HostCriterion(ColumnsCriterion):
     """Calls `function(input_ids [rows, cur_len], None)` on the host, in the order of the steps.
 
     Attributes:
@@ -74,7 +78,7 @@ class HostFunctionCriterion(HostCriterion):
         return io_callback(_finished, result, self.number, self.rows, input_ids, cur_len, ordered=True)
 
     def of_columns(self, input_ids: jax.Array, cur_len: jax.Array, read: jax.Array) -> jax.Array:
-        """See `base.HostCriterion`: one callback for all tokens, in which the function sees one at a time."""
+        """See `base.ColumnsCriterion`: one callback for all tokens, in which the function sees one at a time."""
         result = jax.ShapeDtypeStruct(read.shape, jnp.bool_)
         operands = self.number, self.rows, input_ids, cur_len, read
         return io_callback(_finished_columns, result, *operands, ordered=True)
@@ -106,7 +110,7 @@ class HostFunctions:
                 "(input_ids, scores, cur_len)."
             ) from error
 
-        def guarded(input_ids: np.ndarray, scores: np.ndarray | None, first_row: int) -> np.ndarray:
+        def guarded(input_ids: np.ndarray, scores: np.ndarray | None, first_row: int = 0) -> np.ndarray:
             try:
                 return function(input_ids, scores, first_row)
             except BaseException as error:
@@ -137,7 +141,7 @@ def for_processor(function: Callable[..., object]) -> HostFunction:
     if _is_transformers(function):
         function = _with_tensors(function)
 
-    def process(input_ids: np.ndarray, scores: np.ndarray | None, first_row: int) -> np.ndarray:
+    def process(input_ids: np.ndarray, scores: np.ndarray | None, first_row: int = 0) -> np.ndarray:
         del first_row
         assert scores is not None
         processed = np.asarray(function(input_ids, scores))
@@ -155,7 +159,7 @@ def for_prefix(prefix_allowed_tokens_fn: Callable[[int, np.ndarray], "ArrayLike"
     Each prompt has `copies` neighbouring rows: its beams or samples.
     """
 
-    def constrain(input_ids: np.ndarray, scores: np.ndarray | None, first_row: int) -> np.ndarray:
+    def constrain(input_ids: np.ndarray, scores: np.ndarray | None, first_row: int = 0) -> np.ndarray:
         assert scores is not None
         mask = np.full_like(scores, -np.inf)
         for row, tokens in enumerate(input_ids):
@@ -186,7 +190,7 @@ def for_criterion(function: Callable[..., object]) -> HostFunction:
     if _is_transformers(function):
         function = _with_tensors(function)
 
-    def finished(input_ids: np.ndarray, scores: np.ndarray | None, first_row: int) -> np.ndarray:
+    def finished(input_ids: np.ndarray, scores: np.ndarray | None, first_row: int = 0) -> np.ndarray:
         del first_row
         answers = np.asarray(function(input_ids, scores), bool)
         if answers.shape not in ((), (len(input_ids),)):
