@@ -302,6 +302,7 @@ def test_other_numbers_compile_nothing(model: Any, garbage: Any) -> None:
 def test_early_exit_drafts_with_the_first_layers(two_layers: Any) -> None:
     first = two_layers.first_layers(1)
     assert first.config.num_hidden_layers == 1
+    np.testing.assert_array_equal(first.layers[0].mlp.down_proj.weight, two_layers.layers[0].mlp.down_proj.weight)
     keywords = {**CALL, "return_dict_in_generate": True, "num_assistant_tokens": 3, **SURE}
     plain = jaxgen.generate(two_layers, PROMPTS, **CALL)
     ours = jaxgen.generate(two_layers, PROMPTS, assistant_early_exit=1, **keywords)

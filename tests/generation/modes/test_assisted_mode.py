@@ -178,7 +178,7 @@ def test_functions_on_the_host_see_each_token_with_the_text_before_it(copies: in
     keywords = {
         "attention_mask": (prompts != 0).astype(int),
         "max_new_tokens": 16,
-        "eos_token_id": None,
+        "eos_token_id": 2,  # with one, a row that a criterion finishes is padded
         "pad_token_id": 0,
         "logits_processor": [odd_and_even],
         "prefix_allowed_tokens_fn": allowed,
@@ -190,6 +190,7 @@ def test_functions_on_the_host_see_each_token_with_the_text_before_it(copies: in
     free = jaxgen.generate(model, prompts, **keywords)
     ends = int(free[0, 9])
     plain = jaxgen.generate(model, prompts, **keywords)
+    assert not np.array_equal(plain[0, :12], free[0, :12])
     for drafter in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": model, "num_assistant_tokens": 3}):
         seen.clear()
         ours = jaxgen.generate(model, prompts, **keywords, **drafter)
