@@ -23,7 +23,7 @@ SLOTS = 2048
 
 
 def passes(model: Model[Any], cache: Any, tokens: jax.Array, count: jax.Array) -> tuple[Any, jax.Array]:
-    """So many passes over int32 [N, T] tokens, each over the likeliest tokens after those of the last."""
+    """Runs `count` passes over int32 [N, T] tokens. Each reads the likeliest tokens after the last ones."""
     columns = tokens.shape[1]
 
     def step(_: jax.Array, carry: tuple[Any, jax.Array]) -> tuple[Any, jax.Array]:

@@ -52,7 +52,7 @@ def no_mesh() -> Iterator[None]:
         yield
 
 
-# Of a cache that a strategy holds besides that of the call's model; see `Strategy.caches`.
+# How many columns more than `columns` a step may write to the cache of another model; see `Strategy.caches`.
 MORE_COLUMNS = 5
 
 
@@ -618,7 +618,7 @@ class Strategy(Generic[State]):
         raise NotImplementedError
 
     def caches(self, state: State) -> tuple[RaggedCache, ...]:
-        """The caches of other models that the state holds. They get room together with that of the call's model.
+        """The caches of other models that the state holds. They grow together with the cache of the call's model.
 
         A step writes at most `columns` + `MORE_COLUMNS` columns of each.
         """

@@ -17,7 +17,7 @@ from jaxgen.checkpoint.load import BUNDLED_MODEL, load, to_int8
 from jaxgen.checkpoint.tokenizer import load_tokenizer
 from jaxgen.cli import compile_cache
 from jaxgen.cli.note import waiting
-from jaxgen.decoding.loop import Progress, finalize
+from jaxgen.decoding.loop import Progress
 from jaxgen.generation.call import PreparedCall
 from jaxgen.generation.running.driver import WATCHED, collect, drive
 from jaxgen.generation.running.streaming import NewTokens
@@ -110,7 +110,7 @@ class Times:
         kept: number of programs that came from the compile cache.
         shown: length of the text that was shown in tokens, prompt included.
         rate: tokens per second after the first ones, without the time for compiling.
-        note: what the decoding mode has to say about the call.
+        note: the decoding mode's remark on the call.
         on_compile: called when a program of the decode is about to be compiled.
     """
 
@@ -161,7 +161,7 @@ def decode(
     try:
         state = collect(drive(model, prepared, WATCHED), look)
         output = to_output(prepared, state)
-        times.note = prepared.mode.note(finalize(prepared.call.strategy, state))
+        times.note = prepared.mode.note(state.inner)
     finally:
         _running.remove(times)
     times.total = time.perf_counter() - start

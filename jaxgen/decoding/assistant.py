@@ -21,7 +21,7 @@ MOST_PIECES = 4  # tokens of the assistant for one of the model; any more are dr
 @pytree
 @dataclass(frozen=True)
 class Translation:
-    """Between the tokens of the model and those of an assistant with another tokenizer.
+    """Tables from the model's tokens to the tokens of an assistant with another tokenizer.
 
     Attributes:
         same: int32 [V]. The assistant's token with the same text as each of the model's, or -1.
@@ -96,9 +96,9 @@ class _Drafting(NamedTuple):
 class Assistant(Drafter[AssistantMemory]):
     """Drafts what the call would choose if another model gave the logits.
 
-    A row's draft ends after a token that the assistant is not sure of. Processors and random numbers are those of the
-    call, so a sampled draft is right where both models agree. Drafted tokens that did not stay leave the cache, and the
-    next draft begins by reading the tokens that are not in it yet:
+    A row's draft ends after a token that the assistant is not sure of. It uses the call's processors and random
+    numbers, so a sampled draft is right where both models agree. Drafted tokens that did not stay leave the cache, and
+    the next draft begins by reading the tokens that are not in it yet:
 
     ```
     text       a b c                  cache  a b c d        draft  d e, of which e was not read
@@ -240,7 +240,7 @@ class Assistant(Drafter[AssistantMemory]):
         return _Own(with_tokens(memory.own.tokens, known, pieces, counts), known + counts), known
 
     def _of_model(self, logits: jax.Array) -> jax.Array:
-        """float32 [N, V] logits of the model's tokens, from those of the assistant's."""
+        """float32 [N, V] logits of the model's tokens, from the assistant's logits."""
         if self.translation is None:
             return logits
         same = jnp.asarray(self.translation.same)

@@ -12,6 +12,7 @@ from jaxgen.buckets import row_bucket
 from jaxgen.decoding.assistant import Assistant, Translation
 from jaxgen.decoding.assisted import Assisted
 from jaxgen.decoding.drafters import Drafter, PromptLookup
+from jaxgen.generation.config.fields import FIELDS
 from jaxgen.generation.config.validators import integer, number, positive
 from jaxgen.generation.modes.base import Parts
 from jaxgen.generation.modes.sampling import SamplingMode
@@ -24,12 +25,6 @@ if TYPE_CHECKING:
 _MOST_DRAFTED = 64  # a longer draft is hardly ever right to its end, and each of its tokens costs time
 _COMPARED = 4  # sizes of n-grams that share a program
 _SCHEDULES = ("constant", "heuristic", "heuristic_transient")
-# Where neither the call nor the assistant's generation config says otherwise, as in transformers 5.24.
-_DEFAULTS = {
-    "num_assistant_tokens": 20,
-    "num_assistant_tokens_schedule": "constant",
-    "assistant_confidence_threshold": 0.4,
-}
 
 
 class AssistedMode(SamplingMode):
@@ -103,8 +98,8 @@ class AssistedMode(SamplingMode):
         assistant = _checked(assistant, parts.model)
         return replace(_assistant(assistant, parts), translation=_translation(assistant, parts))
 
-    def note(self, outputs: Mapping[str, jax.Array]) -> str:
-        rounds, drafted, accepted = (int(outputs[name][0]) for name in ("rounds", "drafted", "accepted"))
+    def note(self, state: Any) -> str:
+        rounds, drafted, accepted = (int(each[0]) for each in (state.rounds, state.drafted, state.accepted))
         return f"{accepted:,} of {drafted:,} drafted tokens stayed, in {rounds:,} passes"
 
     def texts(self, fetched: Mapping[str, np.ndarray], rows: int, prompt_length: int) -> dict[str, np.ndarray]:
@@ -200,7 +195,7 @@ def _assistant(model: Model[Any], parts: Parts) -> Assistant:
             request.keywords.get(name),
             *(getattr(config, name, None) for config in (request.generation_config, model.generation_config)),
         )
-        return next((value for value in given if value is not None), _DEFAULTS[name])
+        return next((value for value in given if value is not None), FIELDS[name][1].default)
 
     num_tokens = _in_range("num_assistant_tokens", setting("num_assistant_tokens"), 1) or 1
     threshold = number("assistant_confidence_threshold", setting("assistant_confidence_threshold"), 0.0)

@@ -165,9 +165,9 @@ class Mode:
         del prompt_length
         return {"sequences": fetched["sequences"][: rows * self.sequences_per_prompt, : fetched["length"]].copy()}
 
-    def note(self, outputs: Mapping[str, jax.Array]) -> str:
-        """What to tell a person about the first text of a call besides its speed, from the strategy's outputs."""
-        del outputs
+    def note(self, state: Any) -> str:
+        """A remark for people on the first text of a call, besides its speed, from the strategy's last state."""
+        del state
         return ""
 
     def cached_steps(self, cache: Cache, first: int, rows: int, steps: int) -> np.ndarray:
