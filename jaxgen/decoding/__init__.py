@@ -1,1 +1,1 @@
-"""The device wing: one compiled loop, and the strategies that choose tokens in it."""
+"""Device code: the compiled decode loop, and the strategies that choose tokens in it."""

@@ -12,21 +12,21 @@ from jaxgen.decoding.columns import extend_by_columns, with_tokens
 from jaxgen.decoding.drafters import Choose, Draft, Drafter, Texts
 from jaxgen.pytree import Bool, Float32, Int32, pytree
 
-_CHUNK = 128  # columns of a prompt that are read at once; chunks of padding alone are skipped
-# Columns of a pass: the newest token, and before it the last drafted one if it stayed, since it was never read.
+_CHUNK = 128  # prompt columns per forward pass; chunks that hold only padding are skipped
+# Columns of a pass: the newest token, and before it the last drafted token if it was accepted, as no pass has read it.
 _AT_ONCE = 2
-MOST_PIECES = 4  # tokens of the assistant for one of the model; any more are dropped
+MOST_PIECES = 4  # assistant tokens for one token of the model; any more are dropped
 
 
 @pytree
 @dataclass(frozen=True)
 class Translation:
-    """Tables from the model's tokens to the tokens of an assistant with another tokenizer.
+    """Tables that translate the model's tokens to those of an assistant with another tokenizer.
 
     Attributes:
-        same: int32 [V]. The assistant's token with the same text as each of the model's, or -1.
-        pieces: int32 [V, MOST_PIECES]. The assistant's tokens for the text of each of the model's.
-        counts: int32 [V]. How many these are, at least 1.
+        same: int32 [V]. For each token of the model, the assistant's token with the same text, or -1.
+        pieces: int32 [V, MOST_PIECES]. For each token of the model, the assistant's tokens for its text.
+        counts: int32 [V]. How many `pieces` each token has, at least 1.
         prompt: the prompts in the assistant's tokens.
     """
 
@@ -37,11 +37,11 @@ class Translation:
 
 
 class _Own(NamedTuple):
-    """Texts in the tokens of the assistant.
+    """The texts in the assistant's tokens.
 
     Attributes:
-        tokens: int32 [N, S]. The texts, and the drafts after them.
-        lengths: int32 [N]. Of the texts.
+        tokens: int32 [N, S]. The texts, each followed by its draft.
+        lengths: int32 [N]. The length of each text, without its draft.
     """
 
     tokens: jax.Array
@@ -54,12 +54,12 @@ class AssistantMemory:
     """What an assistant remembers from one draft to the next.
 
     Attributes:
-        cache: of the assistant. It holds the text and then the draft, but not the last token of the draft.
-        lengths: int32 [N]. Of the texts before the last draft.
-        own: these texts in the assistant's tokens; None if its tokenizer is the model's.
-        cached: int32 [N]. How many of the assistant's tokens of text and draft the cache holds.
-        drafted: int32 [N]. Tokens of the last draft.
-        num_tokens: int32 [N]. How many tokens the last draft was to have.
+        cache: the assistant's cache. It holds each text and its draft, except the last token of the draft.
+        lengths: int32 [N]. The length of each text when the last draft was made.
+        own: these texts in the assistant's tokens; None if the assistant has the model's tokenizer.
+        cached: int32 [N]. How many tokens of the text and the draft are in the cache, in the assistant's tokens.
+        drafted: int32 [N]. The length of the last draft.
+        num_tokens: int32 [N]. The intended length of the last draft.
     """
 
     cache: RaggedCache
@@ -75,11 +75,11 @@ class _Drafting(NamedTuple):
 
     Attributes:
         cache, cached: as in `AssistantMemory`.
-        tokens: int32 [N, S]. The texts with the drafts.
-        own: int32 [N, S]. The same in the assistant's tokens.
-        drafted: int32 [N]. Tokens of the draft so far.
-        sure: bool [N]. Whether the last one is likely enough for the draft to go on, and does not end the text.
-        processors: the states of the processors after the drafts.
+        tokens: int32 [N, S]. The texts, each followed by its draft.
+        own: int32 [N, S]. The same texts and drafts in the assistant's tokens.
+        drafted: int32 [N]. The length of each draft so far.
+        sure: bool [N]. Whether the draft may continue: its last token is likely enough and does not end the text.
+        processors: the processors' states after the drafts.
     """
 
     cache: RaggedCache
@@ -94,11 +94,11 @@ class _Drafting(NamedTuple):
 @pytree
 @dataclass(frozen=True)
 class Assistant(Drafter[AssistantMemory]):
-    """Drafts what the call would choose if another model gave the logits.
+    """Drafts the tokens that the call would choose from the logits of another model.
 
-    A row's draft ends after a token that the assistant is not sure of. It uses the call's processors and random
-    numbers, so a sampled draft is right where both models agree. Drafted tokens that did not stay leave the cache, and
-    the next draft begins by reading the tokens that are not in it yet:
+    A row's draft ends after a token with a low probability. Drafting uses the call's processors and random numbers, so
+    a sampled draft is accepted where both models agree. Rejected tokens are dropped from the cache. The next draft
+    begins by reading the tokens that are not in the cache yet:
 
     ```
     text       a b c                  cache  a b c d        draft  d e, of which e was not read
@@ -108,12 +108,13 @@ class Assistant(Drafter[AssistantMemory]):
 
     Attributes:
         model: the assistant.
-        num_tokens: int32 []. Tokens of the first draft.
-        threshold: float32 []. The probability that a token needs for the draft to go on after it.
-        adapts: bool []. Whether the next draft is 2 tokens longer after one that stayed in full, and else 1 shorter, as
-            with the schedules "heuristic" and "heuristic_transient" of transformers 5.24.
-        most_tokens: the most tokens of a draft, static.
-        translation: for an assistant with another tokenizer, which drafts tokens that both have.
+        num_tokens: int32 []. The length of the first draft.
+        threshold: float32 []. The draft continues after tokens of at least this probability.
+        adapts: bool []. Whether the length adapts: 2 tokens longer after a draft that was accepted in full, otherwise 1
+            shorter. These are the schedules "heuristic" and "heuristic_transient" of transformers 5.24.
+        most_tokens: the maximum length of a draft, static.
+        translation: the tables for an assistant with another tokenizer, which drafts only tokens that both vocabularies
+            have; None if it has the model's tokenizer.
     """
 
     model: Any
@@ -124,14 +125,14 @@ class Assistant(Drafter[AssistantMemory]):
     translation: Translation | None = None
 
     def init(self, prompt: Prompt, copies: int, slots: int) -> AssistantMemory:
-        """Reads the prompts."""
+        """The memory after a forward pass over the prompts."""
         rows = jnp.repeat(jnp.arange(len(prompt.input_ids), dtype=jnp.int32), copies)
         lengths = jnp.broadcast_to(jnp.asarray(prompt.length, jnp.int32), rows.shape)
         own, own_lengths, new = None, lengths, slots - prompt.input_ids.shape[1]
         if self.translation is not None:
             prompt = self.translation.prompt
             own_lengths = jnp.broadcast_to(jnp.asarray(prompt.length, jnp.int32), rows.shape)
-            # Longer texts get no more drafts.
+            # A row gets no more drafts once its text in the assistant's tokens is longer than this.
             tokens = prompt.repeated(copies).left_aligned(prompt.input_ids.shape[1] + 2 * new, 0)
             own = _Own(tokens, own_lengths)
         cache = self._read(prompt)
@@ -142,12 +143,12 @@ class Assistant(Drafter[AssistantMemory]):
             own=own,
             cached=own_lengths,
             drafted=jnp.zeros_like(lengths),
-            # `draft` takes the empty draft before the first one for one that stayed in full, and adds 2.
+            # `draft` treats the empty draft before the first one as accepted in full, and adds 2.
             num_tokens=jnp.broadcast_to(jnp.asarray(self.num_tokens) - 2, rows.shape),
         )
 
     def _read(self, prompt: Prompt) -> Cache:
-        """The cache after the prompts, of P slots. Long ones are read in chunks, from the first that is not padding."""
+        """The cache of the prompts, with P slots. Long prompts are read in chunks; chunks of padding are skipped."""
         model: Model[Any] = self.model
         ids, mask = self._known(prompt.input_ids), prompt.attention_mask.astype(bool)
         columns = ids.shape[1]
@@ -161,7 +162,7 @@ class Assistant(Drafter[AssistantMemory]):
         return lax.fori_loop(first, jnp.int32(columns // size), read, model.make_cache(*ids.shape))
 
     def draft(self, texts: Texts, limits: jax.Array, choose: Choose, memory: AssistantMemory) -> Draft[AssistantMemory]:
-        # A step adds the drafted tokens that were right and one more.
+        # A step adds the accepted tokens and one more.
         stayed = jnp.clip(texts.lengths - memory.lengths - 1, 0, memory.drafted)
         adapted = jnp.where(stayed == memory.drafted, memory.num_tokens + 2, jnp.maximum(memory.num_tokens - 1, 1))
         num_tokens = jnp.where(self.adapts, jnp.minimum(adapted, self.most_tokens), self.num_tokens)
@@ -180,13 +181,14 @@ class Assistant(Drafter[AssistantMemory]):
             tokens = self._known(jnp.take_along_axis(drafting.own, columns, axis=1, mode="clip"))
             mask = jnp.arange(_AT_ONCE)[None] < count[:, None]
             logits, cache = extend_by_columns(self.model, drafting.cache, tokens, mask)
-            # To drop 0 moves the length back over columns that no row has read: the next pass takes their slots.
+            # Dropping 0 still moves the length back over columns that no row has read, so the next pass reuses their
+            # slots.
             cache = cache.drop_last(jnp.zeros_like(count))
             last = jnp.maximum(count - 1, 0)[:, None, None]
             logits = jnp.take_along_axis(logits.reshape(len(tokens), _AT_ONCE, -1), last, axis=1)[:, 0]
             ends = texts.lengths + drafting.drafted
             chosen = choose(Texts(drafting.tokens, ends, drafting.processors), self._of_model(logits))
-            new = going & (drafting.cached + count == end)  # others have more to read before they draft
+            new = going & (drafting.cached + count == end)  # the other rows have more to read before they draft
 
             def where_new(after: jax.Array, before: jax.Array) -> jax.Array:
                 return jnp.where(new.reshape(-1, *[1] * (after.ndim - 1)), after, before)
@@ -222,9 +224,9 @@ class Assistant(Drafter[AssistantMemory]):
         return Draft(tokens, done.drafted, after)
 
     def _own_texts(self, texts: Texts, stayed: jax.Array, memory: AssistantMemory) -> tuple[_Own, jax.Array]:
-        """The texts in the assistant's tokens, and int32 [N]: how many of these were there before the last step.
+        """The texts in the assistant's tokens, and int32 [N]: how many of them are unchanged since the last draft.
 
-        With a translation, drafted tokens that stayed are there already, and only the token after them is translated:
+        With a translation, accepted tokens are in these texts already, and only the token after them is translated:
 
         ```
         model's tokens        once| upon| a| midnight          "midnight" was not drafted
@@ -240,18 +242,18 @@ class Assistant(Drafter[AssistantMemory]):
         return _Own(with_tokens(memory.own.tokens, known, pieces, counts), known + counts), known
 
     def _of_model(self, logits: jax.Array) -> jax.Array:
-        """float32 [N, V] logits of the model's tokens, from the assistant's logits."""
+        """The assistant's logits as float32 [N, V] logits of the model's tokens."""
         if self.translation is None:
             return logits
         same = jnp.asarray(self.translation.same)
         return jnp.where(same[None] >= 0, logits[:, jnp.maximum(same, 0)], -jnp.inf)
 
     def _of_assistant(self, tokens: jax.Array) -> jax.Array:
-        """int32 [N]: drafted tokens as the assistant's."""
+        """int32 [N]: the assistant's ids of drafted tokens."""
         return tokens if self.translation is None else jnp.asarray(self.translation.same)[tokens]
 
     def _known(self, tokens: jax.Array) -> jax.Array:
-        """The tokens as ids of the assistant, whose vocabulary may end earlier."""
+        """The tokens clipped to the assistant's vocabulary, which may be smaller."""
         return jnp.clip(tokens, 0, self.model.vocab_size - 1)
 
     def caches(self, memory: AssistantMemory) -> tuple[RaggedCache, ...]:

@@ -1,9 +1,9 @@
 """Assisted decoding: a drafter proposes tokens, and one forward pass checks all of them.
 
 A forward pass over the last token and a draft gives, at each of its columns, the token that `Sample` would choose
-there: the noise of a token depends on its row, step and id alone. Drafted tokens stay while they are the chosen ones,
-and the chosen token at the first other column stays too. So the tokens are those of the call without a drafter, greedy
-or sampled, whatever the drafts, and every step yields at least one token per row:
+there. This holds for samples too, because the noise of a token depends only on its row, step and id. Drafted tokens are
+accepted up to the first that differs from the chosen token, and the row continues with that chosen token. So the tokens
+are the same as without a drafter, greedy or sampled, and every step yields at least one token per row:
 
 ```
 text          a b c          lengths = 3
@@ -12,8 +12,8 @@ chooses       x y w .        x and y as drafted, w not: 3 new tokens
 text          a b c x y w    the columns of c, x and y stay in the cache
 ```
 
-Rows get ahead of each other, so each has a length of its own. A row that is finished goes on with padding, up to the
-length of the others, since the cache of a call has one column for every token of its output.
+Rows advance at different speeds, so each has its own length. A finished row continues with padding up to the length of
+the others, since the returned cache has a column for every output token.
 """
 
 from collections.abc import Mapping
@@ -41,28 +41,28 @@ from jaxgen.processors.logits_process import by_row, process_columns
 from jaxgen.processors.stopping_criteria import any_of_columns
 from jaxgen.pytree import Int32, pytree
 
-_NOT_YET = 2**30  # the end of a row that goes on
+_NOT_YET = 2**30  # in `ends`: the row is not finished
 
 
 @pytree
 @dataclass(frozen=True)
 class AssistedState:
-    """The state of a decode whose rows have lengths of their own.
+    """The state of a decode whose rows have different lengths.
 
     Attributes:
         sequences: int32 [N, S]. The caller's prompt from column 0, then the new tokens.
         lengths: int32 [N]. Valid columns of each row of `sequences`.
-        ends: int32 [N]. The length at which a row is finished; `_NOT_YET` before. Rows of the bucket end at 0.
+        ends: int32 [N]. The length of a finished row; `_NOT_YET` before. Padding rows of the bucket end at 0.
         prompt_length: int32 []. Columns of the caller's prompt.
-        tokens: int32 [N, T]. The last valid column and a draft.
+        tokens: int32 [N, T]. The last token of each row, then its draft.
         num_read: int32 [N]. How many of `tokens` the next forward pass reads.
-        num_kept: int32 [N]. How many the last one has kept.
+        num_kept: int32 [N]. How many columns of the last forward pass each row kept.
         invalid, keys, recorded: as in `SampleState`.
         processors: the states of the processors, with a leading axis of rows.
-        memory: of the drafter.
-        rounds: int32 [N]. Forward passes that have chosen tokens of the row, that of the prompt included.
-        drafted: int32 [N]. Drafted tokens so far.
-        accepted: int32 [N]. How many of them stayed.
+        memory: the drafter's memory.
+        rounds: int32 [N]. The number of forward passes that have chosen tokens of the row, including the prompt's.
+        drafted: int32 [N]. The number of drafted tokens so far.
+        accepted: int32 [N]. How many of them were accepted.
     """
 
     sequences: jax.Array
@@ -88,14 +88,14 @@ class AssistedState:
 
     @property
     def cur_len(self) -> jax.Array:
-        """int32 []. The columns that no row changes any more: those of the shortest row that is not finished."""
+        """int32 []. The number of columns that no row changes any more: the length of the shortest unfinished row."""
         return jnp.where(self.going.any(), jnp.where(self.going, self.lengths, _NOT_YET).min(), self.ends.max())
 
 
 @pytree
 @dataclass(frozen=True)
 class Assisted(Strategy[AssistedState]):
-    """Chooses the tokens of `Sample`, several per forward pass where a drafter guesses them.
+    """Chooses the same tokens as `Sample`, several per forward pass where a drafter guesses them.
 
     Processors and criteria are called for one row at a time, with that row's own length.
 
@@ -103,7 +103,8 @@ class Assisted(Strategy[AssistedState]):
         eos, max_length, pad_token_id, key, processors, stopping_criteria, num_return_sequences, outputs: as in
             `Sample`.
         drafter: proposes tokens.
-        whole_cache: whether finished rows must have read as many columns as the others in the end, static.
+        whole_cache: whether finished rows read padding until the cache holds as many of their columns as of the longest
+            row, static.
     """
 
     eos: EosCriterion
@@ -126,7 +127,7 @@ class Assisted(Strategy[AssistedState]):
         return 1 + self.drafter.most_tokens
 
     def cache_slots(self, columns: int, new_tokens: int) -> int:
-        return columns + new_tokens + self.columns  # the last step may write T columns, of which one is kept
+        return columns + new_tokens + self.columns  # the last step may write T columns and keep one
 
     def init(self, prompt: Prompt, slots: int, vocab_size: int) -> AssistedState:
         """The state before the first token."""
@@ -169,11 +170,11 @@ class Assisted(Strategy[AssistedState]):
         return self._next(logits.reshape(by_column), scores.reshape(by_column), state)
 
     def _next(self, logits: jax.Array, scores: jax.Array, state: AssistedState) -> AssistedState:
-        """The state after a forward pass that gave float32 [N, T, V] logits, or [N, 1, V] at the end of the prompt."""
+        """The state after a forward pass with float32 [N, T, V] logits, or [N, 1, V] for the prompt's forward pass."""
         rows, columns, vocab_size = scores.shape
         number = jnp.arange(columns, dtype=jnp.int32)[None]
         draft = state.tokens[:, 1:columns]
-        on = state.going | (self.pad_token_id is None)  # rows that choose tokens; others go on with padding
+        on = state.going | (self.pad_token_id is None)  # rows that choose tokens; the others continue with padding
         read = on[:, None] & (number < state.num_read[:, None])
 
         texts = with_tokens(state.sequences, state.lengths, draft, draft.shape[1])
@@ -192,7 +193,7 @@ class Assisted(Strategy[AssistedState]):
         )
         tokens, log_p, invalid = (array.reshape(rows, columns) for array in choice)
 
-        # The drafted tokens that were chosen too, and one more.
+        # The accepted tokens, and one more.
         agrees = (tokens[:, :-1] == draft) & read[:, 1:]
         agreed = jnp.cumprod(agrees.astype(jnp.int32), axis=1).sum(axis=1, dtype=jnp.int32)
         new = jnp.minimum(agreed + 1, self.max_length.max_length - state.lengths)
@@ -212,7 +213,7 @@ class Assisted(Strategy[AssistedState]):
             lengths=state.lengths + new,
             ends=ends,
             num_kept=new,
-            # Not of tokens after the end, which a row without padding goes on with.
+            # Tokens after the end of a row do not count: without a pad token, rows continue after their end.
             invalid=state.invalid
             | (invalid & (number < new[:, None]) & (state.lengths[:, None] + number < ends[:, None])).any(axis=1),
             processors=(*_after(states, new), *kept_states[count:]),
@@ -225,13 +226,13 @@ class Assisted(Strategy[AssistedState]):
     def _drafted(self, state: AssistedState, vocab_size: int) -> AssistedState:
         """The state with the tokens of the next forward pass."""
         last = jnp.take_along_axis(state.sequences, jnp.maximum(state.lengths - 1, 0)[:, None], axis=1)
-        # A pass yields one token more than are drafted, and no row gets longer than the maximum.
+        # A pass yields at most one token more than the draft has, and no row gets longer than the maximum.
         left = self.max_length.max_length - state.lengths
         on = state.going | (self.pad_token_id is None)
         limits = jnp.where(on, jnp.maximum(left - 1, 0), 0)
 
         def choose_next(texts: Texts, logits: jax.Array) -> Chosen:
-            # A vocabulary of another size is one that is padded differently.
+            # Vocabularies of different sizes differ only in their padding.
             missing = max(vocab_size - logits.shape[1], 0)
             logits = jnp.pad(logits[:, :vocab_size], ((0, 0), (0, missing)), constant_values=-jnp.inf)
             return self._chosen(state, texts, logits)
@@ -239,7 +240,7 @@ class Assisted(Strategy[AssistedState]):
         texts = Texts(state.sequences, state.lengths, state.processors)
         draft = self.drafter.draft(texts, limits, choose_next, state.memory)
         _check_draft(draft, (len(texts.tokens), self.drafter.most_tokens))
-        # It ends before a token that is none: the model and functions on the host would look it up.
+        # A draft ends before an invalid token id, which the model and functions on the host would look up.
         known = jnp.cumprod(((draft.tokens >= 0) & (draft.tokens < vocab_size)).astype(jnp.int32), axis=1)
         count = jnp.clip(jnp.minimum(draft.num_tokens, known.sum(axis=1, dtype=jnp.int32)), 0, limits)
         num_read = jnp.where(left > 0, 1 + count, 0)
@@ -258,7 +259,7 @@ class Assisted(Strategy[AssistedState]):
         )
 
     def _chosen(self, state: AssistedState, texts: Texts, logits: jax.Array) -> Chosen:
-        """What the call would choose from float32 [N, V] logits of another model; see `drafters.Choose`."""
+        """The tokens that the call would choose from float32 [N, V] logits of another model; see `drafters.Choose`."""
         tokens, lengths, states = texts
         rows = len(tokens)
         chosen_from = [each for each in self.processors if not each.on_host]
@@ -270,7 +271,7 @@ class Assisted(Strategy[AssistedState]):
         step = (lengths - state.prompt_length)[:, None]
         choice = choose(logits, scores[:, 0], state.keys, step, jnp.zeros(rows, bool), warpers, with_log_p=True)
         after = iter(_after(stacked, jnp.ones(rows, jnp.int32)))
-        # Those on the host and the warpers have no states.
+        # Host processors and warpers have no states.
         states = tuple(next(after, ()) if not each.on_host else () for each in self.processors)
         is_eos = (choice.tokens[:, None] == self.eos.eos_token_id[None]).any(axis=1)
         return Chosen(choice.tokens, choice.log_p, is_eos, states)
@@ -285,7 +286,7 @@ class Assisted(Strategy[AssistedState]):
         new: jax.Array,
         ends: jax.Array,
     ) -> dict[str, jax.Array]:
-        """The buffers of recorded outputs, [steps, N, ...], with those of the new tokens."""
+        """The buffers of recorded outputs, [steps, N, ...], with the values of the new tokens."""
         if not state.recorded:
             return {}
         rows, columns = tokens.shape
@@ -297,7 +298,7 @@ class Assisted(Strategy[AssistedState]):
         number = jnp.arange(columns, dtype=jnp.int32)[None]
         column = state.lengths[:, None] + number
         step = column - state.prompt_length
-        # The log-probabilities of padding are 0, as the buffers are from the start.
+        # The log-probabilities of padding are 0, since the buffers start as zeros.
         stays = (number < new[:, None]) & (column < ends[:, None])
         row = jnp.arange(rows)[:, None]
         return {
@@ -329,7 +330,7 @@ class Assisted(Strategy[AssistedState]):
         return jnp.where(columns < state.lengths[:, None], state.sequences, self.pad_token_id)
 
     def finalize(self, state: AssistedState) -> Mapping[str, jax.Array]:
-        """As `Sample.finalize`, with the numbers of rounds, of drafted and of accepted tokens, int32 [N] each."""
+        """As `Sample.finalize`, with `rounds`, `drafted` and `accepted` of `AssistedState`."""
         transposed = {name: buffer.T if buffer.ndim == 2 else buffer for name, buffer in state.recorded.items()}
         return {
             "sequences": self.text(state),
@@ -343,7 +344,7 @@ class Assisted(Strategy[AssistedState]):
 
 
 def _check_draft(draft: object, shape: tuple[int, int]) -> None:
-    """Raises ValueError unless a drafter has returned a draft of int32 [N, most_tokens]."""
+    """Raises ValueError unless a drafter returned a `Draft` of int32 [N, most_tokens] tokens."""
     if not isinstance(draft, Draft):
         raise ValueError(f"a drafter returned {type(draft).__name__}, but must return a `jaxgen.Draft`.")
     for name, array, expected in (("tokens", draft.tokens, shape), ("num_tokens", draft.num_tokens, shape[:1])):
@@ -356,5 +357,5 @@ def _check_draft(draft: object, shape: tuple[int, int]) -> None:
 
 
 def _after(states: tuple[object, ...], new: jax.Array) -> tuple[object, ...]:
-    """The states of the processors, [T + 1, N, ...], after the first int32 [N] `new` tokens: [N, ...]."""
+    """Selects the states after int32 [N] `new` tokens of each row: [T + 1, N, ...] -> [N, ...]."""
     return jax.tree.map(lambda leaf: leaf[new, jnp.arange(len(new))], states)

@@ -13,7 +13,7 @@ running beams        scores of all continuations      the W best candidates     
                                                       "the cat."        -2.0     dropped: not among the first C
 ```
 
-A candidate that is finished is ranked with the finished beams, of which the best C are kept.
+A finished candidate is ranked with the finished beams, and the best C are kept.
 """
 
 from collections.abc import Mapping
@@ -48,13 +48,13 @@ class BeamState:
     """The state of a beam search.
 
     Attributes:
-        running: the C beams that grow, best first.
+        running: the C unfinished beams, best first.
         finished: the best C finished beams so far, filled up with placeholders whose `finished` is False.
         cur_len: int32 []. Valid columns of the running beams.
         prompt_length: int32 []. Columns of the caller's prompt.
         rows: int32 []. Rows of the caller's prompt.
         tokens: int32 [B * C]. The last column of the running beams.
-        parents: int32 [B, C]. The running beam that each running beam continues.
+        parents: int32 [B, C]. The previous running beam that each running beam continues.
         improvable: bool [B]. Whether a running beam may still beat a finished one. Once False, it stays False.
         ended: bool []. Whether no prompt needs another token.
         invalid: bool [B]. Prompts whose scores held a NaN, an infinity, or no finite number.
@@ -96,7 +96,7 @@ class BeamSearch(Strategy[BeamState]):
         stopping_criteria: the caller's own, called with all candidates as (input_ids [B * W, S], scores [B * C, V],
             cur_len).
         num_beams: C, static.
-        num_candidates: W, static: the candidates of a prompt, among which beams finish or go on running.
+        num_candidates: W, static: the candidates of a prompt, which finish or keep running.
         outputs: the arrays to record at every step, static: "scores", "logits", "parents".
     """
 
@@ -163,7 +163,7 @@ class BeamSearch(Strategy[BeamState]):
         flat = candidates.sequences.reshape(-1, candidates.sequences.shape[2])
         hits = any_of(criteria, flat, scores, state.cur_len + 1).reshape(candidates.scores.shape)
 
-        # Candidates that go on running: the best C of the W, the finished ones last.
+        # Candidates that keep running: the best C of the W, the finished ones last.
         running_scores = candidates.scores + jnp.where(hits, NEVER, 0)
         _, best = lax.top_k(running_scores, self.num_beams)
         running = replace(candidates, scores=running_scores).take(best)
@@ -171,7 +171,7 @@ class BeamSearch(Strategy[BeamState]):
         finished = self._finish(replace(candidates, finished=hits), state)
         improvable = state.improvable & self._improvable(running, finished, state)
 
-        # The end is decided for all prompts of the caller together; rows of the bucket do not hold it up.
+        # The end is decided for all prompts of the caller together; padding rows of the bucket do not delay it.
         unused = (jnp.arange(len(hits)) >= state.rows)[:, None]
         full = (finished.finished | unused).all() & self.stop_when_full
         # The tokens just written: column `cur_len` of [B, C, S], as the next input [B * C].
@@ -224,7 +224,7 @@ class BeamSearch(Strategy[BeamState]):
         return running.extend(sources, tokens, values, rows, state.cur_len, step), sources, invalid
 
     def _finish(self, candidates: Beams, state: BeamState) -> Beams:
-        """The best C of the finished beams and the finished candidates, of which only the first C count."""
+        """The best C of the finished beams and the finished ones among the first C candidates."""
         new_tokens = (state.cur_len + 1 - state.prompt_length).astype(jnp.float32)
         just_finished = candidates.finished & (jnp.arange(self.num_candidates) < self.num_beams)[None]
         # With `early_stopping`, a prompt with C finished beams takes no more.
@@ -252,7 +252,7 @@ class BeamSearch(Strategy[BeamState]):
         return ~state.ended
 
     def finalize(self, state: BeamState) -> Mapping[str, jax.Array]:
-        """See `base.Strategy.finalize`; all C beams of each prompt, best first, and the recorded arrays.
+        """See `base.Strategy.finalize`. Returns all C beams of each prompt, best first, and the recorded arrays.
 
         `sequences` is [B, C, S], `sequences_scores` [B, C] and `beam_indices` [B, C, S - P].
         """

@@ -1,4 +1,4 @@
-"""Beams, several scored sequences per prompt: shared by the two beam searches."""
+"""Beams: several scored sequences per prompt. Both beam searches use them."""
 
 from dataclasses import dataclass, replace
 from typing import Self
@@ -16,11 +16,12 @@ NEVER = -1e9  # transformers adds this to scores that must not win
 @pytree
 @dataclass(frozen=True)
 class Beams:
-    """Sequences of each prompt, with their scores.
+    """The sequences of each prompt, with their scores.
 
     Attributes:
         sequences: int32 [B, beams, S].
-        scores: float32 [B, beams]. The sum of log-probabilities; for finished beams divided by a power of their length.
+        scores: float32 [B, beams]. The sum of log-probabilities. For finished beams it is divided by a power of their
+            length.
         beam_indices: int32 [B, beams, S - P]. The row of its step's scores that each new token was chosen from;
             -1 after the last token.
         finished: bool [B, beams].
@@ -39,7 +40,7 @@ class Beams:
         return cls(
             sequences,
             jnp.zeros((rows, beams), jnp.float32),
-            # S - P, the new tokens that there is room for, whatever the length of the prompt in its bucket.
+            # S - P: room for the new tokens, whatever the length of the prompt in its bucket.
             jnp.full((rows, beams, slots - columns), -1, jnp.int32),
             jnp.zeros((rows, beams), bool),
         )

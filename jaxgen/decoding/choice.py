@@ -1,8 +1,8 @@
 """The choice of a token from scores: the most likely one, or a sample by Gumbel-max.
 
 Sampled tokens are the highest scores after adding noise that depends on the row's key, the step and the token id only.
-So a sample is the same whether it is drawn from the whole vocabulary or from the few candidates that sampling leaves,
-and whichever other rows and steps are drawn with it.
+So a sample is the same whether it is drawn from the whole vocabulary or from the few candidates that the warpers keep.
+It does not depend on other rows and steps either.
 """
 
 from collections.abc import Sequence
@@ -70,12 +70,12 @@ def choose(
     """One token per row: of equal scores the one with the lowest id.
 
     Args:
-        logits: float32 [N, V], before all processors: where these have run, they may have dropped a NaN.
+        logits: float32 [N, V], before all processors, since a processor may remove a NaN.
         scores: float32 [N, V], after all processors but the `warpers`.
         keys: uint32 [N, 2], or None to take the highest score.
-        step: int32 [], or [N, 1] if rows are at different steps: how many new tokens come before this one.
+        step: int32 [], or [N, 1] if rows are at different steps. The number of new tokens before this one.
         finished: bool [N]. Rows that may get any token.
-        warpers: applied to the candidates alone where these are certain to hold the sample.
+        warpers: applied only to the candidates if these are certain to hold the sample.
         with_log_p: whether log-probabilities are needed.
     """
 
@@ -87,13 +87,13 @@ def choose(
             noisy = scores + gumbel(keys, step, noisy_ids)
         if token_ids is None:
             tokens = best = blocked_argmax(noisy)
-        else:  # these come in any order, and of equal scores the lowest id wins, as in an argmax over [N, V]
+        else:  # candidates are unordered; of equal scores the lowest id wins, as in an argmax over [N, V]
             equal = noisy == noisy.max(axis=1, keepdims=True)
             best = jnp.argmin(jnp.where(equal, token_ids, jnp.iinfo(jnp.int32).max), axis=1)
             tokens = jnp.take_along_axis(token_ids, best[:, None], axis=1)[:, 0].astype(jnp.int32)
         chosen = jnp.take_along_axis(scores, best[:, None], axis=1)[:, 0]
         log_p = chosen - jax.nn.logsumexp(scores, axis=1) if with_log_p else jnp.zeros_like(chosen)
-        # An argmax takes NaN for the highest score, in torch and in JAX: the chosen score shows if there is one.
+        # In torch and in JAX, argmax treats NaN as the highest score. So the chosen score shows whether there is one.
         return Choice(tokens, log_p, ~jnp.isfinite(chosen))
 
     if warpers is None:
@@ -117,7 +117,7 @@ def choose(
 
 
 def output_buffers(outputs: Sequence[str], rows: int, vocab_size: int, steps: int) -> dict[str, jax.Array]:
-    """Zeros for what is recorded at each step: scores and logits [steps, N, V], log-probabilities [steps, N]."""
+    """Buffers of zeros for the outputs of each step: scores and logits [steps, N, V], log-probabilities [steps, N]."""
     per_token = jax.ShapeDtypeStruct((rows, vocab_size), jnp.float32)
     per_row = jax.ShapeDtypeStruct((rows,), jnp.float32)
     shapes = {"scores": per_token, "logits": per_token, "logprobs": per_row, "processed_logprobs": per_row}
@@ -127,12 +127,12 @@ def output_buffers(outputs: Sequence[str], rows: int, vocab_size: int, steps: in
 @pytree
 @dataclass(frozen=True)
 class _Candidates:
-    """The tokens that sampling leaves, in no particular order.
+    """The tokens that may be sampled, in no particular order.
 
     Attributes:
         scores: float32 [N, W], warped.
         token_ids: int32 [N, W].
-        complete: bool []. Whether in every row all other tokens have probability 0.
+        complete: bool []. Whether all other tokens have probability 0, in every row.
         invalid: bool [N]. Rows with a NaN, an infinity or no finite score.
     """
 
@@ -143,7 +143,7 @@ class _Candidates:
 
 
 def _candidates(scores: jax.Array, top_k: TopK, warpers: list[Warper], finished: jax.Array) -> _Candidates:
-    """Warps the W highest scores instead of all V, and says whether they were enough.
+    """Warps only the W highest scores, and tells whether they were enough.
 
     They are enough if top_k is at most W and no token outside has the same score as the last one inside, or if all
     tokens outside together are too unlikely for top_p. Sorting a vocabulary of 128k takes XLA:CPU 190 ms at batch 8;
@@ -174,14 +174,14 @@ def _candidates(scores: jax.Array, top_k: TopK, warpers: list[Warper], finished:
         return (scores >= edge).sum(axis=1, keepdims=True) <= window, rest
 
     def nothing_outside(scores: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The same where only top_k counts, without reading all scores."""
+        """The same if only top_k applies, without reading all scores."""
         separate = (edge < last) | (last == -jnp.inf) | (window == scores.shape[1])
         return separate, jnp.full_like(edge, -jnp.inf)
 
     separate, rest = lax.cond(limited | (top_p >= 1), nothing_outside, outside, scores)
     total = jnp.logaddexp(jax.nn.logsumexp(values, axis=1, keepdims=True), rest)
     enough = limited | ((top_k.top_k >= vocab_size) & (top_p < 1) & (jnp.exp(rest - total) <= 1 - top_p))
-    # Finished and invalid rows take any token, so that they do not send the whole batch to the slow path.
+    # Finished and invalid rows may take any token, so that they do not send the whole batch to the slow path.
     complete = (separate & enough)[:, 0] | finished | invalid
 
     if warpers:  # they break ties by the order of the token ids

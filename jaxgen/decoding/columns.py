@@ -1,4 +1,4 @@
-"""Forward passes over several columns, of which a row may read only the first few."""
+"""Forward passes over several columns, of which each row may read only the first few."""
 
 from collections.abc import Callable
 
@@ -8,16 +8,16 @@ from jax import lax
 
 from jaxgen.base import AnyCache, Model
 
-_SHORT = 8  # columns; a program for each number would take too long to compile
+_SHORT = 8  # columns; compiling a pass for every width would take too long
 
 
 def extend_by_columns(
     model: Model[AnyCache], cache: AnyCache, tokens: jax.Array, mask: jax.Array
 ) -> tuple[jax.Array, AnyCache]:
-    """A forward pass over int32 [N, T] tokens; the bool [N, T] mask marks the first ones of each row, which it reads.
+    """A forward pass over int32 [N, T] tokens. Each row reads only its first tokens, which the bool [N, T] mask marks.
 
-    The pass is over 1, 8 or T columns, as few as hold what the rows read: drafts are often short or missing. Returns
-    float32 [N * T, V] logits, zeros for columns that were left out.
+    Drafts are often short or missing, so the pass has 1, 8 or T columns: the smallest width that covers every row.
+    Returns float32 [N * T, V] logits, zeros for columns outside this width, and the cache.
     """
     rows, most = tokens.shape
     widths = sorted({1, min(_SHORT, most), most})
@@ -34,14 +34,14 @@ def extend_by_columns(
         return read
 
     carry = jnp.zeros((rows, most, model.vocab_size), jnp.float32), cache
-    # Loops of one or no pass, and not branches of a conditional, into and out of which XLA copies the cache.
+    # Loops of at most one pass instead of a conditional: XLA copies the cache into and out of its branches.
     for index, width in enumerate(widths):
         carry = lax.fori_loop(jnp.int32(0), (fitting == index).astype(jnp.int32), reads(width), carry)
     return carry[0].reshape(rows * most, -1), carry[1]
 
 
 def with_tokens(texts: jax.Array, lengths: jax.Array, tokens: jax.Array, count: jax.Array | int) -> jax.Array:
-    """int32 [N, S] texts, with the first `count` of int32 [N, T] tokens written from column `lengths` on."""
+    """The int32 [N, S] texts, with the first `count` of the int32 [N, T] tokens written from column `lengths` on."""
     number = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     written = number < (count[:, None] if isinstance(count, jax.Array) else count)
     columns = jnp.where(written, lengths[:, None] + number, texts.shape[1])

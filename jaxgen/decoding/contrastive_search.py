@@ -46,11 +46,11 @@ class ContrastiveState:
         cur_len: int32 []. Valid columns of `sequences`.
         prompt_length: int32 []. Columns of the caller's prompt.
         tokens: int32 [N * C]. The candidates, the next input of the model.
-        probabilities: float32 [N, C]. Of the candidates.
+        probabilities: float32 [N, C]. The probabilities of the candidates.
         scores: float32 [N, V]. The scores that the candidates were taken from; None if no criterion needs them.
-        chosen: int32 [N]. The index, among the candidates of the step before, of the one that was chosen.
+        chosen: int32 [N]. The index of the chosen candidate among those of the previous step.
         context: float32 [N, S, D]. The last hidden states of the columns of `sequences`, as unit vectors.
-        compared: bool [N, S]. The columns to compare with: not padding, and not columns of later tokens.
+        compared: bool [N, S]. The columns to compare with. Padding and unwritten columns are left out.
         finished: bool [N]. Rows that need no more tokens; rows of the bucket are finished from the start.
         invalid: bool [N]. Rows whose scores held a NaN, an infinity, or no finite number before they were finished.
         processors: the states of the processors.
@@ -102,7 +102,7 @@ class ContrastiveSearch(Strategy[ContrastiveState]):
         return ("hidden_states",)
 
     def cache_slots(self, columns: int, new_tokens: int) -> int:
-        return columns + new_tokens + self.top_k - 1  # the last step writes C columns, of which one is kept
+        return columns + new_tokens + self.top_k - 1  # the last step writes C columns and keeps one
 
     def forward_passes(self, new_tokens: int) -> int:
         return new_tokens  # one more than usual: a token is chosen only after the model has run on it
@@ -181,7 +181,7 @@ class ContrastiveSearch(Strategy[ContrastiveState]):
         return replace(
             state,
             tokens=tokens.astype(jnp.int32).reshape(-1),
-            # Of the whole vocabulary, so the probabilities of the candidates do not add up to 1.
+            # Softmax over the whole vocabulary, so the probabilities of the candidates do not add up to 1.
             probabilities=jnp.exp(highest - jax.nn.logsumexp(scores, axis=1, keepdims=True)),
             scores=scores if self.stopping_criteria else None,
             invalid=state.invalid | (invalid & ~state.finished),
@@ -199,7 +199,7 @@ class ContrastiveSearch(Strategy[ContrastiveState]):
         return state.sequences
 
     def finalize(self, state: ContrastiveState) -> Mapping[str, jax.Array]:
-        """See `base.Strategy.finalize`; with the recorded outputs, [steps, N, V].
+        """See `base.Strategy.finalize`. Recorded outputs are [steps, N, V].
 
         `chosen` is [steps, N]: the index of the candidate that a step chose before it proposed the next ones.
         """

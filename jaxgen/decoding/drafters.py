@@ -1,4 +1,4 @@
-"""Drafters: what proposes tokens for assisted decoding. A draft changes how soon tokens come, and never which."""
+"""Drafters propose tokens for assisted decoding. A draft changes the speed of a call, never its tokens."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ class Texts(NamedTuple):
     Attributes:
         tokens: int32 [N, S]. Row n has a text of `lengths[n]` columns.
         lengths: int32 [N].
-        processors: the states of the processors after these texts.
+        processors: the processors' states after these texts.
     """
 
     tokens: jax.Array
@@ -26,7 +26,7 @@ class Texts(NamedTuple):
 
 
 class Chosen(NamedTuple):
-    """What the call would choose from logits; see `Choose`.
+    """The tokens that the call would choose from given logits; see `Choose`.
 
     Attributes:
         tokens: int32 [N].
@@ -47,8 +47,8 @@ Choose = Callable[[Texts, jax.Array], Chosen]
 
 Memory = TypeVar("Memory")
 
-SURE = 4  # tokens of a match that is hardly ever by chance
-_MOST_MISSES = 5  # 32 steps
+SURE = 4  # tokens; so long a match is hardly ever a coincidence
+_MOST_MISSES = 5  # then 2**5 = 32 steps without a draft
 
 
 class Draft(NamedTuple, Generic[Memory]):
@@ -57,7 +57,7 @@ class Draft(NamedTuple, Generic[Memory]):
     Attributes:
         tokens: int32 [N, most_tokens].
         num_tokens: int32 [N]. How many of them count; the others are padding.
-        memory: of the drafter.
+        memory: for the next draft.
     """
 
     tokens: jax.Array
@@ -68,11 +68,11 @@ class Draft(NamedTuple, Generic[Memory]):
 class Drafter(Generic[Memory]):
     """Proposes the next tokens of each row. Subclasses are dataclasses and pytrees.
 
-    A subclass sets `most_tokens` and overrides `draft`. One that remembers something from step to step overrides `init`
-    too. It is told nothing about which of its tokens stayed: it sees the texts as they are.
+    A subclass sets `most_tokens` and overrides `draft`. If it keeps a memory from step to step, it overrides `init`
+    too. A drafter is not told which of its tokens were accepted. It only sees the texts.
 
     Attributes:
-        most_tokens: the most tokens of a draft, static.
+        most_tokens: the maximum length of a draft, static.
     """
 
     most_tokens: int
@@ -99,14 +99,14 @@ class Drafter(Generic[Memory]):
 
         Args:
             texts: the prompts and the tokens so far.
-            limits: int32 [N]. How many tokens a row has a use for: 0 once it is finished.
-            choose: how the call chooses a token.
-            memory: from `init`, or from the draft before.
+            limits: int32 [N]. How many drafted tokens each row can use: 0 once it is finished.
+            choose: chooses the next tokens as the call does; see `Choose`.
+            memory: from `init`, or from the previous draft.
         """
         raise NotImplementedError
 
     def caches(self, memory: Memory) -> tuple[RaggedCache, ...]:
-        """The caches of models in the memory; see `Strategy.caches`."""
+        """The caches in the memory; see `Strategy.caches`."""
         del memory
         return ()
 
@@ -122,10 +122,10 @@ class LookupMemory:
     """What prompt lookup remembers of each row.
 
     Attributes:
-        lengths: int32 [N]. Of the texts before the last draft.
-        drafted: int32 [N]. Tokens of the last draft.
-        misses: int32 [N]. Drafts in a row of which no token stayed.
-        wait: int32 [N]. Steps to go without a draft.
+        lengths: int32 [N]. The length of each text when the last draft was made.
+        drafted: int32 [N]. The length of the last draft.
+        misses: int32 [N]. The number of consecutive drafts without an accepted token, at most 5.
+        wait: int32 [N]. For how many more steps only a match of `SURE` tokens is drafted.
     """
 
     lengths: jax.Array
@@ -137,22 +137,23 @@ class LookupMemory:
 @pytree
 @dataclass(frozen=True)
 class PromptLookup(Drafter[LookupMemory]):
-    """Proposes what followed when the text had its last tokens before.
+    """Proposes the tokens that followed an earlier occurrence of the text's last tokens.
 
-    Of all places with the longest match the last one counts; transformers 5.24 `PromptLookupCandidateGenerator` takes
-    the first. A continuation that reaches the end of the text starts over, so a loop is drafted in full:
+    If the longest match occurs several times, the last occurrence is used; transformers 5.24
+    `PromptLookupCandidateGenerator` uses the first. A continuation that reaches the end of the text starts over, so
+    drafts of repeating text have their full length:
 
     ```
     text      a b c x a b c y a b c             the last 3 tokens were seen twice
     draft                           y a b c y   what followed the second time, and then over again
     ```
 
-    Any text repeats two tokens now and then, and a draft that is wrong makes a step slower. So after a draft of which
-    no token stayed, the next 2, 4, 8, ... steps draft only where `SURE` tokens match.
+    Any text repeats two tokens now and then, and a wrong draft makes a step slower. So after a draft without an
+    accepted token, the next 2, 4, 8, ... steps draft only where `SURE` tokens match.
 
     Attributes:
-        num_tokens: int32 []. Tokens of a draft.
-        max_ngram: int32 []. How many last tokens to compare at most.
+        num_tokens: int32 []. The length of a draft.
+        max_ngram: int32 []. The maximum number of last tokens to compare.
         most_tokens: at least `num_tokens`, static.
         most_compared: at least `max_ngram` and `SURE`, static.
     """
@@ -185,7 +186,7 @@ class PromptLookup(Drafter[LookupMemory]):
         offsets = jnp.arange(self.most_tokens, dtype=jnp.int32)[None] % period[:, None]
         draft = jnp.take_along_axis(tokens, start[:, None] + offsets, axis=1)
 
-        # A step adds the drafted tokens that were right and one more.
+        # A step adds the accepted tokens and one more.
         stayed = lengths - memory.lengths > 1
         missed = (memory.drafted > 0) & ~stayed
         misses = jnp.where(missed, jnp.minimum(memory.misses + 1, _MOST_MISSES), memory.misses)

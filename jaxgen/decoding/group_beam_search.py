@@ -41,8 +41,8 @@ class Group:
     """The beams of one group, for each prompt.
 
     Attributes:
-        running: the beams that grow, `group_size` per prompt.
-        finished: as many of the best finished beams so far, filled up with placeholders whose `finished` is False.
+        running: the unfinished beams, `group_size` per prompt.
+        finished: the `group_size` best finished beams so far, filled up with placeholders whose `finished` is False.
         done: bool [B]. Prompts that need no more tokens from this group; rows of the bucket are done from the start.
         processors: the states of the processors.
     """
@@ -59,7 +59,7 @@ class GroupState:
     """The state of a group beam search.
 
     Attributes:
-        groups: `num_beam_groups` of them.
+        groups: one per group of beams, `num_beam_groups` in all.
         cur_len: int32 []. Valid columns of the running beams.
         prompt_length: int32 []. Columns of the caller's prompt.
         rows: int32 []. Rows of the caller's prompt.
@@ -97,7 +97,7 @@ class GroupBeamSearch(Strategy[GroupState]):
         stopping_criteria: the caller's own. The decode ends when they finish all running beams at once.
         num_beams: C, static.
         num_beam_groups: static; divides C.
-        num_candidates: W, static: the candidates of a group, among which beams finish or go on running.
+        num_candidates: W, static: the candidates of a group, which finish or keep running.
         outputs: the arrays to record at every step, static: "scores", "logits", "parents".
     """
 
@@ -213,8 +213,8 @@ class GroupBeamSearch(Strategy[GroupState]):
         step = state.cur_len - state.prompt_length
         candidates = running.extend(sources, tokens, values, rows, state.cur_len, step)
 
-        # The first candidates without an eos go on: ends [0, 1, 0, 0] -> argsort [0, 2, 3, 1] -> 0 and 2 for two beams.
-        # In a prompt that is done, every beam continues itself with padding instead.
+        # The first candidates without an eos keep running: ends [0, 1, 0, 0] -> argsort [0, 2, 3, 1] -> 0 and 2 for two
+        # beams. In a prompt that is done, every beam continues itself with padding instead.
         going_on = jnp.argsort(ends, axis=1, stable=True)[:, :size]
         done = group.done[:, None]
         same_beam = jnp.broadcast_to(jnp.arange(size), going_on.shape)
@@ -229,7 +229,7 @@ class GroupBeamSearch(Strategy[GroupState]):
         # As in beam search, only the first `group_size` candidates may finish.
         finishes = ends & (jnp.arange(self.num_candidates) < size)[None] & ~done
         finished = group.finished.beside(self._scored(candidates, finishes, step + 1)).best(size)
-        # Candidates and finished beams are sorted: the best candidate cannot beat the worst finished beam.
+        # Both are sorted, so this compares the best candidate with the worst finished beam.
         best = values[:, 0] / self._new_tokens(state).astype(jnp.float32) ** self.length_penalty
         hopeless = finished.scores[:, -1] >= best
         is_done = group.done | (finished.finished.all(axis=1) & (self.stop_when_full | hopeless))
@@ -281,7 +281,7 @@ class _GroupStep(NamedTuple):
 
     Attributes:
         group: its new state.
-        tokens, parents: int32 [B, group_size].
+        tokens, parents: int32 [B, group_size]; as in `GroupState`, for this group.
         scores: float32 [B, group_size, V]. After the processors.
         invalid: bool [B].
     """

@@ -6,7 +6,7 @@ and shapes. A new temperature, set of eos ids or length is new data for the same
 `decode` composes the three as a pure function, for use inside the caller's own `jit`, `vmap` or `shard_map`. `generate`
 dispatches the jitted `prefill` and `advance`. A new prompt bucket then recompiles the prefill only, and calls of any
 length share `advance`, since the number of steps is traced. Between chunks of steps the cache may `grow`: attention
-reads all slots, so that a cache with room for the longest text would make every step as slow as the last one.
+reads all slots, so a cache with room for the longest text would make every step as slow as the last one.
 """
 
 import functools
@@ -49,7 +49,7 @@ class DecodeState:
     Attributes:
         cache: of the model's rows.
         inner: the state of the strategy.
-        steps: int32 []. Forward passes since the prompt's.
+        steps: int32 []. The number of forward passes after the prompt's.
         guidance_scale: float32 [], or None. With guidance the model has 2N rows: each row with its prompt, and again
             with its negative prompt. Both get the same new tokens:
 
@@ -59,8 +59,8 @@ class DecodeState:
             ```
 
             The strategy has only the first N rows, with guided scores.
-        prompt_intermediates: of the prompt's forward pass, as `Model.extend` returns them.
-        step_intermediates: of the later forward passes, in buffers with a leading axis of steps.
+        prompt_intermediates: those of the prompt's forward pass, as `Model.extend` returns them.
+        step_intermediates: those of the later forward passes, in buffers with a leading axis of steps.
     """
 
     cache: Cache
@@ -94,11 +94,11 @@ def decode(model: Model, call: Call) -> Mapping[str, jax.Array]:
 
     Args:
         model: the weights, a pytree.
-        call: a pytree, from `prepare` or made of a `Prompt`, a strategy and a number of slots.
+        call: a pytree from `prepare`, or built from a `Prompt`, a strategy and a number of slots.
 
     Returns:
-        The strategy's outputs: `sequences`, int32 [N, S] or [B, C, S] of beams, with the first `length` columns valid,
-        and others that depend on the strategy.
+        The strategy's outputs: `sequences`, int32 [N, S], or [B, C, S] with beams, of which the first `length` columns
+        are valid, and others that depend on the strategy.
 
     Raises:
         ValueError: if `slots` leaves no room for a token.
@@ -106,7 +106,8 @@ def decode(model: Model, call: Call) -> Mapping[str, jax.Array]:
     columns = call.prompt.input_ids.shape[1]
     if call.slots <= columns:
         raise ValueError(
-            f"`slots`={call.slots} leaves no room after a prompt of {columns} columns. Pass a larger number."
+            f"`slots`={call.slots} leaves no room for new tokens after a prompt of {columns} columns. Pass a larger "
+            "number."
         )
     with no_mesh():
         call = jax.tree.map(jnp.asarray, call)  # a tracer cannot index NumPy arrays
@@ -129,8 +130,8 @@ def _prefill(
 ) -> DecodeState:
     """Runs the forward pass over the prompt and chooses the first token of every row.
 
-    The cache has P slots during this pass, so that attention reads no empty slots, and grows afterwards to
-    `cache_slots`, or to the most that the strategy can need. Its rows are repeated or branch only after the pass, so
+    The cache has P slots during this pass, so that attention reads no empty slots. Afterwards it grows to
+    `cache_slots`, by default the most that the strategy can need. Rows are repeated or branched only after the pass, so
     that several sequences of one prompt share it.
     """
     # The token buffer has S columns: P of the prompt in its bucket, the rest for new tokens.
@@ -204,7 +205,7 @@ def _read_chunks(
 def _advance(
     model: Model, state: DecodeState, strategy: Strategy, n_steps: jax.Array, intermediates: tuple[str, ...] = ()
 ) -> DecodeState:
-    """Runs up to `n_steps` (traced) more steps; stops early once every row is finished, or a ragged cache is full."""
+    """Runs up to `n_steps` (traced) more steps. Stops early once every row is finished or a ragged cache is full."""
     end = state.steps + n_steps  # `steps` counts over all chunks
 
     def unfinished(state: DecodeState) -> jax.Array:
@@ -219,7 +220,7 @@ def _advance(
         write = functools.partial(lax.dynamic_update_index_in_dim, index=state.steps, axis=0)
         buffers = jax.tree.map(write, state.step_intermediates, {name: computed[name] for name in intermediates})
         inner = strategy.step(*_guided(strategy, scale, logits, computed), state.inner)
-        # Each branch has written its column. Which branches go on is known only now.
+        # Each branch has written its column. Only now is it known which branches continue.
         if strategy.branches > 1:
             cache = _reordered(cache, strategy, inner, scale)
         elif strategy.columns > 1:
@@ -231,7 +232,7 @@ def _advance(
 
 
 def _advance_squeezing(model: Model, state: DecodeState, strategy: Strategy, n_steps: jax.Array) -> DecodeState:
-    """As `_advance` to the end of all rows, with the holes squeezed out of the caches whenever one is full."""
+    """As `_advance` until all rows are finished. Whenever a cache is full, holes are squeezed out of the caches."""
 
     def advance(state: DecodeState) -> DecodeState:
         state = _advance(model, state, strategy, n_steps)
@@ -290,14 +291,15 @@ def _reordered(
 
 
 def _for_both_halves(array: jax.Array, guidance_scale: jax.Array | None) -> jax.Array:
-    """An array [N, ...] for the rows of the model: unchanged, or with guidance twice, [2N, ...]."""
+    """An array [N, ...] for the rows of the model: unchanged, or repeated with guidance, [2N, ...]."""
     return array if guidance_scale is None else jnp.concatenate([array, array])
 
 
 def _guided(
     strategy: Strategy, guidance_scale: jax.Array | None, logits: jax.Array, intermediates: Intermediates
 ) -> tuple[jax.Array, jax.Array, Intermediates]:
-    """The logits, the processors' input scores and the intermediates, for a strategy that does not know of guidance.
+    """The logits, the processors' input scores and the intermediates that a strategy sees, which is unaware of
+    guidance.
 
     Same as transformers 5.24 `UnbatchedClassifierFreeGuidanceLogitsProcessor`, except that the negative prompts are the
     lower half of the batch, so that the weights are read once.

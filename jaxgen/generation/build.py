@@ -142,8 +142,8 @@ def _fitted(config: DecodeConfig, inputs: Inputs) -> DecodeConfig:
             )
     if not config.use_cache and config.intermediates and inputs.past is not None:
         raise ValueError(
-            "`use_cache`=False asks for the attentions and hidden states of the whole text at every step, which does "
-            "not go with `cache`. Leave `use_cache` out to get those of each column once."
+            "`use_cache`=False asks for the attentions and hidden states of the whole text at every step, which cannot "
+            "be combined with `cache`. Leave `use_cache` out to get those of each token once."
         )
     if inputs.embeddings is None:
         return config

@@ -121,8 +121,8 @@ def check_custom_generate(prepared: PreparedCall, request: Request) -> None:
     for name, given in unheeded.items():
         if given:
             raise ValueError(
-                f"`{name}` does not go with `custom_generate`, whose function chooses the tokens itself. Leave it "
-                "out, or implement it in your function."
+                f"`{name}` cannot be combined with `custom_generate`, whose function chooses the tokens itself. Leave "
+                "it out, or implement it in your function."
             )
 
 

@@ -1,7 +1,7 @@
-"""From the tokens of one tokenizer to those of another, for an assistant that has a vocabulary of its own.
+"""Translates tokens from one tokenizer to another, for an assistant that has its own vocabulary.
 
-Drafts need not be exact, so a table of single tokens is enough: each token is translated by its own text, whatever its
-neighbours are. Only prompts are encoded as whole texts.
+Drafts need not be exact, so a table of single tokens is enough: each token is translated by its own text, regardless of
+its neighbours. Only prompts are encoded as whole texts.
 """
 
 import functools
@@ -31,12 +31,12 @@ def translation(
     """The tables of two tokenizers, and the prompts of a call in the assistant's tokens.
 
     Args:
-        tokenizer: of the model.
-        assistant_tokenizer: of the assistant.
-        vocab_size: V, of the model.
-        assistant_vocab_size: of the assistant.
+        tokenizer: the model's.
+        assistant_tokenizer: the assistant's.
+        vocab_size: V, the model's.
+        assistant_vocab_size: the assistant's.
         inputs: the prompts.
-        rows: N, of the program.
+        rows: N, the rows of the compiled program.
     """
     same, pieces, counts = _tables(tokenizer, assistant_tokenizer, vocab_size, assistant_vocab_size)
     return Translation(same, pieces, counts, _prompt(tokenizer, assistant_tokenizer, inputs, rows))
@@ -62,7 +62,7 @@ def _prompt(tokenizer: Any, assistant_tokenizer: Any, inputs: Inputs, rows: int)
 def _tables(
     tokenizer: Any, assistant_tokenizer: Any, vocab_size: int, assistant_vocab_size: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """See `Translation`: int32 [V], [V, MOST_PIECES] and [V]."""
+    """`same`, `pieces` and `counts` of `Translation`."""
     own = _normalised(assistant_tokenizer)
     ids = {text: token for token, text in own.items() if token < assistant_vocab_size}
     if None not in (tokenizer.eos_token_id, assistant_tokenizer.eos_token_id):
@@ -89,19 +89,19 @@ def _tables(
 
 
 def _normalised(tokenizer: Any) -> dict[int, str]:
-    """The tokens by id, with a space in place of the sign that stands for one."""
+    """The text of each token by id, with a space in place of the character that marks one."""
     sign = "".join(tokenizer.tokenize(" a"))[:1]  # "Ġ" in byte-level vocabularies, "▁" in those of sentencepiece
     sign = "" if sign in " a" else sign
     return {token: text.replace(sign, " ") if sign else text for text, token in tokenizer.get_vocab().items()}
 
 
 def _text(tokenizer: Any, token: int, normalised: str) -> str:
-    """The text of a token within a text: decoders drop a space at the start."""
+    """The text of a token in the middle of a text: `decode` alone may drop its leading space."""
     text = tokenizer.decode([token])
     return f" {text}" if normalised.startswith(" ") and not text.startswith(" ") else text
 
 
 def _any_id(tokenizer: Any) -> int:
-    """A placeholder for a text that has no tokens."""
+    """A token id that stands for texts without tokens."""
     given = (tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id)
     return next((each for each in given if each is not None), 0)

@@ -106,7 +106,7 @@ def _rope(architecture: str, left: dict[str, Any], factors: np.ndarray | None, h
     _check_number(f"{architecture}.rope.freq_base", theta, float)
     if parameters["rope_type"] != "default" or factors.shape != (head_dim // 2,) or not factors.min() > 0:
         raise ValueError(
-            f"`{_FACTORS}` of shape {factors.shape} does not go with heads of {head_dim} and {kind!r} scaling."
+            f"`{_FACTORS}` of shape {factors.shape} does not fit heads of {head_dim} and {kind!r} scaling."
         )
     unscaled = Default(rope_theta=theta, head_dim=head_dim).inverse_frequencies(1)
     scaled = Llama3(rope_theta=theta, head_dim=head_dim, **numbers).inverse_frequencies(1)

@@ -304,5 +304,5 @@ def test_an_assistant_drafts_the_answers(
         assert main(["chat", *options, *assistant]) == 0
         captured = capsys.readouterr()
         answers.append(captured.out)
-        assert captured.err.count("drafted tokens stayed") == (2 if assistant else 0)
+        assert captured.err.count("drafted tokens were accepted") == (2 if assistant else 0)
     assert answers[0] == answers[1] != ""

@@ -183,6 +183,8 @@ def test_an_assistant_drafts_the_same_text_and_the_last_line_says_how_often_it_w
         assert main(["generate", *options, *assistant, *SHORT]) == 0
         captured = capsys.readouterr()
         assert captured.out == told
-        assert re.search(r"tokens/s; \d+ of \d+ drafted tokens stayed, in \d passes; \d+ programs ready", captured.err)
+        assert re.search(
+            r"tokens/s; \d+ of \d+ drafted tokens were accepted, in \d forward passes; \d+ programs ready", captured.err
+        )
     assert main(["generate", *options, "--num-beams", "2", "--no-do-sample", "--assistant", "int8", *SHORT]) == 1
     assert "`assistant_model` is for greedy decoding and sampling" in capsys.readouterr().err

@@ -79,7 +79,7 @@ def test_a_criterion_that_finishes_all_beams_at_once_ends_the_search(model: Any)
         ({"num_beams": 5}, "`num_beams`=5 must be a multiple of `num_beam_groups`=2"),
         ({"diversity_penalty": 0.0}, "`diversity_penalty`=0.0 must be above 0"),
         ({"diversity_penalty": -1.0}, "`diversity_penalty`=-1.0 must be above 0"),
-        ({"do_sample": True}, "`do_sample`=True does not go with `num_beam_groups`"),
+        ({"do_sample": True}, "`do_sample`=True cannot be combined with `num_beam_groups`"),
         ({"num_beam_groups": 1}, "`diversity_penalty`=1.5 acts between groups of beams"),
         ({"num_beam_groups": 0}, "`num_beam_groups`=0 must be at least 1"),
         ({"num_beams": 1, "num_return_sequences": 1}, "`num_beams`=1 must be a multiple"),

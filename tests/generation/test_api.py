@@ -357,7 +357,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
         {"watermarking_config": {"greenlist_ratio": 1.0}},
         "greenlist_ratio must lie strictly between 0 and 1",
     ),
-    "an assistant": (PROMPT, {"assistant_model": object()}, "must be a model of jaxgen"),
+    "an assistant": (PROMPT, {"assistant_model": object()}, "must be a jaxgen model"),
 }
 
 

@@ -472,8 +472,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no columns in a chunk": ({"prefill_chunk_size": 0}, "`prefill_chunk_size`=0 must be at least 1"),
     "chunks without a cache": ({"prefill_chunk_size": 2, "use_cache": False}, "Cannot use prefill chunking without a"),
     "packed texts": (PACKED, "several texts packed into a row"),
-    "chunks and guidance": ({"prefill_chunk_size": 2, "guidance_scale": 2.0}, "does not go with `guidance_scale`"),
-    "positions and contrast": ({"position_ids": MASK, "penalty_alpha": 0.5, "top_k": 3}, "does not go with `penalty_"),
+    "chunks and guidance": (
+        {"prefill_chunk_size": 2, "guidance_scale": 2.0},
+        "cannot be combined with `guidance_scale`",
+    ),
+    "positions and contrast": (
+        {"position_ids": MASK, "penalty_alpha": 0.5, "top_k": 3},
+        "cannot be combined with `penalty_",
+    ),
     "healing without a tokenizer": ({"token_healing": True}, "When generating with token healing, you must pass"),
     "healing at positions": ({"token_healing": True, "tokenizer": print, "position_ids": MASK}, "changes the prompt"),
 }  # fmt: skip

@@ -159,9 +159,13 @@ def test_a_key_and_a_tokenizer_reach_a_function_that_takes_them(model: Any) -> N
 REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "a number": (3, {}, "`custom_generate`=3 must be a function, or the name"),
     "a key nobody takes": (greedy, {"key": 1}, "has no argument `key`, but one was passed"),
-    "a streamer": (greedy, {"streamer": type("S", (), {"put": print, "end": print})()}, "`streamer` does not go with"),
-    "a limit of time": (greedy, {"max_time": 1.0}, "`max_time` does not go with"),
-    "guidance": (greedy, {"guidance_scale": 2.0}, "`guidance_scale` does not go with"),
+    "a streamer": (
+        greedy,
+        {"streamer": type("S", (), {"put": print, "end": print})()},
+        "`streamer` cannot be combined with",
+    ),
+    "a limit of time": (greedy, {"max_time": 1.0}, "`max_time` cannot be combined with"),
+    "guidance": (greedy, {"guidance_scale": 2.0}, "`guidance_scale` cannot be combined with"),
     "an argument that nobody knows": (greedy, {"flavour": 1}, "not used by the model: .'flavour'"),
     "an id without permission": ("someone/something", {}, "pass the argument `trust_remote_code=True`"),
 }

@@ -243,9 +243,9 @@ def test_whole_texts_that_do_not_fit_or_go_on_from_a_cache_are_refused(models: t
         output(models[0], num_beams=2, max_new_tokens=1_000_000, **room)
     past = output(models[0]).cache
     ids = np.concatenate([IDS, IDS, IDS], axis=1)
-    with pytest.raises(ValueError, match="does not go with `cache`"):
+    with pytest.raises(ValueError, match="cannot be combined with `cache`"):
         jaxgen.generate(models[0], ids, cache=past, return_dict_in_generate=True, max_new_tokens=20, **room)
-    with pytest.raises(ValueError, match="does not go with `penalty_alpha`"):
+    with pytest.raises(ValueError, match="cannot be combined with `penalty_alpha`"):
         output(models[0], penalty_alpha=0.5, top_k=4, **room)
 
 

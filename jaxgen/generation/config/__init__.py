@@ -1,1 +1,1 @@
-"""Host: the generation fields, and how keywords and configs are merged into the configuration of a call."""
+"""The generation fields, and the merging of keywords and configs into the configuration of a call; runs on the host."""

@@ -1,4 +1,4 @@
-"""The configuration of one call: each field as one type, and all that does not depend on the prompt."""
+"""The configuration of one call: checked fields with one type each, independent of the prompt."""
 
 import logging
 import math
@@ -21,14 +21,15 @@ _DEFAULT_NEW_TOKENS = 20
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """The configuration of one call, as far as it does not depend on the prompt.
+    """The parts of a call's configuration that do not depend on the prompt.
 
     Attributes:
         max_length: in tokens, prompt included; None if not set.
         max_new_tokens: takes precedence over `max_length`; None if not set.
         min_new_tokens: takes precedence over `min_length`; None if not set.
         eos_token_id: in the caller's order; empty if not set.
-        pad_token_id: None if not set, which some warnings of transformers depend on; `fill_token_id` has the default.
+        pad_token_id: None if not set: some warnings of transformers depend on that. `fill_token_id` applies the
+            default.
         max_time: seconds; None for no limit.
         outputs: which of "scores", "logits", "attentions", "hidden_states" to return.
         merged: the merged GenerationConfig, for fields that only processors and decoding modes read.
@@ -60,7 +61,7 @@ class DecodeConfig:
 
     @property
     def intermediates(self) -> tuple[str, ...]:
-        """Which arrays of the model's layers to return: "attentions", "hidden_states"."""
+        """The intermediates to return: "attentions", "hidden_states", or both."""
         return tuple(name for name in self.outputs if name in ("attentions", "hidden_states"))
 
     def length_for(self, prompt_length: int, max_position_embeddings: int) -> int:
@@ -163,7 +164,7 @@ def _stop_strings(value: object) -> tuple[str, ...]:
         return ()
     strings = (value,) if isinstance(value, str) else value
     if not isinstance(strings, (list, tuple)) or not all(isinstance(each, str) and each for each in strings):
-        raise ValueError(f"`stop_strings`={value!r} must be a string or a list of strings, and none may be empty.")
+        raise ValueError(f"`stop_strings`={value!r} must be a string or a list of strings, none of them empty.")
     if max(map(len, strings), default=0) > _LONGEST_STOP_STRING:
         raise ValueError(
             f"`stop_strings` holds a string of more than {_LONGEST_STOP_STRING} characters. Pass a part of it."

@@ -1,7 +1,7 @@
-"""The table of generation fields: every public field of transformers' GenerationConfig, and its meaning in jaxgen.
+"""The table of generation fields: all public fields of transformers' GenerationConfig, with their meaning in jaxgen.
 
-The configuration, the command line, docs/arguments.md and the types of the keywords of `generate` are made from it. It
-must not import JAX or transformers, because `jaxgen --help` reads it and should be fast.
+The configuration, the command line, docs/arguments.md and the keyword types of `generate` are made from it. It must not
+import JAX or transformers, because `jaxgen --help` reads it and should be fast.
 """
 
 from collections.abc import Sequence
@@ -14,14 +14,14 @@ else:
 
 
 class Field(NamedTuple):
-    """The description of a keyword of `generate` for users, which follows its type in `Annotated`.
+    """The description of a keyword of `generate`, for users. It follows the type in `Annotated`.
 
     Attributes:
         group: its heading in docs/arguments.md. Fields under "refused" and "no effect" are not supported; the type of a
             refused field lists the values that switch it off, which are accepted.
-        help: its effect and range, also for the command line. For a refused field, the effect in transformers; for one
-            without effect, the reason.
-        default: the default of transformers, if neither the call nor the checkpoint sets it.
+        help: its effect and range, also for the command line. For a refused field, its effect in transformers. For a
+            field without effect, the reason.
+        default: transformers' default, which applies if neither the call nor the checkpoint sets the field.
         note: more details, and differences from transformers.
         alias: its short name on the command line.
     """
@@ -33,8 +33,8 @@ class Field(NamedTuple):
     alias: str = ""
 
 
-_ASSISTANT = "is about re-encoding texts for an `assistant_tokenizer`; jaxgen looks tokens up in tables instead"
-_DRAFTS = "is refused with drafts, since jaxgen does not support it; transformers ignores it elsewhere too"
+_ASSISTANT = "is about re-encoding texts for an `assistant_tokenizer`; jaxgen translates tokens by tables instead"
+_DRAFTS = "is refused in assisted decoding, where jaxgen does not support it; transformers ignores it elsewhere too"
 
 
 class GenerationFields(TypedDict, total=False):
@@ -45,7 +45,7 @@ class GenerationFields(TypedDict, total=False):
         Field(
             "length",
             "maximum number of new tokens; takes precedence over `max_length`",
-            note="If neither is set, 20 new tokens are generated, with a warning.",
+            note="If no length is set, 20 new tokens are generated, with a warning.",
             alias="max-tokens",
         ),
     ]
@@ -143,7 +143,7 @@ class GenerationFields(TypedDict, total=False):
         Field(
             "sampling",
             "sample from the most likely tokens that hold this share of the entropy, above 0 and up to 1",
-            note="Looks at the 100 most likely tokens, as in transformers.",
+            note="Considers only the 100 most likely tokens, as in transformers.",
         ),
     ]
     typical_p: Annotated[
@@ -152,7 +152,7 @@ class GenerationFields(TypedDict, total=False):
             "sampling",
             "sample from the most typical tokens whose probabilities add up to p, above 0 and up to 1",
             1.0,
-            "Typical is a token whose log-probability is close to the expected one.",
+            "A token is typical if its log-probability is close to the expected one.",
         ),
     ]
     epsilon_cutoff: Annotated[
@@ -176,7 +176,7 @@ class GenerationFields(TypedDict, total=False):
             "above 1 makes tokens that are in the prompt or the new text less likely, below 1 more likely",
             1.0,
             "Padding of the prompt does not count. If the mask is longer than the ids, as with a `cache`, its last "
-            "columns are read; transformers reads its first.",
+            "columns are used; transformers uses its first.",
         ),
     ]
     encoder_repetition_penalty: Annotated[
@@ -205,8 +205,8 @@ class GenerationFields(TypedDict, total=False):
             "beams",
             "number of sequences to return for each prompt",
             1,
-            "More than 1 needs `do_sample` or at least as many beams. Negative prompts are repeated too; in "
-            "transformers they have to be repeated by hand.",
+            "More than 1 needs `do_sample` or at least as many beams. Negative prompts are repeated too; transformers "
+            "leaves that to the caller.",
         ),
     ]
     early_stopping: Annotated[
@@ -234,7 +234,7 @@ class GenerationFields(TypedDict, total=False):
             "diverse beam search: number of groups that `num_beams` are divided into",
             1,
             "The sequences are those of transformers 4.41; transformers 5 downloads this mode from the Hub. Needs "
-            "`diversity_penalty`, and does not go with `do_sample`.",
+            "`diversity_penalty`, and cannot be combined with `do_sample`.",
         ),
     ]
     diversity_penalty: Annotated[
@@ -295,7 +295,7 @@ class GenerationFields(TypedDict, total=False):
             "other rules",
             "classifier-free guidance: above 1 follows the prompt more closely",
             note="The negative prompts run in the batch of the prompts. With beams their cache is reordered as well; "
-            "transformers does not, and scores other texts.",
+            "transformers does not reorder it, so it scores other texts.",
         ),
     ]
     renormalize_logits: Annotated[bool | None, Field("other rules", "normalise the scores after all other rules")]
@@ -305,8 +305,8 @@ class GenerationFields(TypedDict, total=False):
             "other rules",
             "replace NaN and infinite scores with finite ones",
             False,
-            "Without it, rows with such scores are reported in a warning and the others go on; transformers raises an "
-            "error if it samples, and says nothing if it does not.",
+            "Without it, rows with such scores are reported in a warning and the others continue; transformers raises "
+            "an error when it samples, and otherwise says nothing.",
         ),
     ]
     watermarking_config: Annotated[
@@ -323,8 +323,8 @@ class GenerationFields(TypedDict, total=False):
         bool | None,
         Field(
             "other rules",
-            "choose the last token of the prompt again among those that extend its text",
-            note="Needs the `tokenizer`. Does not go with `cache`, `inputs_embeds` or `position_ids`.",
+            "choose the last token of the prompt again, among the tokens that begin with its text",
+            note="Needs the `tokenizer`. Cannot be combined with `cache`, `inputs_embeds` or `position_ids`.",
         ),
     ]
     prefill_chunk_size: Annotated[
@@ -332,7 +332,7 @@ class GenerationFields(TypedDict, total=False):
         Field(
             "other rules",
             "number of prompt tokens to prefill at a time, which saves memory; at least 1",
-            note="Changes no token. Does not go with `guidance_scale` or `penalty_alpha`.",
+            note="Changes no token. Cannot be combined with `guidance_scale` or `penalty_alpha`.",
         ),
     ]
     use_cache: Annotated[
@@ -386,17 +386,18 @@ class GenerationFields(TypedDict, total=False):
         int | None,
         Field(
             "assisted decoding",
-            "draft n tokens by looking up the last ones earlier in the text, and check them in one step",
-            note="From 1 to 64. It is faster where texts repeat parts of their prompts, as in summaries and edits.",
+            "prompt lookup: draft n tokens that followed an earlier occurrence of the last tokens, and check them in "
+            "one step",
+            note="From 1 to 64. Faster where texts repeat parts of their prompts, as in summaries and edits.",
         ),
     ]
     max_matching_ngram_size: Annotated[
         int | None,
         Field(
             "assisted decoding",
-            "compare up to n tokens in the lookup; 2 by default",
-            note="0 means 2, as in transformers. Of several places with the longest match the last one counts; in "
-            "transformers the first.",
+            "prompt lookup: compare up to n last tokens; 2 by default",
+            note="0 means 2, as in transformers. If the longest match occurs several times, the last occurrence is "
+            "used; transformers uses the first.",
         ),
     ]
 
@@ -406,28 +407,29 @@ class GenerationFields(TypedDict, total=False):
             "assisted decoding",
             "draft up to n tokens with the `assistant_model`, and check them in one step",
             20,
-            "From 1 to 64. If not set in the call, the assistant's generation config counts; transformers reads "
-            "only that.",
+            "From 1 to 64. If not set in the call, the assistant's generation config applies; transformers reads only "
+            "that.",
         ),
     ]
     num_assistant_tokens_schedule: Annotated[
         str | None,
         Field(
             "assisted decoding",
-            "`constant`, or `heuristic` to draft 2 more after a draft that stayed in full, and 1 less after another",
+            "`constant`, or `heuristic`: the next draft is 2 tokens longer after one that was accepted in full, "
+            "otherwise 1 shorter",
             "constant",
-            "`heuristic_transient` is the same, since the assistant's own config is never changed. Each row has a "
-            "number of its own, which doubles at most. If not set in the call, the assistant's generation config "
-            "counts.",
+            "`heuristic_transient` is the same, since the assistant's own config is never changed. Each row adapts "
+            "its own number, up to about twice `num_assistant_tokens`. If not set in the call, the assistant's "
+            "generation config applies.",
         ),
     ]
     assistant_confidence_threshold: Annotated[
         float | None,
         Field(
             "assisted decoding",
-            "end a draft with a token whose probability is below this",
+            "end a draft after a token whose probability is below this",
             0.4,
-            "0 never ends a draft. If not set in the call, the assistant's generation config counts.",
+            "0 never ends a draft. If not set in the call, the assistant's generation config applies.",
         ),
     ]
     assistant_early_exit: Annotated[
@@ -435,8 +437,8 @@ class GenerationFields(TypedDict, total=False):
         Field(
             "assisted decoding",
             "draft with the first n layers of the model itself",
-            note="From 1 to one less than the model has layers; transformers takes any number. Pays with models that "
-            "were trained for it.",
+            note="From 1 to the model's number of layers minus 1; transformers takes any number. Faster only with "
+            "models that were trained for it.",
         ),
     ]
 
@@ -445,9 +447,9 @@ class GenerationFields(TypedDict, total=False):
     ]
     cache_implementation: Annotated[
         Literal[None, "dynamic", "hybrid", "hybrid_chunked", "sliding_window", "static"],
-        Field("refused", "names a cache that is offloaded or quantised; jaxgen has one kind, in the device's memory"),
+        Field("refused", "chooses an offloaded or quantised cache; jaxgen has one kind, in the device's memory"),
     ]
-    is_assistant: Annotated[Literal[None, False], Field("refused", "marks the draft model of assisted decoding")]
+    is_assistant: Annotated[Literal[None, False], Field("refused", "marks the assistant of assisted decoding")]
     dola_layers: Annotated[
         Literal[None], Field("refused", "contrasts the logits of layers (DoLa); transformers 5 moved it to the Hub")
     ]
@@ -463,7 +465,7 @@ class GenerationFields(TypedDict, total=False):
     max_cache_len: Annotated[int | None, Field("no effect", "sizes a static cache; jaxgen's cache grows with the text")]
     cache_config: Annotated[
         object,
-        Field("no effect", "is about quantised caches, which `cache_implementation` would have to ask for"),
+        Field("no effect", "is about quantised caches, which only `cache_implementation` asks for"),
     ]
     continuous_batching_config: Annotated[
         object, Field("no effect", "is about `generate_batch`; transformers' `generate` ignores it too")
@@ -489,8 +491,8 @@ class ModelInputs(TypedDict, total=False):
         Field(
             "model inputs",
             "[B, P], 1 for tokens and 0 for padding",
-            note="If not set, `pad_token_id` is padding, unless it is also an `eos_token_id`. With a `cache`, it has a "
-            "column for each cached token too.",
+            note="If not set, `pad_token_id` is padding, unless it is also an `eos_token_id`. With a `cache`, it also "
+            "has a column for each cached token.",
         ),
     ]
     position_ids: Annotated[
@@ -498,7 +500,7 @@ class ModelInputs(TypedDict, total=False):
         Field(
             "model inputs",
             "integers [B, P] or [1, P], the position of each prompt token",
-            note="If not set, unmasked tokens are counted from 0. Does not go with `guidance_scale` or "
+            note="If not set, unmasked tokens are counted from 0. Cannot be combined with `guidance_scale` or "
             "`penalty_alpha`.",
         ),
     ]
@@ -507,9 +509,9 @@ class ModelInputs(TypedDict, total=False):
         Field(
             "model inputs",
             "the `cache` of an earlier output, or a `DynamicCache` or `StaticCache` of torch",
-            note="It is not changed; in transformers it is. The ids are those of the whole text, or the new ones "
-            "only. A cache of one row serves all prompts, and one with a row for each prompt serves its beams and "
-            "samples too. Does not go with `guidance_scale` or `penalty_alpha`.",
+            note="It is not changed; transformers changes it. The ids are those of the whole text, or only the new "
+            "ones. A cache of one row is shared by all prompts. A cache with one row per prompt is shared by the "
+            "prompt's beams or samples. Cannot be combined with `guidance_scale` or `penalty_alpha`.",
         ),
     ]
     past_key_values: Annotated[object, Field("model inputs", "the older name of `cache`")]
@@ -518,13 +520,13 @@ class ModelInputs(TypedDict, total=False):
         Field(
             "model inputs",
             "floats [B, P, hidden_size], embeddings in place of the tokens of the prompt",
-            note="Without ids beside them, the new tokens alone are returned. Does not go with `guidance_scale` or "
-            "`penalty_alpha`.",
+            note="If no ids are passed with them, only the new tokens are returned. Cannot be combined with "
+            "`guidance_scale` or `penalty_alpha`.",
         ),
     ]
     logits_to_keep: Annotated[
         int | None,
-        Field("model inputs", "accepted, and changes nothing: only the logits of the last token are computed"),
+        Field("model inputs", "accepted without effect: only the logits of the last token are computed"),
     ]
 
 

@@ -1,6 +1,6 @@
-"""Precedence: keyword arguments, configs and defaults are merged into one frozen `DecodeConfig`.
+"""Merges keyword arguments, configs and defaults into one frozen `DecodeConfig`.
 
-Resolution is transformers' own: its `GenerationConfig` merges, validates and warns, in the order of transformers 5.24
+The rules are transformers' own: its `GenerationConfig` merges, validates and warns, in the order of transformers 5.24
 `GenerationMixin._prepare_generation_config`. The result is checked field by field, so that no field is accepted and
 then ignored without a warning.
 """
@@ -115,7 +115,7 @@ def _update(merged: "GenerationConfig", kwargs: Mapping[str, Any]) -> dict[str, 
 
 
 def _has_valid_type(config_class: "type[GenerationConfig]", name: str, value: Any) -> bool:
-    """Whether transformers can check the value of a field, even if only to refuse it."""
+    """Whether transformers can validate a value of this type, even if it then refuses the value."""
     try:
         config_class().update(**{name: value})
     except (TypeError, AttributeError):
@@ -126,7 +126,7 @@ def _has_valid_type(config_class: "type[GenerationConfig]", name: str, value: An
 
 
 def _switch_off_ignored_fields(merged: "GenerationConfig", given_here: set[str]) -> None:
-    """Switches off fields of the model's config that transformers 5.23 ignores given the other fields."""
+    """Switches off fields of the model's config that transformers 5.23 ignores because of other fields."""
     unheeded: dict[str, object] = {"cache_implementation": None} if merged.cache_implementation == "paged" else {}
     for mode in MODES:
         unheeded |= mode.unheeded(merged)

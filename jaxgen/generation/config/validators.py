@@ -1,4 +1,4 @@
-"""Checks of generation fields: each returns the value as one type, or raises a ValueError with the field's name."""
+"""Checks of generation fields. Each returns the value in one type, or raises a ValueError that names the field."""
 
 import math
 import operator
@@ -16,7 +16,7 @@ def is_integer(value: object) -> TypeGuard[int | np.integer]:
 
 
 def integer(name: str, value: SupportsIndex | None) -> int | None:
-    """An integer of any library, or None."""
+    """A Python int from an integer of any library; None stays None."""
     try:
         if isinstance(value, bool):
             raise TypeError("True and False are not counts")
@@ -26,7 +26,7 @@ def integer(name: str, value: SupportsIndex | None) -> int | None:
 
 
 def positive(name: str, value: SupportsIndex | None) -> int | None:
-    """An integer of at least 1, or None."""
+    """As `integer`, at least 1."""
     count = integer(name, value)
     if count is not None and count < 1:
         raise ValueError(f"`{name}`={count} must be at least 1.")
@@ -34,7 +34,7 @@ def positive(name: str, value: SupportsIndex | None) -> int | None:
 
 
 def number(name: str, value: object, default: float) -> float:
-    """A finite number; None is the default."""
+    """A finite float; the default in place of None."""
     if value is None:
         return default
     if not (is_float(value) or is_integer(value)) or not math.isfinite(value):
@@ -43,7 +43,7 @@ def number(name: str, value: object, default: float) -> float:
 
 
 def token_ids(name: str, value: object) -> tuple[int, ...]:
-    """A token id, a list or an array of them, or None, as a tuple."""
+    """A tuple of token ids, from one id, a list or an array of them, or None."""
     if value is None:
         return ()
     tolist = getattr(value, "tolist", None)

@@ -1,4 +1,4 @@
-"""Assisted decoding, with drafts from prompt lookup, an assistant model or the first layers of the model itself."""
+"""Assisted decoding, with drafts from prompt lookup, an assistant model, a `Drafter` or an early exit."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from jaxgen.lazy import GenerationConfig
 
 _MOST_DRAFTED = 64  # a longer draft is hardly ever right to its end, and each of its tokens costs time
-_COMPARED = 4  # sizes of n-grams that share a program
+_COMPARED = 4  # n-gram sizes are rounded up to a multiple of this, so that they share programs
 _SCHEDULES = ("constant", "heuristic", "heuristic_transient")
 
 
@@ -46,8 +46,8 @@ class AssistedMode(SamplingMode):
         for name, off in (("num_beams", 1), ("penalty_alpha", 0)):
             if (value := getattr(fields, name, None)) not in (None, off):
                 raise ValueError(
-                    f"`{asked}` is for greedy decoding and sampling, and does not go with `{name}`={value}. Leave out "
-                    "one of them."
+                    f"`{asked}` is for greedy decoding and sampling, and cannot be combined with `{name}`={value}. "
+                    "Leave out one of them."
                 )
         if fields.use_cache is False:
             raise ValueError(f"`{asked}` needs a cache, as in transformers. Leave out `use_cache`=False.")
@@ -55,8 +55,8 @@ class AssistedMode(SamplingMode):
     def recorded(self, intermediates: tuple[str, ...], logprobs: bool) -> tuple[str, ...]:
         if intermediates:
             raise ValueError(
-                f"`output_{intermediates[0]}`=True does not go with assisted decoding, which reads several tokens per "
-                "step. Leave out one of them."
+                f"`output_{intermediates[0]}`=True cannot be combined with assisted decoding, which reads several "
+                "tokens per step. Leave out one of them."
             )
         return super().recorded(intermediates, logprobs)
 
@@ -75,7 +75,7 @@ class AssistedMode(SamplingMode):
         )
 
     def _drafter(self, parts: Parts) -> Drafter[Any]:
-        """The drafter of the call. If several are asked for, the first one drafts, as in transformers 5.24."""
+        """The drafter of the call. If several are asked for, the first one is used, as in transformers 5.24."""
         fields, assistant = self.config.merged, parts.request.assistant_model
         asked, *others = _asked(fields, assistant)
         for name in others:
@@ -87,8 +87,8 @@ class AssistedMode(SamplingMode):
             return _checked_drafter(assistant)
         if not parts.inputs.input_ids.size:
             raise ValueError(
-                f"`{asked}` reads the tokens of the prompt, but `inputs_embeds` has none. Pass `input_ids` too, or use "
-                "`prompt_lookup_num_tokens`."
+                f"`{asked}` needs the token ids of the prompt, which `inputs_embeds` lacks. Pass `input_ids` too, or "
+                "use `prompt_lookup_num_tokens`."
             )
         if asked == "assistant_early_exit":
             try:
@@ -100,7 +100,7 @@ class AssistedMode(SamplingMode):
 
     def note(self, state: Any) -> str:
         rounds, drafted, accepted = (int(each[0]) for each in (state.rounds, state.drafted, state.accepted))
-        return f"{accepted:,} of {drafted:,} drafted tokens stayed, in {rounds:,} passes"
+        return f"{accepted:,} of {drafted:,} drafted tokens were accepted, in {rounds:,} forward passes"
 
     def texts(self, fetched: Mapping[str, np.ndarray], rows: int, prompt_length: int) -> dict[str, np.ndarray]:
         texts = super().texts(fetched, rows, prompt_length)
@@ -109,7 +109,7 @@ class AssistedMode(SamplingMode):
 
 
 def _asked(fields: "GenerationConfig", assistant_model: object) -> list[str]:
-    """The arguments that ask for drafts. The first one counts."""
+    """The arguments that ask for drafts. The first one is used."""
     given = {
         "assistant_early_exit": fields.assistant_early_exit,
         "prompt_lookup_num_tokens": fields.prompt_lookup_num_tokens,
@@ -126,7 +126,7 @@ def _in_range(name: str, value: Any, least: int) -> int | None:
 
 
 def _most_tokens(drafted: int) -> int:
-    """The number rounded up, so that a pass, which reads one token more, has 2, 3, 4, 8, 12, 16, ... columns."""
+    """Rounds the length of a draft up. A pass reads one token more, so it has 2, 3, 4, 8, 12, 16, ... columns."""
     return drafted if drafted < 4 else -(-(drafted + 1) // 4) * 4 - 1
 
 
@@ -134,7 +134,7 @@ def _checked(assistant: Any, model: Model[Any]) -> Model[Any]:
     """The assistant, if it can draft for the model."""
     if isinstance(assistant, type) or not callable(getattr(assistant, "make_cache", None)):
         raise ValueError(
-            f"`assistant_model`={assistant!r:.100} must be a model of jaxgen, as from `jaxgen.load`, or a "
+            f"`assistant_model`={assistant!r:.100} must be a jaxgen model, such as `jaxgen.load` returns, or a "
             "`jaxgen.Drafter`. Load it first."
         )
     if assistant.mesh != model.mesh:
@@ -146,9 +146,11 @@ def _checked(assistant: Any, model: Model[Any]) -> Model[Any]:
 
 
 def _checked_drafter(drafter: Drafter[Any]) -> Drafter[Any]:
-    """A drafter of the caller's, if the loop can carry it."""
+    """The caller's drafter, if the compiled loop can carry it."""
     if _in_range("most_tokens", getattr(drafter, "most_tokens", None), 1) is None:
-        raise ValueError(f"`assistant_model`={drafter!r:.100} has no `most_tokens`, from 1 to {_MOST_DRAFTED}.")
+        raise ValueError(
+            f"`assistant_model`={drafter!r:.100} needs `most_tokens`, an integer from 1 to {_MOST_DRAFTED}."
+        )
     if any(leaf is drafter for leaf in jax.tree.leaves(drafter)):
         raise ValueError(
             f"`assistant_model`={drafter!r:.100} is not a pytree. Make it a dataclass, and register it with "
@@ -158,9 +160,10 @@ def _checked_drafter(drafter: Drafter[Any]) -> Drafter[Any]:
 
 
 def _translation(assistant: Model[Any], parts: Parts) -> Translation | None:
-    """The tables for an assistant with another tokenizer, None if it has that of the model.
+    """The tables for an assistant with another tokenizer; None if it has the model's.
 
-    Models with one tokenizer often pad its vocabulary to slightly different sizes; a larger difference is another one.
+    Models with the same tokenizer often pad the vocabulary to slightly different sizes. A larger difference means that
+    the tokenizers differ.
     """
     request, model = parts.request, parts.model
     if request.assistant_tokenizer is None:
@@ -168,18 +171,18 @@ def _translation(assistant: Model[Any], parts: Parts) -> Translation | None:
         if sizes[1] - sizes[0] > max(sizes[1] // 100, 16):
             raise ValueError(
                 f"`assistant_model` has a vocabulary of {assistant.vocab_size} tokens, but the model has "
-                f"{model.vocab_size}: they have different tokenizers. Pass `tokenizer` and `assistant_tokenizer`."
+                f"{model.vocab_size}, so their tokenizers differ. Pass `tokenizer` and `assistant_tokenizer`."
             )
         return None
     if request.tokenizer is None:
         raise ValueError("`assistant_tokenizer` needs the tokenizer of the model too. Pass `tokenizer`.")
     for name in ("tokenizer", "assistant_tokenizer"):
         if not callable(getattr(given := getattr(request, name), "get_vocab", None)):
-            raise ValueError(f"`{name}`={given!r:.100} must be a tokenizer of transformers. Load it first.")
+            raise ValueError(f"`{name}`={given!r:.100} must be a transformers tokenizer. Load it first.")
     if request.assistant_tokenizer.get_vocab() == request.tokenizer.get_vocab():
         raise ValueError(
-            "`assistant_tokenizer` is for an assistant with another tokenizer, but it has the tokens of `tokenizer`. "
-            "Leave it out."
+            "`assistant_tokenizer` is for an assistant with another tokenizer, but it has the same vocabulary as "
+            "`tokenizer`. Leave it out."
         )
     rows = row_bucket(row_shards(model.mesh), len(parts.inputs.input_ids))
     sizes = model.vocab_size, assistant.vocab_size
@@ -187,7 +190,9 @@ def _translation(assistant: Model[Any], parts: Parts) -> Translation | None:
 
 
 def _assistant(model: Model[Any], parts: Parts) -> Assistant:
-    """The drafter with this model; its settings come from the call, else from the model's generation config."""
+    """A drafter with this model as the assistant. Its settings come from the call, else from this model's generation
+    config.
+    """
     request = parts.request
 
     def setting(name: str) -> Any:

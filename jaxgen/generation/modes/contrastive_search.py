@@ -63,8 +63,8 @@ class ContrastiveSearchMode(Mode):
         inputs.check_plain("`penalty_alpha`", "which compares the hidden states of the text", chunk)
         if not self.config.use_cache and self.config.intermediates:
             raise ValueError(
-                "`use_cache`=False asks for the attentions and hidden states of the whole text at every step, "
-                "which does not go with `penalty_alpha`. Leave `use_cache` out to get those of each column once."
+                "`use_cache`=False asks for the attentions and hidden states of the whole text at every step, which "
+                "cannot be combined with `penalty_alpha`. Leave `use_cache` out to get those of each token once."
             )
 
     def recorded(self, intermediates: tuple[str, ...], logprobs: bool) -> tuple[str, ...]:

@@ -39,7 +39,7 @@ class GroupBeamSearchMode(BeamsMode):
             )
         if fields.do_sample:
             raise ValueError(
-                "`do_sample`=True does not go with `num_beam_groups`: diverse beam search does not sample."
+                "`do_sample`=True cannot be combined with `num_beam_groups`: diverse beam search does not sample."
             )
 
     @classmethod

@@ -81,7 +81,7 @@ class Inputs:
         }
         for other, value in given.items():
             if value is not None:
-                raise ValueError(f"`{other}` does not go with {name}, {why}. Leave out one of them.")
+                raise ValueError(f"`{other}` cannot be combined with {name}, {why}. Leave out one of them.")
 
 
 def checked_inputs(

@@ -50,7 +50,7 @@ def healed_inputs(model: Model, inputs: Inputs, request: Request, one_token: One
         )
     if not inputs.plain:
         raise ValueError(
-            "`token_healing` changes the prompt, which then does not go with `cache`, `inputs_embeds` or "
+            "`token_healing` changes the prompt, which then cannot be combined with `cache`, `inputs_embeds` or "
             "`position_ids`. Leave out one of them."
         )
 

@@ -1,4 +1,4 @@
-"""What does not go with drafts is refused by name, and any model or class may draft."""
+"""What cannot be combined with drafts is refused by name, and any model or class may draft."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,10 +22,13 @@ PROMPT = np.array([[5, 9, 17]])
         ({"prompt_lookup_num_tokens": 0}, "`prompt_lookup_num_tokens`=0"),
         ({"prompt_lookup_num_tokens": 65}, "`prompt_lookup_num_tokens`=65 must be from 1 to 64"),
         ({"max_matching_ngram_size": -1}, "`max_matching_ngram_size`=-1 must be from 0 to 64"),
-        ({"num_beams": 2}, "does not go with `num_beams`=2"),
-        ({"penalty_alpha": 0.6, "top_k": 4}, "does not go with `penalty_alpha`=0.6"),
+        ({"num_beams": 2}, "cannot be combined with `num_beams`=2"),
+        ({"penalty_alpha": 0.6, "top_k": 4}, "cannot be combined with `penalty_alpha`=0.6"),
         ({"use_cache": False}, "needs a cache"),
-        ({"output_attentions": True, "return_dict_in_generate": True}, "`output_attentions`=True does not go with"),
+        (
+            {"output_attentions": True, "return_dict_in_generate": True},
+            "`output_attentions`=True cannot be combined with",
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -61,13 +64,13 @@ def test_a_streamer_gets_the_prompts_and_then_every_token(model: Any) -> None:
 @pytest.mark.parametrize(
     ("keywords", "message"),
     [
-        ({"assistant_model": "folder"}, "`assistant_model`='folder' must be a model of jaxgen"),
-        ({"assistant_model": object()}, "must be a model of jaxgen, as from `jaxgen.load`"),
-        ({"assistant_model": []}, "must be a model of jaxgen"),
-        ({"assistant_model": jaxgen.Drafter()}, "has no `most_tokens`"),
+        ({"assistant_model": "folder"}, "`assistant_model`='folder' must be a jaxgen model"),
+        ({"assistant_model": object()}, "must be a jaxgen model, such as `jaxgen.load` returns"),
+        ({"assistant_model": []}, "must be a jaxgen model"),
+        ({"assistant_model": jaxgen.Drafter()}, "needs `most_tokens`"),
         (
             {"assistant_tokenizer": "gpt2", "tokenizer": "gpt2"},
-            "`tokenizer`='gpt2' must be a tokenizer of transformers",
+            "`tokenizer`='gpt2' must be a transformers tokenizer",
         ),
         ({"num_assistant_tokens": 0}, "`num_assistant_tokens`=0 must be from 1 to 64"),
         ({"num_assistant_tokens": 65}, "`num_assistant_tokens`=65 must be from 1 to 64"),
@@ -75,8 +78,11 @@ def test_a_streamer_gets_the_prompts_and_then_every_token(model: Any) -> None:
         ({"num_assistant_tokens_schedule": "fast"}, "`num_assistant_tokens_schedule`='fast' must be one of"),
         ({"assistant_early_exit": 0}, "`assistant_early_exit`=0 must be at least 1"),
         ({"assistant_early_exit": 1}, "`assistant_early_exit`=1: the model has 1 layers, and a draft must have fewer"),
-        ({"num_beams": 2}, "`assistant_model` is for greedy decoding and sampling, and does not go with `num_beams`=2"),
-        ({"penalty_alpha": 0.6, "top_k": 4}, "does not go with `penalty_alpha`=0.6"),
+        (
+            {"num_beams": 2},
+            "`assistant_model` is for greedy decoding and sampling, and cannot be combined with `num_beams`=2",
+        ),
+        ({"penalty_alpha": 0.6, "top_k": 4}, "cannot be combined with `penalty_alpha`=0.6"),
         ({"use_cache": False}, "`assistant_model` needs a cache"),
         ({"output_hidden_states": True, "return_dict_in_generate": True}, "`output_hidden_states`=True does not go"),
         ({"assistant_ensemble_weight": 0.5}, "`assistant_ensemble_weight`=0.5 is not supported"),
