@@ -1,4 +1,4 @@
-"""The weight converter: a Hugging Face folder -> the native folder, which loads without rearranging anything, and back.
+"""The weight converter, between a Hugging Face folder and the native folder, which loads without rearranging anything.
 
 The native folder holds the model's own parameters (fused, in the layout of the model's matmuls) as safetensors named by
 their paths, the source's config and tokenizer files byte for byte, and a manifest that says where everything came from.
@@ -41,11 +41,11 @@ class Report:
     """The result of a conversion or a check.
 
     Attributes:
-        folder: that was written or verified.
-        tensors: their number.
-        bytes: of the tensors.
-        seconds: that it took.
-        warnings: to show the user.
+        folder: the folder that was written or verified.
+        tensors: the number of tensors.
+        bytes: the size of the tensors.
+        seconds: the time it took.
+        warnings: messages for the user.
     """
 
     folder: Path
@@ -72,12 +72,12 @@ def convert_checkpoint(
     """Converts a Hugging Face checkpoint. Every parameter keeps its bits and its dtype, unless `dtype` is given.
 
     Args:
-        src: a folder with config.json and safetensors or a GGUF file, only read, or the name of a model on the Hugging
-            Face hub. Quantised blocks of GGUF become float32, or `dtype`.
-        dst: the native folder to make. It appears once it is complete.
+        src: a folder with config.json and safetensors, a GGUF file, or the name of a model on the Hugging Face hub. It
+            is only read. Quantised blocks of GGUF become float32, or `dtype`.
+        dst: the native folder to create. It appears once it is complete.
         dtype: float32, bfloat16 or float16 for all weights; by default each keeps its own.
         shard_size: maximum size of a file, in bytes or as "5GB"; a larger tensor gets a file of its own.
-        workers: number of threads that copy.
+        workers: number of threads for copying.
         overwrite: replace the checkpoint in `dst`, once the new one is complete.
         resume: continue an interrupted conversion.
         allow_pickle: also read `pytorch_model.bin` and Meta's `consolidated.*.pth`, with torch's restricted loader in a
@@ -126,7 +126,7 @@ def _original(folder: Path, readable: Path, follow_links: bool) -> Source:
     """The source of a conversion, from the folder that holds it as safetensors."""
     source = open_checkpoint(readable, follow_links=follow_links)
     if source.native:
-        raise CheckpointError(f"{folder} is converted already. Pass the original Hugging Face folder.")
+        raise CheckpointError(f"{folder} is already converted. Pass the original Hugging Face folder.")
     return source
 
 
@@ -159,9 +159,11 @@ def convert_to_hugging_face(
     folder = checkpoint_folder(local_path(src, revision), follow_links)
     source = open_checkpoint(folder, follow_links=follow_links)
     if folder.is_file():
-        raise CheckpointError(f"{folder} is a GGUF file. Convert it to a folder first, and that one with --to-hf.")
+        raise CheckpointError(
+            f"{folder} is a GGUF file. Convert it to a folder first, and then convert that folder with --to-hf."
+        )
     if not source.native:
-        raise CheckpointError(f"{folder} is a Hugging Face folder already.")
+        raise CheckpointError(f"{folder} is already a Hugging Face folder.")
     _check_places(target, folder)
     known = read_manifest(folder)
     files, index_text = hugging_face_files(source, known, shard_bytes)
@@ -185,7 +187,8 @@ def verify(folder: str | Path, *, follow_links: bool = False, revision: str | No
         follow_links, revision: see `jaxgen.load`.
 
     Raises:
-        CheckpointError: naming the file or tensor that is missing, broken, or different from what was written.
+        CheckpointError: if a file or tensor is missing, broken, or different from what was written; the message names
+            it.
     """
     begun = time.perf_counter()
     source = open_checkpoint(local_path(folder, revision), follow_links=follow_links)
@@ -238,7 +241,9 @@ def _compare(folder: Path, known: Json, digests: Mapping[str, Digest], files: Ma
     wrong = [name for name in digests if digests[name].sha256 != expected["tensors"].get(copies.get(name, name))]
     wrong += [name for name in expected["files"] if expected["files"][name] != files.get(name)]
     if wrong:
-        raise CheckpointError(f"{folder}: {listed(sorted(wrong))}: not what was written. Convert the original again.")
+        raise CheckpointError(
+            f"{folder}: {listed(sorted(wrong))} differ from what was written. Convert the original again."
+        )
 
 
 def _suspicious_values(folder: Path, digests: Mapping[str, Digest], dtype: np.dtype | None = None) -> list[str]:
@@ -260,27 +265,30 @@ def _report(target: Path, files: Iterable[File], messages: Iterable[str], begun:
 
 def _target(dst: str | Path, overwrite: bool) -> Path:
     if not str(dst):
-        raise ValueError("`dst` is empty. Pass the folder to make.")
+        raise ValueError("`dst` is empty. Pass the folder to create.")
     target = Path(os.path.abspath(dst))  # unlike `resolve`, it does not follow links
     check_target(target, overwrite)
     return target
 
 
 def _check_places(target: Path, *sources: Path) -> None:
-    """Raises CheckpointError if the conversion would write into a source, or the target would contain one."""
+    """Raises CheckpointError if the target lies in a source or contains one."""
     ours = [path.resolve() for path in (target, *neighbours(target))]
     for folder in sources:
         here = folder.resolve()
         for place in ours:
             if here == place or here in place.parents:
-                raise CheckpointError(f"{target} is, or lies in, {folder}, which is only read. Choose another name.")
+                raise CheckpointError(
+                    f"{target} is the source {folder} or lies in it, but the source is only read. Choose another "
+                    "destination."
+                )
             if place in here.parents:
-                raise CheckpointError(f"{target} holds the source, {folder}. Choose another destination.")
+                raise CheckpointError(f"{target} contains the source, {folder}. Choose another destination.")
 
 
 def _workers(workers: int | None) -> int:
     if workers is None:
-        return 4  # even on two cores, since threads wait for the disk
+        return 4  # even on two cores, since threads mostly wait for the disk
     if not isinstance(workers, int) or workers < 1:
         raise ValueError(f"`workers`={workers!r} must be an integer, at least 1.")
     return workers
@@ -292,6 +300,6 @@ def _bytes(size: int | str | None) -> int | None:
         return None
     match = re.fullmatch(r"(\d+)\s*(?:([KMGT])(I?))?B?", str(size).strip().upper())
     if not match or int(match[1]) < 1:
-        raise ValueError(f"`shard_size`={size!r} must be a number of bytes, or one with a unit, such as '5GB'.")
+        raise ValueError(f"`shard_size`={size!r} must be a number of bytes, or a number with a unit, such as '5GB'.")
     number, unit, binary = match.groups()
     return int(number) * (1024 if binary else 1000) ** " KMGT".index(unit or " ")

@@ -1,4 +1,4 @@
-"""The files of a converted folder and of the Hugging Face folder that it came from, and where each tensor is."""
+"""The files of a converted folder and of its original Hugging Face folder, and the position of each tensor in them."""
 
 import json
 import math
@@ -23,7 +23,7 @@ class Piece:
 
     Attributes:
         tensor: where the values come from.
-        dtype: of the values in the file.
+        dtype: the dtype of the values in the file.
         offset: bytes from the start of the file.
     """
 
@@ -38,7 +38,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class File:
-    """A safetensors file to be written: its header, with the length before it, and the pieces that fill the rest."""
+    """A safetensors file to write: its header, preceded by the header's length, and the pieces that fill the rest."""
 
     name: str
     header: bytes
@@ -73,9 +73,9 @@ def manifest(source: Source, digests: Mapping[str, str], copied: Mapping[str, st
     """The text of a converted folder's jaxgen.json.
 
     Args:
-        source: that was converted.
+        source: the source of the conversion.
         digests: SHA-256 by tensor.
-        copied: SHA-256 by file without tensors.
+        copied: SHA-256 by file, of the files without tensors.
         exact: whether every tensor kept its bytes, so that the original files can be restored.
     """
     content: dict[str, object] = {
@@ -126,7 +126,7 @@ def hugging_face_tensors(source: Source, manifest: Json) -> dict[str, Tensor]:
             start += rows
     if unknown := sorted(set(manifest["copies"].values()) - set(tensors)):
         raise CheckpointError(
-            f"{source.folder / MANIFEST} is damaged: no {listed(unknown)}. Convert the original again."
+            f"{source.folder / MANIFEST} is damaged: it lacks {listed(unknown)}. Convert the original again."
         )
     return tensors | {copy: tensors[original] for copy, original in manifest["copies"].items()}
 
@@ -144,7 +144,9 @@ def _names(header: bytes) -> Iterator[str]:
 
 
 def _files(entries: Mapping[str, _Entry], shard_bytes: int, kind: str) -> list[File]:
-    """The tensors in order, with a new file where the next one would exceed the size; for `kind` see `header`."""
+    """Files with the tensors in order. A new file begins where the next tensor would exceed the size. For `kind` see
+    `header`.
+    """
     shards: list[dict[str, _Entry]] = [{}]
     size = 0
     for name, entry in entries.items():

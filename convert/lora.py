@@ -21,7 +21,7 @@ _UNSUPPORTED = (
 ).split()
 # Initialisations that subtract something from the base model's weights.
 _CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq")
-# peft's names of the two factors, for a weight [out, in] and for an embedding, and of the layer's own weight.
+# peft's names for the two factors of a weight [out, in] and of an embedding, and for the layer's own weight.
 _LINEAR, _EMBEDDING = (".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B")
 _BASE = ".base_layer.weight"
 _HEAD, _EMBEDDINGS = "lm_head.weight", ("lm_head.weight", "model.embed_tokens.weight")
@@ -33,10 +33,10 @@ class MergedTensor(ComputedTensor):
     """A weight [out, in] plus `scaling * up @ down`, computed in float32 and rounded to the weight's dtype.
 
     Attributes:
-        weight: of the base model, [out, in].
+        weight: [out, in], the base model's weight.
         down: [rank, in].
         up: [out, rank].
-        scaling: of the product.
+        scaling: the factor of the product.
     """
 
     weight: Tensor
@@ -56,7 +56,7 @@ class MergedTensor(ComputedTensor):
 
 @dataclass(frozen=True)
 class MergedEmbedding(MergedTensor):
-    """An embedding [V, D], for which peft has the factors transposed.
+    """An embedding [V, D]. Its two factors are transposed in peft.
 
     Attributes:
         down: [rank, V].
@@ -86,7 +86,7 @@ def merged(pieces: Mapping[str, list[Tensor]], folder: Path) -> dict[str, list[T
 
     Args:
         pieces: parameter path -> its tensors.
-        folder: with adapter_config.json and adapter_model.safetensors.
+        folder: the folder with adapter_config.json and adapter_model.safetensors.
 
     Raises:
         CheckpointError: if it is not a plain LoRA adapter, or does not fit the model.
@@ -128,7 +128,7 @@ def merged(pieces: Mapping[str, list[Tensor]], folder: Path) -> dict[str, list[T
 
 
 def _without_shared_copy(folder: Path, tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """The tensors without those of the head, if the model ties its head to the embedding and they are equal."""
+    """The tensors without the head's, if the model ties its head to the embedding and both have equal tensors."""
     modules = tuple(name.removesuffix("weight") for name in _EMBEDDINGS)
     touched = sorted(name for name in tensors if name.startswith(modules))
     if not touched:
@@ -145,7 +145,7 @@ def _without_shared_copy(folder: Path, tensors: Mapping[str, StoredTensor]) -> d
 
 
 def _replacement(folder: Path, target: Tensor, tensor: StoredTensor) -> Tensor:
-    """A whole weight of the adapter under the name of the model's, which it replaces."""
+    """A whole weight of the adapter, under the name of the model's weight that it replaces."""
     resizable = target.name in _EMBEDDINGS and len(tensor.shape) == 2
     rows = tensor.shape[0] if resizable else target.rows
     if tensor.shape != (rows, *target.shape[1:]) or tensor.dtype not in DTYPES.values():
@@ -163,7 +163,7 @@ def _check_vocabulary(folder: Path, weights: Mapping[str, Tensor]) -> None:
 
 
 def _scaling(folder: Path, config: Json) -> float:
-    """The factor of the product of the two matrices."""
+    """The factor of the product of the two low-rank matrices."""
     if config.get("peft_type") != "LORA":
         raise CheckpointError(f"{folder}: `peft_type`={config.get('peft_type')!r} is not 'LORA'. {_MERGE_WITH_PEFT}")
     for key in _UNSUPPORTED:

@@ -1,7 +1,8 @@
-"""Pickled checkpoints, `pytorch_model.bin` and Meta's `consolidated.*.pth`: a pickle can run code when it is read.
+"""Pickled checkpoints: `pytorch_model.bin` and Meta's `consolidated.*.pth`.
 
-So they are only read on request, with torch's restricted loader (`weights_only`), in a separate process. It writes the
-tensors as safetensors, in Hugging Face's names and layout, to a folder that is then converted like any other.
+A pickle can run code when it is read. So pickles are only read on request, with torch's restricted loader
+(`weights_only`), in a separate process. That process writes the tensors as safetensors, in Hugging Face's names and
+layout, to a folder that is then converted like any other.
 """
 
 import contextlib
@@ -43,14 +44,14 @@ def unpickled(folder: Path, target: Path) -> Iterator[Path]:
         yield folder
         return
     warnings.warn(
-        f"{folder} is read from pickles. torch's restricted loader only runs code that it knows, but safetensors "
-        "cannot run any: prefer them where they exist.",
+        f"{folder} is read from pickles. torch's restricted loader runs only known code, but safetensors cannot run "
+        "any code. Prefer them where they exist.",
         stacklevel=4,
     )
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.unpickled-", dir=target.parent) as name:
         staged = Path(name)
-        # -P keeps the working directory, which may be the checkpoint's, off the import path.
+        # -P keeps the working directory off the import path, since it may be the checkpoint's folder.
         command = [sys.executable, "-P", "-m", __name__, str(folder.resolve()), str(staged.resolve())]
         command += ["--follow-links"] if isinstance(folder, LinkedFolder) else []
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
@@ -183,7 +184,7 @@ def _joined(pieces: "list[Tensor]", axis: int | None, heads: int | None) -> "Ten
 
 
 def _meta_config(params: Json, shapes: Mapping[str, Sequence[int]]) -> dict[str, object]:
-    """A config.json. Values that params.json lacks are those of Meta's models of these sizes."""
+    """A config.json. Values that params.json lacks are taken from Meta's models of the same sizes."""
     rows, _ = shapes["model.embed_tokens.weight"]
     llama3 = rows >= 128_000
     config: dict[str, object] = {

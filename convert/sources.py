@@ -1,4 +1,4 @@
-"""The source of a conversion: its files besides the weights, and whether they are still the same."""
+"""The source of a conversion: its files besides the weights, and how to notice that they have changed."""
 
 import contextlib
 import importlib.util
@@ -24,7 +24,7 @@ _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".msgpack", 
 def unpacked(source: Source) -> Iterator[Source]:
     """A source whose folder holds config.json, generation_config.json and the files of the tokenizer.
 
-    For a GGUF file it is a temporary one, and the tensors are still those of the file.
+    For a GGUF file the folder is temporary, and the tensors are still read from the file.
     """
     if not source.folder.is_file():
         yield source
@@ -42,9 +42,9 @@ def unpacked(source: Source) -> Iterator[Source]:
 
 
 def identity(folder: Path) -> list[object]:
-    """The path of a folder, and names, sizes and times of its files: JSON that differs once the folder has changed.
+    """The path of a folder, and the names, sizes and times of its files: JSON that changes whenever the folder does.
 
-    Of a GGUF file it is the same about the file.
+    For a GGUF file, the same facts about that file.
     """
     files = {path for path in folder.iterdir() if path.is_file()} if folder.is_dir() else {folder}
     if holds(folder, INDEX):
@@ -54,7 +54,7 @@ def identity(folder: Path) -> list[object]:
 
 
 def converted_config(source: Source, dtype: np.dtype | None) -> bytes:
-    """The content of config.json, with the keys that the conversion changes."""
+    """The content of config.json, with the conversion's changes."""
     content = dict(source.raw)
     quantised = [content.pop(key) for key in KEYS if key in content]
     embedding = source.family.embedding

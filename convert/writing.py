@@ -1,4 +1,4 @@
-"""Writing a folder that appears whole or not at all, and that can be resumed after an interruption.
+"""Writes a folder that appears complete or not at all. An interrupted run can be resumed.
 
 Everything is written to a folder beside the destination, which is renamed when it is complete. Until then no part of it
 can be mistaken for a checkpoint: a file gets its header when it holds all of its tensors, and config.json comes last.
@@ -37,7 +37,7 @@ from .sources import TEMPLATES
 
 @dataclass(frozen=True)
 class Digest:
-    """The hash of a tensor's values, and whether all are finite, and all zero."""
+    """The hash of a tensor's values, and whether they are all finite and whether they are all zero."""
 
     sha256: str
     finite: bool
@@ -78,7 +78,7 @@ class Partial:
             try:
                 for task in as_completed(tasks):
                     digests[tasks[task].tensor.name] = task.result()
-            finally:  # threads at work end at their next block
+            finally:  # running threads end at their next block
                 self._stopped.set()
                 pool.shutdown(cancel_futures=True)
         # Headers last: until then the files begin with zeros, which no reader takes for safetensors.
@@ -91,7 +91,7 @@ class Partial:
 
     def write(self, name: str, content: bytes) -> None:
         """Writes a small file, which appears complete or not at all."""
-        # On the disk before the rename, or a crash could leave a file of this name that is empty.
+        # Flushed to the disk before the rename, or a crash could leave an empty file of this name.
         unfinished = self.folder / f"{name}.unfinished"
         with unfinished.open("wb") as file:
             file.write(content)
@@ -110,7 +110,7 @@ class Partial:
 
     def _piece(self, file: str, piece: Piece, advance: Callable[[int], None]) -> Digest:
         with (self.folder / file).open("rb+", buffering=0) as opened:
-            # The journal says that this piece was written, but not that the disk has it.
+            # The journal says that this piece was written, but not that it reached the disk.
             known = self.finished.get((file, piece.offset))
             if known and known.sha256 == self._hash(opened.fileno(), piece, advance):
                 return known
@@ -135,7 +135,7 @@ class Partial:
         return digest
 
     def _hash(self, descriptor: int, piece: Piece, advance: Callable[[int], None]) -> str:
-        """The SHA-256 of the bytes that are in the file where the piece belongs."""
+        """The SHA-256 of the bytes that the file holds in the place of the piece."""
         sha256 = hashlib.sha256()
         end = piece.offset + piece.nbytes
         for offset in range(piece.offset, end, BLOCK):
@@ -155,8 +155,8 @@ def digest_of(tensor: Tensor, take: Callable[[memoryview], None], dtype: np.dtyp
 
     Args:
         tensor: to read.
-        take: gets its bytes in order, block by block.
-        dtype: that the values are cast to first; the tensor's own by default.
+        take: called with its bytes in order, block by block.
+        dtype: the dtype that the values are first cast to; the tensor's own by default.
     """
     sha256, zero, finite = hashlib.sha256(), True, True
     for values in tensor.blocks(dtype=dtype):
@@ -209,20 +209,20 @@ def check_target(target: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise CheckpointError(
-            f"{target} exists already and is not empty. Choose another destination, or replace it by --overwrite "
+            f"{target} exists already and is not empty. Choose another destination, or replace it with --overwrite "
             "(`overwrite=True`)."
         )
     weights = any(path.name.endswith((".safetensors", ".bin", ".pth")) for path in target.iterdir())
     others = [path.name for path in target.iterdir() if path.is_dir() and path.name != TEMPLATES]
     if others or not weights or not (target / "config.json").exists():
         raise CheckpointError(
-            f"{target} holds more or less than a checkpoint, so it is not overwritten. Choose another destination, or "
+            f"{target} is not just a checkpoint folder, so it is not overwritten. Choose another destination, or "
             "remove it yourself."
         )
 
 
 def neighbours(target: Path) -> tuple[Path, Path, Path]:
-    """The new folder, the old one and the journal, beside a destination that is being written."""
+    """The paths of the new folder, the old one and the journal, next to the destination."""
     return (
         target.with_name(f"{target.name}.partial"),
         target.with_name(f".{target.name}.replaced"),
@@ -244,7 +244,9 @@ def partial_folder(target: Path, plan: object, needed: int, *, overwrite: bool, 
     folder, replaced, journal = neighbours(target)
     begun = journal.exists()
     if not begun and (taken := [path for path in (folder, replaced) if path.is_symlink() or path.exists()]):
-        raise CheckpointError(f"{taken[0]} is in the way, and no conversion made it. Move it, or choose another name.")
+        raise CheckpointError(
+            f"{taken[0]} is in the way, and it is not from a conversion. Move it, or choose another name."
+        )
     if not begun:
         _check_space(target, needed)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -257,7 +259,7 @@ def partial_folder(target: Path, plan: object, needed: int, *, overwrite: bool, 
         check_target(target, overwrite)
         if folder.exists() and not resume:
             raise CheckpointError(
-                f"{folder} is what an interrupted conversion to {target} left. Continue it with --resume "
+                f"{folder} was left by an interrupted conversion to {target}. Continue it with --resume "
                 "(`resume=True`), or remove it."
             )
         finished = _finished(opened, folder, hashlib.sha256(json.dumps(plan).encode()).hexdigest())
@@ -268,11 +270,12 @@ def partial_folder(target: Path, plan: object, needed: int, *, overwrite: bool, 
         (folder / "config.json").unlink(missing_ok=True)
         try:
             yield Partial(folder, opened, finished)
-        except CheckpointError:  # the source is at fault, so there is nothing to resume
+        except CheckpointError:  # an error in the source, so there is nothing to resume
             _remove(folder)
             journal.unlink()
             raise
-        # All entries are on the disk before the rename, or a crash could leave a whole name with missing files.
+        # All entries are flushed to the disk before the rename, or a crash could leave the final name with missing
+        # files.
         _sync(folder)
         check_target(target, overwrite)  # again: it may have appeared meanwhile
         if overwrite and target.exists():

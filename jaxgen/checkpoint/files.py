@@ -27,7 +27,7 @@ def checkpoint_folder(path: str | Path, follow_links: bool) -> Path:
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used: names the file or tensor, what is wrong, and the way out."""
+    """A checkpoint cannot be used. The message names the file or tensor, what is wrong, and what to do."""
 
 
 def file_in(folder: Path, name: str) -> Path:
@@ -67,14 +67,14 @@ def contained(path: Path, folder: Path) -> Path:
 
 
 def lies_in(real: Path, folder: Path) -> bool:
-    """Whether a resolved path is one that links in the folder may lead to."""
+    """Whether links in the folder may lead to this resolved path."""
     return isinstance(folder, LinkedFolder) or any(real.is_relative_to(root) for root in _roots(folder))
 
 
 def check_name(name: str, said_by: Path) -> None:
     """Raises a CheckpointError unless the name is a relative path of a file inside the folder."""
     parts = PurePosixPath(name).parts
-    # Also what would be absolute or a drive on Windows, and names too long to open.
+    # Refuses paths that are absolute or name a drive on Windows too, and names too long to open.
     odd = not name.isprintable() or "\\" in name or any(part in ("/", "..") or len(part) > 255 for part in parts)
     if odd or not parts or ":" in name or len(name) > 1000:
         raise CheckpointError(f"{said_by} names {name[:300]!r} as a file, but that is not a path inside the folder.")
@@ -119,7 +119,7 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
 
 
 def refuse_placeholder(path: Path, start: bytes) -> None:
-    """Raises a CheckpointError if a file of weights, by its first bytes, was not downloaded."""
+    """Raises a CheckpointError if the first bytes of a weight file show that it was not downloaded."""
     if start.startswith(b"version https://git-lfs"):
         raise CheckpointError(f"{path} is a Git LFS pointer, not the weights. Run `git lfs pull` in its folder.")
     if not any(start):
@@ -127,7 +127,7 @@ def refuse_placeholder(path: Path, start: bytes) -> None:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Parses JSON in which no object has a key twice: readers differ in which of the two values they take.
+    """Parses JSON in which no object has a key twice: readers disagree about which of the two values counts.
 
     Raises:
         ValueError: if it is not JSON, holds NaN or Infinity, or has a key twice.

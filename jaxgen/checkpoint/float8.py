@@ -1,7 +1,7 @@
-"""Quantised checkpoints: 8-bit floats are dequantised as they are read, any other scheme is refused by its name.
+"""Quantised checkpoints: 8-bit floats are dequantised as they are read. Any other scheme is refused and named.
 
-Three layouts are supported: one scale per tensor, one per output channel, one per block of 128 by 128. The stored scale
-is always a factor of the weight, also where it is called `weight_scale_inv` (transformers 5.24 `Fp8Dequantize`,
+Three layouts are supported: one scale per tensor, one per output channel, one per block of 128 by 128. The weight is
+always multiplied by the stored scale, even if that is called `weight_scale_inv` (transformers 5.24 `Fp8Dequantize`,
 compressed-tensors "float-quantized").
 """
 
@@ -18,7 +18,7 @@ KEYS = ("quantization_config", "compression_config")  # of config.json
 _SCALES = ("weight_scale", "weight_scale_inv")
 # Scales of activations and of the KV cache, neither of which is quantised here.
 _UNUSED = (".input_scale", ".activation_scale", ".k_scale", ".v_scale", ".input_scale_ub")
-# Suffixes of tensors that give away other schemes, for checkpoints whose config does not name one.
+# Tensor name suffixes that reveal other schemes, for checkpoints whose config does not name one.
 _MARKS = {
     ".qweight": "GPTQ or AWQ",
     ".qzeros": "GPTQ or AWQ",
@@ -144,7 +144,7 @@ def _is_float8(weights: object) -> bool:
 
 def _check_scale(weight: Tensor, scale: Tensor, block: int | None) -> None:
     rows, *columns = weight.shape or (1,)
-    # A scale per tensor or per row, in all spellings; or one per block, with part blocks at the end.
+    # All shapes of a scale per tensor or per row, or one scale per block, with partial blocks at the end.
     shapes: list[tuple[int, ...]] = [(), (1,), (1, 1), (rows,), (rows, 1)]
     if block and len(columns) == 1:
         shapes = [(-(-rows // block), -(-columns[0] // block))]

@@ -1,6 +1,6 @@
-"""What a Hugging Face folder holds: its configs, and which of its files have the weights.
+"""Reads a Hugging Face folder: its configs, and the files with its weights.
 
-A folder that cannot be loaded is refused with what it holds instead, and the next step.
+If a folder cannot be loaded, the error says what it holds instead, and what to do.
 """
 
 import re
@@ -29,7 +29,7 @@ def read_configs(folder: Path) -> tuple[Json, Json | None]:
 
 
 def _why_without_config(folder: Path) -> str | None:
-    """Why a folder has no config.json, and the next step: the rest of a sentence about it, None if unknown."""
+    """Why a folder has no config.json, and what to do, as the rest of a sentence about the folder; None if unknown."""
     names = sorted(path.name for path in folder.iterdir())
     if any(name.endswith(".pth") for name in names) and "params.json" in names:
         return "is a checkpoint as Meta distributes it, with pickles. `jaxgen convert --allow-pickle` reads it."
@@ -42,12 +42,12 @@ def _why_without_config(folder: Path) -> str | None:
         if holds(folder, "refs/main"):  # the hub's cache: list the newest snapshot first
             newest = read_text(folder, "refs/main").strip()
             models.sort(key=lambda path: path.name != newest)
-        return f"has no config.json, but {listed([str(path) for path in models])} has. Pass that folder."
+        return f"has no config.json, but {listed([str(path) for path in models])} has one. Pass that folder."
     return None
 
 
 def _gguf(folder: Path, file: str) -> str:
-    return f"{file}, which is a model by itself. Pass the file: {folder / file}"
+    return f"{file}, which is a complete model. Pass the file: {folder / file}"
 
 
 def weight_files(folder: Path) -> Mapping[str, set[str] | None]:
@@ -84,7 +84,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def _instead(folder: Path) -> str:
-    """The rest of a sentence about a folder without safetensors: what it holds, and the next step."""
+    """What a folder without safetensors holds instead, and what to do, as the rest of a sentence about the folder."""
     names = sorted(path.name for path in folder.iterdir())
     if shards := [name for name in names if re.fullmatch(r"model-\d+-of-\d+\.safetensors", name)]:
         return f", but {shards[:3]}, which are parts of a model. Download {INDEX} too, which lists their tensors."
@@ -93,7 +93,7 @@ def _instead(folder: Path) -> str:
     if ggufs := [name for name in names if name.endswith(".gguf")]:
         return f", but {_gguf(folder, ggufs[0])}"
     if pickles := [name for name in names if name.endswith((".bin", ".pth", ".pt"))]:
-        return f", but {pickles}: pickles, which can run code, are read by `jaxgen convert --allow-pickle` only."
+        return f", but pickles: {pickles}. Pickles can run code, so only `jaxgen convert --allow-pickle` reads them."
     others = [name for name in names if name.endswith((".safetensors", ".msgpack", ".h5"))]
     return f"; jaxgen does not read {others}. Save the model as safetensors." if others else "."
 

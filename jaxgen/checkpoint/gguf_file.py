@@ -1,15 +1,16 @@
-"""GGUF, llama.cpp's format: one file with metadata in place of the configs, the vocabulary and the tensors.
+"""GGUF, llama.cpp's format: one file with the tensors, the vocabulary, and metadata in place of configs.
 
-The header is read here, since a count that lies keeps the reader of the package `gguf` busy for ever. The package knows
-the types of blocks and the names of tensors.
+The header is parsed here, because a wrong count in it would keep the `gguf` package's reader busy forever. The package
+supplies block types and tensor names.
 
     "GGUF"  version (uint32)  number of tensors (uint64)  number of keys (uint64)
     keys    length (uint64) and text, type (uint32), value
     tensors length (uint64) and text, number of dimensions (uint32), dimensions (uint64, columns first), type (uint32),
             offset in the data (uint64)
-    data    aligned, like each tensor, to `general.alignment` bytes
+    data    aligned to `general.alignment` bytes, like each tensor
 
-llama.cpp rotates neighbouring rows of queries and keys in some families, Hugging Face rows of the two halves of a head.
+In some families llama.cpp applies rotary embeddings to pairs of neighbouring rows of queries and keys. Hugging Face
+pairs a row of the first half of a head with one of the second half.
 """
 
 import importlib
@@ -31,8 +32,8 @@ from jaxgen.models.family import Family, Gguf
 
 _MAGIC, _VERSIONS = b"GGUF", (2, 3)
 _QUANTISED = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
-# Limits, against numbers that lie. Vocabularies have up to 262,144 tokens, and twice as many merges; the header of such
-# a file has 15 MB.
+# Limits against wrong numbers in the header. Vocabularies have up to 262,144 tokens, and twice as many merges; the
+# header of such a file has 15 MB.
 _LARGEST_HEADER, _MOST_ELEMENTS, _MOST_ENTRIES = 64 << 20, 1 << 20, 1 << 14
 _LARGEST_BUFFER, _MOST_DIMENSIONS = 4096, 4
 
@@ -40,8 +41,8 @@ _LARGEST_BUFFER, _MOST_DIMENSIONS = 4096, 4
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _TEXT, _ARRAY = 8, 9
 
-# general.sampling.*, which llama.cpp's converter copies from generation_config.json -> the fields there. Others keep
-# their names, and `generate` says that nobody reads them.
+# general.sampling.*, which llama.cpp's converter copies from generation_config.json -> the fields there. Other keys
+# keep their names, and `generate` warns that they are not read.
 _SAMPLING: dict[str, tuple[str, type]] = {
     "temp": ("temperature", float),
     "top_k": ("top_k", int),
@@ -53,12 +54,12 @@ _TOKEN_IDS = {"bos": "bos_token_id", "eos": "eos_token_id", "padding": "pad_toke
 
 
 class Content(NamedTuple):
-    """What a Hugging Face folder holds of a model.
+    """A model as a Hugging Face folder would hold it.
 
     Attributes:
-        raw: a config.json.
-        generation: a generation_config.json.
-        tensors: by Hugging Face's names.
+        raw: the content of config.json.
+        generation: the content of generation_config.json.
+        tensors: by their Hugging Face names.
     """
 
     raw: Json
@@ -68,7 +69,7 @@ class Content(NamedTuple):
 
 @dataclass(frozen=True)
 class QuantisedTensor(ComputedTensor):
-    """A tensor [rows, columns] of quantised blocks, as float32.
+    """A tensor [rows, columns] of quantised blocks, which is dequantised to float32.
 
     Attributes:
         data: the same rows as bytes.
@@ -86,20 +87,20 @@ class QuantisedTensor(ComputedTensor):
         """See `Tensor.read`."""
         gguf, done = package(), 0
         for rows in self.data.blocks(start, start + len(out)):
-            with np.errstate(over="ignore", invalid="ignore"):  # of NaN scales, which `convert` reports
+            with np.errstate(over="ignore", invalid="ignore"):  # from NaN scales, which `convert` reports
                 out[done : done + len(rows)] = gguf.quants.dequantize(rows, gguf.GGMLQuantizationType[self.kind])
             done += len(rows)
 
 
 @dataclass(frozen=True)
 class HalvedTensor(ComputedTensor):
-    """A tensor whose rows are those of another one, with the pairs of each head torn into halves. A head of 6 rows:
+    """Another tensor with the rows of each head reordered, from pairs to halves. For a head of 6 rows:
 
         stored  0 1 2 3 4 5    pairs (0, 1) (2, 3) (4, 5)    ->    0 2 4 1 3 5
 
     Attributes:
         paired: the stored tensor.
-        head: number of rows of a head.
+        head: number of rows per head.
     """
 
     paired: Tensor
@@ -111,7 +112,7 @@ class HalvedTensor(ComputedTensor):
 
     def read(self, out: np.ndarray, start: int) -> None:
         """See `Tensor.read`."""
-        for done in range(0, len(out), self.head):  # each time from within two heads at most
+        for done in range(0, len(out), self.head):  # each part lies in at most two heads
             part = out[done : done + self.head]
             rows = np.arange(start + done, start + done + len(part))
             within = rows % self.head
@@ -123,7 +124,7 @@ class HalvedTensor(ComputedTensor):
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a path is a regular file that says it is GGUF, in its name or its first bytes."""
+    """Whether a path is a regular file whose name ends in .gguf or whose first bytes are "GGUF"."""
     if not path.is_file():
         return False
     if path.suffix == ".gguf":
@@ -136,25 +137,27 @@ def is_gguf(path: Path) -> bool:
 
 
 def package() -> ModuleType:
-    """The package `gguf`, which only these files need."""
+    """The `gguf` package, which is only needed for these files."""
     try:
         return importlib.import_module("gguf")
     except ImportError as error:
-        raise CheckpointError("reading GGUF needs the package gguf: `pip install 'jaxgen[gguf]'`.") from error
+        raise CheckpointError("reading GGUF needs the gguf package: `pip install 'jaxgen[gguf]'`.") from error
 
 
 def read(path: Path) -> Content:
-    """A file as the folder that it could have been made of. The values of its tensors are read later.
+    """Reads a file as the Hugging Face folder that it could have been made from. Tensor values are read later.
 
     Raises:
-        CheckpointError: if the file is broken, or its model or the types of its tensors are not supported.
+        CheckpointError: if the file is broken, or if its model or its tensor types are not supported.
     """
     metadata, tensors = _read_header(path)
     architecture = metadata.get("general.architecture")
     family = FAMILIES.get(architecture) if isinstance(architecture, str) else None
     if family is None or family.gguf is None:
         known = [name for name, each in FAMILIES.items() if each.gguf]
-        raise CheckpointError(f"{path} holds the architecture {architecture!r:.100}; it may be one of {known}.")
+        raise CheckpointError(
+            f"{path} has the architecture {architecture!r:.100}, which is not supported; it may be one of {known}."
+        )
     try:
         _check_general(metadata)
         return _content(family.gguf, metadata, tensors)
@@ -165,7 +168,7 @@ def read(path: Path) -> Content:
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """The metadata of a file: numbers, texts and lists by key.
+    """The metadata of a file: numbers, strings and lists by key.
 
     Raises:
         CheckpointError: if the file is broken.
@@ -200,33 +203,33 @@ def _content(rules: Gguf[Any], metadata: Json, tensors: dict[str, Tensor]) -> Co
     config = family.config(raw, frozenset())
     names = _names(family, config, architecture, layers)
     if unknown := sorted(tensors.keys() - names.keys()):
-        raise ValueError(f"it holds {listed(unknown)}, which a {architecture} does not use.")
+        raise ValueError(f"it holds {listed(unknown)}, which a {architecture} model does not use.")
     renamed = {names[name]: replace(tensor, name=names[name]) for name, tensor in tensors.items()}
     for name, heads in rules.paired(config, [*renamed]).items():
         tensor = renamed[name]
         if tensor.rows % (2 * heads):
-            raise ValueError(f"`{name}` has {tensor.rows} rows, which are not pairs of {heads} heads.")
+            raise ValueError(f"`{name}` has {tensor.rows} rows, which cannot be pairs in {heads} heads.")
         renamed[name] = HalvedTensor(name, tensor.dtype, tensor.shape, tensor, tensor.rows // heads)
     return Content(raw, generation, renamed)
 
 
 def _names(family: Family, config: Any, architecture: str, layers: int) -> dict[str, str]:
-    """The Hugging Face name of each tensor that the model may have, by its name in the file."""
+    """The Hugging Face names of all tensors that the model may have, by their names in the file."""
     gguf = package()
     numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
     if architecture not in numbers:
-        raise ValueError(f"the package gguf is too old for a {architecture}: `pip install -U 'jaxgen[gguf]'`.")
+        raise ValueError(f"the gguf package is too old for a {architecture} model: `pip install -U 'jaxgen[gguf]'`.")
     table = gguf.get_tensor_name_map(numbers[architecture], layers)
     sources = family.weight_map(replace(config, tie_word_embeddings=False)).values()
     return {table.get_name(name, (".weight", ".bias")): name for names in sources for name in names}
 
 
 def _check_general(metadata: Json) -> None:
-    """Raises ValueError for one part of a split model, and for files of another kind, such as adapters."""
+    """Raises ValueError for a part of a split model, and for other kinds of files, such as adapters."""
     parts = metadata.get("split.count", 1)
     if parts not in (0, 1):
         raise ValueError(
-            f"it is one of {parts!r:.100} parts of a model. Merge them with llama.cpp: `llama-gguf-split --merge "
+            f"the file is one of {parts!r:.100} parts of a model. Merge them with llama.cpp: `llama-gguf-split --merge "
             "FIRST-PART OUT.gguf`."
         )
     for key, value in (("general.type", "model"), ("general.quantization_version", 2)):
@@ -248,7 +251,9 @@ def _is_count(value: object) -> TypeGuard[int]:
 def _buffer(tensor: Tensor) -> np.ndarray:
     """The float32 values of a small tensor."""
     if len(tensor.shape) != 1 or tensor.rows > _LARGEST_BUFFER:
-        raise ValueError(f"`{tensor.name}` has shape {tensor.shape}, but should be a list of a few numbers.")
+        raise ValueError(
+            f"`{tensor.name}` has shape {tensor.shape}, but must be a vector of at most {_LARGEST_BUFFER} numbers."
+        )
     values = np.empty(tensor.shape, np.float32)
     tensor.read_into(values)
     return values
@@ -258,22 +263,22 @@ def _buffer(tensor: Tensor) -> np.ndarray:
 
 
 class _Header:
-    """Reads the header from a file, and not past its end."""
+    """Reads values from the header of a file, within limits."""
 
     def __init__(self, file: BinaryIO, size: int):
         self._file, self._limit, self.position = file, min(size, _LARGEST_HEADER), 0
 
     def take(self, count: int) -> bytes:
         if count > self._limit - self.position:
-            raise ValueError(f"its header goes on after {self._limit} bytes")
+            raise ValueError(f"its header does not end within {self._limit} bytes")
         self.position += count
         data = self._file.read(count)
         if len(data) < count:
-            raise ValueError("it ended while it was read")
+            raise ValueError("the file ended while it was read")
         return data
 
     def number(self, kind: str) -> Any:
-        """A number of `struct`'s kind; a float32 as the shortest decimal, 1e-05 and not 9.9999997e-06."""
+        """A number in a format of `struct`. A float32 is read as its shortest decimal: 1e-05, not 9.9999997e-06."""
         (value,) = struct.unpack(f"<{kind}", self.take(struct.calcsize(f"<{kind}")))
         if kind in "fd" and not math.isfinite(value):
             raise ValueError(f"it holds the number {value}")
@@ -300,7 +305,7 @@ class _Header:
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The metadata and the tensors of a file, under its own names.
+    """The metadata and the tensors of a file, by their names in the file.
 
     Raises:
         CheckpointError: see `read`.
@@ -350,13 +355,15 @@ def _walk(path: Path, header: _Header, size: int) -> tuple[dict[str, Any], dict[
     for name, (shape, kind, offset) in sorted(entries.items(), key=lambda item: item[1][2]):
         tensor, nbytes = _tensor(path, name, tuple(shape), kind, start + offset)
         if offset % alignment or offset < end or start + offset + nbytes > size:
-            raise ValueError(f"`{name:.100}` is not aligned, overlaps another tensor or goes on after the file's end")
+            raise ValueError(
+                f"`{name:.100}` is not aligned, overlaps another tensor or extends beyond the end of the file"
+            )
         end, tensors[name] = offset + nbytes, tensor
     return metadata, {name: tensors[name] for name in entries}
 
 
 def _tensor(path: Path, name: str, shape: tuple[int, ...], kind: int, offset: int) -> tuple[Tensor, int]:
-    """A tensor and its bytes in the file."""
+    """A tensor, and its number of bytes in the file."""
     gguf = package()
     try:
         code = gguf.GGMLQuantizationType(kind)

@@ -1,8 +1,8 @@
-"""A model by its name on the Hugging Face hub: its files are downloaded to the hub's cache, or found there.
+"""Models on the Hugging Face hub: their files are downloaded to the hub's cache, or found there.
 
-huggingface_hub knows the cache, the endpoint, tokens and the offline mode. This file says which files of a repository
-are downloaded, and what to do if they cannot be. The small files come first, so that a model that jaxgen does not run
-is refused before gigabytes of weights are downloaded.
+`huggingface_hub` handles the cache, the endpoint, tokens and the offline mode. This module chooses the files of a
+repository, and explains what to do if they cannot be downloaded. Small files are downloaded first, so that an
+unsupported model is refused before gigabytes of weights are downloaded.
 """
 
 import errno
@@ -20,32 +20,32 @@ _NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _SMALL = ["*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "README.md"]
 _WEIGHTS = ["*.safetensors"]
 _PICKLES = ["*.bin", "*.pth"]
-# Other models, and the same one in other formats. The patterns of huggingface_hub also match files in folders, and the
-# only folder with files of a model is that of additional chat templates.
+# Not downloaded: other models, and the same model in other formats. Patterns of huggingface_hub also match files in
+# subfolders. The only subfolder with files of the model itself holds additional chat templates.
 _IGNORED = [f"*/{pattern}" for pattern in ("*.json", "*.model", "*.txt", *_WEIGHTS, *_PICKLES)]
 _IGNORED += ["consolidated*.safetensors"]
 
 
 def local_path(model: str | Path, revision: str | None = None, *, weights: bool = True, pickles: bool = False) -> Path:
-    """The path itself, or the folder in the hub's cache that holds the model of this name, downloaded if needed.
+    """The path itself, or for a name on the hub its folder in the hub's cache, downloaded if needed.
 
     Args:
-        model: a path, or the name of a model on the Hugging Face hub, "owner/name". A path that exists is never taken
-            for a name, and nothing is downloaded for a `Path`.
+        model: a path, or the name of a model on the Hugging Face hub, "owner/name". An existing path always wins over a
+            name, and a `Path` is never downloaded.
         revision: a branch, a tag or a commit of the model on the hub; "main" by default.
-        weights: False for the config and the tokenizer alone.
-        pickles: also download pickles, which may then be the only weights.
+        weights: whether to download the weights, and not only configs and tokenizer.
+        pickles: whether to download pickles too; they may then be the only weights.
 
     Raises:
-        CheckpointError: if it is neither, if the model cannot be downloaded, or if the repository holds something else
-            than a model that jaxgen reads.
-        ValueError: if a path is given a revision, or the revision is empty.
+        CheckpointError: if `model` is neither a path nor a name, if it cannot be downloaded, or if jaxgen cannot read
+            what the repository holds.
+        ValueError: if a revision is passed with a path, or is empty.
     """
     if not isinstance(model, str) or os.path.exists(model):
         if revision is not None:
             raise ValueError(
-                f"`revision`={revision!r} (--revision) is for the name of a model on the hub, and {model} is a path. "
-                "Leave it out."
+                f"`revision`={revision!r} (--revision) is only for models on the hub, but {model} is a path. Leave it "
+                "out."
             )
         return Path(model)
     if revision is not None and not str(revision).strip():
@@ -77,7 +77,7 @@ def commit_of(folder: Path) -> str | None:
 
 
 def _snapshot(model: str, revision: str | None, patterns: list[str]) -> Path:
-    """The folder in the hub's cache with the files of these patterns, downloaded if needed and possible."""
+    """The folder in the hub's cache with the files that match the patterns, downloaded if needed."""
     from huggingface_hub import errors, snapshot_download
 
     download = functools.partial(
@@ -89,7 +89,7 @@ def _snapshot(model: str, revision: str | None, patterns: list[str]) -> Path:
     except (errors.OfflineModeIsEnabled, network_error) as error:
         if isinstance(error, errors.HfHubHTTPError):
             raise
-        # Some releases, such as 1.31, ask the hub about a commit that is in the cache.
+        # Some releases, such as 1.31, ask the hub even about a commit that is in the cache.
         try:
             return Path(download(local_files_only=True))
         except errors.LocalEntryNotFoundError as missing:
@@ -97,7 +97,7 @@ def _snapshot(model: str, revision: str | None, patterns: list[str]) -> Path:
 
 
 def _check_configs(model: str, folder: Path, pickles: bool) -> None:
-    """Raises CheckpointError if the configs alone say that the model cannot be loaded."""
+    """Raises CheckpointError if the configs show that the model cannot be loaded."""
     if holds(folder, "adapter_config.json"):
         raise CheckpointError(
             f"{model} is a LoRA adapter, not a model. `hf download {model}` downloads it and prints its folder, and "
@@ -119,37 +119,37 @@ def _check_configs(model: str, folder: Path, pickles: bool) -> None:
 
 def _neither(model: str) -> str:
     return (
-        f"{model!r} is neither a path here nor the name of a model on the Hugging Face hub, which has the form "
+        f"{model!r} is neither an existing path nor the name of a model on the Hugging Face hub, which has the form "
         "owner/name."
     )
 
 
 def _instead(model: str, folder: Path, missing: str) -> str:
-    """Why a repository without such a file cannot be loaded: what it holds instead, and the next step."""
+    """Explains why a repository without the file `missing` cannot be loaded: what it holds instead, and what to do."""
     from huggingface_hub import HfApi
 
     try:
         files = sorted(HfApi().list_repo_files(model, revision=folder.name))
-    except Exception:  # without the hub, a repository that lacks a file looks like one that came in part
+    except Exception:  # offline, a repository that lacks a file looks like one that was downloaded in part
         return f"{folder} has no {missing}, and the hub cannot be asked. {_elsewhere(model, folder.name)}"
     if pickles := [file for file in files if file.endswith((".bin", ".pth", ".pt")) and "/" not in file]:
         return (
-            f"{model} has no safetensors, but {listed(pickles)}: pickles, which can run code, are read by `jaxgen "
-            f"convert --allow-pickle {model} DST` only."
+            f"{model} has no safetensors, but pickles: {listed(pickles)}. Pickles can run code, so only `jaxgen "
+            f"convert --allow-pickle {model} DST` reads them."
         )
     if ggufs := [file for file in files if file.endswith(".gguf")]:
         return (
-            f"{model} holds {listed(ggufs)} and no safetensors. Download one of the files, as `hf download {model} "
-            f"{ggufs[0]:.200}`, and pass the file."
+            f"{model} holds {listed(ggufs)} and no safetensors. Download one of these files, such as with `hf download "
+            f"{model} {ggufs[0]:.200}`, and pass its path."
         )
     return f"{model} has no {missing}, but {listed(files)}. Pass a model with config.json and safetensors."
 
 
 def _reason(model: str, revision: str | None, error: Exception, cached: bool) -> str:
-    """What an error of huggingface_hub means for the user, and the next step.
+    """Explains an error of huggingface_hub to the user: what it means, and what to do.
 
     Args:
-        cached: whether the small files of the model were found.
+        cached: whether the model's small files are in the cache.
     """
     from huggingface_hub import constants, errors
 
@@ -163,8 +163,8 @@ def _reason(model: str, revision: str | None, error: Exception, cached: bool) ->
         if kind := _other_kind(model):
             return f"{model} is a {kind} on the hub, not a model. Pass the name of a model."
         return (
-            f"{model} is not a path here, and the hub has no model of this name, or a private one: it answers the same "
-            "for both. Check the name, or log in with `hf auth login`."
+            f"{model} is not an existing path, and the hub has no public model of this name. It may be private. Check "
+            "the name, or log in with `hf auth login`."
         )
     if isinstance(error, errors.RevisionNotFoundError):
         return (
@@ -176,7 +176,7 @@ def _reason(model: str, revision: str | None, error: Exception, cached: bool) ->
         if isinstance(error.__cause__, errors.OfflineModeIsEnabled):
             reason = "the hub is not asked, since HF_HUB_OFFLINE is set"
         part = cached or isinstance(error, getattr(errors, "IncompleteSnapshotError", ()))  # older releases lack it
-        where = "only in part in" if part else "neither a path here nor in"
+        where = "only in part in" if part else "neither an existing path nor in"
         return f"{model} is {where} the cache {constants.HF_HUB_CACHE}, and {reason}. {_elsewhere(model, revision)}"
     if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in said:  # Xet raises a RuntimeError
         return (
@@ -189,7 +189,7 @@ def _reason(model: str, revision: str | None, error: Exception, cached: bool) ->
 
 
 def _other_kind(model: str) -> str | None:
-    """Whether the hub has a dataset or a space of this name."""
+    """The kind of repository under this name, if it is a dataset or a space."""
     from huggingface_hub import HfApi
 
     try:
@@ -200,4 +200,4 @@ def _other_kind(model: str) -> str | None:
 
 def _elsewhere(model: str, revision: str | None) -> str:
     command = f"hf download {model}" + ("" if revision is None else f" --revision {revision}")
-    return f"Where there is a network, `{command}` downloads it to the cache, which can be copied here."
+    return f"On a machine with a network, `{command}` downloads it to the cache, which can be copied to this machine."

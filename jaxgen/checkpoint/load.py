@@ -1,4 +1,4 @@
-"""Making a model: from a checkpoint, from a config with random weights, or with shapes alone; and saving one."""
+"""Creates models from a checkpoint, from a config with random weights, or with shapes only; and saves them."""
 
 import functools
 import json
@@ -52,26 +52,26 @@ def load(
 
     Args:
         path: the folder (config.json and safetensors), the GGUF file, or the name of a model on the Hugging Face hub,
-            "owner/name", which is downloaded to the hub's cache. A path that exists is never taken for a name, and
-            nothing is downloaded for a `Path`.
-        dtype: of the weights: float32, bfloat16 or float16. By default, and with "auto", the config's dtype, else the
-            embedding's. Quantised blocks of GGUF are dequantised, and count as float32.
+            "owner/name", which is downloaded to the hub's cache. An existing path always wins over a name, and a `Path`
+            is never downloaded.
+        dtype: the dtype of the weights: float32, bfloat16 or float16. By default, and with "auto", it is the config's,
+            else the embedding's. Quantised blocks of GGUF are dequantised and count as float32.
         mesh: devices to shard the model over, with the axes "tensor" (attention heads, MLP units, the vocabulary),
             "data" (rows of a batch) or both, as `jax.make_mesh((2, 4), ("data", "tensor"))`. Each parameter is put on
             its devices directly.
-        quantize: "int8" to hold every matrix as one byte per weight and a float32 scale per row, with a few of its
-            columns in `dtype`, which is also the dtype of activations and of the cache.
+        quantize: "int8" to store every matrix as one byte per weight and a float32 scale per row, except for a few of
+            its columns, which stay in `dtype`. Activations and the cache have that dtype too.
         follow_links: also read files outside the folder that its links lead to. Links from a snapshot to the blobs of
             the Hugging Face hub's cache are always followed.
-        revision: of a model on the hub: a branch, a tag or a commit; "main" by default.
+        revision: the branch, tag or commit of a model on the hub; "main" by default.
 
     Returns:
         The model, on the mesh or on JAX's default device, with `config` and `generation_config`.
 
     Raises:
-        CheckpointError: if something is missing, broken or unknown, in one sentence. Nothing is loaded then.
-        ValueError: if the mesh has other axes, or sizes that heads or units cannot be split by evenly; for any other
-            `dtype` or `quantize`; for the `revision` of a path.
+        CheckpointError: if something is missing, broken or unknown. Nothing is loaded then.
+        ValueError: if the mesh has other axes, or sizes that do not divide the heads or units; for any other `dtype` or
+            `quantize`; for a `revision` with a path.
     """
     check_quantize(quantize)
     source = open_checkpoint(local_path(path, revision), None if mesh is None else automatic_mesh(mesh), follow_links)
@@ -106,7 +106,7 @@ def from_config(
     Args:
         config: the content of a config.json, or a config of transformers such as `LlamaConfig`.
         key: a `jax.random` key or a seed.
-        dtype: of the weights: float32, bfloat16 or float16.
+        dtype: the dtype of the weights: float32, bfloat16 or float16.
         quantize: see `load`.
     """
     check_quantize(quantize)
@@ -143,15 +143,15 @@ def to_int8(model: LoadedModel) -> LoadedModel:
     It drafts well for the model itself: `generate(model, ..., assistant_model=to_int8(model))`.
 
     Raises:
-        ValueError: if the model is in int8 already.
+        ValueError: if the model is already in int8.
     """
     if any(isinstance(leaf, Int8) for leaf in jax.tree.leaves(model, is_leaf=lambda leaf: isinstance(leaf, Int8))):
-        raise ValueError("`model` is in int8 already. Use it as it is.")
+        raise ValueError("`model` is already in int8. Use it as it is.")
     return jax.tree.map(quantised, model)
 
 
 def check_quantize(quantize: object) -> None:
-    """Raises ValueError unless `load` takes this `quantize`."""
+    """Raises ValueError unless `load` supports this `quantize`."""
     if quantize not in (None, "int8"):
         raise ValueError(f'`quantize`={quantize!r} is not supported; it may be "int8" or None.')
 
@@ -160,7 +160,7 @@ def save(model: LoadedModel, path: str | Path) -> None:
     """Writes a Hugging Face folder: config.json, generation_config.json and model.safetensors.
 
     Args:
-        model: with the parameters of its family, not quantised.
+        model: the model, not quantised, with exactly the parameters of its family.
         path: the folder, which is created if needed; files of these names in it are replaced.
 
     Raises:
@@ -174,13 +174,13 @@ def save(model: LoadedModel, path: str | Path) -> None:
     parameters, stacks = dict(named_leaves(model)), FAMILIES[model.config.model_type].weight_map(model.config)
     if unknown := sorted(set(parameters) ^ set(stacks)):
         raise ValueError(
-            f"`model` has other parameters than a {model.config.model_type} ({listed(unknown)}). Where a layer is an "
-            "`nnx.LoRA`, add the product to its weights, `lora.base_module.weight[...] += (lora.lora_a[...] @ "
-            "lora.lora_b[...]).T`, and put the base module back in its place."
+            f"`model` does not have exactly the parameters of a {model.config.model_type} ({listed(unknown)}). Where a "
+            "layer is an `nnx.LoRA`, add the product to its weights, `lora.base_module.weight[...] += "
+            "(lora.lora_a[...] @ lora.lora_b[...]).T`, and put the base module back in its place."
         )
     folder = Path(path)
     if taken := [name for name in (INDEX, MANIFEST) if (folder / name).exists()]:
-        raise ValueError(f"{folder} holds a checkpoint of another layout ({taken}). Choose an empty folder.")
+        raise ValueError(f"{folder} holds a checkpoint in another layout ({taken}). Choose an empty folder.")
     folder.mkdir(parents=True, exist_ok=True)
     config = {**model.config.to_json(), "dtype": str(model.dtype)}
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):

@@ -24,7 +24,7 @@ from jaxgen.checkpoint.files import LARGEST_JSON, CheckpointError, file_in, pars
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 STORED = DTYPES | {"F64": np.dtype(np.float64)}
 FLOAT8 = {"F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn)}
-# All that a file may hold, also for buffers and the parts of quantised weights.
+# All dtypes that a file may hold, including those of buffers and of parts of quantised weights.
 _ALL = (
     STORED
     | FLOAT8
@@ -56,7 +56,7 @@ class Tensor:
 
     @property
     def stored(self) -> str:
-        """How its values are stored, in one word: a dtype, or a type of quantised blocks."""
+        """The name of the storage format: a dtype, or a type of quantised blocks."""
         return str(self.dtype)
 
     @property
@@ -84,7 +84,7 @@ class Tensor:
         Args:
             start: the first row.
             stop: the row after the last; all rows by default.
-            dtype: of the arrays; the tensor's own by default.
+            dtype: the arrays' dtype; the tensor's own by default.
         """
         stop = self.rows if stop is None else stop
         step = max(1, BLOCK * self.rows // max(1, self.nbytes))
@@ -180,7 +180,7 @@ def header_text(path: Path) -> str:
 
 
 def header(tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]], kind: str) -> tuple[bytes, dict[str, int]]:
-    """The bytes before the data of a file with these tensors, and the offset in the file where each tensor begins.
+    """The bytes before the data in a file of these tensors, and the offset in the file of each tensor.
 
     Args:
         tensors: dtype and shape by name, in the order of the data.

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 MANIFEST = "jaxgen.json"
 NATIVE_FORMAT = 2
-# What wrappers of a model add to the names of its tensors, and how to save the model itself.
+# Name parts that wrappers add to tensor names -> the wrapper, and how to save the model itself.
 _WRAPPERS = {
     "_orig_mod": "torch.compile (`model._orig_mod.save_pretrained(...)`)",
     "module": "DistributedDataParallel or DeepSpeed (`model.module.save_pretrained(...)`)",
@@ -54,15 +54,15 @@ class Source:
     """A checkpoint whose tensors are all accounted for; only their values are not read yet.
 
     Attributes:
-        folder: that was opened; for GGUF the file.
-        raw: its config.json.
-        family: of the model.
+        folder: the folder or GGUF file that was opened.
+        raw: the content of config.json.
+        family: the model's family.
         abstract: the model with shapes in place of weights.
         pieces: parameter path -> the tensors that are stacked along the first axis to make it.
         buffers: tensors whose values follow from the config, by name; not loaded.
         copies: name of a tensor -> name of the tensor that holds the same values.
         native: whether the folder was converted.
-        warnings: to show the user.
+        warnings: messages for the user.
     """
 
     folder: Path
@@ -77,7 +77,7 @@ class Source:
 
     @property
     def dtype(self) -> np.dtype:
-        """The dtype of `load` by default; float32 for float64, which JAX supports only in its double precision mode."""
+        """The default dtype of `load`: float32 instead of float64, which JAX supports only in x64 mode."""
         if self.is_float64:
             return np.dtype(np.float32)
         named = self.raw.get("dtype") or self.raw.get("torch_dtype")
@@ -92,7 +92,7 @@ class Source:
         return str(named or self.own_dtype(self.family.embedding)) == "float64"
 
     def own_dtype(self, path: str) -> np.dtype:
-        """The dtype that holds all tensors of a parameter without loss."""
+        """The dtype that can hold all tensors of a parameter without loss."""
         return functools.reduce(jnp.promote_types, [tensor.dtype for tensor in self.pieces[path]])
 
     def parameters(self, dtype: np.dtype) -> Iterator[np.ndarray]:
@@ -160,10 +160,10 @@ def _account(
     """Assigns every tensor to a parameter, and checks that every parameter is filled.
 
     Args:
-        folder: for messages; for GGUF the file.
+        folder: the folder or GGUF file, for messages.
         raw: the content of config.json.
         generation: the content of generation_config.json, if there is one.
-        tensors: of the checkpoint, by name.
+        tensors: the checkpoint's tensors by name.
         native: whether tensors are named by parameter paths, as in a converted folder.
         mesh: see `load`.
 
@@ -191,7 +191,7 @@ def _account(
         known = {name for sources in untied.values() for name in sources}
         tensors = _with_names_of(known, family.prefix, tensors)
     config, copies = _resolve_head(folder, raw, config, tensors, head, embedding)
-    # The head decides whether the weight map has one, the vocabulary the shapes: so both come before the weight map.
+    # The weight map depends on whether there is a head, and the shapes on the vocabulary. So both are resolved first.
     config, resized = _resolve_vocabulary(config, tensors, head, embedding)
     weight_map = family.weight_map(config)
     if native:
@@ -211,7 +211,7 @@ def _account(
 
 
 def _check_layers(folder: Path, raw: Json, tensors: int) -> None:
-    """Raises CheckpointError for more layers than there can be, before the names of their tensors are listed."""
+    """Raises CheckpointError for an impossible number of layers, before the names of their tensors are listed."""
     layers = raw.get("num_hidden_layers")
     if isinstance(layers, int) and layers > min(tensors, MOST_LAYERS):
         raise CheckpointError(
@@ -262,9 +262,10 @@ def _check_numbers(config: Config) -> None:
 
 
 def _with_names_of(known: set[str], prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors under the names of a model with a head, given as `known`.
+    """Renames the tensors to the names of a model with a head, which are in `known`.
 
-    A model that was saved without its head lacks the prefix. As transformers 5.23 `rename_source_key`, name by name.
+    A model that was saved without its head lacks the prefix. Same as transformers 5.23 `rename_source_key`, for each
+    name by itself.
     """
     renamed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -280,10 +281,11 @@ def _with_names_of(known: set[str], prefix: str, tensors: Mapping[str, Tensor]) 
 def _resolve_head(
     folder: Path, raw: Json, config: Config, tensors: Mapping[str, Tensor], head: str, embedding: str
 ) -> tuple[Config, dict[str, str]]:
-    """Ties a missing head to the embedding, whatever the config says; a head that the config ties must equal it.
+    """Ties a missing head to the embedding, whatever the config says. A stored head must equal the embedding if they
+    are tied.
 
     Returns:
-        The config with the flag that holds, and {head: embedding} if the checkpoint has both of a tied pair.
+        The config with the right flag, and {head: embedding} if the checkpoint stores both of a tied pair.
     """
     if head not in tensors:
         if not config.tie_word_embeddings and any(
@@ -317,14 +319,14 @@ def same_bytes(first: Tensor, second: Tensor) -> bool:
 def _resolve_vocabulary(
     config: Config, tensors: Mapping[str, Tensor], head: str, embedding: str
 ) -> tuple[Config, tuple[str, ...]]:
-    """Takes the size of the vocabulary from the embedding: configs often miss added tokens and padding rows."""
+    """Takes the vocabulary size from the embedding: configs often do not count added tokens and padding rows."""
     shapes = {tensors[name].shape for name in (head, embedding) if name in tensors}
     # Where the two differ or are not [V, D], `_match_shapes` reports it.
     if embedding not in tensors or len(shapes) != 1 or (shape := shapes.pop())[1:] != (config.hidden_size,):
         return config, ()
     if shape[0] in (config.vocab_size, 0):
         return config, ()
-    message = f"the embedding has {shape[0]} rows and not `vocab_size`={config.vocab_size}, as config.json says."
+    message = f"the embedding has {shape[0]} rows, but config.json says `vocab_size`={config.vocab_size}."
     return replace(config, vocab_size=shape[0]), (message,)
 
 
@@ -346,13 +348,12 @@ def _wrong_buffers(family: Family, config: Config, buffers: Mapping[str, Tensor]
                 stored = np.concatenate([block.astype(np.float32) for block in tensor.blocks()])
                 matches = np.allclose(stored, expected, rtol=4 * float(jnp.finfo(tensor.dtype).eps), atol=0)
             if not matches:
-                yield f"`{name}` is not what config.json says, and is ignored."
+                yield f"`{name}` differs from the values that config.json implies, and is ignored."
 
 
 def _native_names(path: str, sources: Mapping[str, int], tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """The tensors that hold a parameter in a converted folder, with their rows: one, or one per source tensor.
-
-    They are apart if the dtypes of the source tensors differ.
+    """The tensors that hold a parameter in a converted folder, with their rows: one, or one per source tensor if their
+    dtypes differ.
     """
     if path in tensors or len(sources) == 1:
         return {path: sum(sources.values())}
@@ -360,7 +361,7 @@ def _native_names(path: str, sources: Mapping[str, int], tensors: Mapping[str, T
 
 
 class _OneKey:
-    """In place of `nnx.Rngs` where only shapes are needed: its counters would take most of the time."""
+    """Replaces `nnx.Rngs` where only shapes are needed: the counters of `nnx.Rngs` would take most of the time."""
 
     def __init__(self) -> None:
         self.key = jax.random.key(0)
@@ -375,7 +376,7 @@ def _match_names(folder: Path, weight_map: Mapping[str, Mapping[str, int]], tens
     for name in sorted(set(tensors) - set(names)):
         if wrapper := next((part for part in name.split(".") if part in _WRAPPERS), None):
             raise CheckpointError(
-                f"{folder} holds `{name:.100}`, where `{wrapper}.` is a trace of {_WRAPPERS[wrapper]}. Save the model "
+                f"{folder} holds `{name:.100}`, where `{wrapper}.` comes from {_WRAPPERS[wrapper]}. Save the model "
                 f"itself, or remove `{wrapper}.` from the names in every file and the index."
             )
     if missing := [name for name in names if name not in tensors]:
@@ -425,7 +426,7 @@ def row_slices(sources: Mapping[str, int], mesh: Mesh | None) -> Iterator[list[s
 
 
 def automatic_mesh(mesh: Mesh) -> Mesh:
-    """The mesh with automatic axes, in which XLA chooses the shardings of activations."""
+    """The mesh with `Auto` axes, so that XLA chooses the shardings of activations."""
     if not mesh.axis_names or {*mesh.axis_names} - {"data", "tensor"}:
         raise ValueError(f"`mesh` has the axes {mesh.axis_names}; they may be 'data' and 'tensor'.")
     return Mesh(mesh.devices, mesh.axis_names)

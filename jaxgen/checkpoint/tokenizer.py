@@ -1,4 +1,4 @@
-"""The tokenizer of a checkpoint: a folder's own files, or what a GGUF file says about it."""
+"""The tokenizer of a checkpoint, from the files of a folder or the metadata of a GGUF file."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,10 +25,10 @@ _SPECIAL = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "pad
 
 
 def load_tokenizer(path: str | Path, revision: str | None = None) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a model, as transformers' `AutoTokenizer` reads it; that of a GGUF file without torch.
+    """The tokenizer of a model, as transformers' `AutoTokenizer` reads it. A GGUF file's is read without torch.
 
     Args:
-        path, revision: see `load`. Of a model on the hub the weights are not downloaded.
+        path, revision: see `load`. For a model on the hub, the weights are not downloaded.
 
     Raises:
         CheckpointError: if there is no tokenizer, or it cannot be read.
@@ -52,10 +52,10 @@ def _from_gguf(path: Path) -> "PreTrainedTokenizerBase":
     given = {key.removeprefix("tokenizer."): value for key, value in metadata.items() if key.startswith("tokenizer.")}
     template = given.get("chat_template")
     if not given.get("ggml.tokens") or not isinstance(template, str | None):
-        raise CheckpointError(f"{path} holds no tokenizer. Load that of the original model with transformers.")
+        raise CheckpointError(f"{path} holds no tokenizer. Load the original model's tokenizer with transformers.")
     fields = {name: given[key] for key, name in _FIELDS.items() if key in given}
     backend, _ = lazy.convert_gguf_tokenizer()(metadata["general.architecture"], fields)
-    # llama.cpp begins texts with bos in a vocabulary of SentencePiece that does not say otherwise.
+    # With a SentencePiece vocabulary, llama.cpp begins texts with bos unless the file says otherwise.
     options: dict[str, Any] = {"add_bos_token": given.get("ggml.add_bos_token", given.get("ggml.model") == "llama")}
     options |= {"add_eos_token": given.get("ggml.add_eos_token", False)}
     for key, name in _SPECIAL.items():

@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from jaxgen.lazy import PreTrainedTokenizerBase
 
 _HELP = '''/set             show the decoding options in force
-/set NAME VALUE  change one, such as /set temperature 0.7; VALUE default takes the change back
+/set NAME VALUE  change one, such as /set temperature 0.7; the VALUE default undoes the change
 /retry           answer the last message again
 /undo            forget the last message and its answer
 /reset           forget the conversation; also /clear
 /system TEXT     set the system message; without TEXT remove it
 /save FILE       write the messages as JSON
-/load FILE       go on with the messages of a JSON file
+/load FILE       continue the messages of a JSON file
 /help            show this; also /?
 /exit            leave, as Ctrl-D does; also /bye
 //TEXT           a message that begins with a slash
@@ -76,16 +76,16 @@ def _loaded(name: str) -> list[Message]:
 
 
 def _described(messages: list[Message]) -> str:
-    """How many messages were loaded, and what to do if the last one waits for its answer."""
+    """How many messages were loaded, and what to do if the last one has no answer yet."""
     open_question = bool(messages) and messages[-1]["role"] == "user"
     return f"{counted(len(messages), 'message')} loaded" + ("; /retry answers the last one" if open_question else "")
 
 
 class _Chat:
-    """Handles the lines of the user: messages to the model, and commands.
+    """Handles the user's lines: messages for the model, and commands.
 
     Attributes:
-        leaving: set at the end, so that what is only read ahead stops early.
+        leaving: set at the end, to stop reading ahead.
     """
 
     def __init__(
@@ -99,15 +99,15 @@ class _Chat:
         self._asked, self._worker, self.leaving = 0, worker, False
         self._last: Future[tuple[GenerateOutput, Times]] | None = None
         self._ahead: Future[tuple[GenerateOutput, Times]] | None = None
-        self._work = ""  # what the worker does, for the note
+        self._work = ""  # what the worker is doing, for the note
 
     @property
     def busy(self) -> bool:
-        """Whether the worker still computes what nobody waits for."""
+        """Whether the worker is still computing something that nobody waits for."""
         return self._last is not None and not self._last.done()
 
     def read_ahead(self) -> None:
-        """Reads the messages so far while the user types the next one, and so has the programs ready for it."""
+        """Prefills the messages so far while the user types the next one, which also prepares the programs for it."""
         if sys.stdin is None or not sys.stdin.isatty():
             return
         looks: list[object] = []
@@ -120,7 +120,7 @@ class _Chat:
 
         try:
             prepared = self._conversation.prepare(self._settings.arguments)
-        except ValueError as error:  # would be that of each answer, too
+        except ValueError as error:  # each answer would fail in the same way
             say(str(error))
             return
         self._work = "reading the conversation ..."
@@ -194,7 +194,7 @@ class _Chat:
                 screen.note(COMPILING)
 
             def run_call(prepared: PreparedCall) -> tuple[GenerateOutput, int]:
-                # The one worker may still be at an answer that was dropped.
+                # The only worker may still be busy with a dropped answer.
                 screen.note(self._work if self.busy else "reading the prompt ...")
                 submit, model = self._worker.submit, conversation.model
                 self._last = submit(decode, model, prepared, screen.show, interrupted, compiling)
@@ -223,12 +223,12 @@ class _Chat:
         print(f"[{'; '.join(notes)}]", file=sys.stderr, flush=True)
 
     def _take_ahead(self, screen: Screen) -> None:
-        """Waits for what is read ahead, and keeps its cache."""
+        """Waits for `read_ahead` to finish, and keeps its cache."""
         if self._ahead is None:
             return
         if not self._ahead.done():
             screen.note(self._work)
-        failed = self._ahead.exception()  # an answer fails in the same way, and is reported then
+        failed = self._ahead.exception()  # an answer would fail in the same way, and report it
         screen.note("")
         ahead, self._ahead = self._ahead, None
         if failed is None:

@@ -81,8 +81,9 @@ def check(folder: Path) -> None:
     mode = stat.S_IMODE(status.st_mode)
     if status.st_uid != os.getuid() or mode & 0o022:
         raise ValueError(
-            f"the compile cache {folder} (owner {status.st_uid}, mode {mode:04o}) can be written by others, whose "
-            "programs you would run. Make it yours (chmod 700), or pass another folder or off to `--compile-cache`."
+            f"the compile cache {folder} (owner {status.st_uid}, mode {mode:04o}) can be written by other users, and "
+            "you would run their programs. Make it yours (chmod 700), or pass another folder or off to "
+            "`--compile-cache`."
         )
 
 
@@ -104,7 +105,7 @@ def _repair_when_warned(folder: Path) -> None:
         text = str(message)
         if "persistent compilation cache entry" not in text:
             show(message, category, filename, lineno, file, line)
-        # A damaged entry, and not an error of the system or a lock that was waited for in vain.
+        # A damaged entry, not a system error or a lock that could not be acquired.
         elif "reading" in text and "[Errno" not in text and ": Timeout:" not in text:
             with contextlib.suppress(OSError):
                 for entry in folder.glob("*-cache"):

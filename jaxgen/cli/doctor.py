@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
     except (RuntimeError, AssertionError) as error:  # JAX raises either, depending on what is missing
         platforms = os.environ.get("JAX_PLATFORMS")
         advice = (
-            f"JAX_PLATFORMS={platforms} names a platform that is not there. Unset it."
+            f"JAX_PLATFORMS={platforms} names a platform that is not available. Unset it."
             if platforms
             else "Reinstall jax."
         )
@@ -65,7 +65,7 @@ def _programs(folder: Path | None) -> str:
 
 
 def hazards(versions: dict[str, str | None], backend: str, nvidia: bool | None = None) -> list[str]:
-    """Known problems with these versions on this machine, each with a way out.
+    """Known problems with these versions on this machine, each with a fix.
 
     Args:
         versions: by package; None for a missing one.
@@ -84,7 +84,7 @@ def hazards(versions: dict[str, str | None], backend: str, nvidia: bool | None =
     if jax_series >= (0, 11) and flax < Version("0.12.12"):
         troubles.append(f"flax {flax} does not work with jax {known['jax']}. Install: pip install 'flax>=0.12.12'")
     if "jaxlib" in known and jax_series != known["jaxlib"].release[:2]:
-        troubles.append(f"jax {known['jax']} and jaxlib {known['jaxlib']} do not belong together. Reinstall jax.")
+        troubles.append(f"jax {known['jax']} and jaxlib {known['jaxlib']} do not match. Reinstall jax.")
     nvidia = Path("/proc/driver/nvidia/version").exists() if nvidia is None else nvidia
     if nvidia and backend == "cpu":
         if os.environ.get("JAX_PLATFORMS", "").startswith("cpu"):

@@ -35,13 +35,13 @@ def run(arguments: argparse.Namespace) -> int:
     length = prepared.prompt_length
     say(f"a prompt of {counted(length, 'token')}; programs for this length are compiled first{unless}")
     pieces = TextPieces(tokenizer)
-    if streams and not arguments.chat:  # the prompt of the call: token healing may have changed it
+    if streams and not arguments.chat:  # the call's prompt: token healing may have changed the given one
         print(pieces.add(prepared.inputs.input_ids[0]), end="", flush=True)
     show = (lambda ids: print(pieces.add(ids), end="", flush=True)) if streams else None
     sequences, times = decode(model, prepared, show)
     texts = tokenizer.batch_decode(sequences[:, length if arguments.chat else 0 :], skip_special_tokens=True)
     if arguments.json:
-        # Characters of the prompt of the call: token healing may have changed the one that was given.
+        # Characters of the call's prompt: token healing may have changed the given one.
         prompt = "" if arguments.chat else tokenizer.decode(sequences[0, :length], skip_special_tokens=True)
         record = {
             "prompt": text,
@@ -75,8 +75,8 @@ def _request(arguments: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase"
         prompt = tokenizer(text, return_tensors="np")["input_ids"]
         if tokenizer.chat_template and not any(token in text for token in tokenizer.all_special_tokens):
             say(
-                "the checkpoint has a chat template, and a chat model may end a bare text at once. --chat asks it your "
-                "text as a question, and `jaxgen chat` talks with it"
+                "the checkpoint has a chat template, and a chat model may end a plain text at once. Pass --chat to ask "
+                "your text as a question, or use `jaxgen chat`"
             )
     return Request(
         inputs=prompt,
@@ -88,10 +88,12 @@ def _request(arguments: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase"
 
 
 def _text(arguments: argparse.Namespace) -> str:
-    """The text to continue: TEXT, the content of a file, or standard input; a question may have a text to be about."""
+    """The prompt: TEXT, a file's content or standard input; with --chat, TEXT may be a question about the file."""
     if arguments.prompt is not None and arguments.file is not None:
         if not arguments.chat:
-            raise ValueError("TEXT and --file were both given. Give one of them, or --chat to ask TEXT about the file.")
+            raise ValueError(
+                "TEXT and --file were both given. Give one of them, or add --chat to ask TEXT about the file."
+            )
         return f"{checked_text(arguments.prompt, 'TEXT')}\n\n{_from_file(arguments)}"
     if arguments.prompt is not None:
         return checked_text(arguments.prompt, "TEXT")
@@ -103,7 +105,7 @@ def _from_file(arguments: argparse.Namespace) -> str:
     if arguments.file not in (None, "-"):
         return checked_text(Path(arguments.file).read_text(encoding="utf-8", errors="surrogateescape"), arguments.file)
     if sys.stdin is None or (arguments.file is None and sys.stdin.isatty()):
-        raise ValueError("there is no text to continue. Give TEXT, --file FILE, or a pipe.")
+        raise ValueError("there is no text to continue. Give TEXT or --file FILE, or pipe a text in.")
     return checked_text(sys.stdin.read(), "standard input")
 
 

@@ -37,7 +37,8 @@ def describe(source: Source) -> dict[str, str]:
     stored = sorted({tensor.stored for path in sizes for tensor in source.pieces[path]})
     weights = parameters * source.dtype.itemsize
     loaded = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, source.dtype), model)
-    # A property of arrays, asked of shapes: in `eval_shape`, and brought out as the size of an array.
+    # `cache_bytes_per_token` needs arrays, but here are only shapes. So `eval_shape` computes it, as the size of an
+    # array.
     per_token = jax.eval_shape(lambda model: jnp.zeros(model.cache_bytes_per_token, bool), loaded).size
     full_cache = per_token * model.max_position_embeddings
     commit = commit_of(source.folder)

@@ -11,7 +11,7 @@ from platformdirs import user_state_path
 from jaxgen.cli.terminal import say
 
 _MOST_LINES = 1000
-_MOST_BYTES = 1 << 22  # of a history file that is read
+_MOST_BYTES = 1 << 22  # a larger history file is not read
 _QUOTES = '"""'
 
 
@@ -19,7 +19,7 @@ class Keyboard:
     """Reads messages and commands from standard input.
 
     In a terminal, lines are edited with readline, where Python has it, and kept for the next chat in `history_file()`.
-    A history that cannot be read or written is none.
+    If that file cannot be read or written, there is no history.
     """
 
     def __init__(self) -> None:
@@ -28,7 +28,7 @@ class Keyboard:
         if not self._terminal:
             return
         try:
-            import readline  # which makes `input` editable
+            import readline  # makes `input` editable
         except ImportError:
             return
         self._file = history_file()
@@ -42,8 +42,8 @@ class Keyboard:
     def read(self) -> str | None:
         """The next message or command; None at the end of the input.
 
-        Between three quotes a message may have several lines. One that begins with a slash gets another, which marks
-        it as a message.
+        A message between three quotes may have several lines. If it begins with a slash, another slash is added, which
+        marks it as a message and not a command.
         """
         while True:
             try:
@@ -56,13 +56,13 @@ class Keyboard:
                 print("\n(/exit or Ctrl-D to leave)")
 
     def _lines_after(self, line: str) -> str:
-        """A message whose first line is given, up to the closing quotes."""
+        """Reads the rest of a message, up to the closing quotes; `line` is its first line."""
         lines = [line]
         while not lines[-1].rstrip().endswith(_QUOTES):
             try:
                 lines.append(self._line("... "))
             except EOFError:
-                say(f"the message has no {_QUOTES} at its end, and is not sent.")
+                say(f"the message has no {_QUOTES} at its end, so it is not sent.")
                 raise
         text = "\n".join(lines).rstrip().removesuffix(_QUOTES).strip("\n")
         return f"/{text}" if text.startswith("/") else text
@@ -77,7 +77,7 @@ class Keyboard:
         return line
 
     def _remember(self, file: Path, line: str) -> None:
-        """Appends a line to the file, which is written anew once it is full."""
+        """Appends a line to the file; once the file is full, it is rewritten with the latest lines."""
         full = len(self._lines) == _MOST_LINES
         self._lines.append(line.replace("\n", " "))
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The command `jaxgen` and its options. Each command runs in the file of its name, which is imported on demand.
+"""The command `jaxgen` and its options. Each command runs in the module of its name, which is imported on demand.
 
 `convert` and `verify` run in `jaxgen.convert.command`.
 """
@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
             parsed = _parser().parse_args(arguments)
             if parsed.command not in ("convert", "verify"):
                 if sys.stdout is None:
-                    raise ValueError("standard output is closed. Give the command one to write to.")
+                    raise ValueError("standard output is closed. Open one for the command to write to.")
                 if isinstance(
                     sys.stdin, TextIOWrapper
                 ):  # whatever the locale; `checked_text` reports bytes that are not UTF-8
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
                 return command.run(parsed)
             # By name, since the package must not import the converter.
             converter = importlib.import_module("jaxgen.convert.command")
-        return converter.run(parsed)  # it handles Ctrl-C itself, to say how to resume
+        return converter.run(parsed)  # they handle Ctrl-C themselves, to say how to resume
     except BrokenPipeError:  # as in `jaxgen generate ... | head -c 5`
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # Python flushes it at exit
         return 128 + signal.SIGPIPE
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def _interrupts_end_the_process() -> Iterator[None]:
-    """Lets Ctrl-C end the process without a traceback, even where a KeyboardInterrupt would be caught."""
+    """Makes Ctrl-C end the process without a traceback, even where a KeyboardInterrupt would be caught."""
     try:
         before = signal.signal(signal.SIGINT, signal.SIG_DFL)
     except ValueError:  # only the main thread gets signals
@@ -91,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     plan = commands.add_parser(
         "plan",
         help="whether a model, a batch and a context fit in a device's memory",
-        description="Says how much memory a call needs on each device, and if that is too much, what would fit.",
+        description="Shows how much memory a call needs on each device. If that is too much, shows what would fit.",
         epilog="The exit code is 0 if it fits and 1 if not.",
         allow_abbrev=False,
     )
@@ -128,7 +128,7 @@ def _add_generate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--file",
         metavar="FILE",
-        help="a file with the text instead, or with --chat a text that TEXT is about; - for standard input",
+        help="a file to read the text from, or with --chat a text that TEXT asks about; - for standard input",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
     parser.add_argument(
@@ -147,7 +147,7 @@ def _add_generate_options(parser: argparse.ArgumentParser) -> None:
 def _add_chat_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--system", metavar="TEXT", help="the system message")
     parser.add_argument(
-        "--load", metavar="FILE", help="go on with the messages of a JSON file, as /save and other tools write them"
+        "--load", metavar="FILE", help="continue the messages of a JSON file, as written by /save or other tools"
     )
     parser.add_argument("--chat-template", metavar="FILE", help="a Jinja template; the checkpoint's own by default")
     _add_assistant_option(parser)
@@ -182,11 +182,11 @@ def _add_convert_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "src",
         metavar="SRC",
-        help=f"a folder with config.json and safetensors or a GGUF file, only read, or {_NAME}",
+        help=f"a folder with config.json and safetensors or a GGUF file, which is only read, or {_NAME}",
     )
-    parser.add_argument("dst", metavar="DST", help="the folder to make; it appears when it is complete")
+    parser.add_argument("dst", metavar="DST", help="the folder to create; it appears when it is complete")
     parser.add_argument(
-        "--to-hf", action="store_true", help="convert back: SRC is a converted folder, DST the original again"
+        "--to-hf", action="store_true", help="convert back: SRC is a converted folder, and DST becomes the original"
     )
     parser.add_argument("--dtype", choices=_DTYPES, help="default: each tensor's own")
     parser.add_argument("--shard-size", metavar="SIZE", help="maximum size of a file, in bytes or as 5GB (the default)")

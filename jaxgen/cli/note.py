@@ -1,6 +1,6 @@
-"""A line in the terminal that says what the user waits for, and is gone when the wait is over.
+"""A line in the terminal that says what the user is waiting for. It disappears when the wait is over.
 
-JAX is not imported here, so that the line is there before it is.
+JAX is not imported here, so that the line appears before the import.
 """
 
 import contextlib
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 
 class Note:
-    """At most one line on standard error; none if that is not a terminal."""
+    """Shows at most one line on standard error, and none if that is not a terminal."""
 
     def __init__(self) -> None:
         self._text = ""

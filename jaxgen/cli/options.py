@@ -1,4 +1,4 @@
-"""The decoding options of the command line: the fields of GenerationConfig, under their names and short ones.
+"""The decoding options of the command line: the fields of GenerationConfig, by their names and short names.
 
 JAX is not imported here, so that `--help` answers at once.
 """
@@ -19,7 +19,9 @@ _SAMPLING = {name for name, (_, field) in _OPTIONS.items() if field.group == "sa
 
 
 def add_decoding_options(parser: argparse.ArgumentParser) -> None:
-    """Adds all decoding options, with hyphens or underscores in their names. Those not given are absent afterwards."""
+    """Adds all decoding options, with hyphens or underscores in their names. Options that are not given set no
+    attribute.
+    """
     titles = dict.fromkeys(field.group for _, field in _OPTIONS.values())
     groups = {title: parser.add_argument_group(title) for title in titles}
     groups["sampling"].description = "each of these implies --do-sample, unless --penalty-alpha is given"
@@ -41,7 +43,7 @@ def add_decoding_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _reader(kind: object) -> dict[str, Any]:
-    """The arguments of `add_argument` that read values of a field's type."""
+    """The arguments of `add_argument` with which it reads values of a field's type."""
     if kind == bool | None:
         return {"action": argparse.BooleanOptionalAction}
     if kind == int | None:
@@ -68,9 +70,7 @@ def decoding_arguments(arguments: argparse.Namespace) -> Arguments:
     given = {name: value for name, value in vars(arguments).items() if name in {*_OPTIONS, "key"}}
     if given.get("temperature") == 0:
         if given.get("do_sample"):
-            raise ValueError(
-                "--temp 0 takes the most likely token, and --do-sample samples one. Leave out one of them."
-            )
+            raise ValueError("--temp 0 takes the most likely token, but --do-sample samples. Leave out one of them.")
         del given["temperature"]
         return {**given, "do_sample": False}
     if given.keys() & _SAMPLING and "penalty_alpha" not in given:
@@ -94,11 +94,11 @@ def option_name(name: str) -> str:
 
 
 def read_option(name: str, text: str) -> Arguments:
-    """One decoding option as the command line reads it, before `decoding_arguments`.
+    """The value of one decoding option, as the command line reads it before `decoding_arguments`.
 
     Args:
         name: any of its names, with or without the leading hyphens.
-        text: its value; true or false for an option that takes none.
+        text: its value; true or false for an option without a value.
 
     Raises:
         ValueError: if there is no such option, or the value is not of its type.

@@ -1,4 +1,4 @@
-"""`jaxgen plan`: whether a call fits in memory, and if not, what would."""
+"""`jaxgen plan`: whether a call fits in memory, and if it does not, what would."""
 
 import argparse
 import dataclasses

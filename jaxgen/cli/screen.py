@@ -17,7 +17,7 @@ COMPILING = "compiling, the first answer takes a while ..."
 
 
 class Screen:
-    """Shows an answer as it comes, and until then a note that says what it waits for."""
+    """Shows an answer as it comes, and before that a note about what the user is waiting for."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase"):
         self._pieces, self._note = TextPieces(tokenizer), Note()
@@ -26,7 +26,7 @@ class Screen:
 
     @property
     def begun(self) -> bool:
-        """Whether tokens arrive steadily: the first one comes before the program of the others is compiled."""
+        """Whether tokens arrive steadily: the first token comes before the program for the others is compiled."""
         return self._looks > 1
 
     def note(self, text: str) -> None:
@@ -39,7 +39,8 @@ class Screen:
         """Shows the text of new token ids, int [T]; nothing after `close`."""
         self._looks += 1
         self._waiting += ids.tolist()
-        # If the first program had to be compiled, the first token stays behind the note until the second is, too.
+        # If the first program had to be compiled, the note hides the first token until the second program is compiled,
+        # too.
         if self._ended or (self._compiles and not self.begun):
             return
         self._note.clear()
@@ -58,7 +59,9 @@ class Screen:
 
 @contextlib.contextmanager
 def interruptible(screen: Screen) -> Iterator[Callable[[], bool]]:
-    """Yields a function that says whether Ctrl-C was pressed. Before the answer has begun, or twice, it raises."""
+    """Yields a function that tells whether Ctrl-C was pressed. Pressed twice, or before the answer has begun, it
+    raises.
+    """
     pressed: list[int] = []
 
     def press(*_: object) -> None:

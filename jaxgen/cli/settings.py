@@ -1,4 +1,4 @@
-"""The decoding options of `jaxgen chat`: those of the command line, which `/set` changes."""
+"""The decoding options of `jaxgen chat`: they begin as those of the command line, and `/set` changes them."""
 
 import argparse
 import json
@@ -26,7 +26,7 @@ def chat_arguments(options: argparse.Namespace) -> Arguments:
 
 
 class Settings:
-    """The options of a chat, and what follows from them and the checkpoint.
+    """The options of a chat, combined with those of the checkpoint.
 
     Attributes:
         arguments: keywords of `generate`. Where neither the checkpoint nor the user says otherwise, answers are sampled
@@ -55,7 +55,7 @@ class Settings:
 
         Args:
             name: as on the command line, with or without the hyphens.
-            text: its value, or "default" for what holds without it.
+            text: its value, or "default" to undo a change.
 
         Raises:
             ValueError: if there is no such option, or the value is not of its type.
@@ -68,7 +68,7 @@ class Settings:
         return Settings(self._config, argparse.Namespace(**options))
 
     def describe(self) -> str:
-        """All options in force, a line each, and the names of the others."""
+        """All options that are set, one per line, and the names of the others."""
         merged = resolve(self._config, None, self._fields)[0].merged
         values = {name: getattr(merged, name) for name in OPTION_NAMES} | {"seed": self.arguments.get("key")}
         lines = []
@@ -83,7 +83,7 @@ class Settings:
         return "\n".join([*lines, f"not set: {', '.join(name for name, value in values.items() if value is None)}"])
 
     def manner(self) -> str:
-        """How tokens are chosen, for the first line."""
+        """How tokens are chosen, for the first line of a chat."""
         resolved = resolve(self._config, None, self._fields)[0]
         if not resolved.do_sample:
             return "answers take the most likely token at each step (greedy); --do-sample samples instead"

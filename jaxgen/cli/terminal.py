@@ -1,4 +1,4 @@
-"""Shared by the commands that decode: opening a model with its tokenizer, and a timed decode."""
+"""Functions of the commands that decode: they open a model with its tokenizer, and time a decode."""
 
 import argparse
 import sys
@@ -52,7 +52,7 @@ def open_model(arguments: argparse.Namespace) -> tuple[Model, "PreTrainedTokeniz
     try:
         jax.local_devices()
     except (RuntimeError, AssertionError) as error:  # JAX raises either, depending on what is missing
-        raise ValueError(f"JAX finds no device to run on ({error}). `jaxgen doctor` says more.") from error
+        raise ValueError(f"JAX finds no device to run on ({error}). Run `jaxgen doctor` to learn more.") from error
     folder = local_path(BUNDLED_MODEL if arguments.model is None else arguments.model, arguments.revision)
     if arguments.model is None:
         say(f"no --model given: using the small story model that comes with jaxgen ({folder})")
@@ -71,7 +71,8 @@ def open_assistant(arguments: argparse.Namespace, model: Any) -> Model | None:
         if arguments.assistant == "int8":
             if arguments.quantize == "int8":
                 raise ValueError(
-                    "--assistant int8 drafts for a model in full. Leave out --quantize int8, or --assistant."
+                    "--assistant int8 is for a model that is not quantised itself. Leave out --quantize int8, or "
+                    "--assistant."
                 )
             return to_int8(model)
         folder = local_path(arguments.assistant, None)
@@ -79,17 +80,17 @@ def open_assistant(arguments: argparse.Namespace, model: Any) -> Model | None:
 
 
 def open_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a folder or a GGUF file, without its warning about long texts: `generate` has one."""
+    """The tokenizer of a folder or a GGUF file, without its warning about long texts, since `generate` has its own."""
     tokenizer = load_tokenizer(folder)
     tokenizer.model_max_length = sys.maxsize
     return tokenizer
 
 
 def checked_text(text: str, where: str) -> str:
-    """The text itself, if it is UTF-8: other bytes come from a terminal or pipe as lone surrogates.
+    """Returns the text if it is UTF-8: other bytes come from a terminal or pipe as lone surrogates.
 
     Raises:
-        ValueError: with the first such byte.
+        ValueError: if it is not, naming the first such byte.
     """
     try:
         text.encode("utf-8")
@@ -101,16 +102,16 @@ def checked_text(text: str, where: str) -> str:
 
 @dataclass
 class Times:
-    """How long a decode took. Times are seconds.
+    """How long a decode took, in seconds.
 
     Attributes:
-        first_token: from the start to the first token.
-        total: from the start to the end.
+        first_token: time from the start to the first token.
+        total: time from the start to the end.
         compiling: the part of `total` that JAX spent tracing and compiling.
         kept: number of programs that came from the compile cache.
-        shown: length of the text that was shown in tokens, prompt included.
+        shown: length of the shown text in tokens, prompt included.
         rate: tokens per second after the first ones, without the time for compiling.
-        note: the decoding mode's remark on the call.
+        note: the decoding mode's remark about the call; see `Mode.note`.
         on_compile: called when a program of the decode is about to be compiled.
     """
 
@@ -134,10 +135,10 @@ def decode(
     """Runs a call to its end.
 
     Args:
-        model: of the call.
+        model: the call's model.
         prepared: the call.
         show: gets the new token ids of the first row, int [tokens], as they come.
-        stop: asked after each chunk; True ends the call.
+        stop: called after each chunk; True ends the call.
         on_compile: see `Times`.
 
     Returns:

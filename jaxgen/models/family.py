@@ -1,4 +1,4 @@
-"""The interface of a model family, for `checkpoint`, which fills a model, and `planning`, which sizes it."""
+"""The interface of a model family: `checkpoint` loads models by it, and `planning` computes their sizes by it."""
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import Field, dataclass
@@ -28,7 +28,7 @@ class Config(Protocol):
         ...
 
     def to_json(self) -> dict[str, Any]:
-        """The `config.json` that `save` writes."""
+        """The content of the `config.json` that `save` writes."""
         ...
 
 
@@ -42,7 +42,7 @@ class ForwardPass:
     Attributes:
         rows: N.
         columns: T.
-        slots: S that the columns attend; more than T for a step with a cache.
+        slots: S, the slots that the columns attend; more than T for a step with a cache.
         itemsize: bytes per number of the activations.
         shards: devices on the axis "tensor".
         platform: "tpu", "gpu" or "cpu".
@@ -58,15 +58,15 @@ class ForwardPass:
 
 @dataclass(frozen=True, eq=False)
 class Gguf(Generic[AnyConfig]):
-    """How a GGUF file holds a model whose `general.architecture` is the family's `model_type`.
+    """How a GGUF file stores a model whose `general.architecture` is the family's `model_type`.
 
     Attributes:
-        config: the metadata of the architecture, by key without its name; names of the tensors; {buffer: its values} ->
-            config.json, possibly that of another family. It refuses, with a ValueError, metadata that would change the
-            computation and is not implemented.
-        buffers: names of tensors that are no weights, which `config` gets.
-        paired: config and the names of its tensors -> {tensor: heads}, for those whose rows llama.cpp stores in pairs,
-            where Hugging Face stores two halves of each head.
+        config: (metadata of the architecture, its keys without the architecture's name; tensor names of the file;
+            {buffer: values}) -> config.json, possibly of another family. Raises ValueError for metadata that would
+            change the computation and is not implemented.
+        buffers: names of tensors that are not weights; `config` gets their values.
+        paired: (config, Hugging Face tensor names) -> {tensor: heads}, for the tensors whose rows llama.cpp stores in
+            pairs and Hugging Face in two halves per head.
     """
 
     config: Callable[[Mapping[str, Any], Collection[str], Mapping[str, np.ndarray]], dict[str, Any]]
@@ -74,24 +74,24 @@ class Gguf(Generic[AnyConfig]):
     paired: Callable[[AnyConfig, Collection[str]], dict[str, int]]
 
 
-@dataclass(frozen=True, eq=False)  # a family is part of a compile key, and compares by identity
+@dataclass(frozen=True, eq=False)  # a family is part of a compile key, so it compares by identity
 class Family(Generic[AnyConfig]):
-    """How the models of a `model_type` are built, filled, sharded, sized and described.
+    """How models of a `model_type` are built, loaded, sharded, planned and described.
 
     Attributes:
         config: config.json (and the names of the generation fields that it may hold) -> the family's frozen config.
-        unread_keys: the same arguments -> the keys that have no effect, since they are not read.
+        unread_keys: the same arguments -> the keys that are not read and so have no effect.
         build: config, `nnx.Rngs`, generation config, mesh -> the model, randomly initialised; see `base.Model`. It has
             this `config`, and its `generation_config` can be set.
         embedding: the path of the embedding [V, D], a parameter of one tensor. `checkpoint` takes the vocabulary size
             from it, and the dtype if config.json names none. `planning` counts only a few of its rows per step.
-        head: the path of the head [V, D], a parameter of one tensor, which is in `weight_map` unless the config ties it
-            to the embedding. `checkpoint` ties it if there is no such tensor. If there is one although the config ties
-            it, `checkpoint` compares the two.
-        prefix: the beginning of the tensor names of a model with a head. Models saved without a head lack it.
-        weight_map: config -> {parameter path: {Hugging Face tensor: rows}}. `checkpoint` loads and saves by it.
-        buffers: {end of a tensor name: config -> its values}, for tensors that follow from the config, with None for
-            tensors that are not read. `checkpoint` does not load them, and warns if one has other values.
+        head: the path of the head [V, D], a parameter of one tensor. It is in `weight_map` unless the config ties it to
+            the embedding. If the checkpoint has no such tensor, `checkpoint` ties it. If it has one although the config
+            ties it, `checkpoint` compares the two.
+        prefix: the prefix of tensor names in a model with a head. Models saved without a head lack it.
+        weight_map: config -> {parameter path: {Hugging Face tensor: rows}}, for loading and saving.
+        buffers: {end of a tensor name: config -> its values}, for tensors that the config determines; None for tensors
+            whose values do not matter. `checkpoint` does not load them, and warns if one has other values.
         partition: config, mesh -> (parameter path -> PartitionSpec), or a ValueError if the mesh does not fit.
             `planning` suggests only meshes that fit.
         activation_bytes: config, forward pass -> bytes of activations at the peak on each device. Weights, cache and

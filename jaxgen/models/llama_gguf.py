@@ -1,4 +1,4 @@
-"""How a GGUF file holds a Llama: its metadata as a config.json, and the order of the rows of queries and keys."""
+"""How a GGUF file stores a Llama: config.json from its metadata, and the row order of queries and keys."""
 
 from collections.abc import Collection, Mapping
 from functools import partial
@@ -12,7 +12,7 @@ from jaxgen.models.mistral import MISTRAL
 from jaxgen.models.rope import Default, Llama3
 
 _FACTORS = "rope_freqs.weight"
-# Keys of the metadata without the name of the architecture -> keys of config.json.
+# Metadata keys, without the architecture's name -> keys of config.json.
 _SIZES = {
     "vocab_size": "vocab_size",
     "context_length": "max_position_embeddings",
@@ -24,7 +24,8 @@ _SIZES = {
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
 }
 _YARN = {"beta_fast": "rope.scaling.yarn_beta_fast", "beta_slow": "rope.scaling.yarn_beta_slow"}
-# Keys that change nothing with any value, and the only value of others. All else may only be off: zero, false or empty.
+# Keys without effect, whatever their value, and keys with only one supported value. All other keys must be off: zero,
+# false or empty.
 _NO_EFFECT = {"tensor_data_layout", "rope.scaling.finetuned", "rope.scaling.original_context_length"}
 _ONLY = {
     "attention.causal": True,
@@ -39,7 +40,7 @@ _ONLY = {
 
 
 def gguf(dialect: Dialect, paired: bool) -> Gguf:
-    """The rules of a dialect; `paired` is whether llama.cpp rotates neighbouring rows in its architecture."""
+    """The GGUF rules of a dialect. `paired`: whether llama.cpp rotates neighbouring rows in this architecture."""
     return Gguf(
         config=partial(config_json, dialect=dialect),
         buffers=(_FACTORS,),
@@ -61,8 +62,8 @@ def config_json(
     for key in ("attention.value_length", "rope.dimension_count"):
         if (value := left.pop(key, head_dim)) != head_dim:
             raise ValueError(
-                f"`{architecture}.{key}`={value!r:.100} differs from the size of a key, {head_dim!r:.100}; jaxgen does "
-                "not implement that."
+                f"`{architecture}.{key}`={value!r:.100} differs from the head dimension of keys, {head_dim!r:.100}; "
+                "jaxgen does not implement that."
             )
     if architecture == "llama" and (window := left.pop("attention.sliding_window", 0)):
         dialect, raw["sliding_window"] = MISTRAL, window
@@ -83,7 +84,7 @@ def config_json(
 
 
 def _rope(architecture: str, left: dict[str, Any], factors: np.ndarray | None, head_dim: int) -> dict[str, Any]:
-    """The `rope_parameters`, whose keys are taken out of the metadata."""
+    """The `rope_parameters`; removes their keys from the metadata in `left`."""
     theta, factor = left.pop("rope.freq_base", 10000.0), left.pop("rope.scaling.factor", 0.0)
     kind = left.pop("rope.scaling.type", "linear" if factor else "none")  # the defaults of llama.cpp
     parameters: dict[str, Any] = {"rope_type": kind, "rope_theta": theta, "factor": factor}
@@ -100,13 +101,13 @@ def _rope(architecture: str, left: dict[str, Any], factors: np.ndarray | None, h
         )
     if factors is None:
         return parameters
-    # llama.cpp's converter writes the factors of Llama 3.1, and not the numbers that they were computed from.
+    # llama.cpp's converter writes the factors of Llama 3.1, but not the numbers that they were computed from.
     numbers: dict[str, Any] = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
     numbers |= {"factor": float(factors.max()), "original_max_position_embeddings": 8192}
     _check_number(f"{architecture}.rope.freq_base", theta, float)
     if parameters["rope_type"] != "default" or factors.shape != (head_dim // 2,) or not factors.min() > 0:
         raise ValueError(
-            f"`{_FACTORS}` of shape {factors.shape} does not fit heads of {head_dim} and {kind!r} scaling."
+            f"`{_FACTORS}` of shape {factors.shape} does not fit a head dimension of {head_dim} and {kind!r} scaling."
         )
     unscaled = Default(rope_theta=theta, head_dim=head_dim).inverse_frequencies(1)
     scaled = Llama3(rope_theta=theta, head_dim=head_dim, **numbers).inverse_frequencies(1)
