@@ -1,1 +1,1 @@
-"""The host wing: from the arguments of `generate` to a call, and from its arrays back to outputs."""
+"""Host code: turns the arguments of `generate` into a call, and the arrays of a call into outputs."""

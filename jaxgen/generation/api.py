@@ -1,6 +1,6 @@
 """The entry points on the host: `generate`, `stream` and `prepare`.
 
-A call is prepared (`build`) and run as two compiled programs (`driver`); then its outputs are trimmed (`trimming`).
+`build` prepares a call, `driver` runs it as two compiled programs, and `trimming` makes its outputs.
 """
 
 import atexit
@@ -67,22 +67,23 @@ def generate(
             transformers, they run after the built-in processors and before those of sampling.
         stopping_criteria: a list of such callables that return a bool per row.
         prefix_allowed_tokens_fn: (row, tokens [L]) -> the token ids that may follow; runs on the host.
-        assistant_model: a smaller model, which drafts tokens for this one to check, several in one step; or a
-            `Drafter`. The same tokens come, and where the drafts are right they come sooner, for any
-            batch, greedy or sampled. See `num_assistant_tokens`.
+        assistant_model: a smaller model that drafts tokens, which this model checks several at a time; or a `Drafter`.
+            The tokens are the same as without it, greedy or sampled, and come sooner where drafts are accepted. Works
+            with any batch. See `num_assistant_tokens`.
         negative_prompt_ids: integers [B, P'] to guide away from, with `guidance_scale`; the last token of each prompt
             by default.
         negative_prompt_attention_mask: [B, P'].
-        streamer: an object with `put` and `end`, such as transformers' `TextStreamer`. It gets the prompts, then the
-            next token of each row at each step, as NumPy arrays, and then the end. Not with beams.
-        custom_generate: a function that chooses the tokens itself and whose result is returned, called with (model,
-            input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs), see `custom_generate`;
-            or a folder or repository with a `custom_generate/generate.py`, which takes `trust_remote_code=True`.
+        streamer: an object with `put` and `end`, such as transformers' `TextStreamer`. `put` gets the prompts and then,
+            at each step, the next token of each row, as NumPy arrays. Cannot be combined with beams.
+        custom_generate: a function that chooses the tokens itself, and whose result is returned. It is called with
+            (model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs); see the module
+            `custom_generate`. Or a folder or repository with a `custom_generate/generate.py`, which needs
+            `trust_remote_code=True`.
         key: for `do_sample`: an int, a `jax.random` key, or one of either per prompt; a random key by default. The same
             key gives the same tokens. A prompt with its own key samples the same tokens in any batch.
         tokenizer: the model's, for `stop_strings`, `token_healing` and an `assistant_tokenizer`.
-        assistant_tokenizer: of an `assistant_model` with another tokenizer than the model's, in any size of vocabulary
-            but the model's. The assistant drafts tokens that both have.
+        assistant_tokenizer: the tokenizer of an `assistant_model` with another vocabulary than the model's. The
+            assistant then drafts only tokens that both vocabularies have.
         output_logprobs: with `return_dict_in_generate`, also return the log-probabilities of the chosen tokens:
             `logprobs` under the model alone, before temperature and all other rules, and `processed_logprobs` under the
             distribution that they were sampled from.
@@ -95,9 +96,9 @@ def generate(
         or with beams a `GenerateBeamDecoderOnlyOutput`.
 
     Raises:
-        ValueError: naming the argument, its value, the range and a way out, before anything is compiled.
+        ValueError: naming the argument, its value, its range and what to do, before anything is compiled.
     """
-    given = dict(locals())  # first, while these are the arguments alone
+    given = dict(locals())  # first, while these are only the arguments
     if isinstance(custom_generate, str) and custom_generate not in _BUILT_IN:
         return call_repository(custom_generate, **given.pop("kwargs"), **given)
     custom_arguments = own_arguments(custom_generate, {**kwargs, "key": key, "tokenizer": tokenizer})
@@ -147,7 +148,7 @@ def prepare_call(model: Model, request: Request) -> PreparedCall:
     return prepared
 
 
-# Modes that transformers 5 moved to the Hub and jaxgen has. Their generation fields choose them, as in transformers 4.
+# Modes of jaxgen that transformers 5 moved to the Hub. Their generation fields choose them, as in transformers 4.
 _BUILT_IN = ("transformers-community/contrastive-search", "transformers-community/group-beam-search")
 
 
@@ -166,7 +167,7 @@ def stream(
         **kwargs: as in `generate`, except beams and outputs other than tokens.
 
     Yields:
-        int32 [B * num_return_sequences, tokens]: the next tokens of each row; the first chunk has one. All chunks
+        int32 [B * num_return_sequences, tokens]: the next tokens of each row; one token in the first chunk. All chunks
         together are the new tokens that `generate` returns.
 
     Raises:
@@ -176,7 +177,7 @@ def stream(
 
 
 def prepare_stream(model: Model, request: Request) -> PreparedCall:
-    """The call of a request for `stream`; raises ValueError if its tokens are not final as they come."""
+    """The call of a request for `stream`. Raises ValueError if later steps may change its tokens."""
     if request.streamer is not None or request.output_logprobs:
         raise ValueError(
             "`stream` yields tokens only: it does not take `streamer` or `output_logprobs`. Use `generate` for these."
@@ -198,7 +199,7 @@ def follow(model: Model, prepared: PreparedCall) -> Generator[np.ndarray, None, 
     return chunks
 
 
-# Unread streams are closed at exit, while the modules that this takes still exist.
+# Unread streams are closed at exit, while the modules that closing needs still exist.
 _unread: weakref.WeakSet[Generator[np.ndarray, None, None]] = weakref.WeakSet()
 atexit.register(lambda: [chunks.close() for chunks in list(_unread)])
 
@@ -253,9 +254,9 @@ def prepare(
 
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
-    """Sets aside the mesh and the transfer guard that callers have set in JAX for their own code.
+    """Suspends the mesh and the transfer guard that the caller has set in JAX.
 
-    A call takes NumPy arrays and returns them, so its transfers are no surprise.
+    A call takes and returns NumPy arrays, so its transfers are expected.
     """
     with no_mesh(), jax.transfer_guard("allow"):
         yield

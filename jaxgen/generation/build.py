@@ -1,4 +1,4 @@
-"""From the arguments of `generate` to a call that is ready to run.
+"""Turns the arguments of `generate` into a call that is ready to run.
 
 JAX clamps and wraps indices where torch raises, so every value is checked here, on the host, before anything is
 compiled.
@@ -38,7 +38,7 @@ def read_request(model: Model, request: Request) -> tuple[Mode, Inputs]:
     """The decoding mode, with the configuration of the call, and the checked prompt.
 
     Raises:
-        ValueError: naming the argument, its value, the range and a way out.
+        ValueError: naming the argument, its value, its range and what to do.
     """
     config, model_inputs = resolve(model.generation_config, request.generation_config, _supported(request))
     mode = mode_for(config, request.assistant_model)
@@ -47,18 +47,18 @@ def read_request(model: Model, request: Request) -> tuple[Mode, Inputs]:
         mode.check_streamer()
     if request.output_logprobs and not config.return_dict_in_generate:
         raise ValueError(
-            "`output_logprobs`=True needs an output to put them in. Pass `return_dict_in_generate=True` too."
+            "`output_logprobs`=True needs an output to return them in. Pass `return_dict_in_generate=True` too."
         )
     return mode, checked_inputs(model, request.inputs, model_inputs, config)
 
 
 def build_call(model: Model, request: Request, mode: Mode, inputs: Inputs) -> PreparedCall:
-    """Builds the call for a request that `read_request` has checked.
+    """Builds the call of a request that `read_request` has checked.
 
     Memory is not checked, so that `plan` can ask about other machines.
 
     Raises:
-        ValueError: naming the argument, its value, the range and a way out.
+        ValueError: naming the argument, its value, its range and what to do.
     """
     stop = stopping(model, request.stopping_criteria, _fitted(mode.config, inputs), inputs)
     mode = replace(mode, config=stop.config)
@@ -82,13 +82,13 @@ def build_call(model: Model, request: Request, mode: Mode, inputs: Inputs) -> Pr
 
 
 def _supported(request: Request) -> dict[str, object]:
-    """The keywords that are fields of a GenerationConfig or inputs of the model."""
+    """The keywords that remain once unsupported ones are refused: generation fields and inputs of the model."""
     keywords = _with_one_cache(request.keywords)
     asked = {**keywords, "synced_gpus": request.synced_gpus}
     for name in _REFUSED & asked.keys():
         if asked[name] is not None and asked[name] is not False:
             raise ValueError(f"`{name}` is not supported. Leave it out.")
-    # `trust_remote_code` is about `custom_generate` alone.
+    # `trust_remote_code` only matters to `custom_generate`.
     return {name: value for name, value in keywords.items() if name not in {*_REFUSED, "trust_remote_code"}}
 
 
@@ -121,7 +121,7 @@ def _check_streamer(streamer: object) -> None:
 
 
 def _fitted(config: DecodeConfig, inputs: Inputs) -> DecodeConfig:
-    """The configuration adapted to the prompt, as in transformers 5.24: embeddings change lengths and some rules.
+    """The configuration adapted to the prompt, as in transformers 5.24: with embeddings, lengths and some rules differ.
 
     Raises:
         ValueError: if prompt and configuration conflict.
@@ -137,8 +137,9 @@ def _fitted(config: DecodeConfig, inputs: Inputs) -> DecodeConfig:
         steps = np.diff(inputs.position_ids, axis=1)
         if inputs.attention_mask.all() and (steps != 1).any():
             raise ValueError(
-                "with `use_cache`=False, transformers takes `position_ids` that do not go up by one for several texts "
-                "packed into a row, which jaxgen does not support. Leave out `use_cache`, or pass one text per row."
+                "with `use_cache`=False, transformers treats `position_ids` that do not increase by one as several "
+                "texts packed into a row, which jaxgen does not support. Leave out `use_cache`, or pass one text per "
+                "row."
             )
     if not config.use_cache and config.intermediates and inputs.past is not None:
         raise ValueError(
@@ -195,7 +196,7 @@ def _guidance(config: DecodeConfig, request: Request) -> tuple[float | None, lis
 def _prompt(
     model: Model, request: Request, config: DecodeConfig, inputs: Inputs, guidance_scale: float | None, new_tokens: int
 ) -> tuple[Prompt, Prefill | None, np.ndarray]:
-    """The padded prompt, what the model reads of it, and its cache slots; see `padded_prompt` and `guided_prompt`."""
+    """The padded prompt, its `Prefill`, and its cache slots; see `padded_prompt` and `guided_prompt`."""
     if guidance_scale is None:
         return padded_prompt(model, inputs, config.prefill_chunk_size, request.reserve, new_tokens)
     inputs.check_plain("`guidance_scale`", "which reads negative prompts in the same batch", config.prefill_chunk_size)
@@ -212,7 +213,7 @@ def _strategy(
     logits_processor: list[Callable[..., object]],
     host: HostFunctions,
 ) -> Strategy:
-    """The strategy of the mode, with processors, criteria and key. Functions that run on the host go to `host`."""
+    """The strategy of the mode, with processors, criteria and key. Functions for the host are added to `host`."""
     if request.assistant_tokenizer is not None and request.assistant_model is None:
         logger.warning("`assistant_tokenizer` has no effect without `assistant_model`. Pass both.")
     warn_about_new_functions("logits_processor", request.logits_processor)

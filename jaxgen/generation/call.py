@@ -1,4 +1,4 @@
-"""A prepared call of `generate`: between its arguments and its programs."""
+"""A prepared call of `generate`."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ from jaxgen.generation.running.host_callbacks import HostFunctions
 
 @dataclass(frozen=True)
 class PreparedCall:
-    """A checked call, ready to run: the input of the two programs, and what the host needs to trim their output.
+    """A checked call that is ready to run: the input of the two programs, and the data for trimming their output.
 
     Attributes:
         call: the input of the programs.

@@ -92,10 +92,10 @@ class StoppingCriteriaList(list[Callable[..., jax.Array]]):
 
 
 def own_arguments(function: str | Callable[..., object] | None, given: Mapping[str, object]) -> dict[str, object]:
-    """Those keywords of `generate` that a function has in its signature as arguments of its own.
+    """The keywords of `generate` that are a function's own arguments, by its signature.
 
     Raises:
-        ValueError: if it is not a function, or does not take the `key` that was passed.
+        ValueError: if it is not a function, or if a `key` was passed that it does not take.
     """
     if function is None or isinstance(function, str):
         return {}
@@ -150,10 +150,10 @@ def call_custom(
     if inputs.past is None:
         cache = model.make_cache(rows, slots)
     else:
-        # With one row per prompt first: its cache is read once, and the rows are repeated on the device.
+        # With one row per prompt at first: its cache is prefilled once, and then the rows are repeated on the device.
         prompts = inputs.past.to_cache(model, len(inputs.input_ids), num_cached, inputs.attention_mask[:, :num_cached])
         cache = prompts.take(jnp.repeat(jnp.arange(len(inputs.input_ids)), copies)).grow(slots)
-    # Functions read the config as in transformers, where lengths and padding are set by now.
+    # As in transformers, the config that functions get has its lengths and padding set.
     merged = copy.copy(config.merged)
     merged.max_length = max_length
     merged.pad_token_id = config.fill_token_id
@@ -192,7 +192,7 @@ def call_repository(repository: str, trust_remote_code: bool | None = None, **gi
         ImportError: if packages of its `requirements.txt` are not installed.
     """
     del given["custom_generate"]
-    # The repository may be written for transformers, whose `generate` has no such arguments.
+    # The repository may be written for transformers, whose `generate` does not have these arguments.
     unset = {"key": None, "tokenizer": None, "assistant_tokenizer": None, "output_logprobs": False}
     given = {name: value for name, value in given.items() if name not in unset or value is not unset[name]}
     modules = lazy.dynamic_modules()

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class _Output:
-    """Access by key or index to the fields that are not None, as in transformers' outputs.
+    """Gives access by key or index to the fields that are not None, as in transformers' outputs.
 
     The cache can be read under both of its names; `keys()` lists the name that the installed transformers uses.
     """
@@ -66,9 +66,9 @@ class GenerateDecoderOnlyOutput(_Output):
         cache: the cache of all tokens but the last, which the model has not read; it includes a continued cache.
         logprobs: float32 [N, steps]. The log-probabilities of the chosen tokens under the model, at temperature 1.
         processed_logprobs: float32 [N, steps]. The same under the processed scores, from which the tokens were sampled.
-        rounds: int32 [N], of assisted decoding. The forward passes that have chosen the new tokens of a row.
-        drafted: int32 [N], of assisted decoding. Tokens that the drafter has proposed.
-        accepted: int32 [N], of assisted decoding. How many of these the model has chosen too.
+        rounds: int32 [N], with assisted decoding. The number of forward passes that chose the row's new tokens.
+        drafted: int32 [N], with assisted decoding. The number of tokens that the drafter proposed.
+        accepted: int32 [N], with assisted decoding. The number of proposed tokens that were accepted.
     """
 
     sequences: np.ndarray
@@ -102,7 +102,7 @@ class GenerateBeamDecoderOnlyOutput(_Output):
             `use_cache=False` each step has the whole text of each beam, [B * C, Q, P + step, P + step].
         hidden_states: for each step a tuple over the embeddings and the layers, first [B * C, P, D], then
             [B * C, 1, D]; with `use_cache=False` [B * C, P + step, D].
-        cache: the cache of the tokens that the model has read: of each running beam all but the last.
+        cache: the cache of the tokens that the model has read: all tokens of each running beam but the last.
     """
 
     sequences: np.ndarray
@@ -150,7 +150,7 @@ def compute_transition_scores(
         beam_indices = np.broadcast_to(np.arange(scores.shape[1])[:, None], (scores.shape[1], len(scores)))
     beam_indices = np.asarray(beam_indices)
     ended = beam_indices < 0
-    steps = int((~ended).sum(axis=1).max(initial=0))  # of the longest beam; later columns are padding
+    steps = int((~ended).sum(axis=1).max(initial=0))  # up to the end of the longest beam; later columns are padding
     beam_indices, ended = np.where(ended, 0, beam_indices)[:, :steps], ended[:, :steps]
     if len(beam_indices) != len(sequences) or steps > min(len(scores), sequences.shape[1]):
         raise ValueError(

@@ -1,7 +1,7 @@
 """The logits processors of a call, in the order of transformers.
 
-Same as transformers 5.24 `GenerationMixin._get_logits_processor`: which field makes which processor, which values are
-refused, and where the caller's processors come in.
+Same as transformers 5.24 `GenerationMixin._get_logits_processor`: the processor of each field, the values that are
+refused, and the place of the caller's processors.
 """
 
 import functools
@@ -50,13 +50,13 @@ def processor_list(
     """The processors of one call, except guidance, which is part of prefill and of the decode loop.
 
     Args:
-        mode: of the call; it holds the configuration.
+        mode: the call's mode, which holds the configuration.
         inputs: the prompts.
-        max_length: in tokens, prompt included.
+        max_length: maximum length in tokens, prompt included.
         vocab_size: V.
         customs: the caller's processors, of any kind that `custom_processor` takes.
         prefix_allowed_tokens_fn: as in transformers.
-        host: takes the functions that run on the host.
+        host: collects the functions that run on the host.
 
     Raises:
         ValueError: naming the field, its value and the range.
@@ -132,7 +132,9 @@ def takes_cur_len(argument: str, function: object) -> bool:
 
 
 def as_pytree(function: Callable[..., object]) -> Any:
-    """The function if it is a pytree, whose numbers are traced; else wrapped as a constant of the program."""
+    """The function itself if it is a pytree, so that its numbers are traced. Otherwise wrapped as a constant of the
+    program.
+    """
     return jax.tree_util.Partial(function) if jax.tree_util.all_leaves([function]) else function
 
 
@@ -141,7 +143,7 @@ _constants: weakref.WeakKeyDictionary[object, frozenset[int]] = weakref.WeakKeyD
 
 
 def warn_about_new_functions(argument: str, functions: Sequence[Callable[..., object]]) -> None:
-    """Warns once if a JAX function is a new object since the previous call, because each new one compiles again."""
+    """Warns once if a JAX function is another object than in the previous call, because each new one compiles again."""
     constants = [each for each in functions if jax.tree_util.all_leaves([each]) and takes_cur_len(argument, each)]
     calls: dict[object, set[int]] = {}
     for function in constants:
@@ -158,7 +160,7 @@ def warn_about_new_functions(argument: str, functions: Sequence[Callable[..., ob
 
 
 def _code(function: Callable[..., object]) -> object:
-    """The code of a function, or its class: the same for all functions made by one line of a program."""
+    """The code of a function, or its class. It is the same for all functions that one line of code creates."""
     while isinstance(function, functools.partial):
         function = function.func
     function = inspect.unwrap(getattr(function, "__func__", function))
@@ -186,10 +188,13 @@ def warn_about_precedence(kind: str, custom: object) -> None:
 def _merge(
     table: dict[str, LogitsProcessor | None], customs: Sequence[Callable[..., object]], host: HostFunctions, rows: int
 ) -> list[LogitsProcessor]:
-    """The built-in processors, or the custom one of the same type in their place, then the other custom ones."""
+    """The built-in processors, each replaced by a custom processor of the same type if there is one, then the other
+    custom ones.
+    """
     # The keys are classes of transformers: a custom processor of such a class takes the place of the built-in one.
     by_class = {lazy.torch_class(name): name for name in table}
-    # Reversed, so that the first custom one of a type wins. The others of that type run after the built-in processors.
+    # Reversed, so that the first custom processor of a type wins. Others of that type run after the built-in
+    # processors.
     replaced = {by_class[type(custom)]: custom for custom in reversed(customs) if type(custom) in by_class}
     merged: list[LogitsProcessor] = []
     used: list[Callable[..., object]] = []
@@ -320,7 +325,7 @@ def _ids(name: str, value: "ArrayLike | None") -> list[int] | None:
 
 def _suppressed(fields: "GenerationConfig", prompt_length: int, vocab_size: int) -> dict[str, LogitsProcessor | None]:
     always, at_begin = (_ids(name, getattr(fields, name)) for name in ("suppress_tokens", "begin_suppress_tokens"))
-    # With a forced first token, the one after it is the first that can be suppressed.
+    # After a forced first token, the second token is the first that can be suppressed.
     begin = prompt_length + (prompt_length == 1 and fields.forced_bos_token_id is not None)
     return {
         "SuppressTokensLogitsProcessor": None
@@ -353,7 +358,7 @@ def _exponential_decay(
 
 
 def _warpers(fields: "GenerationConfig", vocab_size: int, min_tokens_to_keep: int) -> list[LogitsProcessor]:
-    """The rules of sampling. Temperature, top_k and top_p are always there, so that new values compile nothing."""
+    """The sampling warpers. Temperature, top_k and top_p are always included, so that new values compile nothing."""
     keep = min_tokens_to_keep
     temperature = 1.0 if fields.temperature is None else fields.temperature
     if temperature != 1.0 and (not is_float(temperature) or not temperature > 0):
@@ -383,7 +388,7 @@ def _warpers(fields: "GenerationConfig", vocab_size: int, min_tokens_to_keep: in
         if not typical_p > 0:
             raise ValueError(f"`typical_p` has to be a float > 0 and < 1, but is {typical_p}.")
         chain.append(logits_process.Typical(typical_p, keep))
-    # Outside of (0, 1) transformers leaves these two out without an error.
+    # Outside of (0, 1), transformers leaves out these two without an error.
     if (epsilon := _number(fields, "epsilon_cutoff")) is not None and 0 < epsilon < 1:
         chain.append(logits_process.Epsilon(epsilon, keep))
     if (eta := _number(fields, "eta_cutoff")) is not None and 0 < eta < 1:

@@ -1,4 +1,4 @@
-"""The arguments of `generate`, as they were passed."""
+"""The arguments of `generate` as they were passed."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
@@ -42,7 +42,7 @@ class Request:
     def of(
         cls, inputs: "ArrayLike | None", generation_config: "GenerationConfig | None", keywords: Mapping[str, object]
     ) -> Self:
-        """From keywords that mix arguments and generation fields, as those of `stream` and `prepare`."""
+        """From keywords that mix arguments and generation fields, as `stream` and `prepare` take them."""
         names = {each.name for each in fields(cls)} - {"keywords", "reserve"}
         arguments: dict[str, Any] = {name: value for name, value in keywords.items() if name in names}
         arguments |= {name: listed(name, arguments.get(name)) for name in ("logits_processor", "stopping_criteria")}
@@ -51,7 +51,7 @@ class Request:
 
 
 def listed(name: str, given: Iterable[Callable[..., object]] | None) -> list[Callable[..., object]]:
-    """The callables in a list of its own, empty for None."""
+    """The callables in a new list, empty for None."""
     if given is None:
         return []
     if not isinstance(given, Iterable):

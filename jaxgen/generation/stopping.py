@@ -1,4 +1,4 @@
-"""When the texts of a call end: at a length, at eos ids, at stop strings, and by the caller's criteria."""
+"""When the texts of a call end: at a length, an eos id, a stop string, or by the caller's criteria."""
 
 import itertools
 import logging
@@ -27,9 +27,9 @@ class Stopping:
     """How the texts of a call end.
 
     Attributes:
-        config: of the call, without the fields that the caller's criteria of transformers replace.
-        max_length: of the configuration, which some processors depend on.
-        length: at which all texts end, by the configuration or by a criterion.
+        config: the call's configuration, without the fields that the caller's transformers criteria replace.
+        max_length: `max_length` of the configuration, which some processors depend on.
+        length: the length at which all texts end, from the configuration or a criterion.
         eos_token_id: the token ids that end a text.
         criteria: the caller's other criteria.
     """
@@ -42,7 +42,7 @@ class Stopping:
 
 
 def stopping(model: Model, criteria: Sequence[Callable[..., object]], config: DecodeConfig, inputs: Inputs) -> Stopping:
-    """How texts end, from configuration and criteria. Warns about lengths and ids that do not fit the model.
+    """How texts end, by the configuration and the criteria. Warns about lengths and ids that do not fit the model.
 
     Raises:
         ValueError: if the prompt is already as long as `max_length`, or a length is out of range.
@@ -74,7 +74,7 @@ def stopping(model: Model, criteria: Sequence[Callable[..., object]], config: De
 
 
 def _split(criteria: Sequence[Callable[..., object]], config: DecodeConfig, max_length: int) -> Stopping:
-    """Criteria of transformers replace fields of the configuration. As there, several of one type all apply."""
+    """Splits off transformers criteria, which replace fields of the configuration. Several of one type all apply."""
     given: dict[str, list[Any]] = {
         name: [each for each in criteria if type(each) is lazy.torch_class(name)]
         for name in ("MaxLengthCriteria", "EosTokenCriteria", "MaxTimeCriteria", "StopStringCriteria")
@@ -88,7 +88,7 @@ def _split(criteria: Sequence[Callable[..., object]], config: DecodeConfig, max_
     for name, customs in given.items():
         if customs and built_in[name]:
             warn_about_precedence("stopping criteria", customs[0])
-    # The shortest length and time stop the text first; the eos ids of all criteria do.
+    # Of several lengths or times, the shortest applies; of eos ids, all apply.
     length, eos_token_id = max_length, config.eos_token_id
     if lengths := [each.max_length for each in given["MaxLengthCriteria"]]:
         for each in lengths:
@@ -113,10 +113,10 @@ def stopping_criteria(
 
     Args:
         model: of the call.
-        stop: how the texts end.
+        stop: how texts end.
         tokenizer: the model's, for stop strings.
         host: takes the functions that run on the host.
-        rows: the number of rows that a criterion sees.
+        rows: number of rows that a criterion sees.
     """
     strings = _stop_strings(stop.config.stop_strings, tokenizer, model.vocab_size)
     criteria = (*strings, *(_criterion(each, host, rows) for each in stop.criteria))

@@ -1,8 +1,8 @@
 """Streaming of text, exact for every tokenizer.
 
 The text of some token ids is not the concatenation of the texts of its parts: a word of sentencepiece begins with a
-space that is dropped at the start of a text, and a character can take several ids. So all ids so far are decoded each
-time, and the end of the text is held back while later ids may change it.
+space that is dropped at the start of a text, and a character can take several ids. So each time, all ids so far are
+decoded, and the end of the text is held back while later ids may change it.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ class TextPieces:
         self._tokenizer, self._ids, self._text = tokenizer, list[int](), ""
 
     def add(self, ids: Iterable[int]) -> str:
-        """The text that these ids make final, without the pieces before; often empty."""
+        """The text that these ids make final, without earlier pieces; often empty."""
         self._ids += map(int, ids)
         settled = len(self._ids)
         while settled and self._is_open(self._ids[settled - 1]):
@@ -65,7 +65,7 @@ class TextPieces:
         return bool(isinstance(token, str) and _BYTE.fullmatch(token)) or not self._decode([token_id])
 
     def _piece(self, text: str) -> str:
-        # Held back as long as it does not continue what was already given out.
+        # Held back as long as the text does not continue the earlier pieces.
         if not text.startswith(self._text):
             return ""
         piece, self._text = text[len(self._text) :], text
@@ -83,7 +83,7 @@ def stream_text(
 
     Args:
         model: as in `generate`.
-        tokenizer: the model's, also for stop strings.
+        tokenizer: the model's; stop strings use it too.
         inputs: the prompt as text, or as in `generate` with one row.
         generation_config: as in `generate`.
         **kwargs: as in `stream`.

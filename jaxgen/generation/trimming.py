@@ -1,4 +1,4 @@
-"""From the state at the end of a decode to the outputs of `generate`: without buckets, in transformers' shapes."""
+"""Turns the final state of a decode into the outputs of `generate`: without bucket padding, in transformers' shapes."""
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,9 +19,9 @@ PerStep = tuple[tuple[np.ndarray, ...], ...]  # over steps, then over layers
 
 
 def to_output(prepared: PreparedCall, state: DecodeState) -> np.ndarray | GenerateOutput:
-    """The output of `generate`, from the state at the end of the decode. Waits for the device.
+    """The output of `generate`, from the final state of the decode. Waits for the device.
 
-    Arrays are copies, which are writable and do not keep the padded ones alive.
+    Its arrays are copies: they are writable, and do not keep the padded arrays alive.
     """
     outputs = finalize(prepared.call.strategy, state)
     refuse_tracer(outputs["length"])
@@ -49,7 +49,7 @@ def to_output(prepared: PreparedCall, state: DecodeState) -> np.ndarray | Genera
 def _past_key_values(prepared: PreparedCall, state: DecodeState, steps: int) -> PastKeyValues:
     rows, token_slots = prepared.rows * prepared.call.strategy.copies, prepared.token_slots
     first = token_slots[-1] + 1
-    # The model has not read the token of the last step, so that is not in the cache.
+    # The model has not read the last step's token, so it is not in the cache.
     if prepared.call.strategy.columns > 1:
         return PastKeyValues(state.cache, _ragged_slots(prepared, np.asarray(state.cache.valid)[:rows], steps - 1))
     generated = first + prepared.mode.cached_steps(state.cache, first, rows, steps - 1)

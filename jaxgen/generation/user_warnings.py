@@ -16,7 +16,7 @@ def warn_once(message: str) -> None:
 
 
 def warn_caller(message: str, category: type[Warning] = UserWarning) -> None:
-    """Warns with the caller's line, outside of jaxgen, as the origin."""
+    """Warns as from the caller's line outside of jaxgen."""
     frame, depth = sys._getframe(), 1
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "jaxgen":
         frame, depth = frame.f_back, depth + 1

@@ -1,4 +1,4 @@
-"""The decoding modes. The host half of each is here, and its strategy is in `decoding/` under the same name."""
+"""The decoding modes. The host half of each mode is here. Its strategy is in `decoding/` under the same name."""
 
 from jaxgen.generation.config.decode_config import DecodeConfig
 from jaxgen.generation.modes.assisted import AssistedMode
@@ -16,7 +16,7 @@ def mode_for(config: DecodeConfig, assistant_model: object = None) -> Mode:
     """The mode that a call asks for.
 
     Args:
-        config: of the call.
+        config: the call's configuration.
         assistant_model: the argument of `generate`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The interface of a decoding mode to `generate`, with defaults that suit most modes."""
+"""The interface between `generate` and a decoding mode, with defaults that suit most modes."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,16 +21,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Parts:
-    """The parts that `generate` has made from its arguments, from which a mode builds its strategy.
+    """The parts from which a mode builds its strategy, made from the arguments of `generate`.
 
     Attributes:
         eos, max_length, processors, stopping_criteria: fields of the strategy.
-        longest: `max_length` of the configuration; the caller's criteria may set another length in `max_length` above.
+        longest: the configuration's `max_length`. In `max_length` above, a criterion of the caller may set another one.
         key: see `Sample.key`; None unless `do_sample`.
         vocab_size: V.
         recorded: names of the arrays to record at every step, see `Mode.recorded`.
-        model, request, inputs: of the call, for modes that read more than the prompt's tokens.
-        has_eos: whether any token id ends a text, by the configuration or by a criterion of the caller.
+        model, request, inputs: those of the call, for modes that need more than the prompt's tokens.
+        has_eos: whether any token id ends a text, by the configuration or by the caller's criteria.
     """
 
     eos: EosToken
@@ -49,25 +49,25 @@ class Parts:
 
 @dataclass(frozen=True)
 class Mode:
-    """The host half of a decoding mode: it reads the configuration and sorts the outputs.
+    """The host half of a decoding mode: it reads the configuration and arranges the outputs.
 
     The device half is the strategy of the same name in `decoding/`. Everything on the host that depends on the mode is
     a method here. The defaults below suit modes with one text per row, whose tokens do not change in later steps.
 
     Attributes:
-        config: of the call.
+        config: the call's configuration.
     """
 
     config: DecodeConfig
     output: ClassVar[type[GenerateOutput]] = GenerateDecoderOnlyOutput
     streams: ClassVar[bool] = True  # whether tokens can be shown before the end
 
-    # Before there is a mode: these read the merged GenerationConfig. transformers 5 still declares `num_beam_groups`,
-    # `diversity_penalty` and `penalty_alpha` there, though only its code on the Hub reads them.
+    # Called before a mode is chosen, so these read the merged GenerationConfig. transformers 5 still declares
+    # `num_beam_groups`, `diversity_penalty` and `penalty_alpha` there, though only its code on the Hub reads them.
 
     @classmethod
     def applies(cls, fields: "GenerationConfig", assistant_model: object = None) -> bool:
-        """Whether a call asks for this mode; the first of `MODES` that applies is chosen."""
+        """Whether a call asks for this mode. The first mode in `MODES` that applies is chosen."""
         raise NotImplementedError
 
     @classmethod
@@ -76,13 +76,15 @@ class Mode:
 
     @classmethod
     def unheeded(cls, fields: "GenerationConfig") -> dict[str, object]:
-        """The mode's own fields that transformers ignores given the others, with the values that switch them off."""
+        """The mode's own fields that transformers ignores because of other fields, with the values that switch them
+        off.
+        """
         del fields
         return {}
 
     @classmethod
     def unchecked(cls, given: Callable[[str], object]) -> set[str]:
-        """Fields that the mode reads, but that transformers 5 would refuse since it does not have the mode."""
+        """Fields that the mode reads, but that transformers 5 would refuse since it lacks the mode."""
         del given
         return set()
 
@@ -95,7 +97,7 @@ class Mode:
         """Raises a ValueError if tokens cannot be shown to a `streamer` before the end."""
 
     def check_stream(self) -> None:
-        """The same for `stream`."""
+        """Raises a ValueError if tokens cannot be shown to the reader of a `stream` before the end."""
 
     @property
     def sequences_per_prompt(self) -> int:
@@ -114,16 +116,16 @@ class Mode:
 
     @property
     def min_tokens_to_keep(self) -> int:
-        """The minimum number of tokens that the rules of sampling leave."""
+        """The minimum number of tokens that each sampling warper keeps."""
         return 1
 
     @property
     def whole_texts_per_step(self) -> bool:
-        """Whether with `use_cache=False` each step returns its own arrays, because texts may change their past."""
+        """Whether with `use_cache=False` each step returns its own arrays, because earlier tokens of a text may change."""
         return False
 
     def recorded(self, intermediates: tuple[str, ...], logprobs: bool) -> tuple[str, ...]:
-        """The arrays that the strategy records at every step: outputs, and those that sort the intermediates.
+        """The arrays that the strategy records at every step: outputs, and arrays for arranging the intermediates.
 
         Raises:
             ValueError: if this mode does not have log-probabilities.
@@ -132,19 +134,19 @@ class Mode:
         outputs = tuple(name for name in ("scores", "logits") if name in self.config.outputs)
         if logprobs:
             raise ValueError(
-                "`output_logprobs` is for greedy decoding and sampling. Pass `output_scores=True`, and the outputs to "
-                "`compute_transition_scores`."
+                "`output_logprobs` is for greedy decoding and sampling. Pass `output_scores=True`, and pass the "
+                "outputs to `compute_transition_scores`."
             )
         return outputs
 
     def text_slots(self, columns: int, new_tokens: int) -> int:
-        """The columns of the token buffer, S: those of the prompt in its bucket, and room for the new tokens."""
+        """S, the columns of the token buffer: the prompt in its bucket, and room for the new tokens."""
         return bucket(columns + new_tokens)
 
     def pad_token_id(self, parts: Parts) -> Any:
-        """The token id that finished rows receive; None to let them continue until all rows are finished.
+        """The token id that fills finished rows; None if they continue until all rows are finished.
 
-        As in transformers, they continue if only a criterion finishes them, because there is no eos.
+        As in transformers, they continue if there is no eos and only a criterion finishes them.
         """
         return self.config.fill_token_id if parts.has_eos or not parts.stopping_criteria else None
 
@@ -160,13 +162,13 @@ class Mode:
         Args:
             fetched: the outputs of the strategy.
             rows: B.
-            prompt_length: of the caller's prompt.
+            prompt_length: the length of the caller's prompt.
         """
         del prompt_length
         return {"sequences": fetched["sequences"][: rows * self.sequences_per_prompt, : fetched["length"]].copy()}
 
     def note(self, state: Any) -> str:
-        """A remark for people on the first text of a call, besides its speed, from the strategy's last state."""
+        """A remark for the user about the first text of a call, from the strategy's final state; empty for none."""
         del state
         return ""
 
@@ -174,16 +176,16 @@ class Mode:
         """int [rows, C, steps]: the slots of the new tokens of each text, counted from `first`.
 
         Args:
-            cache: at the end of the decode.
+            cache: the cache at the end of the decode.
             first: the slot after the prompt.
             rows: the number of rows of the cache that belong to the caller.
-            steps: the number of forward passes after the prompt's, each of which has read one of these tokens.
+            steps: the number of forward passes after the prompt's; each has read one of these tokens.
         """
         del cache, first
         return np.broadcast_to(np.arange(steps), (rows, 1, steps))
 
     def attended_steps(self, fetched: Mapping[str, np.ndarray], rows: int, steps: int) -> list[np.ndarray]:
-        """For each step, int [rows, C, step + 1]: the slots that the texts attend, counted as in `cached_steps`."""
+        """For each step, int [rows, C, step + 1]: the slots that the texts attend, with the offsets of `cached_steps`."""
         del fetched
         return [np.broadcast_to(np.arange(step + 1), (rows, 1, step + 1)) for step in range(steps)]
 
@@ -193,7 +195,7 @@ class Mode:
         return None
 
     def lineages(self, fetched: Mapping[str, np.ndarray], rows: int, steps: int) -> list[np.ndarray]:
-        """For each step after the prompt, int [step, rows]: the ancestor of each of its rows, at each step so far.
+        """For each step after the prompt, int [step, rows]: the ancestor of each row at each step so far.
 
         Empty if every row descends from itself.
         """

@@ -1,4 +1,4 @@
-"""The common part of the modes with beams."""
+"""The part that the modes with beams share."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class BeamsMode(Mode):
-    """Several beams per prompt that share a cache. A step reads one token for each, in C neighbouring slots."""
+    """Several beams per prompt that share a cache. A step reads one token per beam, in C neighbouring slots."""
 
     output = GenerateBeamDecoderOnlyOutput
     streams = False  # beams may change their tokens until the end
@@ -49,14 +49,14 @@ class BeamsMode(Mode):
 
     @property
     def candidates_per_beam(self) -> int:
-        """Enough for every beam to continue even if all its other candidates are end-of-sequence ids."""
+        """The number of candidates with which every beam can continue even if its others are all end-of-sequence ids."""
         return max(2, 1 + len(self.config.eos_token_id))
 
     def check_candidates(self, parts: Parts) -> None:
         if self.candidates_per_beam > parts.vocab_size:
             raise ValueError(
-                f"`eos_token_id` holds {len(self.config.eos_token_id)} ids, but a model with {parts.vocab_size} ids "
-                "needs others too, for beams to continue with. Pass fewer."
+                f"`eos_token_id` holds {len(self.config.eos_token_id)} ids, but the vocabulary has only "
+                f"{parts.vocab_size} ids, and beams need other ids to continue. Pass fewer."
             )
 
     def check_streamer(self) -> None:
@@ -85,7 +85,7 @@ class BeamsMode(Mode):
         return (*super().recorded(intermediates, logprobs), *(["parents"] if sorted_by_beam else []))
 
     def text_slots(self, columns: int, new_tokens: int) -> int:
-        return columns + bucket(new_tokens)  # apart, since each new token takes a slot per beam
+        return columns + bucket(new_tokens)  # rounded up by themselves, since each new token takes a slot per beam
 
     def texts(self, fetched: Mapping[str, np.ndarray], rows: int, prompt_length: int) -> dict[str, np.ndarray]:
         """The beams to return, padded to the longest of them, with their scores and indices."""
@@ -124,7 +124,7 @@ class BeamsMode(Mode):
 
 
 def ancestors(parents: np.ndarray, steps: int) -> list[np.ndarray]:
-    """For each step after the prompt, int [B, C, step]: the ancestor of each beam, at each step so far.
+    """For each step after the prompt, int [B, C, step]: the ancestor of each beam at each step so far.
 
     Args:
         parents: int [steps, B, C]. The beam of the previous step that each beam continues.

@@ -40,8 +40,8 @@ class ContrastiveSearchMode(Mode):
             return
         if fields.do_sample or (positive("num_beams", fields.num_beams) or 1) > 1:
             raise ValueError(
-                f"`penalty_alpha`={alpha} asks for contrastive search, which does not sample and does not have beams. "
-                "Leave out `do_sample` and `num_beams`, or `penalty_alpha`."
+                f"`penalty_alpha`={alpha} asks for contrastive search, which neither samples nor has beams. Leave out "
+                "`do_sample` and `num_beams`, or `penalty_alpha`."
             )
         if (top_k := integer("top_k", fields.top_k)) is None or top_k < 2:
             raise ValueError(

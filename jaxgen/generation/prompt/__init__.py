@@ -1,1 +1,1 @@
-"""Host: prompts, checked and laid out for the programs."""
+"""Checks prompts and arranges them for the programs; runs on the host."""

@@ -1,4 +1,4 @@
-"""Checks of the inputs of a call on the host: prompts in all forms, masks, negative prompts and keys."""
+"""Checks the inputs of a call: prompts in all forms, masks, negative prompts and keys."""
 
 import logging
 import operator
@@ -69,8 +69,8 @@ class Inputs:
         """Raises a ValueError unless the prompt is `plain` and prefilled at once.
 
         Args:
-            name: what needs such a prompt, for the message.
-            why: a clause of the message with the reason.
+            name: the feature that needs such a prompt, for the message.
+            why: the reason, a relative clause of the message.
             chunk: `prefill_chunk_size`.
         """
         given = {
@@ -90,7 +90,7 @@ def checked_inputs(
     """The prompt of a call, from all arguments that can hold it.
 
     Raises:
-        ValueError: naming the argument, its value, the range and a way out.
+        ValueError: naming the argument, its value, its range and what to do.
     """
     if inputs is not None and model_inputs.get("input_ids") is not None:
         raise ValueError("`inputs` and `input_ids` were both passed, but are the same argument. Pass one of them.")
@@ -120,7 +120,7 @@ def checked_inputs(
         mask = _mask("attention_mask", mask, shape)
     warn_about_padding(input_ids, mask, config, embeddings is not None)
     if mask is None:
-        # The mask of other columns cannot be inferred from these ids.
+        # If the numbers of columns differ, the mask cannot be inferred from the ids.
         if columns not in (0, shape[1]):
             raise ValueError(
                 f"`inputs_embeds` has {shape[1]} columns, but `input_ids` has {columns}. Pass the `attention_mask` of "
@@ -130,7 +130,7 @@ def checked_inputs(
     num_new = mask.shape[1] - num_cached
     if num_new < 1:
         raise ValueError(
-            f"`cache` holds {num_cached} tokens, and the prompt has {mask.shape[1]}: no token is left to read. "
+            f"`cache` holds {num_cached} tokens, and the prompt has {mask.shape[1]}, so there is no new token to read. "
             f"Pass the whole text, or new `input_ids` with an `attention_mask` that is {num_cached} columns longer, or "
             "remove tokens with `cache.crop`."
         )
@@ -181,7 +181,7 @@ def _num_cached(past: object, rows: int) -> int:
 
 
 def _check_logits_to_keep(given: object) -> None:
-    """The value changes nothing: `generate` reads the logits of the last token alone, as in transformers."""
+    """The value has no effect: `generate` reads the logits of the last token only, as in transformers."""
     if given is not None and (not isinstance(given, (int, np.integer)) or isinstance(given, bool) or given < 0):
         raise ValueError(
             f"`logits_to_keep`={given!r} must be a number of tokens, or 0 for all; `generate` reads the logits of the "
@@ -240,7 +240,7 @@ def _mask_array(name: str, given: "ArrayLike | None") -> np.ndarray | None:
 
 
 def _mask(name: str, mask: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """The mask as bool; raises a ValueError unless it has this shape. A row that is all masked is only warned about."""
+    """The mask as bool; raises a ValueError unless it has this shape. For a row that is all masked it only warns."""
     if mask.shape != shape:
         raise ValueError(f"`{name}` has shape {mask.shape}, but its ids have {shape}. They must be equal.")
     if not np.isin(mask, (0, 1)).all():
@@ -272,7 +272,7 @@ def _array(name: str, given: "ArrayLike") -> np.ndarray:
 
 
 def _refuse_text(name: str, given: object) -> None:
-    # The first element, however deep: a list of texts has the same mistake as a text.
+    # The first element, at any depth: a list of texts is the same mistake as a text.
     first = given
     while isinstance(first, (list, tuple)) and first:
         first = first[0]
@@ -287,7 +287,7 @@ def _refuse_text(name: str, given: object) -> None:
 
 
 def refuse_tracer(value: object) -> None:
-    """Raises ValueError if the value belongs to a trace."""
+    """Raises ValueError if the value is a tracer."""
     if isinstance(value, Tracer):
         raise ValueError(
             "`generate`, `stream` and `prepare` run on the host, not inside jit, vmap or grad. Use `jaxgen.decode` "
@@ -296,7 +296,7 @@ def refuse_tracer(value: object) -> None:
 
 
 def warn_about_padding(input_ids: np.ndarray, mask: np.ndarray | None, config: DecodeConfig, embedded: bool) -> None:
-    """The warnings of transformers 5.24 `_prepare_special_tokens` and `generate` about padding, for batches only."""
+    """Warns about padding as transformers 5.24 `_prepare_special_tokens` and `generate` do, for batches only."""
     eos, pad = config.eos_token_id, config.pad_token_id
     if len(input_ids) == 1 or (pad is None and not eos):
         return
@@ -360,7 +360,7 @@ def key_data(key: "ArrayLike | None", config: DecodeConfig, padded_rows: int, ro
     refuse_tracer(key)
     advice = "Pass an int, a jax.random key, or one of either per prompt."
     if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        words = np.asarray(jax.random.key_data(key))[..., :2]  # of the two or four words of an implementation
+        words = np.asarray(jax.random.key_data(key))[..., :2]  # keys have two or four words
     else:
         try:
             given = np.asarray(key)

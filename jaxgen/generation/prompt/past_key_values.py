@@ -1,4 +1,4 @@
-"""The cache of a finished call: the view of the caller, and the cache that a later call continues."""
+"""The cache of a finished call, as the caller sees it and as a later call continues it."""
 
 from collections.abc import Sequence
 from typing import Any, Self, overload
@@ -17,11 +17,11 @@ class PastKeyValues(Sequence[Layer]):
     """The cache of a call without its padding: `past[layer]` is a pair, each [N * C, K, L, H] on the device.
 
     The rows are those of the call's `sequences`, or its running beams; L is the number of tokens that the model has
-    read. Later calls can continue it as their `cache`, any number of them, and never change it.
+    read. Any number of later calls can continue it as their `cache`, and none of them changes it.
     """
 
     def __init__(self, cache: Cache, slots: np.ndarray):
-        """From a cache of N rows and int [N, C, L], the slots of the tokens of each branch of each row."""
+        """From a cache of N rows, and `slots`, int [N, C, L]: the slots of each branch's tokens."""
         rows, branches, length = slots.shape
         # Row i of the view is branch i % C of row i // C of the cache.
         self._cache = cache
@@ -33,7 +33,7 @@ class PastKeyValues(Sequence[Layer]):
         """A copy of a transformers `Cache` of torch tensors; None if it is empty.
 
         Raises:
-            ValueError: if it belongs to another model, or no longer holds all tokens.
+            ValueError: if it belongs to another model, or does not hold all tokens any more.
         """
         layers = getattr(given, "layers", None)
         if layers is None:
@@ -64,7 +64,7 @@ class PastKeyValues(Sequence[Layer]):
 
         if [[*map(kind, pair)] for pair in pairs] != [[*map(kind, pair)] for pair in expected]:
             raise ValueError(_ANOTHER_MODEL)
-        # A copy, since on a CPU `asarray` may share memory with torch, which later changes it.
+        # A copy, since on a CPU `asarray` may share memory with torch, which may change it later.
         arrays = tuple(
             tuple(jnp.array(lazy.as_numpy(array), each.dtype, copy=True) for array, each in zip(*pair, strict=True))
             for pair in zip(pairs, expected, strict=True)
@@ -112,7 +112,7 @@ class PastKeyValues(Sequence[Layer]):
         length = self.get_seq_length()
         if type(tokens_to_remove) is not int or not -length <= tokens_to_remove <= 0:
             raise ValueError(
-                f"`crop` removes some of the {length} tokens, given as a negative number, but got "
+                f"`crop` takes minus the number of tokens to remove from the {length} tokens, but got "
                 f"{tokens_to_remove!r}. Pass an integer from {-length} to 0."
             )
         self._slots = self._slots[:, : length + tokens_to_remove]
@@ -121,7 +121,7 @@ class PastKeyValues(Sequence[Layer]):
         """A cache for a program to continue.
 
         Args:
-            model: of the call.
+            model: the call's model.
             rows: N, at least the B rows of the call.
             slots: size of the new cache, at least L. The tokens are in its first slots; the others are free.
             mask: bool [B, L]. Which tokens may be attended. A cache of one row is repeated for every row.

@@ -1,4 +1,4 @@
-"""Prompts padded to buckets, so that one program serves many shapes."""
+"""Pads prompts to buckets, so that one program serves many shapes."""
 
 from dataclasses import replace
 from typing import Any
@@ -11,11 +11,11 @@ from jaxgen.generation.prompt.inputs import Inputs, counted_positions
 
 _MIN_PROMPT_BUCKET = 16  # one program for all short prompts; 16 tokens take hardly longer than one
 _RESERVED_CHUNK = 32  # a short turn of a conversation; for more, XLA:CPU packs the weights again at every matmul
-_RESERVED_ANSWER = 256  # new tokens that a reserved cache has room for; beyond, it grows
+_RESERVED_ANSWER = 256  # new tokens that a reserved cache has room for; for more, it grows
 
 
 def pad_to_buckets(model: Model, input_ids: np.ndarray, attention_mask: np.ndarray, least: int = 0) -> Prompt:
-    """The prompt in the upper right corner of its bucket, which has at least `least` columns.
+    """The prompt at the top right of its bucket, which has at least `least` columns.
 
     ```
     . . . p p p      masked columns to the left of the B prompts
@@ -41,7 +41,7 @@ def padded_prompt(
 ) -> tuple[Prompt, Prefill | None, np.ndarray]:
     """The prompt in its bucket, the `Prefill` if the model reads more than these tokens, and int [L] cache slots.
 
-    With `reserve` all shapes depend on the size of the cache alone, not on how many tokens are cached or new, so that a
+    With `reserve`, all shapes depend only on the size of the cache, and not on how many tokens are cached or new. So a
     conversation needs one program until its cache is full.
 
     Args:
@@ -95,7 +95,9 @@ def padded_prompt(
 
 
 def _chunks(num_new: int, size: int) -> tuple[int, int, np.ndarray]:
-    """The full chunks, the padding of the last one, and int [T]: the offsets of the new tokens behind the cache."""
+    """The number of full chunks, the padding of the last chunk, and int [T]: the offsets of the new tokens after the
+    cache.
+    """
     # Chunks as transformers cuts them: full ones, then the rest, which is padded on the left to the same size. For 7
     # new tokens in chunks of 3, after 2 in the cache:
     #
@@ -109,7 +111,7 @@ def _chunks(num_new: int, size: int) -> tuple[int, int, np.ndarray]:
 
 
 def _past(model: Model, inputs: Inputs, rows: int, slots: int, reserved: bool) -> Cache | None:
-    """The cache before the new tokens, with N rows and so many slots; None if nothing is cached or reserved."""
+    """The cache before the new tokens, with N rows and `slots` slots; None if nothing is cached or reserved."""
     if inputs.past is None:
         return model.make_cache(rows, slots) if reserved else None
     return inputs.past.to_cache(model, rows, slots, inputs.attention_mask[:, : -inputs.num_new])
@@ -118,7 +120,7 @@ def _past(model: Model, inputs: Inputs, rows: int, slots: int, reserved: bool) -
 def guided_prompt(
     model: Model, inputs: Inputs, negative_ids: np.ndarray, negative_mask: np.ndarray, guidance_scale: float
 ) -> tuple[Prompt, Prefill, np.ndarray]:
-    """As `padded_prompt`, with negative prompts [B, P'] below the prompts: one batch, so that weights are read once."""
+    """As `padded_prompt`, with negative prompts [B, P'] below the prompts in one batch, so that weights are read once."""
     width = max(inputs.input_ids.shape[1], negative_ids.shape[1])
 
     # Both are padded on the left to one width, so that their last tokens are in the same column.

@@ -1,6 +1,6 @@
 """Token healing: the last token of each prompt is chosen again among those that extend its text.
 
-The tokenizer cuts a prompt that ends within a word, such as "The link is http:", where it would not cut a longer text.
+If a prompt ends within a word, such as "The link is http:", its last token ends where no token of a longer text would.
 Same as transformers 5.24 `GenerationMixin.heal_tokens`.
 """
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from jaxgen.lazy import GenerationConfig, PreTrainedTokenizerBase
 
 _BIAS = 10.0  # makes every extension more likely than any other token
-_OWN_BIAS = 1.0  # for the present token, so that "http" does not become "https" without a reason
+_OWN_BIAS = 1.0  # for the current token, so that "http" does not become "https" without a reason
 
 
 OneToken = Callable[[np.ndarray, "GenerationConfig", np.ndarray | None], np.ndarray]
@@ -32,7 +32,7 @@ def healed_inputs(model: Model, inputs: Inputs, request: Request, one_token: One
     Args:
         model: of the call.
         inputs: the prompt before healing.
-        request: for its tokenizer and its key.
+        request: the call's arguments, with its tokenizer and key.
         one_token: continues int32 [1, P] by one token, with a GenerationConfig and a key.
 
     Raises:
@@ -50,7 +50,7 @@ def healed_inputs(model: Model, inputs: Inputs, request: Request, one_token: One
         )
     if not inputs.plain:
         raise ValueError(
-            "`token_healing` changes the prompt, which then cannot be combined with `cache`, `inputs_embeds` or "
+            "`token_healing` changes the prompt, so it cannot be combined with `cache`, `inputs_embeds` or "
             "`position_ids`. Leave out one of them."
         )
 
@@ -67,8 +67,8 @@ def healed_inputs(model: Model, inputs: Inputs, request: Request, one_token: One
         return replace(inputs, input_ids=input_ids)
     if not inputs.attention_mask.all():
         raise ValueError(
-            f"`token_healing` made prompts of {input_ids.shape[1]} tokens, which the `attention_mask` of "
-            f"{inputs.attention_mask.shape[1]} does not fit. Heal one prompt at a time."
+            f"`token_healing` made prompts of {input_ids.shape[1]} tokens, but the `attention_mask` has "
+            f"{inputs.attention_mask.shape[1]} columns. Heal one prompt at a time."
         )
     mask = np.ones(input_ids.shape, bool)
     return replace(inputs, input_ids=input_ids, text_mask=mask, attention_mask=mask, num_new=input_ids.shape[1])
@@ -79,7 +79,7 @@ def heal(
     tokenizer: "PreTrainedTokenizerBase",
     one_token: Callable[[np.ndarray, "GenerationConfig", int], np.ndarray],
 ) -> np.ndarray:
-    """The healed prompts, int32 [B, P']; P' differs from P if the tokenizer cuts the text in other places.
+    """The healed prompts, int32 [B, P']. P' differs from P if the tokenizer splits the text in other places.
 
     Args:
         input_ids: int32 [B, P].
@@ -87,7 +87,7 @@ def heal(
         one_token: continues int32 [1, P] by one token, with a GenerationConfig, for a row of the prompts.
     """
     bos, pad = tokenizer.bos_token_id, tokenizer.pad_token_id
-    # White space at the end would keep the last word from being extended.
+    # White space at the end would prevent an extension of the last word.
     texts = [text.strip() for text in tokenizer.batch_decode(input_ids, skip_special_tokens=True)]
     input_ids = np.asarray(tokenizer(texts, return_tensors="np", padding=True)["input_ids"], np.int32)
     # As in transformers, so that the bos that the tokenizer adds is not part of the text.
@@ -115,6 +115,6 @@ def heal(
 
 
 def _as_token(text: str, tokenizer: "PreTrainedTokenizerBase") -> str:
-    """The text as the tokenizer spells it in tokens, for example with "Ġ" for each space."""
+    """The text as it is written in the vocabulary, for example with "Ġ" for each space."""
     space = tokenizer.convert_tokens_to_ids(" ")
     return text if space is None else text.replace(" ", tokenizer.convert_ids_to_tokens(space)[0])

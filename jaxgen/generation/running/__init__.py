@@ -1,1 +1,1 @@
-"""Host: what runs a call and watches it."""
+"""Runs a call, and follows its progress on the host."""

@@ -1,7 +1,7 @@
-"""How long this thread has been compiling, which time limits and speeds leave out.
+"""The time this thread has spent compiling, which time limits and speeds exclude.
 
-Timing the dispatch of a program would count too much: on a GPU the dispatch of a `while` blocks until its last step. So
-the clock adds up the traces, lowerings and compiles that JAX reports, which are never nested.
+Timing a program's dispatch would count too much: on a GPU, the dispatch of a `while` blocks until its last step. So the
+clock adds up the traces, lowerings and compiles that JAX reports, which are never nested.
 """
 
 import threading
@@ -17,7 +17,7 @@ _spent = _Spent()
 
 
 def compile_seconds() -> float:
-    """Seconds that this thread has spent compiling so far, with traces and with programs read from a cache on disk."""
+    """Seconds that this thread has spent compiling so far, including traces and reads of programs from a cache on disk."""
     return _spent.seconds
 
 

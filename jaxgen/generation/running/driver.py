@@ -28,7 +28,7 @@ from jaxgen.generation.call import PreparedCall
 from jaxgen.generation.running.compile_clock import compile_seconds
 from jaxgen.processors.stopping_criteria import MaxLength
 
-# To guess the length of the first chunk of an unwatched call: a tenth of the bandwidth in bytes per second at which
+# Bytes per second, for a guess at the length of the first chunk of an unwatched call: a tenth of the bandwidth at which
 # weights are read, since rows and cache take time too.
 _BANDWIDTH, _BANDWIDTH_ELSEWHERE = {"cpu": 2e9, "gpu": 3e11}, 1e11
 
@@ -40,7 +40,7 @@ class ChunkSchedule:
     Attributes:
         seconds: target time of a chunk. An interrupt or `max_time` takes effect at the next chunk.
         max_steps: maximum number of steps of a chunk.
-        watched: whether every chunk is streamed, with the first token as soon as possible.
+        watched: whether chunks are streamed, with the first token as soon as possible.
     """
 
     seconds: float
@@ -64,13 +64,13 @@ UNWATCHED = ChunkSchedule(seconds=0.25, max_steps=2**20, watched=False)
 # A smaller cache would not save enough time to pay for compiling its program.
 _FEWEST_SLOTS = 256
 
-# From here on decode steps cost so much more than a compile that sizes are closer to each other.
+# From here on, decode steps are so slow compared to a compile that sizes are closer to each other.
 _LONG = 2048
 
 
 @dataclass(frozen=True)
 class CacheSize:
-    """A size of the cache, and for how many steps it suffices.
+    """A size of the cache, and the number of steps that it is large enough for.
 
     Attributes:
         slots: per row.
@@ -85,13 +85,13 @@ def cache_sizes(model: Model, prepared: PreparedCall, weights: int) -> Generator
     """The sizes that the cache of a call grows through: powers of two up to 2048 slots, buckets beyond.
 
     Every step reads the whole cache, so a size is at most 2x the slots in use, and beyond 2048 at most 1.5x. Two
-    exceptions: as many slots as take few bytes compared to the weights are there from the start, and the last size may
-    be 1.5x as large as needed if that saves one more size. Each size costs a compile, which takes a long text to pay
-    for itself: 3072 slots instead of 4096 save 6 ms of each of a thousand steps (135M on a CPU, batch 1).
+    exceptions: the first size has all the slots that take few bytes compared to the weights, and the last size may be
+    1.5x as large as needed if that saves one more size. Each size costs a compile, which only pays off with a long
+    text: 3072 slots instead of 4096 save 6 ms per step for a thousand steps (135M on a CPU, batch 1).
     """
     strategy, prompt_slots, max_size = prepared.call.strategy, prepared.call.prompt_slots, prepared.cache_slots
     max_passes = prepared.forward_passes
-    if strategy.columns > 1:  # a ragged cache says itself when it is full
+    if strategy.columns > 1:  # a ragged cache reports itself when it is full
         size = max(prepared.reserved, strategy.cache_slots(prompt_slots, 2), _FEWEST_SLOTS)
         while True:
             size = bucket(size) if size > _LONG else 1 << (size - 1).bit_length()
@@ -107,7 +107,7 @@ def cache_sizes(model: Model, prepared: PreparedCall, weights: int) -> Generator
     enough = min(max_size, strategy.cache_slots(prompt_slots, max_passes + 1))
     rows = prepared.call.model_rows * strategy.copies
     negligible = weights // 64 // (rows * model.cache_bytes_per_token)
-    passes, never_grows = 0, "attentions" in prepared.intermediates  # whose buffers are as wide as the cache
+    passes, never_grows = 0, "attentions" in prepared.intermediates  # their buffers are as wide as the cache
     while True:
         needed = max(strategy.cache_slots(prompt_slots, passes + 2), negligible, _FEWEST_SLOTS)
         size = bucket(needed) if needed > _LONG else 1 << (needed - 1).bit_length()
@@ -116,7 +116,7 @@ def cache_sizes(model: Model, prepared: PreparedCall, weights: int) -> Generator
         if enough <= size:
             yield CacheSize(size, max_passes)
             return
-        # The most decode steps whose new tokens fit, with one more in reserve.
+        # The maximum number of decode steps whose new tokens fit, with one more in reserve.
         passes = bisect.bisect(range(max_passes), size, key=lambda new: strategy.cache_slots(prompt_slots, new + 1)) - 1
         yield CacheSize(size, passes)
 
@@ -127,8 +127,8 @@ Chunks = Generator[Progress, bool | None, DecodeState]
 def drive(model: Model, prepared: PreparedCall, schedule: ChunkSchedule) -> Chunks:
     """Runs a call, yields the progress of its chunks as host arrays, and returns the state at the end.
 
-    Sending True stops it. The state can then be one chunk ahead of the progress, since that chunk was queued already.
-    After an interrupt or an error of the reader the device is idle.
+    Sending True stops the call. Its state may then be one chunk ahead of the progress, since that chunk was already
+    queued. After an interrupt, or an error in the reader, the device is idle.
     """
     max_time = math.inf if prepared.config.max_time is None else prepared.config.max_time
     waits = schedule.watched or max_time < math.inf
@@ -137,7 +137,7 @@ def drive(model: Model, prepared: PreparedCall, schedule: ChunkSchedule) -> Chun
     weights = sum(each.nbytes for each in jax.tree.leaves(model))
     sizes = cache_sizes(model, prepared, weights)
     size, done = next(sizes), 0
-    # Without a count of steps the state says when the decode ends: steps of a full cache are left out.
+    # Without a count of steps, the state tells when the decode ends: steps with a full cache do nothing.
     passes = prepared.forward_passes if prepared.call.strategy.columns == 1 else math.inf
     state, progress = prefill(model, prepared.call, prepared.intermediates, size.slots)
     compiling = compile_seconds() - compiled
@@ -184,7 +184,7 @@ def drive(model: Model, prepared: PreparedCall, schedule: ChunkSchedule) -> Chun
 
 
 def _with_room(state: DecodeState, strategy: Strategy, sizes: Generator[CacheSize]) -> DecodeState:
-    """The state with room in its ragged caches: without holes, and larger if less than an eighth of one is free."""
+    """The state with its ragged caches squeezed, and grown if less than an eighth of a cache is free."""
     caches: list[Any] = [state.cache, *strategy.caches(state.inner)]
     if len(state.cache.valid) > 1:  # a single row has no holes
         caches = [squeeze(cache) for cache in caches]
@@ -196,7 +196,7 @@ def _with_room(state: DecodeState, strategy: Strategy, sizes: Generator[CacheSiz
 
 
 def _stopped(model: Model, prepared: PreparedCall, state: DecodeState, read: Progress) -> DecodeState:
-    """The state of a call that ends early. Beams take one last step, in which a lower `max_length` finishes all."""
+    """The state of a call that ends early. Beams take one more step, in which a lower `max_length` finishes them all."""
     if read.text is not None:
         return state
     strategy: Any = prepared.call.strategy
@@ -205,7 +205,9 @@ def _stopped(model: Model, prepared: PreparedCall, state: DecodeState, read: Pro
 
 
 def collect(chunks: Chunks, look: Callable[[Progress], bool | None] = lambda progress: None) -> DecodeState:
-    """Runs `drive` to its end and returns the state. `look` gets the progress of every chunk; True from it stops."""
+    """Runs `drive` to its end and returns the state. `look` is called with the progress of every chunk, and stops the
+    call by returning True.
+    """
     stop = None
     with contextlib.closing(chunks):
         while True:

@@ -1,7 +1,7 @@
 """Python functions inside the compiled loop: processors and criteria of transformers, and NumPy functions.
 
 The program holds a number in place of the function, so that another function, or another instance of the same
-processor, does not compile again. Each call costs a trip to the host and a copy of the scores, at every step.
+processor, does not compile again. Every step costs a round trip to the host, and a copy of the scores.
 """
 
 import itertools
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class HostFunction(Protocol):
-    """Of int [rows, L] texts, float [rows, V] scores and the number of the first of these rows in the call."""
+    """A function of int [rows, L] texts, float [rows, V] scores, and the index in the call of the first of these rows."""
 
     def __call__(self, input_ids: np.ndarray, scores: np.ndarray | None, first_row: int = 0) -> np.ndarray: ...
 
@@ -39,8 +39,8 @@ class HostProcessor(LogitsProcessor):
     """Calls `function(input_ids [rows, cur_len], scores [rows, V])` on the host, in the order of the steps.
 
     Attributes:
-        number: int32 []. The number of a function that is `registered`.
-        rows: int32 []. The caller's rows; the function does not see the padding rows after them.
+        number: int32 []. The number of the function; see `HostFunctions.registered`.
+        rows: int32 []. The number of the caller's rows; the function does not see the padding rows after them.
     """
 
     number: Int32
@@ -98,7 +98,7 @@ class HostFunctions:
         """The number that stands for the function in a program.
 
         Raises:
-            ValueError: if JAX has no CPU backend, naming the argument of `generate` that the function came with.
+            ValueError: if JAX has no CPU backend. It names the `argument` of `generate` that holds the function.
         """
         try:
             jax.local_devices(backend="cpu")
@@ -137,7 +137,7 @@ class HostFunctions:
 
 
 def for_processor(function: Callable[..., object]) -> HostFunction:
-    """`function` with NumPy arrays in and out; a subclass of transformers' LogitsProcessor gets tensors."""
+    """`function` with NumPy arrays as input and output; a subclass of transformers' LogitsProcessor gets tensors."""
     if _is_transformers(function):
         function = _with_tensors(function)
 
@@ -177,7 +177,7 @@ def for_prefix(prefix_allowed_tokens_fn: Callable[[int, np.ndarray], "ArrayLike"
                 )
             mask[row, allowed] = 0
         constrained = scores + mask
-        # If all rows of a prompt have only -inf left, the constraint takes precedence over the scores.
+        # If only -inf is left in all rows of a prompt, the constraint takes precedence over the scores.
         together = copies if len(scores) % copies == 0 else 1
         unsatisfiable = np.isneginf(constrained.max(axis=1)).reshape(-1, together).all(axis=1)
         return np.where(np.repeat(unsatisfiable, together)[:, None], mask, constrained)
@@ -232,13 +232,13 @@ def _processed(
 
 
 def _finished(number: jax.Array, rows: jax.Array, input_ids: jax.Array, cur_len: jax.Array) -> np.ndarray:
-    finished, count = np.ones(len(input_ids), bool), int(rows)  # padding rows never hold up the end
+    finished, count = np.ones(len(input_ids), bool), int(rows)  # padding rows never delay the end
     prefix = np.asarray(input_ids)[:count, : int(cur_len)].copy()
     finished[:count] = _functions[int(number)](prefix, None, 0)
     return finished
 
 
-# Of several tokens per row, one at a time, since rows are at lengths of their own:
+# Several tokens per row are processed one at a time, since the rows have different lengths:
 #
 #     input_ids      [ cur_len | tokens | unwritten positions ]     of row n, `read[n]` says which of its tokens count
 
@@ -257,7 +257,7 @@ def _processed_columns(
         for column in range(columns):
             prefix = text[None, : length + column].copy()
             processed[row, column] = function(prefix, processed[row, column][None].copy(), row)[0]
-            # No draft goes on after a token that the function forbids, and it may know nothing of such texts.
+            # Tokens after a forbidden one cannot be accepted, and the function may not support such texts.
             if column + 1 < columns and np.isneginf(processed[row, column, text[length + column]]):
                 break
     return processed

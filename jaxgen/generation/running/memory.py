@@ -1,4 +1,4 @@
-"""Whether a call fits into memory, by the arrays that it is certain to hold."""
+"""Checks whether a call fits into memory, by the arrays that it certainly holds."""
 
 import os
 
@@ -9,7 +9,7 @@ from jaxgen.generation.call import PreparedCall
 
 
 def check_memory(model: Model, prepared: PreparedCall) -> None:
-    """Raises ValueError if the arrays of a call exceed the memory, before anything is compiled."""
+    """Raises ValueError if the arrays of a call exceed the memory. Called before anything is compiled."""
     call, config, mode = prepared.call, prepared.config, prepared.mode
     prompt_slots, cache_slots = call.prompt_slots, prepared.cache_slots
     rows, steps = call.model_rows * call.strategy.copies, call.slots - call.prompt.input_ids.shape[1]

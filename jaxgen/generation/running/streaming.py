@@ -1,4 +1,4 @@
-"""The new tokens of each chunk while a call runs, for `stream` and for streamers."""
+"""Extracts the new tokens of each chunk while a call runs, for `stream` and for streamers."""
 
 from collections.abc import Callable
 from typing import Protocol
@@ -10,10 +10,12 @@ from jaxgen.generation.call import PreparedCall
 
 
 class Streamer(Protocol):
-    """The methods of transformers' streamers that a call uses."""
+    """The methods of a transformers streamer that a call uses."""
 
     def put(self, value: np.ndarray, /) -> object:
-        """Takes the prompts, int32 [rows, P], and then the next token of each row, int32 [rows], time after time."""
+        """Called first with the prompts, int32 [rows, P], and then at each step with the next token of each row, int32
+        [rows].
+        """
         ...
 
     def end(self) -> object: ...
@@ -33,7 +35,7 @@ class NewTokens:
 
 
 def to_streamer(streamer: Streamer, prepared: PreparedCall) -> Callable[[Progress], None]:
-    """Passes the prompts to a streamer, as transformers does. Returns a function that passes it the new tokens."""
+    """Passes the prompts to a streamer, as transformers does. Returns a function that passes the new tokens on to it."""
     new = NewTokens(prepared)
     streamer.put(np.repeat(prepared.inputs.input_ids, prepared.call.strategy.copies, axis=0))
 
