@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from jaxgen.generation.prompt.past_key_values import PastKeyValues
     from jaxgen.generation.text_stream import stream_text
     from jaxgen.processors.stopping_criteria import EosToken, MaxLength
-else:  # type checkers see only the names above, so that they report a misspelt one
+else:  # hidden from type checkers, so that they report misspelt names
 
     def __getattr__(name: str) -> object:
         if name not in _HOMES:

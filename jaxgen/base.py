@@ -1,7 +1,7 @@
 """Core types: the interfaces between models, caches, decoding strategies and the decode loop.
 
 The model side (`models/`, `kv_cache`, `checkpoint/`) and the decoding side (`decoding/`, `processors/`) never import
-each other. They meet through the Protocols of this file, so a test can use a transition table in place of a Llama.
+each other. They are connected by the Protocols of this file, so a test can use a transition table in place of a Llama.
 
 Dimension letters, with one meaning in all docstrings. Programs round B, N, P, T and S up to buckets:
 
@@ -34,7 +34,8 @@ from jaxgen.pytree import Bool, Float32, Int32, pytree
 
 @contextmanager
 def no_mesh() -> Iterator[None]:
-    """Unsets the mesh of the caller's `jax.set_mesh`, so that new arrays are placed where the model's weights are.
+    """Unsets the mesh that the caller set with `jax.set_mesh`, so that new arrays are placed where the model's weights
+    are.
 
     Otherwise JAX shards arrays made here over the caller's mesh, and then refuses to combine them with arrays that are
     not on it. A `shard_map` stays in force, and so do the `Auto` axes of a `jit`.
@@ -45,14 +46,14 @@ def no_mesh() -> Iterator[None]:
         try:
             aside = jax.set_mesh(None)
         except ValueError:  # inside a `jit`, where `set_mesh` is not allowed
-            # Explicit axes are part of the types of arrays, so they have to go. Auto axes are left to the compiler.
+            # Explicit axes are part of array types, so they must be unset. Auto axes are left to the compiler.
             if all(kind == AxisType.Explicit for kind in mesh.axis_types):
                 aside = jax.sharding.use_abstract_mesh(AbstractMesh((), ()))
     with aside:
         yield
 
 
-# How many columns more than `columns` a step may write to the cache of another model; see `Strategy.caches`.
+# Number of columns beyond `columns` that a step may write to the cache of another model; see `Strategy.caches`.
 MORE_COLUMNS = 5
 
 
@@ -62,7 +63,7 @@ def as_last(vector: jax.typing.ArrayLike, x: jax.Array) -> jax.Array:
 
 
 def step_buffers(names: Iterable[str], steps: int, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-    """Buffers of zeros, [steps, ...] each, for arrays that are recorded at every step and have these shapes there."""
+    """Buffers of zeros, [steps, ...] each, for arrays that are recorded at every step with these shapes."""
     return {name: jnp.zeros((steps, *shapes[name].shape), shapes[name].dtype) for name in names}
 
 
@@ -76,7 +77,7 @@ def write_step(buffers: dict[str, jax.Array], values: Mapping[str, jax.Array], s
 @pytree
 @dataclass(frozen=True)
 class Prompt:
-    """A batch of prompts in its bucket, padded on the left and below; what processors and strategies see of it.
+    """A batch of prompts as processors and strategies see it, padded on the left and at the bottom to its bucket.
 
     ```
                  P = 8, length = 5
@@ -88,8 +89,8 @@ class Prompt:
     Attributes:
         input_ids: int32 [N, P]. The caller's prompt (its own padding included) in the last `length` columns.
         attention_mask: bool [N, P]. False on the caller's padding and on the bucket's.
-        length: int32 []. Columns of the caller's prompts, their own padding included.
-        rows: int32 []. Rows of the caller's prompts; the rows below them belong to the bucket.
+        length: int32 []. The number of columns of the caller's prompts, their own padding included.
+        rows: int32 []. The number of rows of the caller's prompts; the rows below them are padding of the bucket.
     """
 
     input_ids: Int32
@@ -123,7 +124,7 @@ class Prompt:
 @pytree
 @dataclass(frozen=True)
 class Prefill:
-    """The inputs of the prompt's forward pass, for calls that read more or less than the prompt's tokens.
+    """The inputs of the prompt's forward pass, for calls where these are not just the prompt's tokens.
 
     With guidance there are 2N rows instead of N: the prompts, and below them their negative prompts.
 
@@ -132,9 +133,9 @@ class Prefill:
         attention_mask: bool [N, T]. False on padding.
         position_ids: int32 [N, T].
         past: the cache of earlier columns, with slots for these T columns too; None if there are no earlier columns.
-        padding: int32 []. Columns of bucket padding at the start of the forward pass, or with a `chunk` of its last
-            chunk. May be None if there is neither a `past` nor a `chunk`.
-        full_chunks: int32 []. With a `chunk`, how many chunks come before the last one, which alone is padded.
+        padding: int32 []. Columns of bucket padding at the start of the forward pass, or of its last chunk with a
+            `chunk`. May be None without `past` and `chunk`.
+        full_chunks: int32 []. With a `chunk`, the number of chunks before the last one. Only the last one is padded.
         guidance_scale: float32 []. None if there are no negative prompts.
         chunk: columns per forward pass, static; None to read all T at once.
     """
@@ -157,7 +158,7 @@ class Call:
     Attributes:
         prompt: the token ids.
         strategy: how tokens are chosen; it also holds the maximum length.
-        slots: S, static: P plus the number of new tokens there is room for. The strategy's maximum length may be less.
+        slots: S, static: P plus room for new tokens. The strategy's maximum length may be less.
         prefill: the inputs of the prompt's forward pass; None if they are the prompt's tokens.
     """
 
@@ -177,7 +178,7 @@ class Call:
 
     @property
     def prompt_slots(self) -> int:
-        """The cache slots that are taken once the prompt is read: P or T, or all the slots of `past`."""
+        """The number of cache slots in use once the prompt is read: P or T, or all slots of `past`."""
         if self.prefill is None:
             return self.prompt.input_ids.shape[1]
         past = self.prefill.past
@@ -185,21 +186,21 @@ class Call:
 
 
 class Cache(Protocol):
-    """A model's memory of the columns so far, such as their keys and values: a pytree, never mutated."""
+    """What a model keeps of the columns so far, such as their keys and values: a pytree, never mutated."""
 
     @property
     def branches(self) -> int:
-        """C: the continuations of each row that the cache holds; 1 until `branch` is called."""
+        """C: the number of continuations that the cache holds of each row; 1 until `branch` is called."""
         ...
 
     @property
     def slots(self) -> int:
-        """S: the columns that the cache has room for."""
+        """S: the number of columns that the cache has room for."""
         ...
 
     @property
     def valid(self) -> jax.Array:
-        """bool [N, S], or [N, C, S] with branches: the slots that the next column attends."""
+        """bool [N, S], or [N, C, S] with branches: the slots that the next column attends to."""
         ...
 
     @property
@@ -229,9 +230,10 @@ class Cache(Protocol):
         ...
 
     def skip(self, columns: jax.Array) -> Self:
-        """The same cache, before a forward pass that begins with int32 [] `columns` columns of bucket padding.
+        """Prepares the cache for a forward pass that begins with int32 [] `columns` columns of bucket padding.
 
-        The loop calls it before `Model.extend`, so that distances between columns of the text do not count padding.
+        The loop calls this before `Model.extend`, so that padding does not count in distances between columns of the
+        text.
         """
         ...
 
@@ -247,11 +249,11 @@ class Cache(Protocol):
         ...
 
     def branch(self, branches: int) -> "BranchedCache":
-        """A cache of C continuations of each row."""
+        """This cache with C continuations of each row."""
         ...
 
     def ragged(self) -> "RaggedCache":
-        """A cache whose rows continue at their own pace."""
+        """This cache with rows that advance at different speeds."""
         ...
 
 
@@ -271,14 +273,14 @@ class BranchedCache(Cache, Protocol):
 
 
 class RaggedCache(Cache, Protocol):
-    """A cache whose rows may drop their last columns, each row its own number of them.
+    """A cache whose rows may drop their last columns, a different number in each row.
 
-    In a forward pass over T columns, `attention_mask` marks the first ones of each row, which it reads.
+    In a forward pass over T columns, each row reads only its first columns, which `attention_mask` marks.
     """
 
     @property
     def length(self) -> jax.Array:
-        """int32 []. The slots that are taken, holes included."""
+        """int32 []. The number of slots in use, holes included."""
         ...
 
     def drop_last(self, count: jax.Array) -> Self:
@@ -290,7 +292,7 @@ class RaggedCache(Cache, Protocol):
         ...
 
     def squeezed(self) -> Self:
-        """The same cache without the room that dropped columns take."""
+        """The same cache without the holes of dropped columns."""
         ...
 
 
@@ -326,7 +328,7 @@ class Model(Protocol[AnyCache]):
 
     @property
     def mesh(self) -> Mesh | None:
-        """The mesh that it is sharded over, with the axes "data" and "tensor"; None for one device."""
+        """The mesh that the model is sharded over, with the axes "data" and "tensor"; None for one device."""
         ...
 
     @property
@@ -341,14 +343,14 @@ class Model(Protocol[AnyCache]):
     def cache_bytes_per_token(self) -> int: ...
 
     def intermediates_bytes(self, name: str, columns: int, slots: int) -> int:
-        """Bytes per row of one of the intermediates of `extend`, for T columns that attend S slots."""
+        """Bytes per row of the intermediates `name` of `extend`, for T columns that attend to S slots."""
         ...
 
     def first_layers(self, count: int) -> "Model[AnyCache]":
-        """The model of the first layers, with the same embeddings, final norm and head: a draft of this one.
+        """A draft model: the first `count` layers of this model, with the same embeddings, final norm and head.
 
         Raises:
-            ValueError: unless there are more layers than `count`.
+            ValueError: unless `count` is from 1 to the number of layers minus 1.
         """
         ...
 
@@ -367,10 +369,10 @@ class Model(Protocol[AnyCache]):
 
         Args:
             input_ids: int32 [N, T], or float [N, T, D] embeddings. With branches T is C, one column for each branch.
-            attention_mask: bool [N, T]. False for columns that later columns may not attend.
+            attention_mask: bool [N, T]. False for columns that later columns may not attend to.
             position_ids: int32 [N, T], or None to continue counting.
-            intermediates: which of them to return: "hidden_states", "attentions".
-            logits_to_keep: how many of the last columns to return logits of; 1 with branches.
+            intermediates: names of the intermediates to return: "hidden_states", "attentions".
+            logits_to_keep: for how many of the last columns to return logits; 1 with branches.
 
         Returns:
             float32 [N * logits_to_keep, V] logits of the last columns, row after row, or [N * C, V] of
@@ -391,7 +393,8 @@ class LogitsProcessor(Generic[ProcessorState]):
     overriding `init` and `step`. It may name the type of its state: `class Rule(LogitsProcessor[jax.Array])`.
 
     Attributes:
-        on_host: whether it leaves the device, which a drafter should not wait for.
+        on_host: whether it runs on the host. Such a processor is not used for drafting, which would have to wait for
+            it.
     """
 
     on_host: ClassVar[bool] = False
@@ -410,27 +413,27 @@ class LogitsProcessor(Generic[ProcessorState]):
         raise NotImplementedError
 
     def init(self, prompt: Prompt, vocab_size: int) -> ProcessorState | tuple[()]:
-        """The state before the first step, a pytree. The prompt's rows are repeated already, once for each text."""
+        """The state before the first step, a pytree. The prompt's rows are already repeated, once for each text."""
         del prompt, vocab_size
         return ()
 
     def step(
         self, input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array, state: ProcessorState
     ) -> tuple[jax.Array, ProcessorState]:
-        """New scores and the next state; arguments as of `__call__`."""
+        """New scores and the next state; the arguments are those of `__call__`."""
         return self(input_ids, scores, cur_len), state
 
     def step_columns(
         self, input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array, read: jax.Array, state: Any
     ) -> tuple[jax.Array, Any]:
-        """New scores of T consecutive tokens of each row: `step` sees one token of one row at a time.
+        """New scores for T consecutive tokens of each row. Calls `step` for one token of one row at a time.
 
         Args:
             input_ids: int32 [N, S]. The texts with the T tokens.
-            scores: float32 [N, T, V]. Of the token at column `cur_len[n] + t`.
+            scores: float32 [N, T, V]. The scores for the token at column `cur_len[n] + t`.
             cur_len: int32 [N]. The columns of each row before the T tokens.
             read: bool [N, T]. The tokens that count.
-            state: of each row, [N, 1, ...], and [N] of single numbers.
+            state: the states by row: [N, 1, ...], or [N] for single numbers.
 
         Returns:
             float32 [N, T, V], and the states with a leading axis T + 1: before the first token, and after each of them.
@@ -441,9 +444,9 @@ class LogitsProcessor(Generic[ProcessorState]):
             changed, state = self.step(text[None], scores[None], length, state)
             if changed.shape != (1, *scores.shape):
                 raise ValueError(
-                    f"a processor returned scores of shape {changed.shape} for one row. With drafts, rows are at steps "
-                    "of their own and processors get one row at a time, so they cannot hold numbers for each row. "
-                    "Leave out the drafts."
+                    f"a processor returned scores of shape {changed.shape} for one row. In assisted decoding, rows are "
+                    "at different steps, so a processor gets one row at a time and cannot hold numbers for each row. "
+                    "Leave out assisted decoding."
                 )
             return changed[0], state
 
@@ -460,13 +463,14 @@ class LogitsProcessor(Generic[ProcessorState]):
     def reorder(self, state: ProcessorState, rows: jax.Array) -> ProcessorState:
         """The state after row n continues row `rows[n]`, int32 [N], as in beam search.
 
-        Arrays of the state have a leading axis of N rows, or no dimensions; otherwise override this method.
+        By default, arrays of the state must have a leading axis of N rows, or no dimensions. Otherwise override this
+        method.
         """
         return jax.tree.map(lambda array: array[rows] if array.ndim else array, state)
 
 
 class StoppingCriterion(Protocol):
-    """Says which rows are finished: a callable pytree."""
+    """A callable pytree that tells which rows are finished."""
 
     def __call__(self, input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array, /) -> jax.Array:
         """bool [N], or [] for all rows.
@@ -480,7 +484,7 @@ class StoppingCriterion(Protocol):
 
 
 class ColumnsCriterion(StoppingCriterion):
-    """The base class of `host_callbacks.HostCriterion`: it is asked once about all tokens of a step."""
+    """The base class of `host_callbacks.HostCriterion`, which is called once for all tokens of a step."""
 
     def of_columns(self, input_ids: jax.Array, cur_len: jax.Array, read: jax.Array) -> jax.Array:
         """bool [N, T]: whether a row is finished with each of T tokens.
@@ -494,7 +498,7 @@ class ColumnsCriterion(StoppingCriterion):
 
 
 class EosCriterion(StoppingCriterion):
-    """The base class of `stopping_criteria.EosToken`, for this file to name."""
+    """The base class of `stopping_criteria.EosToken`, so that this file can name it."""
 
     eos_token_id: Int32
 
@@ -510,7 +514,7 @@ class StrategyState(Protocol):
 
     @property
     def tokens(self) -> jax.Array:
-        """int32 [N], [N * C] with branches, or [N, T] if the strategy has T `columns`. The next input of the model."""
+        """The next input of the model: int32 [N], [N * C] with branches, or [N, T] if the strategy has T `columns`."""
         ...
 
     @property
@@ -543,7 +547,7 @@ class Strategy(Generic[State]):
 
     @property
     def copies(self) -> int:
-        """How many copies of each row there are after the prompt's forward pass, each with its own row of the cache."""
+        """How many copies of each row there are after the prompt's forward pass. Each has its own row of the cache."""
         return 1
 
     @property
@@ -553,7 +557,9 @@ class Strategy(Generic[State]):
 
     @property
     def columns(self) -> int:
-        """T: the columns of each row that a forward pass reads. With more than one, rows keep as many as they like."""
+        """T: the number of columns of each row in a forward pass. If there are several, each row reads and keeps only
+        some.
+        """
         return 1
 
     @property
@@ -571,7 +577,7 @@ class Strategy(Generic[State]):
         return columns + new_tokens
 
     def forward_passes(self, new_tokens: int) -> int:
-        """The number of forward passes after the prompt's that choose `new_tokens` tokens."""
+        """The number of forward passes after the prompt's that it takes to choose `new_tokens` tokens."""
         return new_tokens - 1  # the prompt's forward pass chooses the first token
 
     def init(self, prompt: Prompt, slots: int, vocab_size: int) -> State:
@@ -588,7 +594,7 @@ class Strategy(Generic[State]):
             slots: S, the columns of the token buffer.
             logits: float32 [N, V]; rows are not repeated yet.
             scores: float32 [N, V], the input of the processors: logits, log-probabilities or guided scores.
-            intermediates: of the prompt, see `needs`.
+            intermediates: those of the prompt; see `needs`.
         """
         state = self.init(prompt, slots, logits.shape[1])
         # Rows a, b become a, a, b, b: the copies, or the branches, of a prompt are neighbours, as in the cache.
@@ -610,11 +616,13 @@ class Strategy(Generic[State]):
         return None
 
     def read(self, state: State) -> jax.Array:
-        """bool [N, T]: with several `columns`, the first ones of each row that the next forward pass is to read."""
+        """bool [N, T]: with several `columns`, the columns that the next forward pass reads; in each row the first
+        ones.
+        """
         raise NotImplementedError
 
     def kept(self, state: State) -> jax.Array:
-        """int32 [N]: with several `columns`, how many of those that it has read each row keeps after a step."""
+        """int32 [N]: with several `columns`, how many of the columns that a step has read each row keeps."""
         raise NotImplementedError
 
     def caches(self, state: State) -> tuple[RaggedCache, ...]:
@@ -640,9 +648,9 @@ class Strategy(Generic[State]):
         return None
 
     def finalize(self, state: State) -> Mapping[str, jax.Array]:
-        """The outputs by their Hugging Face names, with two entries for the host.
+        """The outputs by their Hugging Face names, and two entries for the host.
 
-        `length` is int32 []: the columns that the prompt and the tokens of all steps take. `invalid` is bool [N]: the
-        rows whose scores held a NaN, an infinity, or no finite number.
+        `length` is int32 []: the number of columns of the prompt and the tokens of all steps. `invalid` is bool [N]:
+        the rows whose scores held a NaN, an infinity, or no finite number.
         """
         raise NotImplementedError

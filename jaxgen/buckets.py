@@ -1,12 +1,12 @@
-"""Sizes that programs are compiled for: few of them, so that calls of other sizes share their programs."""
+"""The few sizes that programs are compiled for, so that calls of similar sizes share programs."""
 
 
 def bucket(size: int) -> int:
-    """The smallest of 1, 2, 3, 4, 6, 8, 12, 16, 24, ... that holds `size`: at most half as much again."""
+    """`size` rounded up to 1, 2, 3, 4, 6, 8, 12, 16, 24, ...: at most 1.5 times as much."""
     power = 1 << (size - 1).bit_length()
     return power * 3 // 4 if size <= power * 3 // 4 else power
 
 
 def row_bucket(shards: int, rows: int) -> int:
-    """The rows of a program for so many rows: a bucket on each of the devices that they are sharded over."""
+    """`rows` rounded up, so that each of the devices that rows are sharded over has a bucket of them."""
     return bucket(-(-rows // shards)) * shards

@@ -22,11 +22,11 @@ _SLOTS = 1024
 # Arguments of `generate` that cannot be combined with a kept cache.
 APART = ("guidance_scale", "penalty_alpha", "token_healing", "use_cache")
 
-Message = dict[str, Any]  # `role`, `content`, and what else a chat template may read
+Message = dict[str, Any]  # `role`, `content`, and other keys that a chat template may read
 Decode = Callable[[PreparedCall], tuple[GenerateOutput, int]]
 
 _ROLES = ("system", "user", "assistant")
-_MOST_BYTES = 1 << 26  # of a file of messages
+_MOST_BYTES = 1 << 26  # the limit for a file of messages
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,10 @@ class Turn:
 
 
 class Conversation:
-    """The messages of a chat, and the cache of the tokens that the model has read of them.
+    """The messages of a chat, and the cache of their tokens.
 
-    Each turn renders and tokenises all messages. The longest common prefix of the new ids and those in the cache is
-    kept, and the rest is prefilled. So a template may rewrite earlier turns, and the answer is as without a cache:
+    Each turn renders and tokenises all messages. The longest common prefix of the new ids and the cached ids is kept,
+    and the rest is prefilled. So a template may rewrite earlier turns, and the answer is the same as without a cache:
 
         in the cache    a b c d e f
         new ids         a b c x y z w       keeps a b c, prefills x y z w
@@ -110,8 +110,8 @@ class Conversation:
 
         Args:
             text: the user's message.
-            arguments: of `generate`, except those in `APART`.
-            decode: runs a call, and returns its output and the length of the text to keep of it, prompt included.
+            arguments: arguments of `generate`, except those in `APART`.
+            decode: runs a call, and returns its output and the length of text to keep, prompt included.
         """
         asked = [*self.messages, {"role": "user", "content": text}]
         ids = render(self._tokenizer, asked, self._template)
@@ -128,14 +128,14 @@ class Conversation:
         return Turn(answer, tokens, prepared.inputs.num_new, kept)
 
     def undo(self) -> str:
-        """Forgets the last question and what follows it, and returns the question.
+        """Forgets the last question and everything after it, and returns the question.
 
         Raises:
             ValueError: if there is none.
         """
         asked = [number for number, message in enumerate(self.messages) if message["role"] == "user"]
         if not asked:
-            raise ValueError("nothing was asked yet. Type a message first.")
+            raise ValueError("there is no question yet. Type a message first.")
         question = self.messages[asked[-1]]["content"]
         self.messages = self.messages[: asked[-1]]
         return question
@@ -150,15 +150,17 @@ class Conversation:
             raise
 
     def prepare(self, arguments: Mapping[str, Any]) -> PreparedCall:
-        """A call that reads the messages, for a time in which the next question is not known yet.
+        """A call that reads the messages before the next question is known.
 
-        It runs the programs that `ask` will run, and changes nothing here. `keep` takes its cache.
+        It runs the programs that `ask` will run, and does not change the conversation. `keep` takes its cache.
         """
         unknown = {"role": "user", "content": "?"}
         return self._prepared(render(self._tokenizer, [*self.messages, unknown], self._template), arguments, None)
 
     def keep(self, output: GenerateOutput, shown: int) -> None:
-        """Continues from the cache of a call, up to `shown` tokens. The next turn keeps what it has in common."""
+        """Continues from the cache of a call, up to `shown` tokens. The next turn keeps the prefix that it shares with
+        it.
+        """
         past = self._past = output.cache
         assert past is not None  # `use_cache` below
         self._slots = max(self._slots, past.slots)
@@ -189,7 +191,7 @@ def read_messages(file: Path) -> list[Message]:
 
     Raises:
         OSError: if the file cannot be read.
-        ValueError: naming the message that is not one, or if the file is not such JSON or above 64 MiB.
+        ValueError: if a message is invalid, which is named, or if the file is not such JSON or larger than 64 MiB.
     """
     with file.open("rb") as opened:
         data = opened.read(_MOST_BYTES + 1)
@@ -206,7 +208,7 @@ def read_messages(file: Path) -> list[Message]:
         raise ValueError(f'{file} has no messages. It must be a JSON list of them, or {{"messages": [...]}}.')
     for number, message in enumerate(messages, 1):
         if not isinstance(message, dict) or message.get("role") not in _ROLES:
-            raise ValueError(f"message {number} of {file} has no `role`, which is one of {', '.join(_ROLES)}.")
+            raise ValueError(f"message {number} of {file} has no `role`, which must be one of {', '.join(_ROLES)}.")
         text = message.get("content")
         if not isinstance(text, str) or not _is_unicode(text):
             raise ValueError(f"message {number} of {file} needs a `content` that is text.")
@@ -216,7 +218,7 @@ def read_messages(file: Path) -> list[Message]:
 
 
 def _is_unicode(text: str) -> bool:
-    """Whether it has no lone surrogates, which JSON can spell and no tokenizer takes."""
+    """Whether a text has no lone surrogates, which JSON can contain but tokenizers do not accept."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
@@ -244,7 +246,7 @@ def render(tokenizer: Any, messages: list[Message], template: str | None = None)
         encoded = tokenizer.apply_chat_template(
             messages, chat_template=template, add_generation_prompt=True, tokenize=True, return_dict=True
         )
-    except Exception as error:  # a template is somebody else's program
+    except Exception as error:  # a template is code from elsewhere, which may raise anything
         raise ValueError(f"the chat template fails: {error}. Some templates do not accept a system message.") from error
     if not encoded["input_ids"]:
         raise ValueError("the chat template returns an empty text. Pass another `--chat-template`.")

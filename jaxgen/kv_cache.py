@@ -24,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxgen.base import rows_axis
 from jaxgen.pytree import pytree
 
-_FREE = -(1 << 30)  # in `columns`: a slot without a column; so far below any column that no `skip` lifts it
+_FREE = -(1 << 30)  # in `columns`: a slot without a column; so low that no `skip` raises it to a real column
 
 
 @pytree
@@ -39,11 +39,11 @@ class KVCache:
     Attributes:
         layers: one (keys, values) pair per layer, each [N, K, S, H] without dimensions N or K of size 1, in the model's
             dtype. Keys are rotated.
-        valid: bool [N, S]. Slots that later columns may attend.
-        length: int32 []. Slots written so far, which is also the next slot to write.
+        valid: bool [N, S]. Slots that later columns may attend to.
+        length: int32 []. The number of slots written so far, which is also the next slot to write.
         position: int32 [N]. Position id of each row's next token.
-        columns: int32 [S]. The column of the text in each slot, up to a constant; far below all of these in free
-            slots. None if no layer of the model has a sliding window.
+        columns: int32 [S]. The column of the text in each slot, up to a constant; a far lower number in free slots.
+            None if no layer of the model has a sliding window.
     """
 
     layers: tuple[tuple[jax.Array, jax.Array], ...]
@@ -110,7 +110,7 @@ class KVCache:
             position_ids: int32 [N, T].
 
         Returns:
-            The cache, int32 [N, T] position ids, and bool [N, T, S], the slots that each column attends.
+            The cache, int32 [N, T] position ids, and bool [N, T, S], the slots that each column attends to.
         """
         columns = attention_mask.shape[1]
         if position_ids is None:
@@ -132,13 +132,13 @@ class KVCache:
         return replace(self, columns=written)
 
     def within(self, window: int, mask: jax.Array) -> jax.Array:
-        """Limits the mask of `extend`, bool [N, T, S], to the last `window` columns of each column, itself included.
+        """Limits the mask of `extend`, bool [N, T, S], to each column itself and the `window` - 1 columns before it.
 
         As in transformers, the distance is in columns and not in positions: padding between two tokens counts.
         """
         assert self.columns is not None, "made without `windowed`"
         num_new = mask.shape[1]
-        # A column attends the slots whose numbers are above its own minus the window.
+        # A column attends to the slots whose numbers are above its own minus the window.
         new_columns = lax.dynamic_slice_in_dim(self.columns, self.length - num_new, num_new)
         return mask & (self.columns[None] > new_columns[:, None] - window)[None]
 
@@ -197,7 +197,7 @@ class KVCache:
         """See `base.Cache.take`."""
 
         def take(array: jax.Array) -> jax.Array:
-            # With N and K of size 1 for the gather, then without them if they are 1 in the result.
+            # The gather needs N and K even if they are 1. Afterwards they are left out again if they are 1.
             taken = array.reshape(len(self.valid), -1, *array.shape[-2:])[rows]
             return taken.reshape(*_without_ones(*taken.shape[:2]), *array.shape[-2:])
 
@@ -220,7 +220,7 @@ class KVCache:
         Args:
             rows: int32 [M].
             slots: int32 [M, S]. The slots to gather from each of these rows, in their new order.
-            valid: bool [M, S]. The new slots that later columns may attend: none from `length` on.
+            valid: bool [M, S]. The new slots that later columns may attend to: none from `length` on.
             length: int32 []. How many of the new slots hold columns. The others are free, whatever they hold.
         """
 
@@ -241,7 +241,7 @@ class KVCache:
         )
 
     def branch(self, branches: int) -> "BranchedCache":
-        """A cache of C branches that each continue a row; see `BranchedCache`."""
+        """A cache with C branches, each of which continues its row; see `BranchedCache`."""
         return BranchedCache(
             layers=self.layers,  # shared by the branches, not copied
             valid=jnp.repeat(self.valid[:, None], branches, axis=1),
@@ -251,7 +251,7 @@ class KVCache:
         )
 
     def ragged(self) -> "RaggedCache":
-        """A cache whose rows continue at their own pace; see `RaggedCache`."""
+        """This cache with rows that advance at different speeds; see `RaggedCache`."""
         columns = None if self.columns is None else jnp.broadcast_to(self.columns[None], self.valid.shape)
         return RaggedCache(self.layers, self.valid, self.length, self.position, columns)
 
@@ -279,8 +279,8 @@ class KVCache:
 class BranchedCache(KVCache):
     """A cache with C branches per row, such as beams, which share the keys and values of their row.
 
-    A forward pass takes one column for each branch and writes them to C adjacent slots. A branch attends the prompt
-    and, of the C slots of each step, the slot of its ancestor. When a branch continues another one, it inherits its row
+    A forward pass takes one column for each branch and writes them to C adjacent slots. A branch attends to the prompt
+    and, of the C slots of each step, to its ancestor's slot. When a branch continues another one, it inherits its row
     of `valid`, so `reorder` moves C x S bools per row and no keys or values:
 
     ```
@@ -294,11 +294,11 @@ class BranchedCache(KVCache):
     valid, branch 1 1  1  1   0  1      0  1             a b c e g
     ```
 
-    It has the methods of a `KVCache` with other shapes:
+    The methods are those of `KVCache`, with other shapes.
 
     Attributes:
         layers, length, columns: as in `KVCache`.
-        valid: bool [N, C, S]. Slots that the next column of each branch may attend.
+        valid: bool [N, C, S]. Slots that the next column of each branch may attend to.
         position: int32 [N, C]. Position id of each branch's next token.
     """
 
@@ -309,7 +309,7 @@ class BranchedCache(KVCache):
     def extend(
         self, attention_mask: jax.Array, position_ids: jax.Array | None = None
     ) -> tuple["BranchedCache", jax.Array, jax.Array]:
-        """As `KVCache.extend`, for [N, C] columns, one for each branch, which do not attend each other.
+        """As `KVCache.extend`, for [N, C] columns, one per branch. They do not attend to each other.
 
         ```
         slot            ...  length        C = 3: each branch attends its own new slot
@@ -320,7 +320,7 @@ class BranchedCache(KVCache):
         """
         if position_ids is None:
             position_ids = self.position
-        # [N, C, C]: each branch attends its own new slot, or none of them if its column is masked.
+        # [N, C, C]: each branch attends to its own new slot, or to none of them if its column is masked.
         new_valid = jnp.eye(self.branches, dtype=bool)[None] & attention_mask[:, None]
         valid = lax.dynamic_update_slice_in_dim(self.valid, new_valid, self.length, axis=2)
         cache = replace(self, valid=valid, length=self.length + self.branches, position=position_ids + 1)
@@ -361,7 +361,7 @@ class BranchedCache(KVCache):
         return replace(
             self,
             layers=tuple((keep(keys), keep(values)) for keys, values in self.layers),
-            # All branches attend the same slots before `start`, unless there was a `reorder`.
+            # All branches attend to the same slots before `start`, unless there was a `reorder`.
             valid=(self.valid & (slots < start)) | (slots == start),
             length=start + 1,
         )
@@ -370,10 +370,10 @@ class BranchedCache(KVCache):
 @pytree
 @dataclass(frozen=True)
 class RaggedCache(KVCache):
-    """A cache whose rows keep columns at their own pace, as in assisted decoding.
+    """A cache whose rows advance at different speeds, as in assisted decoding.
 
-    A forward pass writes T columns of every row at the shared slot, and each row drops some of the last of them. The
-    next pass begins after the longest row. The slots that a shorter row does not have are holes, which are not valid:
+    A forward pass writes T columns of every row at the shared slot. Then each row drops some of its last columns. The
+    next pass begins after the longest row. Shorter rows have holes before it, which are not valid:
 
     ```
     slot      0  1  2  3  4  5  6  7  8  9        T = 3
@@ -391,7 +391,7 @@ class RaggedCache(KVCache):
     def extend(
         self, attention_mask: jax.Array, position_ids: jax.Array | None = None
     ) -> tuple["RaggedCache", jax.Array, jax.Array]:
-        """As `KVCache.extend`; the bool [N, T] mask marks the first columns of each row, which it reads."""
+        """As `KVCache.extend`. Each row reads only its first columns, which the bool [N, T] mask marks."""
         columns = attention_mask.shape[1]
         number = jnp.arange(columns, dtype=jnp.int32)[None]
         if position_ids is None:
@@ -426,7 +426,7 @@ class RaggedCache(KVCache):
         row 1     .  p  q  r  s  t  .    3  ->   .  p  q  _  _  .  .
         ```
         """
-        # How many columns of the row come at or after each slot.
+        # The number of the row's columns at or after each slot.
         following = jnp.cumsum(self.valid[:, ::-1], axis=1, dtype=jnp.int32)[:, ::-1]
         dropped = self.valid & (following <= count[:, None])
         valid = self.valid & ~dropped

@@ -1,4 +1,6 @@
-"""The one place that imports transformers: late, since it can take seconds, and without its advice to get torch."""
+"""The one module that imports transformers. It does so late, since that can take seconds, and without the advice to
+install torch.
+"""
 
 import importlib
 import os
@@ -35,7 +37,7 @@ def cache_name() -> str:
 
 
 def torch_class(name: str) -> type:
-    """A class of `transformers` that needs torch; if torch is not imported, a class without instances.
+    """A class of `transformers` that needs torch. If torch is not imported, a class without instances.
 
     Asking transformers for it would import torch if it is installed, which delays the first token by seconds.
     """
@@ -47,7 +49,7 @@ class _NeedsTorch:
 
 
 def generation_configs() -> ModuleType:
-    """The module of the watermarking configs, which `transformers` itself exports only if torch is installed."""
+    """The module of the watermarking configs. `transformers` itself exports them only if torch is installed."""
     transformers()
     return importlib.import_module("transformers.generation.configuration_utils")
 
@@ -65,14 +67,14 @@ def hub() -> ModuleType:
 
 
 def convert_gguf_tokenizer() -> Callable[[str, dict[str, Any]], tuple[Any, dict[str, Any]]]:
-    """The function of transformers that makes a tokenizer of a GGUF file's metadata, which does not need torch.
+    """The function of transformers that makes a tokenizer from a GGUF file's metadata, without torch.
 
     Raises:
-        ImportError: before transformers 5.18, whose own splits texts in another way than the model's tokenizer.
+        ImportError: before transformers 5.18, where its tokenizers split texts differently than the model's.
     """
     version = transformers().__version__
     if Version(version).release < (5, 18):
-        raise ImportError(f"transformers {version} cannot read GGUF's tokenizers. Install 5.18 or newer.")
+        raise ImportError(f"transformers {version} cannot read the tokenizers of GGUF files. Install 5.18 or newer.")
     return importlib.import_module("transformers.integrations.gguf").convert_gguf_tokenizer
 
 

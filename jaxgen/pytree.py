@@ -1,4 +1,4 @@
-"""Dataclasses as pytrees. A field says whether it is static, and which dtype its numbers have."""
+"""Dataclasses as pytrees. Each field declares whether it is static, and the dtype of its numbers."""
 
 import functools
 from collections.abc import Hashable, Iterable, Sequence
@@ -17,7 +17,7 @@ AnyClass = TypeVar("AnyClass", bound=type)
 if TYPE_CHECKING:
 
     class Number:
-        """Accepts any of these types; reads as an array."""
+        """The type of such a field: any of these types can be assigned, and an array is read."""
 
         def __get__(self, node: object, owner: object) -> jax.Array: ...
         def __set__(self, node: object, value: "jax.typing.ArrayLike | Sequence[int]") -> None: ...
@@ -56,7 +56,7 @@ def pytree(cls: AnyClass) -> AnyClass:
         return tuple(zip(keys, children, strict=True)), aux
 
     def unflatten(aux: tuple[Hashable, ...], children: Iterable[object]) -> object:
-        # Not by `__init__`: JAX also puts tracers, specs and other objects where numbers were.
+        # Without `__init__`: JAX also puts tracers, specs and other objects in place of numbers.
         node = object.__new__(cls)
         vars(node).update(zip(dynamic, children, strict=True), **dict(zip(static, aux, strict=True)))
         return node

@@ -1,6 +1,6 @@
 """Gumbel noise for sampling: after adding it to log-probabilities, the argmax is a sample (Gumbel-max).
 
-The k highest sums are k samples without replacement, in the order of drawing them one by one (Vieira 2014).
+The k highest sums are k samples without replacement, in the order in which they are drawn (Vieira 2014).
 """
 
 import jax
@@ -29,11 +29,11 @@ def row_keys(key: jax.Array, prompts: int, copies: int) -> jax.Array:
 
 
 def gumbel(keys: jax.Array, step: jax.Array, token_ids: jax.Array) -> jax.Array:
-    """float32 [N, W] of standard Gumbel noise, a Threefry block for each key, step and token id.
+    """Standard Gumbel noise, float32 [N, W], with a Threefry block for each key, step and token id.
 
     Args:
         keys: uint32 [N, 2].
-        step: int32 []. Tokens generated so far.
+        step: int32 []. The number of tokens generated so far.
         token_ids: int32 [N, W], or for beams indices into [C * V].
     """
     bits = _threefry(keys[:, :1], keys[:, 1:], step.astype(jnp.uint32), token_ids.astype(jnp.uint32))

@@ -36,7 +36,7 @@ class SampleState:
         sequences: int32 [N, S]. Hugging Face's `input_ids`: the caller's prompt from column 0, then the new tokens.
         cur_len: int32 []. Valid columns of `sequences`.
         prompt_length: int32 []. Columns of the caller's prompt.
-        tokens: int32 [N]. The last valid column.
+        tokens: int32 [N]. The last token of each row.
         finished: bool [N]. Rows that need no more tokens; rows of the bucket are finished from the start.
         invalid: bool [N]. Rows whose scores held a NaN, an infinity, or no finite number before they were finished.
         keys: uint32 [N, 2], or None without sampling.
@@ -58,15 +58,15 @@ class SampleState:
 @pytree
 @dataclass(frozen=True)
 class Sample(Strategy[SampleState]):
-    """Chooses one token per row: the most likely one (of equals the first), or a sample if there is a `key`.
+    """Chooses one token per row: a sample if there is a `key`, else the most likely one. Ties go to the lowest id.
 
     Attributes:
         eos: finishes a row; see `EosToken`.
         max_length: finishes all rows; see `MaxLength`.
-        pad_token_id: int32 []. The token of finished rows while other rows go on; None to go on in all rows.
-        key: None for greedy search, or an int, or a `jax.random` key, or one of either per prompt. With a single key,
-            prompt r has the key `fold_in(key, r)`. With a key for each prompt, a prompt has `fold_in(its key, 0)`.
-            Sequence i of a prompt folds i into that.
+        pad_token_id: int32 []. Fills finished rows while other rows continue; None if all rows continue.
+        key: None for greedy search; an int, a `jax.random` key, or one of either per prompt. With a single key, prompt
+            r has the key `fold_in(key, r)`. With a key per prompt, each prompt has `fold_in(its key, 0)`. Sequence i of
+            a prompt folds i into its prompt's key.
         processors: applied in this order; see `logits_process`.
         stopping_criteria: the caller's own, called with (input_ids, scores, cur_len) after each token.
         num_return_sequences: static.
@@ -116,7 +116,7 @@ class Sample(Strategy[SampleState]):
         tokens, log_p, invalid = choose(logits, scores, state.keys, step, state.finished, warpers, with_log_p)
         recorded = self._record(logits, scores, tokens, log_p, state)
 
-        # After `_record`: the log-probabilities are of the chosen tokens, not of padding.
+        # After `_record`, which needs the chosen tokens and not padding.
         if self.pad_token_id is not None:
             tokens = jnp.where(state.finished, self.pad_token_id, tokens)
         sequences = lax.dynamic_update_slice_in_dim(state.sequences, tokens[:, None], state.cur_len, axis=1)
@@ -153,6 +153,6 @@ class Sample(Strategy[SampleState]):
         return state.sequences
 
     def finalize(self, state: SampleState) -> Mapping[str, jax.Array]:
-        """See `base.Strategy.finalize`; with the recorded outputs: [steps, N, V], or [N, steps] of logprobs."""
+        """See `base.Strategy.finalize`. Recorded outputs are [steps, N, V], and [N, steps] for logprobs."""
         transposed = {name: buffer.T if buffer.ndim == 2 else buffer for name, buffer in state.recorded.items()}
         return {"sequences": state.sequences, "length": state.cur_len, "invalid": state.invalid, **transposed}

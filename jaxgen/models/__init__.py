@@ -1,6 +1,6 @@
-"""The registry of model families: `model_type` of a config.json -> how to build and fill that model.
+"""The registry of model families: `model_type` of a config.json -> how to build and load that model.
 
-A family reads the same keys of a config.json as transformers; see `config_keys`.
+A family reads the same keys of a config.json as transformers does; see `config_keys`.
 """
 
 from jaxgen.models.family import Family

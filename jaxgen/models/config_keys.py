@@ -1,4 +1,4 @@
-"""Which keys of a `config.json` affect the computation: one policy for all families.
+"""The keys of a `config.json` that affect the computation: one policy for all families.
 
 A key can change the computation only if transformers reads it, in the classes of the family or in the code that all
 models share. So there are three kinds of keys:
@@ -6,14 +6,14 @@ models share. So there are three kinds of keys:
 - keys that the family implements;
 - keys in `READ_BY_TRANSFORMERS`, which the shared code reads and jaxgen does not implement. Values that would change
   the computation are refused;
-- keys that are not read. The folder loads as it does in transformers, and one warning lists them.
+- keys that are not read. The folder loads as in transformers, and one warning lists them.
 
 A test records which keys the installed transformers reads, and fails when a new version reads another one.
 """
 
 from collections.abc import Collection, Mapping
 
-# Read elsewhere, or bookkeeping: left out of the warning.
+# Read elsewhere, or only informative: left out of the warning.
 NO_EFFECT = frozenset(
     "model_type architectures dtype torch_dtype transformers_version _name_or_path name_or_path _commit_hash use_cache "
     "attention_dropout bos_token_id eos_token_id pad_token_id return_dict id2label label2id chunk_size_feed_forward "
@@ -21,7 +21,8 @@ NO_EFFECT = frozenset(
     "transformers.js_config unsloth_version unsloth_fixed pretraining_tp max_sequence_length task_specific_params "
     "auto_map".split()
 )
-# Read in transformers 5.23 by `PreTrainedConfig`, masks, caches and loading; with the values that have no effect.
+# Keys that `PreTrainedConfig`, masks, caches and loading read in transformers 5.23, with the values that have no
+# effect.
 READ_BY_TRANSFORMERS: dict[str, tuple[object, ...]] = {
     "is_causal": (True,),
     "is_encoder_decoder": (None, False),
@@ -42,7 +43,7 @@ READ_BY_TRANSFORMERS: dict[str, tuple[object, ...]] = {
 
 
 def unread_keys(raw: Mapping[str, object], implemented: Collection[str]) -> list[str]:
-    """The keys of a config.json that have a value and that neither transformers nor jaxgen reads.
+    """The keys of a config.json that are set, but that neither transformers nor jaxgen reads.
 
     Args:
         raw: the parsed file.

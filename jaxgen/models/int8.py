@@ -1,7 +1,7 @@
-"""Weights in int8: each row of a matrix in 127ths of its largest entry, and a few outlier columns in full.
+"""Weights in int8: each row of a matrix in units of 1/127 of its largest entry, and a few outlier columns unquantised.
 
-Only weights are quantised; activations keep their precision. The scale of a row multiplies the product and not the
-weights, so that the weights are read as bytes.
+Only weights are quantised; activations keep their precision. The scale of a row is applied to the product and not to
+the weights, so that the weights are read as bytes.
 """
 
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ class Int8:
     Attributes:
         values: int8 [out, in], zero in the outlier columns.
         scales: float32 [out].
-        columns: int32 [outliers], which columns are outliers.
+        columns: int32 [outliers], the indices of the outlier columns.
         outliers: [out, outliers], those columns in the dtype of the original matrix.
     """
 
@@ -40,7 +40,7 @@ class Int8:
 
     @property
     def dtype(self) -> np.dtype:
-        """Of the original matrix."""
+        """The dtype of the original matrix."""
         return self.outliers.dtype
 
     @property
@@ -64,7 +64,7 @@ class Int8:
         return (y * as_last(self.scales, y) + self._outlier_product(x)).astype(x.dtype)
 
     def _product_on_cpu(self, x: jax.Array) -> jax.Array:
-        """A product of bytes with bytes. XLA:CPU would cast the weights in memory, which is 10 times slower.
+        """Multiplies bytes by bytes. Otherwise XLA:CPU would cast the weights in memory, which is 10 times slower.
 
         Each row of `x` becomes two rows of bytes, a coarse and a fine one. XLA:CPU also multiplies two rows faster than
         one. The coarse row is in units of 1/127 of the largest entry, and the fine row is the remainder in 1/254 of
@@ -81,18 +81,18 @@ class Int8:
         return (y.reshape(*x.shape[:-1], -1) + self._outlier_product(x)).astype(x.dtype)
 
     def _outlier_product(self, x: jax.Array) -> jax.Array:
-        """What the outlier columns add to the product, [..., in] -> float32 [..., out]."""
+        """The outlier columns' part of the product, [..., in] -> float32 [..., out]."""
         outliers = self.outliers.astype(x.dtype)
         return jnp.einsum("...i,oi->...o", x[..., self.columns], outliers, preferred_element_type=jnp.float32)
 
 
 def outlier_columns(columns: int) -> int:
-    """How many of the columns of a matrix are held in full: at most 16, and at most one in 32."""
+    """The number of columns of a matrix that stay unquantised: at most 16, and at most one in 32."""
     return min(16, columns // 32)
 
 
 def quantised(array: Array) -> Array | Int8:
-    """A matrix as `Int8`, computed with JAX if it is a JAX array, else with NumPy; other arrays unchanged."""
+    """Quantises a matrix, with JAX if it is a JAX array, else with NumPy. Other arrays are returned unchanged."""
     if array.ndim != 2:
         return array
     numpy, size = (jnp, len(array)) if isinstance(array, jax.Array) else (np, _ROWS)
@@ -106,11 +106,11 @@ def quantised(array: Array) -> Array | Int8:
 
 
 def _find_outliers(numpy: ModuleType, parts: Iterator[Array], count: int) -> Array:
-    """int32 [count]: half are the columns with the largest entries, the others those with the smallest on average.
+    """int32 [count]: half are the columns with the largest entries, half those with the smallest entries on average.
 
-    Entries that are large for their row would set its scale, and belong to inputs that are rarely and then hugely
-    active. Where all entries are small the inputs are large for every token, which multiplies the errors. On
-    SmolLM2-135M these columns take two thirds of the divergence away.
+    An entry that is large for its row would set the scale of the row. It belongs to an input that is rarely active, and
+    then strongly. In a column of small entries the input is large for every token, which multiplies the errors. On
+    SmolLM2-135M, leaving these columns unquantised removes two thirds of the divergence.
     """
     tiny = np.finfo(np.float32).tiny  # rows of zeros are not divided by 0
     peaks, sums = [], []
@@ -138,5 +138,5 @@ def _quantise(numpy: ModuleType, wide: Array, outliers: Array) -> tuple[Array, A
 
 
 def _among(numpy: ModuleType, columns: Array, count: int) -> Array:
-    """bool [count]: which of so many columns are among these."""
+    """bool [count]: True at the indices in `columns`."""
     return (numpy.arange(count, dtype=columns.dtype)[:, None] == columns[None]).any(axis=1)

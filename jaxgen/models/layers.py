@@ -60,7 +60,7 @@ class RMSNorm(nnx.Module):
 
 
 def product(x: jax.Array, weight: jax.Array | Int8) -> jax.Array:
-    """x @ weight.T, [..., in] and [out, in] -> [..., out], in the form that is fastest on the platform."""
+    """x @ weight.T, [..., in] and [out, in] -> [..., out], computed in the fastest way on the platform."""
     if isinstance(weight, Int8):
         return weight.product(x)
 
@@ -79,7 +79,7 @@ def product(x: jax.Array, weight: jax.Array | Int8) -> jax.Array:
 
 
 def _product_on_cpu(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """The fastest forms as measured with jax 0.10.
+    """The fastest ways, as measured with jax 0.10.
 
     With 2 to 32 rows in float32 the weight is the left operand. As the right one, XLA packs it at every call, which
     takes as long as the product. The barrier keeps XLA from swapping the operands. In other dtypes the path for one row
@@ -103,7 +103,7 @@ def _wide(rows: jax.Array, weight: jax.Array) -> jax.Array:
 def unfuse(x: jax.Array, sizes: tuple[int, ...], shards: int, axis: int) -> list[jax.Array]:
     """Splits a fused product along an axis into parts of these sizes.
 
-    Sharded over devices, the rows of a fused weight are interleaved, so that each device has a share of every part:
+    If a fused weight is sharded, its rows are interleaved, so that each device has a share of every part:
 
     ```
     1 shard    q0 q1 q2 q3  k0 k1  v0 v1
@@ -122,22 +122,22 @@ def unfuse(x: jax.Array, sizes: tuple[int, ...], shards: int, axis: int) -> list
 
 
 def columns_at_once(columns: int) -> int:
-    """The block size of attention: how many of T columns have their attention scores in memory at a time."""
+    """The block size of attention: the number of columns, of T, whose attention scores are in memory at a time."""
     return columns if columns <= 256 or columns % 128 else 128
 
 
 def attend(
     queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array
 ) -> tuple[jax.Array, Callable[[], jax.Array]]:
-    """Grouped-query attention with float32 scores and softmax, for a long prompt in blocks of columns.
+    """Grouped-query attention with float32 scores and softmax. A long prompt is computed in blocks of columns.
 
-    The G heads of a group and the T columns are the rows of one product with the group's keys, so that keys and values
-    are not repeated.
+    The G heads of a group and the T columns are the rows of one product with the group's keys. So keys and values are
+    not repeated.
 
     Args:
         queries: [N, K, G, T, H].
         keys, values: [N, K, S, H], where dimensions N and K of size 1 may be left out.
-        mask: bool [N, T, S]. A column that attends no slot gets zeros, as from torch's scaled_dot_product_attention.
+        mask: bool [N, T, S]. A column that attends to no slot gets zeros, as in torch's scaled_dot_product_attention.
 
     Returns:
         [N, K, G, T, H], and a function that computes the attention weights, [N, K, G, T, S].
@@ -170,7 +170,7 @@ def _attend_at_once(
     highest = jnp.maximum(scores.max(axis=-1, keepdims=True), jnp.finfo(jnp.float32).min)
     weights = jnp.exp(scores - highest)
     # Dividing the products, [T, H], is less work than dividing the weights, [T, S]. The sum is 0 only where no slot is
-    # allowed, and 1 takes its place there: a tiny number would make gradients overflow.
+    # allowed, and is replaced by 1 there: a tiny number would make gradients overflow.
     total = weights.sum(axis=-1, keepdims=True)
     total = jnp.where(total > 0, total, 1)
     rounded = weights.astype(values.dtype).reshape(*batch, -1, slots)
@@ -199,7 +199,9 @@ def _grouped(spec: str, rows: jax.Array, shared: jax.Array) -> jax.Array:
 
 
 class HostOnly:
-    """A static value of a model that does not affect its programs: all compare equal, so a new one compiles nothing."""
+    """A static value of a model that does not affect its programs. All instances compare equal, so a new one compiles
+    nothing.
+    """
 
     def __init__(self, value: object):
         self.value = value

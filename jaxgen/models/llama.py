@@ -1,7 +1,7 @@
 """Llama, from its `config.json` to its logits. Same computation as transformers 5.24 `LlamaForCausalLM`.
 
 Several families are a Llama with a few flags: other biases, norms on queries and keys, sliding windows. They share this
-implementation, and each has a `Dialect` in its own file.
+implementation. Each has a `Dialect` in its own file.
 """
 
 from collections.abc import Callable, Mapping
@@ -51,7 +51,7 @@ _ROPE = ("rope_theta", "rope_scaling", "rope_parameters", "original_max_position
 
 @dataclass(frozen=True)
 class Dialect:
-    """How a family whose models are a Llama writes its `config.json`. Dialects compare by `model_type`.
+    """How a family of Llama-like models writes its `config.json`. Dialects compare by `model_type`.
 
     Attributes:
         model_type: the family's name.
@@ -59,7 +59,7 @@ class Dialect:
         defaults: the keys that may be left out, and their defaults in transformers 5.24.
         fixed: flags of `LlamaConfig` that have the same value in all models of the family. transformers ignores these
             keys in a config.json of the family.
-        spellings: other names of the architecture.
+        spellings: other names of the architecture in config.json.
     """
 
     model_type: str
@@ -70,7 +70,7 @@ class Dialect:
 
     @property
     def base_architecture(self) -> str:
-        """The class without a head, whose tensors have no prefix."""
+        """The name of the class without a head; its tensors have no prefix."""
         return self.architecture.replace("ForCausalLM", "Model")
 
 
@@ -105,7 +105,8 @@ class LlamaConfig:
         attention_bias: whether q_proj, k_proj and v_proj have a bias.
         o_proj_bias: whether o_proj has a bias.
         qk_norm: whether queries and keys are normalised, per head.
-        sliding_window: how many columns a column attends in sliding layers, itself included; None without such layers.
+        sliding_window: how many columns a column attends to in sliding layers, itself included; None without such
+            layers.
         layer_types: `FULL` or `SLIDING`, for each layer.
     """
 
@@ -146,7 +147,7 @@ class LlamaConfig:
             dialect: of the family.
 
         Raises:
-            ValueError: naming the key, its value and the way out.
+            ValueError: naming the key, its value and what to do.
         """
         given = {key: value for key, value in raw.items() if value is not None or key in _NULLABLE}
         values: dict[str, Any] = {**dialect.defaults, **given}
@@ -154,7 +155,7 @@ class LlamaConfig:
         unread_keys(raw, generation_fields, dialect)
         _check_types({key: values.get(key) for key in (*_REQUIRED, *dialect.defaults)})
         if missing := [key for key in _REQUIRED if key not in values]:
-            raise ValueError(f"config.json lacks {missing}, which every {dialect.model_type} has.")
+            raise ValueError(f"config.json lacks {missing}, which a {dialect.model_type} needs.")
         settings = {**{key: values[key] for key in (*_REQUIRED, *dialect.defaults)}, **dialect.fixed}
         _check_geometry(settings)
         heads = settings["num_attention_heads"]
@@ -188,7 +189,7 @@ class LlamaConfig:
 def unread_keys(
     raw: Mapping[str, object], generation_fields: frozenset[str] = frozenset(), dialect: Dialect = LLAMA
 ) -> list[str]:
-    """The keys of a `config.json` that have no effect, since they are not read; see `config_keys`.
+    """The keys of a `config.json` that are not read and so have no effect; see `config_keys`.
 
     Args:
         raw, generation_fields, dialect: as in `LlamaConfig.from_json`.
@@ -220,14 +221,14 @@ def _check_types(settings: Mapping[str, Any]) -> None:
 def _check_layer_types(raw: Mapping[str, object], dialect: Dialect) -> None:
     """Raises a ValueError for layers that are not full, in a family without this key.
 
-    transformers' cache reads the key even in a Llama, and takes a Mistral with it for another family, Ministral.
+    transformers' cache reads the key even in a Llama, and treats a Mistral with this key as another family, Ministral.
     """
     kinds = raw["layer_types"]
     count = len(kinds) if isinstance(kinds, list | tuple) and all(kind == FULL for kind in kinds) else None
     if "sliding_window" in dialect.defaults or count != raw.get("num_hidden_layers"):
         raise ValueError(
-            f"`layer_types`={kinds!r:.200} in config.json makes another architecture of a {dialect.model_type}, which "
-            "jaxgen does not implement. Run this model with transformers."
+            f"`layer_types`={kinds!r:.200} in config.json turns a {dialect.model_type} into another architecture, "
+            "which jaxgen does not implement. Run this model with transformers."
         )
 
 
@@ -249,7 +250,7 @@ def _windows(settings: Mapping[str, Any]) -> tuple[int | None, tuple[str, ...]]:
     layers, kinds = settings["num_hidden_layers"], settings.get("layer_types")
     window = settings.get("sliding_window") if settings.get("use_sliding_window", True) else None
     if kinds is None:
-        # In Qwen2 the first `max_window_layers` layers are full; in Mistral, without this key, none is.
+        # In Qwen2, the first `max_window_layers` layers are full. Mistral lacks this key and has no full layers.
         full = layers if window is None else settings.get("max_window_layers", 0)
         kinds = [FULL if layer < full else SLIDING for layer in range(layers)]
     if not isinstance(kinds, list | tuple) or any(kind not in (FULL, SLIDING) for kind in kinds):
@@ -265,7 +266,7 @@ def _windows(settings: Mapping[str, Any]) -> tuple[int | None, tuple[str, ...]]:
 
 
 def _check_geometry(settings: Mapping[str, Any]) -> None:
-    """Raises a ValueError for sizes that do not fit together, and for an unknown activation."""
+    """Raises a ValueError for inconsistent sizes and for an unknown activation."""
     hidden, heads = settings["hidden_size"], settings["num_attention_heads"]
     if settings["head_dim"] is None and hidden % heads:
         raise ValueError(
@@ -427,11 +428,12 @@ class Llama(nnx.Module):
 
     @property
     def generate(self) -> NoReturn:
-        """Raises an error with the way out, for users of transformers."""
+        """Raises an error that tells users of transformers what to call."""
         raise AttributeError("a model has no method `generate`. Call `jaxgen.generate(model, input_ids, ...)`.")
 
     def __setattr__(self, name: str, value: object) -> None:
-        # Not a property setter: Flax would record the name as an attribute, and the model would need new programs.
+        # Not a property setter: Flax would record the name as an attribute, and the model's programs would compile
+        # again.
         if name == "generation_config":
             name, value = "host", HostOnly(value)
         super().__setattr__(name, value)
@@ -457,7 +459,7 @@ class Llama(nnx.Module):
         """See `base.Model.first_layers`. The weights are shared."""
         layers = self.config.num_hidden_layers
         if not 1 <= count < layers:
-            raise ValueError(f"the model has {layers} layers, and a draft must have fewer, but at least one.")
+            raise ValueError(f"the model has {layers} layers, and a draft model must have fewer, but at least one.")
         part = nnx.clone(self, variables=False)
         part.config = replace(self.config, num_hidden_layers=count, layer_types=self.config.layer_types[:count])
         part.layers = nnx.List([*self.layers][:count])

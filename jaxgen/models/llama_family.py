@@ -1,4 +1,4 @@
-"""The `Family` of models that are a Llama, for `checkpoint` and `planning`; see `family.Family`."""
+"""The `Family` of Llama-like models, for `checkpoint` and `planning`; see `family.Family`."""
 
 from collections.abc import Callable
 from functools import partial
@@ -115,7 +115,7 @@ def _inverse_frequencies(config: LlamaConfig) -> np.ndarray:
 def activation_bytes(config: LlamaConfig, forward: ForwardPass) -> int:
     """See `Family.activation_bytes`: the larger of attention and MLP of a layer, plus the residual stream."""
     rows, columns, item, platform = forward.rows, forward.columns, forward.itemsize, forward.platform
-    if columns < forward.slots:  # a step, in which all but the scores is negligible
+    if columns < forward.slots:  # a step, in which everything but the scores is negligible
         return 2 * (4 * rows * config.num_attention_heads // forward.shards * columns * forward.slots)
     # Sharded, XLA:GPU allocates the scores of all heads on each device.
     shards = 1 if platform == "gpu" else forward.shards

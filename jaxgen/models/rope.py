@@ -1,8 +1,8 @@
 """Rotary position embeddings: every `rope_type` that Llama checkpoints use.
 
 Same formulas as transformers 5.24 `modeling_rope_utils`, in NumPy float32: the frequencies are constants of the
-program, in full precision for all dtypes of the model. The types `dynamic` and `longrope` depend on the longest row of
-the batch, so their frequencies are traced.
+program, in full precision for all dtypes of the model. The frequencies of `dynamic` and `longrope` depend on the
+longest row of the batch, so they are traced.
 
 Each type is a frozen dataclass whose fields are the keys of its `rope_parameters`. Required keys have no default.
 """
@@ -231,7 +231,7 @@ def from_config(raw: Mapping[str, Any], head_dim: int) -> Rope:
     """Reads the rotary parameters of a `config.json`, in the spelling of transformers 4 or 5.
 
     transformers 4 wrote `rope_theta` next to `rope_scaling`, 5 writes both into `rope_parameters`. If a config has both
-    spellings they have to agree: if only one of them was read, scaling could be lost silently.
+    spellings, they must agree: if only one of them were read, scaling could be lost silently.
 
     Raises:
         ValueError: on an unknown type, a missing key, or two spellings that disagree.
@@ -267,16 +267,16 @@ def unread_keys(raw: Mapping[str, Any]) -> list[str]:
             key = "partial_rotary_factor"
             if rope_type != "default":
                 raise ValueError(
-                    f"`{key}` of config.json rotates a part of each head with `rope_type`={rope_type!r}, which "
-                    "transformers cannot do in this family either. Remove it."
+                    f"`{key}` of config.json rotates only a part of each head, which transformers cannot do in this "
+                    f"family with `rope_type`={rope_type!r} either. Remove it."
                 )
             found.append(f"{name}.{key}" if key in given else key)
         known = {*_READ_WITH_ANY_TYPE, *(field.name for field in fields(TYPES[rope_type]))}
         for key in [key for key in given if key not in known]:
             if isinstance(given[key], Mapping):
                 raise ValueError(
-                    f"`{name}`={raw[name]!r:.200} of config.json has parameters for each kind of layer, which jaxgen "
-                    "does not implement."
+                    f"`{name}`={raw[name]!r:.200} of config.json has separate parameters for each kind of layer, which "
+                    "jaxgen does not implement."
                 )
             if given[key]:
                 found.append(f"{name}.{key}")
@@ -299,7 +299,7 @@ def _type_and_values(name: str, parameters: object) -> tuple[str, dict[str, Any]
 
 
 def _from_parameters(raw: Mapping[str, Any], name: str, parameters: object, head_dim: int) -> Rope:
-    """The rope of one spelling; keys that it lacks may be at the top level of the config.
+    """The rope of one spelling. Keys that it lacks may be at the top level of the config.
 
     Raises:
         ValueError: if a key is missing, is not valid, or has another value at the top level.

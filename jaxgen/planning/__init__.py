@@ -1,1 +1,1 @@
-"""The memory and time that a call needs, before anything is loaded."""
+"""Computes the memory and time that a call needs, before anything is loaded."""

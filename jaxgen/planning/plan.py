@@ -1,7 +1,8 @@
-"""Whether a model, a batch and a context fit in the memory of a device or a mesh, without allocating or compiling.
+"""Checks whether a model, a batch and a context fit in the memory of a device or a mesh, without allocating or
+compiling.
 
-Weights and cache are counted to the byte. Temporaries are the compiler's choice: their sizes here follow what XLA was
-seen to need (`bench/compilers.py` compares).
+Weights and cache are counted to the byte. Temporaries are up to the compiler: their sizes here are fitted to what XLA
+needed (`bench/compilers.py` compares).
 """
 
 import functools
@@ -38,11 +39,11 @@ class Device:
     """A kind of device.
 
     Attributes:
-        name: of the kind.
+        name: name of the kind.
         platform: as JAX calls it: "tpu", "gpu" or "cpu".
         memory: bytes that programs may use.
-        bandwidth: of its memory, in bytes per second; None if not known.
-        share: of the memory that the device has, how much `memory` is.
+        bandwidth: memory bandwidth in bytes per second; None if not known.
+        share: the part of the device's whole memory that `memory` is.
     """
 
     name: str
@@ -70,7 +71,7 @@ _DEVICES = {
     )
 }
 DEVICE_NAMES = tuple(_DEVICES)
-# Beginnings of JAX's `device_kind`; the first that matches counts.
+# Prefixes of JAX's `device_kind`; the first match is used.
 _KINDS = {
     "TPU v5 lite": "v5e",
     "TPU v5e": "v5e",
@@ -91,8 +92,8 @@ class Plan:
 
     Attributes:
         model: name or folder.
-        parameters: their number.
-        dtype: of the weights that are not quantised, and of the cache.
+        parameters: number of parameters.
+        dtype: the dtype of the cache, and of weights that are not quantised.
         quantize: "int8" or None.
         batch: B, the prompts.
         prompt_tokens: of each prompt.
@@ -102,16 +103,16 @@ class Plan:
         device: its name in `DEVICE_NAMES`, or JAX's name of the local device.
         mesh: number of devices on the axes "data" and "tensor".
         rows: N, over all devices: prompts, rounded up, times the sequences or beams of each.
-        slots: S of the cache at its full size.
-        weights: bytes.
-        cache: bytes at its full size.
-        prefill_temporaries: bytes, of the forward pass over the prompt.
-        decode_temporaries: bytes, of a decode step.
+        slots: S, the slots of the cache at its full size.
+        weights: bytes of the weights.
+        cache: bytes of the cache at its full size.
+        prefill_temporaries: bytes of temporaries in the prompt's forward pass.
+        decode_temporaries: bytes of temporaries in a decode step.
         total: weights, cache and the larger of the temporaries.
         available: bytes that programs may use.
-        memory_share: of the memory that the device has, how much `available` is: JAX does not take all of a GPU's.
-        step_ms: lower bound of the time of the last step, the bytes it reads over the bandwidth; None if that is not
-            known.
+        memory_share: the part of the device's whole memory that `available` is: JAX does not take all of a GPU's.
+        step_ms: lower bound of the last step's time: the bytes that it reads, divided by the bandwidth. None if that is
+            not known.
         tokens_per_s: upper bound for all rows together; None likewise.
         suggestions: plans that would fit, if this one does not.
     """
@@ -160,9 +161,9 @@ def plan(
     follow_links: bool = False,
     revision: str | None = None,
 ) -> Plan:
-    """Whether a call fits in memory, and if not, what would. Reads only configs and headers.
+    """Whether a call fits in memory, and if it does not, what would. Reads only configs and headers.
 
-    A model on the hub is downloaded all the same, weights included.
+    A model on the hub is still downloaded, weights included.
 
     Args:
         model: a folder or a name on the hub, as `load` takes them, or a name in `jaxgen.planning.shapes.SHAPES`.
@@ -230,7 +231,7 @@ def _local_device() -> Device:
 
 
 def _usable(device: Device) -> Device:
-    """The device with the memory that JAX takes: a share of a GPU's, all of a TPU's."""
+    """The device with the memory that JAX takes: a part of a GPU's, all of a TPU's."""
     if device.platform != "gpu":
         return device
     share = _memory_fraction()
@@ -254,7 +255,7 @@ def _memory_fraction() -> float:
 
 
 class _Setup(NamedTuple):
-    """The arguments of `plan` that a suggestion may change; see there."""
+    """The arguments of `plan` that a suggestion may change; see `plan`."""
 
     device: Device
     batch: int
@@ -267,17 +268,17 @@ class _Call:
     """The sizes of a model and a call that do not depend on the `_Setup`.
 
     Attributes:
-        plan: makes the `Plan`; holds the fields that are known already.
-        config: of the model.
+        plan: makes the `Plan`, with the fields that are already known.
+        config: the model's config.
         leaves: path and shape of each parameter.
-        dtype: of unquantised weights, and of activations.
-        slot_bytes: of a slot of the cache, over all layers.
-        prompt_rows: rows of the prefill for each prompt.
+        dtype: the dtype of unquantised weights and of activations.
+        slot_bytes: bytes of a cache slot, over all layers.
+        prompt_rows: rows of the prefill per prompt.
         columns: P.
-        slots: S of the cache.
-        copies: of each row after the prefill, each with a cache of its own.
-        branches: C of each row, which share its cache.
-        tokens: in the cache of a row at the end.
+        slots: S, the slots of the cache.
+        copies: copies of each row after the prefill, each with its own row of the cache.
+        branches: C, the branches of each row, which share its row of the cache.
+        tokens: number of tokens in the cache of a row at the end.
     """
 
     plan: functools.partial[Plan]
@@ -356,7 +357,7 @@ class _Call:
             prefill, decode = prefill + widened, decode + widened
         seconds = None
         if device.bandwidth is not None:
-            # The prompts on a device without those that fill a bucket, and the slots that hold tokens by then.
+            # The prompts on a device without bucket padding, and the slots that hold tokens by then.
             valid = -(-batch // data) * self.prompt_rows * self.copies * self.tokens * self.slot_bytes // tensor
             seconds = (read + valid) / device.bandwidth
         return self.plan(
@@ -379,7 +380,7 @@ class _Call:
 
     @functools.cache  # noqa: B019  # a few entries, for as long as a plan is made
     def _weights(self, quantize: str | None, tensor: int) -> tuple[int, int]:
-        """Bytes of the weights on each device, and bytes of weights that a step reads."""
+        """Bytes of the weights on each device, and bytes of the weights that a step reads."""
         total = read = 0
         for path, shape, share in self._shares(tensor):
             size = math.prod(shape) // math.prod(share)
@@ -389,13 +390,13 @@ class _Call:
                 outliers = outlier_columns(shape[1])
                 size += (4 + outliers * self.dtype.itemsize) * shape[0] // share[0] + 4 * outliers
             total += size
-            # A step reads only a few rows of an embedding that is not the head too.
+            # A step reads only a few rows of an embedding, unless the embedding is also the head.
             if path != self.family.embedding or self.config.tie_word_embeddings:
                 read += size
         return total, read
 
     def spreads(self, tensor: int) -> bool:
-        """Whether the weights can be sharded over so many devices."""
+        """Whether the weights can be sharded over `tensor` devices."""
         try:
             self.family.partition(self.config, _spread(tensor))
         except ValueError:
@@ -422,7 +423,7 @@ class _Call:
         return self._activations(rows, self.columns, self.columns, tensor, platform) + short_cache + logits
 
     def _decode_temporaries(self, rows: int, tensor: int, platform: str) -> int:
-        """Activations, and the logits: with beams three arrays of their size are alive at a time."""
+        """Activations and logits. With beams, three arrays of the size of the logits are alive at a time."""
         rows *= self.branches  # beams share a row of the cache, but each has logits and activations
         logits = 4 * rows * self.config.vocab_size
         return logits * (1 if self.branches == 1 else 3) + self._activations(rows, 1, self.slots, tensor, platform)
@@ -433,7 +434,9 @@ class _Call:
 
 
 def _suggestions(call: _Call, setup: _Setup) -> Iterator[Plan]:
-    """The smallest change of each kind that fits; if none does, of each two kinds together, then of each three."""
+    """The smallest change of each kind that makes the call fit; if there is none, of each two kinds together, then of
+    three.
+    """
     changes: dict[str, Sequence[object]] = {
         "batch": _smaller_batches(setup.batch, setup.mesh[0]),
         "quantize": ["int8"] if setup.quantize is None else [],

@@ -2,7 +2,7 @@
 
 Same results as the classes of transformers 5.24 `generation/logits_process.py`. The names are the same without the
 suffixes. Numbers are leaves of pytrees, so a new penalty or threshold compiles nothing. Lists of token ids become masks
-[V], so that lists of any length share a program. Warpers look only at the scores and not at their tokens, so they can
+[V], so that lists of any length share a program. Warpers depend only on the scores and not on their tokens, so they can
 also run on the few candidates of a sample; see `decoding.choice`.
 """
 
@@ -44,7 +44,7 @@ def process(
 
 
 def by_row(states: Sequence[object], rows: int) -> tuple[object, ...]:
-    """The states of `init` by row, for `process_columns`: [N, 1, ...], and [N] of single numbers."""
+    """The states from `init` by row, for `process_columns`: [N, 1, ...], or [N] for single numbers."""
     return tuple(
         jax.tree.map(lambda leaf: leaf[:, None] if leaf.ndim else jnp.broadcast_to(leaf, (rows,)), state)
         for state in states
@@ -61,7 +61,7 @@ def process_columns(
 ) -> tuple[jax.Array, tuple[object, ...]]:
     """The scores of T consecutive tokens of each row after all processors; see `LogitsProcessor.step_columns`.
 
-    `states` are as from `by_row`.
+    `states` have the layout of `by_row`.
     """
     stacked = []
     for processor, state in zip(processors, states, strict=True):
@@ -78,7 +78,7 @@ def reorder(processors: Sequence[LogitsProcessor], states: Sequence[object], row
 @pytree
 @dataclass(frozen=True)
 class SequenceBias(LogitsProcessor):
-    """Adds a bias to the token that would complete a sequence. `SequenceBiasLogitsProcessor`; -inf forbids a sequence.
+    """Adds a bias to the token that would complete a sequence; -inf forbids it. `SequenceBiasLogitsProcessor`.
 
     The sequences (5,), (7, 8) and (1, 2, 3), in buckets of 4 sequences and 4 tokens:
 
@@ -105,7 +105,9 @@ class SequenceBias(LogitsProcessor):
 
     @classmethod
     def build(cls, sequences: Mapping[tuple[int, ...], float], vocab_size: int) -> Self:
-        """Builds it from {token ids: bias}. Array sizes are rounded up, so that other sequences reuse the program."""
+        """Builds the processor from {token ids: bias}. Array sizes are rounded up, so that other sequences reuse the
+        program.
+        """
         single = np.zeros(vocab_size, np.float32)
         for sequence, bias in sequences.items():
             if len(sequence) == 1:
@@ -140,8 +142,8 @@ class SequenceBias(LogitsProcessor):
 class RepetitionPenalty(LogitsProcessor[jax.Array]):
     """Penalises tokens that are already in the row. `RepetitionPenaltyLogitsProcessor`.
 
-    The state is a mask [N, V] of each row's tokens: reading all columns again would cost more with each step. Padding
-    before the prompt does not count. Masked columns after its first token do, as in transformers.
+    The state is a mask [N, V] of each row's tokens, because reading all columns again would cost more with each step.
+    Padding before the prompt does not count. Masked columns after its first token do, as in transformers.
 
     Attributes:
         penalty: float32 []. Above 1 discourages.
@@ -370,7 +372,7 @@ class Temperature(LogitsProcessor):
 
 
 class Warper(LogitsProcessor):
-    """A processor that reads only the scores: of the whole vocabulary, or of all tokens that may still be sampled.
+    """A processor that depends only on the scores, of the whole vocabulary or of the tokens that may still be sampled.
 
     Ties are broken by column, so candidates are sorted by token id. `min_tokens_to_keep` (static) is 1, or with beams
     one more than there are eos ids.
@@ -478,7 +480,7 @@ class TopP(Warper):
             mass = _cumulative_at_border(scores, p, below, 1 - self.top_p)
         kept = mass > 1 - self.top_p
         if self.min_tokens_to_keep == 1:
-            # Of the highest scores the one in the last column: the sums above keep it first.
+            # If the highest score occurs several times, its last column: the sums above keep it first.
             last = jnp.max(jnp.where(scores == scores.max(axis=1, keepdims=True), columns, 0), axis=1, keepdims=True)
             kept |= columns == last
         else:

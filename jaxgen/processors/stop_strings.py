@@ -1,10 +1,9 @@
 """Stop strings, matched on token ids with lookup tables.
 
-Same as transformers 5.24 `StopStringCriteria`, which matches backwards. The newest token has to begin with the end of
-the string. Then token after token, back from there, has to continue the match, until the beginning of the string is
-reached or passed. Where the match has got to is counted in characters from the end of the string. What a single token
-can match is looked up in tables with a row for each token of the vocabulary. A string may begin in the prompt, but has
-to end in the newest token.
+Same as transformers 5.24 `StopStringCriteria`, which matches backwards. The newest token must begin with the end of the
+string. From there backwards, each token must continue the match, until the beginning of the string is reached or
+passed. Positions are counted in characters from the end of the string. Tables with a row for each token of the
+vocabulary hold what a token can match. A string may begin in the prompt, but must end in the newest token.
 
 ```
 text           ... "so"   "me st"   "op!!"      stop string "stop", of 4 characters
@@ -29,12 +28,12 @@ from jaxgen import lazy
 from jaxgen.buckets import bucket
 from jaxgen.pytree import Int32, pytree
 
-_PADDING = -1  # of the tables: never equal to a sum of lengths, and not a valid overlap
+_PADDING = -1  # pads the tables: never equal to a sum of lengths, and not a valid overlap
 _MIN_STRINGS, _MIN_NUMBERS, _MIN_WINDOW = 2, 6, 16  # sizes of the tables, so that usual stop strings share a program
 
 
 class Tokenizer(Protocol):
-    """The methods of a transformers tokenizer that are called here."""
+    """The methods of a transformers tokenizer that this module calls."""
 
     def __len__(self) -> int: ...
     def __call__(self, text: str, *, add_special_tokens: bool) -> Mapping[str, list[int]]: ...
@@ -53,7 +52,7 @@ class StopStrings:
 
     Attributes:
         overlaps: int16 [V + 1, strings, numbers]. How many last characters of a string a token may begin with.
-        places: int16 [V + 1, strings, numbers]. How many characters of a string may follow a token in it.
+        places: int16 [V + 1, strings, numbers]. How many characters of a string may follow a token inside it.
         lengths: int32 [V + 1]. Length of each token.
         targets: int32 [strings]. Length of each string; 2**30 in unused places.
         window: static: the maximum number of tokens in a string.
@@ -67,7 +66,7 @@ class StopStrings:
 
     @classmethod
     def build(cls, strings: Sequence[str], tokenizer: Tokenizer, vocab_size: int) -> "StopStrings":
-        """From the strings and the tokens. The sizes of the tables are rounded up.
+        """Builds the tables from the strings and the tokens. Table sizes are rounded up.
 
         The last 8 results are cached for each tokenizer, since scanning a large vocabulary takes a second.
 
@@ -117,7 +116,7 @@ class StopStrings:
         earlier = jnp.cumsum(self.lengths[tokens[:, 1:]], axis=1)
         # [N, window, strings, overlaps]: the characters from the beginning of each token to the end of the string.
         reached = jnp.concatenate([ends[:, None], ends[:, None] + earlier[:, :, None, None]], axis=1)
-        # A token fits if one of its places is where the token after it begins; the newest one if it overlaps at all.
+        # A token fits if the token after it begins at one of its places. The newest token fits if it overlaps at all.
         fits = (reached[:, :-1, :, None] == self.places[tokens[:, 1:]][..., None].astype(jnp.int32)).any(axis=3)
         fits = jnp.concatenate([ends[:, None] > 0, fits], axis=1)
         so_far = jnp.cumprod(fits, axis=1).astype(bool)  # whether a token and all after it fit
@@ -146,7 +145,7 @@ def _matches(decoded: Mapping[int, str], string: str) -> tuple[Numbers, Numbers]
     """
     overlaps: Numbers = {}
     places: Numbers = {}
-    # Most tokens of a large vocabulary share no end with the string, and are ruled out by a look at their ends.
+    # Most tokens of a large vocabulary share no end with the string. Their ends are enough to rule them out.
     characters, size = set(string), len(string)
     for token, text in decoded.items():
         if not text or not (text[0] in characters or text[-1] in characters or string in text):
@@ -166,10 +165,10 @@ class _Vocabulary:
     """The text of every token of a tokenizer, and a cache of the stop strings built from it.
 
     Attributes:
-        size: of the tokenizer when it was read: it may grow by `add_tokens`.
+        size: the tokenizer's size when it was read: it may grow by `add_tokens`.
         decoded: the text of each token id. If `in_bytes`, one character for each byte, see `_as_characters`.
         in_bytes: whether the tokenizer works on bytes.
-        cache: by strings and vocabulary size.
+        cache: the stop strings by their strings and the vocabulary size.
     """
 
     size: int
@@ -182,7 +181,7 @@ _vocabularies: weakref.WeakKeyDictionary[Tokenizer, _Vocabulary] = weakref.WeakK
 
 
 def _as_characters(text: bytes) -> str:
-    """The bytes as one character each, so that all texts are strings; tokens may split UTF-8 characters."""
+    """One character per byte, so that all texts are strings although tokens may split UTF-8 characters."""
     return text.decode("latin-1")
 
 

@@ -1,4 +1,4 @@
-"""Stopping criteria, which say when a row is finished; same as transformers 5.24 `stopping_criteria.py`."""
+"""Stopping criteria, which decide when a row is finished. Same as transformers 5.24 `stopping_criteria.py`."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ _MIN_IDS = 8  # most models have one to three eos ids; this way they all share a
 def any_of(
     criteria: Iterable[StoppingCriterion], input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array
 ) -> jax.Array:
-    """bool [N]: the rows that at least one criterion finishes; arguments as of `base.StoppingCriterion`."""
+    """bool [N]: the rows that at least one criterion finishes. The arguments are those of `base.StoppingCriterion`."""
     finished = jnp.zeros(len(input_ids), bool)
     for criterion in criteria:
         finished |= criterion(input_ids, scores, cur_len)
@@ -33,9 +33,9 @@ def any_of_columns(
     Criteria see one token of one row at a time.
 
     Args:
-        criteria: of the call.
+        criteria: the call's criteria.
         input_ids: int32 [N, S]. The texts with the T tokens.
-        scores: float32 [N, T, V]. Of these tokens.
+        scores: float32 [N, T, V]. The scores of these tokens.
         cur_len: int32 [N]. The columns of each row before the T tokens.
         read: bool [N, T]. The tokens that count.
     """
@@ -46,9 +46,9 @@ def any_of_columns(
         finished = any_of(compiled, text[None], scores[None], cur_len)
         if finished.shape != (1,):
             raise ValueError(
-                f"a stopping criterion returned {finished.shape[0]} answers for one row. With drafts, rows are at "
-                "steps of their own and criteria get one row at a time, so they cannot hold numbers for each row. "
-                "Leave out the drafts."
+                f"a stopping criterion returned {finished.shape[0]} answers for one row. In assisted decoding, rows "
+                "are at different steps, so a criterion gets one row at a time and cannot hold numbers for each row. "
+                "Leave out assisted decoding."
             )
         return finished[0]
 
@@ -73,7 +73,7 @@ class EosToken(EosCriterion):
 
     @classmethod
     def build(cls, token_ids: Iterable[int], vocab_size: int) -> Self:
-        """From the ids that are in the vocabulary. E is rounded up, so that other ids reuse the program."""
+        """Uses the ids that are in the vocabulary. E is rounded up, so that other ids reuse the program."""
         ids = [token for token in token_ids if 0 <= token < vocab_size]
         size = bucket(max(_MIN_IDS, len(ids)))
         return cls([*ids, *[-1] * (size - len(ids))])

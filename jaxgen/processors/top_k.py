@@ -1,4 +1,4 @@
-"""Top-k and argmax over large vocabularies, by the maxima of blocks instead of by sorting."""
+"""Top-k and argmax over large vocabularies, from the maxima of blocks instead of by sorting."""
 
 import jax
 import jax.numpy as jnp

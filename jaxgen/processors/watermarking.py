@@ -3,8 +3,8 @@
 There are two schemes: green lists (Kirchenbauer et al. 2023, arXiv 2306.04634; transformers'
 `WatermarkLogitsProcessor`) and SynthID-Text (Dathathri et al., Nature 2024; transformers'
 `SynthIDTextWatermarkLogitsProcessor`). Both give the numbers of transformers 5.24 on CPU, so its detectors work on the
-text. This needs torch's random generator, the Mersenne Twister MT19937, and 64-bit integers. JAX has these only in x64
-mode, so here they are pairs (high, low) of uint32 arrays.
+text. This needs torch's random generator, the Mersenne Twister MT19937, and 64-bit integers. JAX has 64-bit integers
+only in x64 mode, so here they are pairs (high, low) of uint32 arrays.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from jax import lax
 from jaxgen.base import LogitsProcessor, Prompt
 from jaxgen.pytree import Bool, Float32, Int32, UInt32, pytree
 
-Wide = tuple[jax.Array, jax.Array]  # the high and the low words of 64-bit integers
+Wide = tuple[jax.Array, jax.Array]  # high and low words of 64-bit integers
 
 TABLE_SIZE = 1_000_003  # of selfhash's permutation, a prime
 CANDIDATES = 40  # of selfhash, as in transformers
@@ -42,7 +42,7 @@ class GreenlistWatermark(LogitsProcessor):
         hashing_key: uint32 [].
         table: int32 [1000003]. The permutation that selfhash hashes tokens with; [0] for lefthash.
         greenlist_size: static.
-        context_width: static. Shorter rows are not watermarked. With selfhash the number of tokens in a seed.
+        context_width: static. Shorter rows are not watermarked. With selfhash it is the number of tokens in a seed.
         selfhash: static. Whether the seeding is "selfhash" and not "lefthash".
     """
 
@@ -192,7 +192,7 @@ class SynthIDWatermark(LogitsProcessor[SynthIDState]):
         """See `LogitsProcessor.step`."""
         last = lax.dynamic_slice_in_dim(input_ids, cur_len - 1, 1, axis=1)
         shifted = jnp.concatenate([state.context, last], axis=1)[:, 1:]
-        # In the first step the last token is of the prompt, which is not part of the context.
+        # In the first step the last token belongs to the prompt, which is not part of the context.
         context = jnp.where(state.calls > 0, shifted, state.context)
         calls = state.calls + 1
         if self.debug_mode:
@@ -286,7 +286,7 @@ def _first_of_shuffle(words: jax.Array, vocab_size: int) -> jax.Array:
     moves = jnp.where(_take(last_step, targets) == steps, targets, settled)
 
     def follow(moves: jax.Array) -> jax.Array:
-        """Replaces each move to the place of a step by the move from there. In the end none leads to such a place."""
+        """Replaces each move to the place of a step by the move from that place, until no move leads to such a place."""
         return jnp.where(moves < size, _take(moves, jnp.minimum(moves, size - 1)), moves)
 
     # Each round doubles the moves that are followed, so a chain of n steps takes log2(n) rounds.

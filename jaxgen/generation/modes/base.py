@@ -121,7 +121,7 @@ class Mode:
 
     @property
     def whole_texts_per_step(self) -> bool:
-        """Whether with `use_cache=False` each step returns its own arrays, because earlier tokens of a text may change."""
+        """Whether each step with `use_cache=False` has its own arrays, because earlier tokens of a text may change."""
         return False
 
     def recorded(self, intermediates: tuple[str, ...], logprobs: bool) -> tuple[str, ...]:
@@ -185,7 +185,7 @@ class Mode:
         return np.broadcast_to(np.arange(steps), (rows, 1, steps))
 
     def attended_steps(self, fetched: Mapping[str, np.ndarray], rows: int, steps: int) -> list[np.ndarray]:
-        """For each step, int [rows, C, step + 1]: the slots that the texts attend, with the offsets of `cached_steps`."""
+        """For each step, int [rows, C, step + 1]: the slots that the texts attend to, as offsets like `cached_steps`."""
         del fetched
         return [np.broadcast_to(np.arange(step + 1), (rows, 1, step + 1)) for step in range(steps)]
 

@@ -49,7 +49,7 @@ class BeamsMode(Mode):
 
     @property
     def candidates_per_beam(self) -> int:
-        """The number of candidates with which every beam can continue even if its others are all end-of-sequence ids."""
+        """Enough candidates for every beam to continue, even if all the others are end-of-sequence ids."""
         return max(2, 1 + len(self.config.eos_token_id))
 
     def check_candidates(self, parts: Parts) -> None:

@@ -120,7 +120,7 @@ def _past(model: Model, inputs: Inputs, rows: int, slots: int, reserved: bool) -
 def guided_prompt(
     model: Model, inputs: Inputs, negative_ids: np.ndarray, negative_mask: np.ndarray, guidance_scale: float
 ) -> tuple[Prompt, Prefill, np.ndarray]:
-    """As `padded_prompt`, with negative prompts [B, P'] below the prompts in one batch, so that weights are read once."""
+    """As `padded_prompt`, with negative prompts [B, P'] below the prompts in the same batch: weights are read once."""
     width = max(inputs.input_ids.shape[1], negative_ids.shape[1])
 
     # Both are padded on the left to one width, so that their last tokens are in the same column.

@@ -17,7 +17,7 @@ _spent = _Spent()
 
 
 def compile_seconds() -> float:
-    """Seconds that this thread has spent compiling so far, including traces and reads of programs from a cache on disk."""
+    """Seconds that this thread has spent compiling so far, including tracing and loading programs from disk."""
     return _spent.seconds
 
 

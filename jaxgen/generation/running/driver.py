@@ -196,7 +196,7 @@ def _with_room(state: DecodeState, strategy: Strategy, sizes: Generator[CacheSiz
 
 
 def _stopped(model: Model, prepared: PreparedCall, state: DecodeState, read: Progress) -> DecodeState:
-    """The state of a call that ends early. Beams take one more step, in which a lower `max_length` finishes them all."""
+    """The state of a call that ends early. Beams take one more step, where a lower `max_length` finishes all."""
     if read.text is not None:
         return state
     strategy: Any = prepared.call.strategy

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class HostFunction(Protocol):
-    """A function of int [rows, L] texts, float [rows, V] scores, and the index in the call of the first of these rows."""
+    """A function of int [rows, L] texts, float [rows, V] scores, and the call's index of the first of these rows."""
 
     def __call__(self, input_ids: np.ndarray, scores: np.ndarray | None, first_row: int = 0) -> np.ndarray: ...
 

@@ -13,9 +13,7 @@ class Streamer(Protocol):
     """The methods of a transformers streamer that a call uses."""
 
     def put(self, value: np.ndarray, /) -> object:
-        """Called first with the prompts, int32 [rows, P], and then at each step with the next token of each row, int32
-        [rows].
-        """
+        """Gets first the prompts, int32 [rows, P], then at each step the next token of each row, int32 [rows]."""
         ...
 
     def end(self) -> object: ...
