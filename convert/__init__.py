@@ -242,7 +242,7 @@ def _compare(folder: Path, known: Json, digests: Mapping[str, Digest], files: Ma
     wrong += [name for name in expected["files"] if expected["files"][name] != files.get(name)]
     if wrong:
         raise CheckpointError(
-            f"{folder}: {listed(sorted(wrong))} differ from what was written. Convert the original again."
+            f"{folder} has changed since it was written: {listed(sorted(wrong))}. Convert the original again."
         )
 
 

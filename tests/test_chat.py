@@ -175,7 +175,7 @@ def test_a_question_is_asked_again_or_taken_back_and_a_failure_takes_back_nothin
     def fail(_: PreparedCall) -> Any:
         raise KeyboardInterrupt
 
-    with pytest.raises(ValueError, match="nothing was asked yet"):
+    with pytest.raises(ValueError, match="there is no question yet"):
         conversation.retry(ARGUMENTS, Decode(bundled))
     first = conversation.ask(SAID[0], ARGUMENTS, Decode(bundled))
     messages = list(conversation.messages)
@@ -204,7 +204,7 @@ def test_messages_are_read_as_they_are_from_a_list_or_an_object(content: Any, tm
         "\udcff": "is not valid JSON",
         "3": "has no messages",
         '{"messages": {}}': "has no messages",
-        '["hello"]': "message 1 of .* has no `role`, which is one of system, user, assistant",
+        '["hello"]': "message 1 of .* has no `role`, which must be one of system, user, assistant",
         '[{"role": "tool", "content": "x"}]': "message 1 of .* has no `role`",
         '[{"role": ["user"], "content": "x"}]': "message 1 of .* has no `role`",
         '[{"role": "user", "content": ["x"]}]': "message 1 of .* needs a `content` that is text",

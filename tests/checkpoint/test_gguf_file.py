@@ -248,7 +248,7 @@ def test_what_changes_nothing_is_taken(key: str, value: Any, tmp_path: Path) -> 
         ({"general.quantization_version": 1}, "`general.quantization_version`=1"),
         (
             {"general.architecture": "gemma3"},
-            r"the architecture 'gemma3'; it may be one of \['llama', 'qwen2', 'qwen3'\]",
+            r"the architecture 'gemma3', which is not supported; it may be one of \['llama', 'qwen2', 'qwen3'\]",
         ),
         ({"general.architecture": "mistral"}, "the architecture 'mistral'"),
         ({"tokenizer.ggml.eos_token_id": "2"}, "`tokenizer.ggml.eos_token_id`='2' must be an integer"),
@@ -283,7 +283,7 @@ def test_settings_of_sampling_go_to_the_fields_they_came_from(tmp_path: Path) ->
 def test_tensors_that_the_model_lacks_are_named(tmp_path: Path) -> None:
     tensors = random_tensors()
     path = write_gguf(tmp_path / "model.gguf", others={"blk.0.attn_sinks.weight": np.ones(4, np.float32)})
-    with pytest.raises(CheckpointError, match=r"it holds `blk.0.attn_sinks.weight`, which a llama does not use"):
+    with pytest.raises(CheckpointError, match=r"it holds `blk.0.attn_sinks.weight`, which a llama model does not use"):
         open_checkpoint(path)
     path = write_gguf(tmp_path / "model.gguf", others={"model.norm.bias": np.ones(4, np.float32)})
     with pytest.raises(CheckpointError, match=r"it holds `model.norm.bias`"):
@@ -296,7 +296,7 @@ def test_tensors_that_the_model_lacks_are_named(tmp_path: Path) -> None:
 def test_without_the_package_one_sentence_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_gguf(tmp_path / "model.gguf")
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(CheckpointError, match=r"needs the package gguf: `pip install 'jaxgen\[gguf\]'`"):
+    with pytest.raises(CheckpointError, match=r"needs the gguf package: `pip install 'jaxgen\[gguf\]'`"):
         jaxgen.load(path)
 
 

@@ -222,7 +222,9 @@ def test_without_the_hub_a_model_that_is_not_cached_is_refused_with_the_command_
     gone: Any, said: str, hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gone(monkeypatch)
-    expected = f"{NAME} is neither a path here nor in the cache .*{said}.*`hf download {NAME} --revision v2` downloads"
+    expected = (
+        f"{NAME} is neither an existing path nor in the cache .*{said}.*`hf download {NAME} --revision v2` downloads"
+    )
     with pytest.raises(CheckpointError, match=expected) as refused:
         jaxgen.load(NAME, revision="v2")
     assert refused.value.__cause__ is not None and "\n" not in str(refused.value)
@@ -305,7 +307,7 @@ def test_a_path_is_never_looked_for_on_the_hub(hub: Hub, whole: Files, tmp_path:
     (tmp_path / "org" / "file").write_text("")
     for path in ("org/file", tmp_path / NAME, Path("org/nothing")):
         assert local_path(path) == Path(path)
-        with pytest.raises(ValueError, match=r"`revision`='v1' \(--revision\) is for the name of a model"):
+        with pytest.raises(ValueError, match=r"`revision`='v1' \(--revision\) is only for models on the hub"):
             local_path(path, "v1")
     assert main(["generate", "x", "--revision", "v1"]) == 1  # with the bundled model
     assert hub.log == []
@@ -317,7 +319,7 @@ def test_a_path_is_never_looked_for_on_the_hub(hub: Hub, whole: Files, tmp_path:
     + ["a/b c", "a\nb/c", "ö/b", "a/" + "b" * 5000, ""],
 )
 def test_what_is_neither_a_path_nor_a_name_asks_nobody(name: str, hub: Hub) -> None:
-    with pytest.raises(CheckpointError, match=r"is neither a path here nor the name of a model .*owner/name"):
+    with pytest.raises(CheckpointError, match=r"is neither an existing path nor the name of a model .*owner/name"):
         jaxgen.load(name)
     with pytest.raises(ValueError, match="must be a branch, a tag or a commit"):
         local_path(NAME, " ")
@@ -329,16 +331,16 @@ def config(**changes: Any) -> bytes:
 
 
 REFUSED: dict[str, tuple[Files | None, str]] = {
-    "nothing": (None, r"no model of this name, or a private one: .*`hf auth login`"),
+    "nothing": (None, r"no public model of this name. It may be private. .*`hf auth login`"),
     "a dataset": (None, r"is a dataset on the hub, not a model\."),
     "gated": ({}, rf"is gated\. Accept its terms at http://127.*/{NAME}, then log in with `hf auth login`"),
     "no such revision": ({}, r"has no revision 'v9'\. Pass a branch, a tag or a commit"),
     "pickles": (
         {"pytorch_model.bin": b"", "a.gguf": b""},
-        rf"no safetensors, but `pytorch_model.bin`: pickles.*`jaxgen convert --allow-pickle {NAME} DST`",
+        rf"no safetensors, but pickles: `pytorch_model.bin`.*`jaxgen convert --allow-pickle {NAME} DST`",
     ),
-    "GGUF and a config": ({"b.gguf": b"", "a.gguf": b""}, rf"`hf download {NAME} a\.gguf`, and pass the file"),
-    "GGUF alone": ({"config.json": b"", "a.gguf": b""}, rf"`hf download {NAME} a\.gguf`, and pass the file"),
+    "GGUF and a config": ({"b.gguf": b"", "a.gguf": b""}, rf"`hf download {NAME} a\.gguf`, and pass its path"),
+    "GGUF alone": ({"config.json": b"", "a.gguf": b""}, rf"`hf download {NAME} a\.gguf`, and pass its path"),
     "an adapter": ({"adapter_config.json": b"{}"}, rf"is a LoRA adapter.*`hf download {NAME}`.*--merge-lora FOLDER"),
     "no config": ({"config.json": b"", "x.npz": b""}, r"has no config\.json, but `x\.npz`"),
     "no weights": ({"x.npz": b""}, rf"has no model\.safetensors or {INDEX}, but `config\.json`, `x\.npz`"),
@@ -372,7 +374,7 @@ def test_what_cannot_be_loaded_is_refused_before_any_weights_are_asked_for(case:
 def test_pickles_on_request_need_no_config(hub: Hub) -> None:
     hub.add(NAME, {"params.json": b"{}", "consolidated.00.pth": b"", "tokenizer.model": b"x"})
     assert {*contents(local_path(NAME, pickles=True))} == {"params.json", "consolidated.00.pth", "tokenizer.model"}
-    with pytest.raises(CheckpointError, match=r"no safetensors, but `consolidated\.00\.pth`: pickles"):
+    with pytest.raises(CheckpointError, match=r"no safetensors, but pickles: `consolidated\.00\.pth`"):
         local_path(NAME)
 
 

@@ -106,7 +106,7 @@ def test_buffers_that_the_config_determines_are_compared_with_it(dtype: Any, tmp
     assert_holds(jaxgen.load(folder), TENSORS, np.float32)
     for wrong in (frequencies * 1.1, frequencies[1:], frequencies.astype(np.int32)):
         folder = write_checkpoint(tmp_path / "wrong", tensors=TENSORS | buffers | {name: wrong})
-        with pytest.warns(UserWarning, match=f"`{name}` is not what config.json says"):
+        with pytest.warns(UserWarning, match=f"`{name}` differs from the values that config.json implies"):
             assert_holds(jaxgen.load(folder), TENSORS, np.float32)
 
 
@@ -485,7 +485,7 @@ ELSEWHERE: dict[str, tuple[Callable[[Path], None], str]] = {
     "GGUF with a config": (moved(weights="model-Q4.gguf"), r"but model-Q4\.gguf, .*Pass the file: .*/model-Q4\.gguf"),
     "a folder within": (
         moved(config="last/config.json", weights="last/model.safetensors"),
-        r"but `.*/last` has\. Pass",
+        r"but `.*/last` has one\. Pass",
     ),
 }
 
@@ -537,7 +537,7 @@ def test_names_that_a_library_has_wrapped_are_refused_by_its_name(
 ) -> None:
     folder = write_checkpoint(tmp_path, tensors={prefix + name: tensor for name, tensor in TENSORS.items()})
     part = prefix.removeprefix("model.")
-    refused(folder, f"`{prefix}lm_head.weight`, where `{part}` is a trace of {library}")
+    refused(folder, f"`{prefix}lm_head.weight`, where `{part}` comes from {library}")
     monkeypatch.undo()
     inner = prefix.removesuffix(part)
     write_checkpoint(tmp_path, tensors={inner + name: tensor for name, tensor in TENSORS.items()})

@@ -96,7 +96,9 @@ def test_versions_of_transformers_that_split_texts_in_another_way_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lazy.transformers(), "__version__", "5.12.0")
-    with pytest.raises(CheckpointError, match=r"transformers 5\.12\.0 cannot read GGUF's tokenizers. Install 5\.18"):
+    with pytest.raises(
+        CheckpointError, match=r"transformers 5\.12\.0 cannot read the tokenizers of GGUF files. Install 5\.18"
+    ):
         jaxgen.load_tokenizer(file("llama", tmp_path))
 
 

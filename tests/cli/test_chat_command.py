@@ -237,7 +237,7 @@ def test_a_saved_conversation_is_loaded_and_goes_on(
     )
     assert main(["chat", *there, "--load", str(saved), "--system", "be a fox"]) == 0
     out, err = capsys.readouterr()
-    assert "3 messages loaded" in err and "(forgotten: and then)" in out and "nothing was asked yet" in err
+    assert "3 messages loaded" in err and "(forgotten: and then)" in out and "there is no question yet" in err
     assert f"{tmp_path}: Is a directory" in err and "/load needs the name of a file" in err
     before, after = (json.loads(file.read_text())["messages"] for file in (saved, again))
     assert after[:2] == [{"role": "system", "content": "be a fox"}, before[1]] and len(after) == 3

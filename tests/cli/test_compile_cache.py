@@ -92,14 +92,14 @@ def test_the_folder_is_the_users_and_can_be_moved_or_switched_off(
 @pytest.mark.parametrize("mode", [0o770, 0o707, 0o777, 0o1777])
 def test_a_folder_that_others_may_write_to_is_refused(tmp_path: Path, mode: int) -> None:
     tmp_path.chmod(mode)
-    with pytest.raises(ValueError, match="can be written by others"):
+    with pytest.raises(ValueError, match="can be written by other users"):
         compile_cache.enable(str(tmp_path))
     assert compile_cache.current() != tmp_path
 
 
 def test_a_folder_of_somebody_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "getuid", lambda: 12345)
-    with pytest.raises(ValueError, match="can be written by others"):
+    with pytest.raises(ValueError, match="can be written by other users"):
         compile_cache.enable(str(tmp_path))
 
 

@@ -90,7 +90,7 @@ def test_stop_strings_and_negative_prompts_reach_generate(capsys: pytest.Capture
         (["--num-beams", "2", "--early-stopping", "[1]"], "early_stopping"),
         (["--temp", "0", "--do-sample"], "Leave out one of them"),
         (["--compile-cache", ""], "empty name"),
-        (["--model", ""], "is neither a path here"),
+        (["--model", ""], "is neither an existing path"),
         (["--file", "/nonexistent"], "TEXT and --file"),
     ],
     ids=str,

@@ -35,4 +35,4 @@ def test_templates_converted_folders_and_folders_without_a_tokenizer_are_told_ap
 
 def test_a_folder_that_is_none_ends_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(tmp_path / "nothing")]) == 1
-    assert "is neither a path here" in capsys.readouterr().err
+    assert "is neither an existing path" in capsys.readouterr().err

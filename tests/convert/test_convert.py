@@ -113,7 +113,7 @@ def test_more_rows_than_the_config_says_are_kept_with_a_warning(tmp_path: Path) 
     wide = random_tensors(CONFIG | {"vocab_size": 64})
     source = write_checkpoint(tmp_path / "source", tensors=wide)
     report = convert.convert_checkpoint(source, tmp_path / "converted")
-    assert any("64 rows and not `vocab_size`=48" in message for message in report.warnings)
+    assert any("64 rows, but config.json says `vocab_size`=48" in message for message in report.warnings)
     with pytest.warns(UserWarning, match="64 rows"):
         assert jaxgen.load(report.folder).vocab_size == 64
     convert.convert_to_hugging_face(report.folder, tmp_path / "back")
@@ -283,7 +283,7 @@ def test_a_single_changed_bit_is_found(file: str, source: Path) -> None:
     content = bytearray((target / file).read_bytes())
     content[-3] ^= 1
     (target / file).write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"not what was written|cannot be read"):
+    with pytest.raises(CheckpointError, match=r"has changed since it was written|cannot be read"):
         convert.verify(target)
 
 
@@ -291,7 +291,7 @@ def test_the_way_back_refuses_tensors_that_changed(source: Path, tmp_path: Path)
     target = converted(source)
     file = target / "model-00001-of-00001.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"!")
-    with pytest.raises(CheckpointError, match="not what was written"):
+    with pytest.raises(CheckpointError, match="has changed since it was written"):
         convert.convert_to_hugging_face(target, tmp_path / "back")
     assert not (tmp_path / "back").exists()
 
@@ -355,7 +355,7 @@ def test_a_damaged_account_of_the_original_files_is_noticed(old: str, new: str, 
 def test_the_way_back_refuses_a_config_that_changed(source: Path) -> None:
     target = converted(source)
     write_json(target / "config.json", CONFIG | {"rope_theta": 5.0})
-    with pytest.raises(CheckpointError, match=r"`config\.json`: not what was written"):
+    with pytest.raises(CheckpointError, match=r"has changed since it was written: `config\.json`"):
         convert.convert_to_hugging_face(target, source.parent / "back")
     assert sorted(source.parent.iterdir()) == [target, source]
 
@@ -376,7 +376,7 @@ def test_what_is_larger_than_a_block_is_converted_to_the_byte_and_back(tmp_path:
     for name in ("tokenizer.json", "model-00001-of-00001.safetensors"):
         content = (target / name).read_bytes()
         (target / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-        with pytest.raises(CheckpointError, match="not what was written"):
+        with pytest.raises(CheckpointError, match="has changed since it was written"):
             convert.verify(target)
         (target / name).write_bytes(content)
 
@@ -418,7 +418,7 @@ def test_nan_infinity_and_zeros_are_reported(tmp_path: Path) -> None:
 
 def test_a_converted_folder_is_not_converted_again_nor_a_source_turned_back(source: Path, tmp_path: Path) -> None:
     target = converted(source)
-    with pytest.raises(CheckpointError, match=f"{target} is converted already"):
+    with pytest.raises(CheckpointError, match=f"{target} is already converted"):
         converted(target, "again")
     with pytest.raises(CheckpointError, match=f"{source} is a Hugging Face folder already"):
         convert.convert_to_hugging_face(source, tmp_path / "again")
@@ -498,12 +498,12 @@ def test_an_interrupted_command_says_how_to_go_on(source: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize("name", ["nothing", "a/b/c", "../model", "owner/"])
 def test_what_is_neither_a_path_nor_a_name_is_refused(name: str, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="is neither a path here nor the name of a model"):
+    with pytest.raises(CheckpointError, match="is neither an existing path nor the name of a model"):
         convert.convert_checkpoint(name, tmp_path / "converted")
 
 
 def test_a_hub_that_does_not_answer_is_told_in_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="owner/model is neither a path here nor in the cache"):
+    with pytest.raises(CheckpointError, match="owner/model is neither an existing path nor in the cache"):
         convert.convert_checkpoint("owner/model", tmp_path / "converted")  # the tests are offline
 
 

@@ -221,7 +221,9 @@ def test_a_head_that_is_the_embedding_once_more_has_its_name_again(tmp_path: Pat
     assert known["copies"] == {"lm_head.weight": "model.embed_tokens.weight"}
     found = hugging_face_tensors(open_checkpoint(folder), known)
     assert found["lm_head.weight"] is found["model.embed_tokens.weight"]
-    with pytest.raises(CheckpointError, match=r"jaxgen\.json is damaged: no `nothing`\. Convert the original again"):
+    with pytest.raises(
+        CheckpointError, match=r"jaxgen\.json is damaged: it lacks `nothing`\. Convert the original again"
+    ):
         hugging_face_tensors(open_checkpoint(folder), known | {"copies": {"lm_head.weight": "nothing"}})
 
 

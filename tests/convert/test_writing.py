@@ -88,7 +88,7 @@ def test_a_disk_that_fails_leaves_what_can_be_gone_on_with(
     assert not target.exists()
     with pytest.raises(CheckpointError, match=r"config\.json is missing"):
         jaxgen.load(source.parent / "converted.partial")
-    with pytest.raises(CheckpointError, match=r"converted\.partial is what an interrupted conversion.*--resume"):
+    with pytest.raises(CheckpointError, match=r"converted\.partial was left by an interrupted conversion.*--resume"):
         convert.convert_checkpoint(source, target)
     convert.convert_checkpoint(source, target, resume=True)
     assert hashes(target) == expected
@@ -212,7 +212,7 @@ def test_a_destination_that_is_taken_is_refused_and_left_alone(occupied_by: str,
         target.symlink_to(source.parent / "elsewhere")
     before = hashes(source.parent)
     for overwrite in (False, True):  # what is no checkpoint is not overwritten either
-        with pytest.raises(CheckpointError, match=f"{target} (exists already|is a link|holds more or less)"):
+        with pytest.raises(CheckpointError, match=f"{target} (exists already|is a link|is not just a checkpoint)"):
             convert.convert_checkpoint(source, target, overwrite=overwrite)
     assert hashes(source.parent) == before
 
@@ -226,7 +226,10 @@ def test_an_empty_folder_is_filled(source: Path, expected: dict[str, str]) -> No
 def test_the_source_and_what_holds_it_are_no_destination(place: str, source: Path) -> None:
     before = hashes(source)
     for overwrite in (False, True):
-        with pytest.raises(CheckpointError, match=r"which is only read|holds the source|exists already|more or less"):
+        with pytest.raises(
+            CheckpointError,
+            match=r"but the source is only read|contains the source|exists already|not just a checkpoint",
+        ):
             convert.convert_checkpoint(source, source / place, overwrite=overwrite)
     assert hashes(source) == before
 
@@ -276,7 +279,7 @@ def test_a_folder_of_somebody_else_is_left_alone_whatever_its_name(name: str, li
         if "unpickled" in name:
             convert.convert_checkpoint(source, source.parent / f"converted{len(options)}", **options)
         else:
-            with pytest.raises(CheckpointError, match=f"{name} is in the way, and no conversion made it"):
+            with pytest.raises(CheckpointError, match=f"{name} is in the way, and it is not from a conversion"):
                 convert.convert_checkpoint(source, source.parent / "converted", **options)
     assert before.items() <= hashes(source.parent).items()
 
@@ -305,7 +308,7 @@ def test_a_project_that_has_a_config_is_not_overwritten(other: str, source: Path
     write_checkpoint(project)
     (project / other).mkdir()
     before = hashes(project)
-    with pytest.raises(CheckpointError, match="holds more or less than a checkpoint"):
+    with pytest.raises(CheckpointError, match="is not just a checkpoint folder"):
         convert.convert_checkpoint(source, project, overwrite=True)
     assert hashes(project) == before
 

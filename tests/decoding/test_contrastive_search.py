@@ -135,9 +135,9 @@ def test_another_alpha_compiles_nothing(model: Any) -> None:
         ({"top_k": 0}, "but `top_k`=0"),
         (
             {"do_sample": True},
-            "`penalty_alpha`=0.6 asks for contrastive search, which does not sample and does not have beams",
+            "`penalty_alpha`=0.6 asks for contrastive search, which neither samples nor has beams",
         ),
-        ({"num_beams": 2}, "which does not sample and does not have beams"),
+        ({"num_beams": 2}, "which neither samples nor has beams"),
         ({"output_logprobs": True}, "`output_logprobs` is for greedy decoding and sampling"),
     ],
     ids=str,

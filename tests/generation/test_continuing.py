@@ -266,7 +266,7 @@ def test_a_cache_can_be_cropped_and_go_on_elsewhere(model: Any) -> None:
     past.crop(0)
     assert past.get_seq_length() == COLUMNS and past[0][0].shape[2] == COLUMNS and len(past[:1]) == 1
     for wrong in (1, -COLUMNS - 1, None, -1.5, True):
-        with pytest.raises(ValueError, match=r"`crop` removes some of the \d+ tokens, given as a negative number"):
+        with pytest.raises(ValueError, match=r"`crop` takes minus the number of tokens to remove from the \d+ tokens"):
             past.crop(wrong)
 
 
@@ -499,7 +499,7 @@ def test_a_cache_that_does_not_fit_is_refused(model: Any, bundled: Any) -> None:
     past = start.cache
     with pytest.raises(ValueError, match="`cache` has 3 rows, but there are 2 prompts"):
         jaxgen.generate(model, start.sequences[:2], cache=past, **PLAIN)
-    with pytest.raises(ValueError, match="holds 14 tokens, and the prompt has 1: no token is left to read"):
+    with pytest.raises(ValueError, match="holds 14 tokens, and the prompt has 1, so there is no new token to read"):
         jaxgen.generate(model, start.sequences[:, -1:], cache=past, **PLAIN)
     with pytest.raises(ValueError, match="`cache` belongs to another model"):
         jaxgen.generate(bundled, start.sequences, cache=past, **PLAIN)

@@ -371,7 +371,7 @@ def test_what_is_fixed_in_a_family_may_be_said() -> None:
 
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
-    ("mistral", {"layer_types": [SLIDING, FULL]}, "`layer_types`=.*another architecture of a mistral"),
+    ("mistral", {"layer_types": [SLIDING, FULL]}, "`layer_types`=.*turns a mistral into another architecture"),
     ("mistral", {"sliding_window": 0}, "`sliding_window`=0 in config.json must be positive"),
     ("mistral", {"sliding_window": -1}, "`sliding_window`=-1 in config.json must be positive"),
     ("mistral", {"sliding_window": 4.0}, "`sliding_window`=4.0 in config.json must be of type int"),

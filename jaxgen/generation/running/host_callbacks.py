@@ -146,7 +146,7 @@ def for_processor(function: Callable[..., object]) -> HostFunction:
         assert scores is not None
         processed = np.asarray(function(input_ids, scores))
         if processed.shape != scores.shape:
-            hint = " With drafts it gets one row at a time." if len(scores) == 1 else ""
+            hint = " In assisted decoding it gets one row at a time." if len(scores) == 1 else ""
             raise ValueError(f"{function} returned scores of shape {processed.shape}, but got {scores.shape}.{hint}")
         return processed
 
@@ -194,7 +194,7 @@ def for_criterion(function: Callable[..., object]) -> HostFunction:
         del first_row
         answers = np.asarray(function(input_ids, scores), bool)
         if answers.shape not in ((), (len(input_ids),)):
-            hint = " With drafts it gets one row at a time." if len(input_ids) == 1 else ""
+            hint = " In assisted decoding it gets one row at a time." if len(input_ids) == 1 else ""
             raise ValueError(f"{function} returned shape {answers.shape}, but there are {len(input_ids)} rows.{hint}")
         return np.broadcast_to(answers, len(input_ids))
 

@@ -77,7 +77,10 @@ def test_a_streamer_gets_the_prompts_and_then_every_token(model: Any) -> None:
         ({"assistant_confidence_threshold": 1.5}, "`assistant_confidence_threshold`=1.5 must be from 0 to 1"),
         ({"num_assistant_tokens_schedule": "fast"}, "`num_assistant_tokens_schedule`='fast' must be one of"),
         ({"assistant_early_exit": 0}, "`assistant_early_exit`=0 must be at least 1"),
-        ({"assistant_early_exit": 1}, "`assistant_early_exit`=1: the model has 1 layers, and a draft must have fewer"),
+        (
+            {"assistant_early_exit": 1},
+            "`assistant_early_exit`=1: the model has 1 layers, and a draft model must have fewer",
+        ),
         (
             {"num_beams": 2},
             "`assistant_model` is for greedy decoding and sampling, and cannot be combined with `num_beams`=2",
@@ -132,7 +135,7 @@ def test_a_copy_in_int8_drafts_for_the_model(bundled: Any, tokenizer: Any) -> No
     ours = jaxgen.generate(bundled, assistant_model=jaxgen.to_int8(bundled), num_assistant_tokens=3, **keywords)
     np.testing.assert_array_equal(ours.sequences, plain.sequences)
     assert (ours.accepted > 0.6 * ours.drafted).all()
-    with pytest.raises(ValueError, match="in int8 already"):
+    with pytest.raises(ValueError, match="already in int8"):
         jaxgen.to_int8(jaxgen.to_int8(bundled))
 
 
@@ -275,7 +278,10 @@ def test_functions_that_hold_numbers_for_each_row_are_refused(model: Any) -> Non
             {"stopping_criteria": [lambda input_ids, scores, cur_len: cur_len >= jnp.array([4, 5])]},
             "2 answers for one row",
         ),
-        ({"logits_processor": [lambda input_ids, scores: scores + bias]}, "With drafts it gets one row at a time"),
+        (
+            {"logits_processor": [lambda input_ids, scores: scores + bias]},
+            "In assisted decoding it gets one row at a time",
+        ),
     ):
         jaxgen.generate(model, prompts, **{**keywords, "prompt_lookup_num_tokens": None}, **more)
         with pytest.raises(ValueError, match=message):

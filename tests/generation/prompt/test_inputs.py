@@ -266,7 +266,7 @@ def test_a_filled_cache_of_torch_is_read_and_an_empty_one_is_none() -> None:
     ("arguments", "message"),
     [
         ({"cache": cache(3, 3)}, "`cache` has 3 rows, but there are 2 prompts"),
-        ({"cache": cache(2, 4)}, "`cache` holds 4 tokens, and the prompt has 4: no token is left to read"),
+        ({"cache": cache(2, 4)}, "`cache` holds 4 tokens, and the prompt has 4, so there is no new token to read"),
         ({"cache": cache(1, 9)}, "`cache` holds 9 tokens, and the prompt has 4"),
         (
             {"cache": cache(2, 3), "attention_mask": longer(MASK, 2)},
