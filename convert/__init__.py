@@ -2,7 +2,7 @@
 
 The native folder holds the model's own parameters (fused, in the layout of the model's matmuls) as safetensors named by
 their paths, the source's config and tokenizer files byte for byte, and a manifest that says where everything came from.
-This package stands beside `jaxgen/` in the source tree and ships inside it as `jaxgen.convert`.
+This package is next to `jaxgen/` in the source tree, and is installed inside it as `jaxgen.convert`.
 
 A conversion is a copy: fusing stacks tensors along their first axis, so each one keeps its bytes, in a row:
 

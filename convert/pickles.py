@@ -35,7 +35,7 @@ def unpickled(folder: Path, target: Path) -> Iterator[Path]:
 
     Args:
         folder: the checkpoint.
-        target: the destination of the conversion; the temporary folder is beside it.
+        target: the destination of the conversion; the temporary folder is next to it.
 
     Raises:
         CheckpointError: if torch is missing or too old, or refuses the pickle.

@@ -1,9 +1,9 @@
 """Writes a folder that appears complete or not at all. An interrupted run can be resumed.
 
-Everything is written to a folder beside the destination, which is renamed when it is complete. Until then no part of it
-can be mistaken for a checkpoint: a file gets its header when it holds all of its tensors, and config.json comes last.
-A journal beside it names each finished tensor and its SHA-256. Resuming re-hashes the tensors it lists and trusts
-nothing else. Only while the journal exists may these folders be changed or removed:
+Everything is written to a new folder next to the destination, which is renamed when it is complete. Until then no part
+of it can be mistaken for a checkpoint: a file gets its header when it holds all of its tensors, and config.json comes
+last. A journal next to it lists each finished tensor with its SHA-256. Resuming re-hashes the tensors it lists and
+trusts nothing else. Only while the journal exists may these folders be changed or removed:
 
     DST               the destination
     DST.partial       the new folder; becomes DST at the end

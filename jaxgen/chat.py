@@ -106,7 +106,7 @@ class Conversation:
         self.messages = self.messages[: self.system is not None]
 
     def ask(self, text: str, arguments: Mapping[str, Any], decode: Decode) -> Turn:
-        """One turn; if it fails, the messages stay as they were.
+        """Runs one turn. If it fails, the messages are unchanged.
 
         Args:
             text: the user's message.
@@ -131,7 +131,7 @@ class Conversation:
         """Forgets the last question and everything after it, and returns the question.
 
         Raises:
-            ValueError: if there is none.
+            ValueError: if there is no question.
         """
         asked = [number for number, message in enumerate(self.messages) if message["role"] == "user"]
         if not asked:

@@ -100,7 +100,7 @@ class KVCache:
         ```
         slot      0 1 2 3 4 5         length = 2, T = 3, attention_mask of a row = 0 1 1
         valid     1 1 0 1 1 0
-        column 0  1 1 0 0 0 0         the slots that the new columns attend: valid,
+        column 0  1 1 0 0 0 0         the slots that the new columns attend to: valid,
         column 1  1 1 0 1 0 0         and not after their own slot (2, 3, 4)
         column 2  1 1 0 1 1 0
         ```
@@ -221,7 +221,8 @@ class KVCache:
             rows: int32 [M].
             slots: int32 [M, S]. The slots to gather from each of these rows, in their new order.
             valid: bool [M, S]. The new slots that later columns may attend to: none from `length` on.
-            length: int32 []. How many of the new slots hold columns. The others are free, whatever they hold.
+            length: int32 []. How many of the new slots hold columns. The others are free, and their content does not
+                matter.
         """
 
         def select(array: jax.Array) -> jax.Array:
@@ -312,7 +313,7 @@ class BranchedCache(KVCache):
         """As `KVCache.extend`, for [N, C] columns, one per branch. They do not attend to each other.
 
         ```
-        slot            ...  length        C = 3: each branch attends its own new slot
+        slot            ...  length        C = 3: each branch attends to its own new slot
         branch 0        ...  1  0  0
         branch 1        ...  0  1  0
         branch 2        ...  0  0  1

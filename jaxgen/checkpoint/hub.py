@@ -139,8 +139,8 @@ def _instead(model: str, folder: Path, missing: str) -> str:
         )
     if ggufs := [file for file in files if file.endswith(".gguf")]:
         return (
-            f"{model} holds {listed(ggufs)} and no safetensors. Download one of these files, for example with `hf download "
-            f"{model} {ggufs[0]:.200}`, and pass its path."
+            f"{model} holds {listed(ggufs)} and no safetensors. Download one of these files, for example with `hf "
+            f"download {model} {ggufs[0]:.200}`, and pass its path."
         )
     return f"{model} has no {missing}, but {listed(files)}. Pass a model with config.json and safetensors."
 

@@ -128,7 +128,7 @@ class _Chat:
         self._ahead = self._last = self._worker.submit(decode, model, prepared, looks.append, stop, compiling)
 
     def take(self, line: str) -> None:
-        """Handles a line. Errors are printed, and the conversation goes on."""
+        """Handles a line. Errors are printed, and the conversation continues."""
         try:
             if line.startswith("/") and not line.startswith("//"):
                 self._command(*line.split(maxsplit=1))

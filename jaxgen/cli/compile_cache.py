@@ -33,7 +33,8 @@ def current() -> Path | None:
 
 
 def enable(where: str | None = None) -> Path | None:
-    """Keeps compiled programs in a folder, created with mode 0700 if needed. If that fails, it warns and goes on.
+    """Keeps compiled programs in a folder, created with mode 0700 if needed. If that fails, it warns and continues
+    without.
 
     Args:
         where: the folder, or "off"; by default `$JAXGEN_COMPILE_CACHE`, else the folder that JAX is configured with,

@@ -1,4 +1,4 @@
-"""A smaller model as the drafter of assisted decoding, with a cache of its own."""
+"""A smaller model as the drafter of assisted decoding, with its own cache."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -102,8 +102,8 @@ class Assistant(Drafter[AssistantMemory]):
 
     ```
     text       a b c                  cache  a b c d        draft  d e, of which e was not read
-    text       a b c d e w            cache  a b c d        reads  e w, both drafted tokens stayed
-    text       a b c w                cache  a b c          reads  w, neither stayed
+    text       a b c d e w            cache  a b c d        reads  e w, both drafted tokens were accepted
+    text       a b c w                cache  a b c          reads  w, neither was accepted
     ```
 
     Attributes:

@@ -57,7 +57,7 @@ class Draft(NamedTuple, Generic[Memory]):
     Attributes:
         tokens: int32 [N, most_tokens].
         num_tokens: int32 [N]. How many of them count; the others are padding.
-        memory: for the next draft.
+        memory: the memory for the next draft.
     """
 
     tokens: jax.Array

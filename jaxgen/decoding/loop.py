@@ -47,7 +47,7 @@ class DecodeState:
     """The carry of the loop: the model's cache, the state of the strategy, and the intermediates asked for.
 
     Attributes:
-        cache: of the model's rows.
+        cache: the model's cache, for all of its rows.
         inner: the state of the strategy.
         steps: int32 []. The number of forward passes after the prompt's.
         guidance_scale: float32 [], or None. With guidance the model has 2N rows: each row with its prompt, and again

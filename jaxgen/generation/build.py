@@ -153,7 +153,7 @@ def _fitted(config: DecodeConfig, inputs: Inputs) -> DecodeConfig:
         "Passing `{}` with `inputs_embeds` and without `input_ids` to `generate` will apply {} only to newly generated "
         "tokens, not to the prompt."
     )
-    # The value that switches each rule off, and what transformers says if it is on.
+    # The value that switches each rule off, and the warning of transformers if it is on.
     cautions = [
         ("encoder_repetition_penalty", 1.0, needs_text, ""),
         ("encoder_no_repeat_ngram_size", 0, needs_text, ""),

@@ -143,7 +143,7 @@ def compute_transition_scores(
     if scores.ndim != 3 or sequences.ndim != 2:
         raise ValueError(
             f"`scores` has shape {scores.shape} and `sequences` {sequences.shape}, but they must be [steps, rows, "
-            "vocabulary] and [rows, columns]. Pass those of one call of `generate`."
+            "vocabulary] and [rows, columns]. Pass the arrays of one call of `generate`."
         )
     # Without beams every token of text n was chosen from row n.
     if beam_indices is None:

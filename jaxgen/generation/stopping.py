@@ -112,7 +112,7 @@ def stopping_criteria(
     """The criteria of a strategy: the two that every strategy has, and the others.
 
     Args:
-        model: of the call.
+        model: the call's model.
         stop: how texts end.
         tokenizer: the model's, for stop strings.
         host: takes the functions that run on the host.

@@ -86,11 +86,11 @@ def _intermediates(
     """A tuple over steps of tuples over layers, as in transformers, from the padded buffers.
 
     Step 0 holds the prompt, or its last chunk, repeated per text. Later steps hold one token per text: one per beam, or
-    the chosen candidate in contrastive search. Attention is cut to the slots that a text attends:
+    the chosen candidate in contrastive search. Attention is cut to the slots that a text attends to:
 
     ```
     slots of a row     . . p p p | 0 1 2 | 3 4 5 | 6 7 8 | . .      3 beams, after 3 steps; "." is never attended
-    beam 0 attends         p p p     1         5   6                its ancestors' slots, which are returned
+    beam 0 attends to      p p p     1         5   6                its ancestors' slots, which are returned
     ```
     """
     first, later = jax.device_get((state.prompt_intermediates[name], state.step_intermediates[name]))
@@ -131,7 +131,7 @@ def _intermediates(
 def _whole_texts(per_step: PerStep, lineages: Sequence[np.ndarray]) -> PerStep:
     """The intermediates of the whole text at every step, as transformers computes them without a cache.
 
-    A token does not attend later ones, so its values are those of the step that first read it. Without beams the steps
+    A token does not attend to later ones, so its values are from the step that first read it. Without beams the steps
     are read-only views of the last one, which holds all of them. Attention of step t, with a row per query:
 
     ```
@@ -143,8 +143,8 @@ def _whole_texts(per_step: PerStep, lineages: Sequence[np.ndarray]) -> PerStep:
 
     Args:
         per_step: the new tokens of each step, per layer [N, T, D] or [N, Q, T, S].
-        lineages: with beams, for each step after the prompt, int [step, N]: the ancestor of each of its rows, at each
-            step so far.
+        lineages: with beams, for each step after the prompt, int [step, N]: the ancestor of each row at each step so
+            far.
     """
     layers, steps = len(per_step[0]), len(per_step)
 

@@ -42,7 +42,7 @@ class ForwardPass:
     Attributes:
         rows: N.
         columns: T.
-        slots: S, the slots that the columns attend; more than T for a step with a cache.
+        slots: S, the slots that the columns attend to; more than T for a step with a cache.
         itemsize: bytes per number of the activations.
         shards: devices on the axis "tensor".
         platform: "tpu", "gpu" or "cpu".

@@ -144,7 +144,7 @@ class LlamaConfig:
         Args:
             raw: the parsed file.
             generation_fields: names of generation fields, which old files have in config.json; see `unread_keys`.
-            dialect: of the family.
+            dialect: the family's dialect.
 
         Raises:
             ValueError: naming the key, its value and what to do.
@@ -306,7 +306,7 @@ class Attention(nnx.Module):
             x: [N, T, D].
             cos, sin: [N, T, H].
             mask: bool [N, T, S].
-            cache: of this layer only.
+            cache: the cache of this layer only.
         """
         rows, columns, _ = x.shape
         kv_heads, head_dim = self.config.num_key_value_heads, self.config.head_dim

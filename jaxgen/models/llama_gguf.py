@@ -24,8 +24,8 @@ _SIZES = {
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
 }
 _YARN = {"beta_fast": "rope.scaling.yarn_beta_fast", "beta_slow": "rope.scaling.yarn_beta_slow"}
-# Keys without effect, whatever their value, and keys with only one supported value. All other keys must be off: zero,
-# false or empty.
+# Keys that never have an effect, and keys with only one supported value. All other keys must be off: zero, false or
+# empty.
 _NO_EFFECT = {"tensor_data_layout", "rope.scaling.finetuned", "rope.scaling.original_context_length"}
 _ONLY = {
     "attention.causal": True,

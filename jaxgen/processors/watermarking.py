@@ -265,7 +265,8 @@ def _first_of_shuffle(words: jax.Array, vocab_size: int) -> jax.Array:
 
     * If place n is the target of a step before n, that step moves number n to its own place: n is green.
     * Otherwise step n moves n to its target. If a later step has the same target, that step moves n to its own place: n
-      is green. If not, n stays there until the step of that place moves it on; beyond the last step it stays for good.
+      is green. If not, n stays there until the step of that place moves it. Beyond the last step it stays there for
+      good.
 
     So only the last step of each target passes its number on, which one scatter finds. These moves form chains, which
     are followed by doubling.
@@ -286,7 +287,7 @@ def _first_of_shuffle(words: jax.Array, vocab_size: int) -> jax.Array:
     moves = jnp.where(_take(last_step, targets) == steps, targets, settled)
 
     def follow(moves: jax.Array) -> jax.Array:
-        """Replaces each move to the place of a step by the move from that place, until no move leads to such a place."""
+        """Replaces each move to the place of a step by the move from that place, until none leads to such a place."""
         return jnp.where(moves < size, _take(moves, jnp.minimum(moves, size - 1)), moves)
 
     # Each round doubles the moves that are followed, so a chain of n steps takes log2(n) rounds.

@@ -24,10 +24,10 @@ class DecodeConfig:
     """The parts of a call's configuration that do not depend on the prompt.
 
     Attributes:
-        max_length: in tokens, prompt included; None if not set.
+        max_length: maximum length in tokens, prompt included; None if not set.
         max_new_tokens: takes precedence over `max_length`; None if not set.
         min_new_tokens: takes precedence over `min_length`; None if not set.
-        eos_token_id: in the caller's order; empty if not set.
+        eos_token_id: token ids in the caller's order; empty if not set.
         pad_token_id: None if not set: some warnings of transformers depend on that. `fill_token_id` applies the
             default.
         max_time: seconds; None for no limit.

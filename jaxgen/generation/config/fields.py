@@ -341,8 +341,9 @@ class GenerationFields(TypedDict, total=False):
             "other rules",
             "return the cache with the other outputs; it is used for decoding either way",
             True,
-            "With False the attentions and hidden states of each step are those of the whole text, as in transformers. "
-            "`dynamic` and `longrope` positions stay as chosen for the prompt; transformers chooses them again.",
+            "With False the attentions and hidden states of each step are those of the whole text, as in "
+            "transformers. With `dynamic` and `longrope`, earlier tokens keep their rotation; transformers computes "
+            "it again at every step.",
         ),
     ]
 

@@ -185,7 +185,7 @@ class Mode:
         return np.broadcast_to(np.arange(steps), (rows, 1, steps))
 
     def attended_steps(self, fetched: Mapping[str, np.ndarray], rows: int, steps: int) -> list[np.ndarray]:
-        """For each step, int [rows, C, step + 1]: the slots that the texts attend to, as offsets like `cached_steps`."""
+        """For each step, int [rows, C, step + 1]: the slots that texts attend to, counted as in `cached_steps`."""
         del fetched
         return [np.broadcast_to(np.arange(step + 1), (rows, 1, step + 1)) for step in range(steps)]
 

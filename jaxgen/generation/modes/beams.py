@@ -101,7 +101,7 @@ class BeamsMode(Mode):
             fields["sequences_scores"] = fetched["sequences_scores"][kept].reshape(-1)
         return fields
 
-    # Slots after the prompt with 3 beams. A beam attends one slot of each step: its ancestor's.
+    # Slots after the prompt with 3 beams. A beam attends to one slot of each step: its ancestor's.
     #
     #     step           0       1       2
     #     slots        0 1 2 | 3 4 5 | 6 7 8

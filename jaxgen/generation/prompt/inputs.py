@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 class Inputs:
     """The checked prompt of a call.
 
-    The model attends L positions, which can differ from the P tokens of the text:
+    The model attends to L positions, which can differ from the P tokens of the text:
 
     ```
     L positions    c c c c | n n n     those in the cache, then T new ones, which the model reads

@@ -45,8 +45,8 @@ def padded_prompt(
     conversation needs one program until its cache is full.
 
     Args:
-        model: of the call.
-        inputs: of the call.
+        model: the call's model.
+        inputs: the call's checked prompt.
         chunk: `prefill_chunk_size`.
         reserve: minimum number of cache slots from the start; 0 for as many as the prompt needs.
         new_tokens: the number of tokens that reserved slots should also have room for.

@@ -30,7 +30,7 @@ def healed_inputs(model: Model, inputs: Inputs, request: Request, one_token: One
     """The checked prompt of a request with its last tokens chosen again.
 
     Args:
-        model: of the call.
+        model: the call's model.
         inputs: the prompt before healing.
         request: the call's arguments, with its tokenizer and key.
         one_token: continues int32 [1, P] by one token, with a GenerationConfig and a key.

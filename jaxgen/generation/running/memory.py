@@ -41,7 +41,7 @@ def check_memory(model: Model, prepared: PreparedCall) -> None:
 
 
 def memory_bytes() -> int:
-    """The memory of a device in bytes; for a CPU, that of the machine."""
+    """The memory of a device in bytes; for a CPU, the machine's memory."""
     device = jax.local_devices()[0]
     stats = device.memory_stats() if device.platform != "cpu" else None
     return stats["bytes_limit"] if stats else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

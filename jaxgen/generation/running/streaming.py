@@ -33,7 +33,7 @@ class NewTokens:
 
 
 def to_streamer(streamer: Streamer, prepared: PreparedCall) -> Callable[[Progress], None]:
-    """Passes the prompts to a streamer, as transformers does. Returns a function that passes the new tokens on to it."""
+    """Passes the prompts to a streamer, as transformers does. Returns a function that passes it the new tokens."""
     new = NewTokens(prepared)
     streamer.put(np.repeat(prepared.inputs.input_ids, prepared.call.strategy.copies, axis=0))
 
