@@ -144,9 +144,7 @@ def _names(header: bytes) -> Iterator[str]:
 
 
 def _files(entries: Mapping[str, _Entry], shard_bytes: int, kind: str) -> list[File]:
-    """Files with the tensors in order. A new file begins where the next tensor would exceed the size. For `kind` see
-    `header`.
-    """
+    """The tensors in order, with a new file whenever the next one would exceed the size. For `kind` see `header`."""
     shards: list[dict[str, _Entry]] = [{}]
     size = 0
     for name, entry in entries.items():

@@ -34,8 +34,7 @@ from jaxgen.pytree import Bool, Float32, Int32, pytree
 
 @contextmanager
 def no_mesh() -> Iterator[None]:
-    """Unsets the mesh that the caller set with `jax.set_mesh`, so that new arrays are placed where the model's weights
-    are.
+    """Unsets the mesh of the caller's `jax.set_mesh`, so that new arrays are placed on the devices of the weights.
 
     Otherwise JAX shards arrays made here over the caller's mesh, and then refuses to combine them with arrays that are
     not on it. A `shard_map` stays in force, and so do the `Auto` axes of a `jit`.
@@ -557,9 +556,7 @@ class Strategy(Generic[State]):
 
     @property
     def columns(self) -> int:
-        """T: the number of columns of each row in a forward pass. If there are several, each row reads and keeps only
-        some.
-        """
+        """T: the columns of each row in a forward pass. If there are several, a row may read and keep fewer."""
         return 1
 
     @property
@@ -616,9 +613,7 @@ class Strategy(Generic[State]):
         return None
 
     def read(self, state: State) -> jax.Array:
-        """bool [N, T]: with several `columns`, the columns that the next forward pass reads; in each row the first
-        ones.
-        """
+        """bool [N, T]: with several `columns`, the first ones of each row, which the next forward pass reads."""
         raise NotImplementedError
 
     def kept(self, state: State) -> jax.Array:

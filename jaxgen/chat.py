@@ -158,9 +158,7 @@ class Conversation:
         return self._prepared(render(self._tokenizer, [*self.messages, unknown], self._template), arguments, None)
 
     def keep(self, output: GenerateOutput, shown: int) -> None:
-        """Continues from the cache of a call, up to `shown` tokens. The next turn keeps the prefix that it shares with
-        it.
-        """
+        """Continues from a call's cache, up to `shown` tokens. The next turn keeps the longest common prefix."""
         past = self._past = output.cache
         assert past is not None  # `use_cache` below
         self._slots = max(self._slots, past.slots)

@@ -1,6 +1,4 @@
-"""The one module that imports transformers. It does so late, since that can take seconds, and without the advice to
-install torch.
-"""
+"""The one module that imports transformers: late, since that can take seconds, and without its advice about torch."""
 
 import importlib
 import os

@@ -281,8 +281,7 @@ def _with_names_of(known: set[str], prefix: str, tensors: Mapping[str, Tensor]) 
 def _resolve_head(
     folder: Path, raw: Json, config: Config, tensors: Mapping[str, Tensor], head: str, embedding: str
 ) -> tuple[Config, dict[str, str]]:
-    """Ties a missing head to the embedding, whatever the config says. A stored head must equal the embedding if they
-    are tied.
+    """Ties a missing head to the embedding, whatever the config says. If a tied head is stored, it must be equal.
 
     Returns:
         The config with the right flag, and {head: embedding} if the checkpoint stores both of a tied pair.
@@ -352,9 +351,7 @@ def _wrong_buffers(family: Family, config: Config, buffers: Mapping[str, Tensor]
 
 
 def _native_names(path: str, sources: Mapping[str, int], tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """The tensors that hold a parameter in a converted folder, with their rows: one, or one per source tensor if their
-    dtypes differ.
-    """
+    """A parameter's tensors in a converted folder, with their rows: one, or one per source tensor if dtypes differ."""
     if path in tensors or len(sources) == 1:
         return {path: sum(sources.values())}
     return {f"{path}.{number}": rows for number, rows in enumerate(sources.values())}

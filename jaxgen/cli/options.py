@@ -19,9 +19,7 @@ _SAMPLING = {name for name, (_, field) in _OPTIONS.items() if field.group == "sa
 
 
 def add_decoding_options(parser: argparse.ArgumentParser) -> None:
-    """Adds all decoding options, with hyphens or underscores in their names. Options that are not given set no
-    attribute.
-    """
+    """Adds all decoding options, with hyphens or underscores. Options that are not given set no attribute."""
     titles = dict.fromkeys(field.group for _, field in _OPTIONS.values())
     groups = {title: parser.add_argument_group(title) for title in titles}
     groups["sampling"].description = "each of these implies --do-sample, unless --penalty-alpha is given"

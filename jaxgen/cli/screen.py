@@ -59,9 +59,7 @@ class Screen:
 
 @contextlib.contextmanager
 def interruptible(screen: Screen) -> Iterator[Callable[[], bool]]:
-    """Yields a function that tells whether Ctrl-C was pressed. Pressed twice, or before the answer has begun, it
-    raises.
-    """
+    """Yields a function: was Ctrl-C pressed? A second Ctrl-C, or one before the answer has begun, raises."""
     pressed: list[int] = []
 
     def press(*_: object) -> None:

@@ -298,8 +298,7 @@ def _for_both_halves(array: jax.Array, guidance_scale: jax.Array | None) -> jax.
 def _guided(
     strategy: Strategy, guidance_scale: jax.Array | None, logits: jax.Array, intermediates: Intermediates
 ) -> tuple[jax.Array, jax.Array, Intermediates]:
-    """The logits, the processors' input scores and the intermediates that a strategy sees, which is unaware of
-    guidance.
+    """The logits, the processors' input scores and the intermediates, for strategies that ignore guidance.
 
     Same as transformers 5.24 `UnbatchedClassifierFreeGuidanceLogitsProcessor`, except that the negative prompts are the
     lower half of the batch, so that the weights are read once.

@@ -132,9 +132,7 @@ def takes_cur_len(argument: str, function: object) -> bool:
 
 
 def as_pytree(function: Callable[..., object]) -> Any:
-    """The function itself if it is a pytree, so that its numbers are traced. Otherwise wrapped as a constant of the
-    program.
-    """
+    """The function itself if it is a pytree, whose numbers are traced. Otherwise a constant of the program."""
     return jax.tree_util.Partial(function) if jax.tree_util.all_leaves([function]) else function
 
 
@@ -188,9 +186,7 @@ def warn_about_precedence(kind: str, custom: object) -> None:
 def _merge(
     table: dict[str, LogitsProcessor | None], customs: Sequence[Callable[..., object]], host: HostFunctions, rows: int
 ) -> list[LogitsProcessor]:
-    """The built-in processors, each replaced by a custom processor of the same type if there is one, then the other
-    custom ones.
-    """
+    """The built-in processors, with custom ones of the same type in their place, then the other custom ones."""
     # The keys are classes of transformers: a custom processor of such a class takes the place of the built-in one.
     by_class = {lazy.torch_class(name): name for name in table}
     # Reversed, so that the first custom processor of a type wins. Others of that type run after the built-in

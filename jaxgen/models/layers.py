@@ -199,9 +199,7 @@ def _grouped(spec: str, rows: jax.Array, shared: jax.Array) -> jax.Array:
 
 
 class HostOnly:
-    """A static value of a model that does not affect its programs. All instances compare equal, so a new one compiles
-    nothing.
-    """
+    """A static value that does not affect a model's programs. All instances are equal: a new one compiles nothing."""
 
     def __init__(self, value: object):
         self.value = value

@@ -1,5 +1,4 @@
-"""Checks whether a model, a batch and a context fit in the memory of a device or a mesh, without allocating or
-compiling.
+"""Checks whether a model, a batch and a context fit in a device's or a mesh's memory, without allocating or compiling.
 
 Weights and cache are counted to the byte. Temporaries are up to the compiler: their sizes here are fitted to what XLA
 needed (`bench/compilers.py` compares).
@@ -434,9 +433,7 @@ class _Call:
 
 
 def _suggestions(call: _Call, setup: _Setup) -> Iterator[Plan]:
-    """The smallest change of each kind that makes the call fit; if there is none, of each two kinds together, then of
-    three.
-    """
+    """The smallest change of each kind that makes the call fit; if none does, of two kinds together, then of three."""
     changes: dict[str, Sequence[object]] = {
         "batch": _smaller_batches(setup.batch, setup.mesh[0]),
         "quantize": ["int8"] if setup.quantize is None else [],

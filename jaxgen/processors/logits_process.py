@@ -105,9 +105,7 @@ class SequenceBias(LogitsProcessor):
 
     @classmethod
     def build(cls, sequences: Mapping[tuple[int, ...], float], vocab_size: int) -> Self:
-        """Builds the processor from {token ids: bias}. Array sizes are rounded up, so that other sequences reuse the
-        program.
-        """
+        """Builds it from {token ids: bias}. Array sizes are rounded up, so that other sequences share the program."""
         single = np.zeros(vocab_size, np.float32)
         for sequence, bias in sequences.items():
             if len(sequence) == 1:

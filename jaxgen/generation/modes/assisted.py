@@ -190,9 +190,7 @@ def _translation(assistant: Model[Any], parts: Parts) -> Translation | None:
 
 
 def _assistant(model: Model[Any], parts: Parts) -> Assistant:
-    """A drafter with this model as the assistant. Its settings come from the call, else from this model's generation
-    config.
-    """
+    """A drafter with this assistant. Its settings come from the call, else from the assistant's generation config."""
     request = parts.request
 
     def setting(name: str) -> Any:

@@ -76,9 +76,7 @@ class Mode:
 
     @classmethod
     def unheeded(cls, fields: "GenerationConfig") -> dict[str, object]:
-        """The mode's own fields that transformers ignores because of other fields, with the values that switch them
-        off.
-        """
+        """The mode's fields that transformers ignores because of other fields -> the values that switch them off."""
         del fields
         return {}
 

@@ -95,9 +95,7 @@ def padded_prompt(
 
 
 def _chunks(num_new: int, size: int) -> tuple[int, int, np.ndarray]:
-    """The number of full chunks, the padding of the last chunk, and int [T]: the offsets of the new tokens after the
-    cache.
-    """
+    """The number of full chunks, the padding of the last chunk, and int [T]: the new tokens' offsets."""
     # Chunks as transformers cuts them: full ones, then the rest, which is padded on the left to the same size. For 7
     # new tokens in chunks of 3, after 2 in the cache:
     #

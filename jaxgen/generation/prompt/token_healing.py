@@ -1,7 +1,7 @@
 """Token healing: the last token of each prompt is chosen again among those that extend its text.
 
-If a prompt ends within a word, such as "The link is http:", its last token ends where no token of a longer text would.
-Same as transformers 5.24 `GenerationMixin.heal_tokens`.
+The tokenizer may split the end of a prompt differently than the whole text: "http:" ends within the token "://". Same
+as transformers 5.24 `GenerationMixin.heal_tokens`.
 """
 
 from collections.abc import Callable

@@ -205,9 +205,7 @@ def _stopped(model: Model, prepared: PreparedCall, state: DecodeState, read: Pro
 
 
 def collect(chunks: Chunks, look: Callable[[Progress], bool | None] = lambda progress: None) -> DecodeState:
-    """Runs `drive` to its end and returns the state. `look` is called with the progress of every chunk, and stops the
-    call by returning True.
-    """
+    """Runs `drive` to its end and returns the state. `look` gets the progress of every chunk; True stops the call."""
     stop = None
     with contextlib.closing(chunks):
         while True:
