@@ -27,7 +27,7 @@ def checkpoint_folder(path: str | Path, follow_links: bool) -> Path:
 
 
 class CheckpointError(ValueError):
-    """A checkpoint cannot be used. The message names the file or tensor, what is wrong, and what to do."""
+    """Raised for an unusable checkpoint. The message names the file or tensor, what is wrong, and what to do."""
 
 
 def file_in(folder: Path, name: str) -> Path:

@@ -162,8 +162,16 @@ def _add_plan_options(parser: argparse.ArgumentParser) -> None:
         help=f"1b, 8b, 70b or 405b for a Llama 3 of that size, else a folder (./8b is one), a GGUF file, or {_NAME}",
     )
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="number of prompts (default: 1)")
-    parser.add_argument("--prompt-tokens", type=int, default=1024, metavar="N", help="of each prompt (default: 1024)")
-    parser.add_argument("--new-tokens", type=int, default=256, metavar="N", help="for each prompt (default: 256)")
+    parser.add_argument(
+        "--prompt-tokens", type=int, default=1024, metavar="N", help="tokens per prompt (default: 1024)"
+    )
+    parser.add_argument(
+        "--new-tokens",
+        type=int,
+        default=256,
+        metavar="N",
+        help="maximum number of new tokens per prompt (default: 256)",
+    )
     parser.add_argument("--num-beams", type=int, default=1, metavar="N")
     parser.add_argument("--num-return-sequences", type=int, default=1, metavar="N")
     parser.add_argument("--dtype", choices=_DTYPES, help="default: the checkpoint's own")

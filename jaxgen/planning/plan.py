@@ -95,8 +95,8 @@ class Plan:
         dtype: the dtype of the cache, and of weights that are not quantised.
         quantize: "int8" or None.
         batch: B, the prompts.
-        prompt_tokens: of each prompt.
-        new_tokens: maximum for each prompt.
+        prompt_tokens: tokens per prompt.
+        new_tokens: maximum number of new tokens per prompt.
         num_beams: as in `generate`.
         num_return_sequences: as in `generate`.
         device: its name in `DEVICE_NAMES`, or JAX's name of the local device.
@@ -167,8 +167,8 @@ def plan(
     Args:
         model: a folder or a name on the hub, as `load` takes them, or a name in `jaxgen.planning.shapes.SHAPES`.
         batch: number of prompts.
-        prompt_tokens: of each prompt.
-        new_tokens: maximum for each prompt.
+        prompt_tokens: tokens per prompt.
+        new_tokens: maximum number of new tokens per prompt.
         num_beams: as in `generate`.
         num_return_sequences: as in `generate`; sampled if there are no beams.
         dtype: as in `load`.
