@@ -72,7 +72,7 @@ def test_three_quotes_begin_and_end_a_message_of_several_lines(echo: Terminal, h
     echo.type('"""unfinished\n')
     echo.wait_for(r"\.\.\. ")
     echo.type("\x04")
-    echo.wait_for('has no """ at its end, and is not sent')
+    echo.wait_for('has no """ at its end, so it is not sent')
     assert echo.process.wait() == 0
     assert "  and\n" in history.read_text() and stat.S_IMODE(history.stat().st_mode) == 0o600
 

@@ -420,7 +420,7 @@ def test_a_converted_folder_is_not_converted_again_nor_a_source_turned_back(sour
     target = converted(source)
     with pytest.raises(CheckpointError, match=f"{target} is already converted"):
         converted(target, "again")
-    with pytest.raises(CheckpointError, match=f"{source} is a Hugging Face folder already"):
+    with pytest.raises(CheckpointError, match=f"{source} is already a Hugging Face folder"):
         convert.convert_to_hugging_face(source, tmp_path / "again")
     assert not (tmp_path / "again").exists()
 

@@ -262,7 +262,10 @@ REFUSED = {
     "an early stopping of its own": ({"early_stopping": "soon"}, "`early_stopping` must be a boolean or 'never'"),
     "a length penalty of NaN": ({"length_penalty": float("nan")}, "`length_penalty`=nan must be a finite number"),
     "log-probabilities": ({"output_logprobs": True}, "`output_logprobs` is for greedy decoding and sampling"),
-    "every token an end": ({"eos_token_id": [*range(97)]}, "`eos_token_id` holds 97 ids, but a model with 97 ids"),
+    "every token an end": (
+        {"eos_token_id": [*range(97)]},
+        "`eos_token_id` holds 97 ids, but the vocabulary has only 97 ids",
+    ),
 }
 
 

@@ -231,7 +231,7 @@ def test_what_is_no_tokenizer_is_refused(wrong: Any, bundled: Any) -> None:
     ("arguments", "message"),
     [
         ({"stop_strings": "the"}, "There are one or more stop strings.*could not locate a tokenizer"),
-        ({"stop_strings": ["the", ""]}, "`stop_strings`=.*none may be empty"),
+        ({"stop_strings": ["the", ""]}, "`stop_strings`=.*none of them empty"),
         ({"stop_strings": [5]}, "`stop_strings`=.5. must be a string or a list of strings"),
         ({"stop_strings": "x" * 1001}, "a string of more than 1000 characters"),
     ],

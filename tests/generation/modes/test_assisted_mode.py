@@ -87,7 +87,10 @@ def test_a_streamer_gets_the_prompts_and_then_every_token(model: Any) -> None:
         ),
         ({"penalty_alpha": 0.6, "top_k": 4}, "cannot be combined with `penalty_alpha`=0.6"),
         ({"use_cache": False}, "`assistant_model` needs a cache"),
-        ({"output_hidden_states": True, "return_dict_in_generate": True}, "`output_hidden_states`=True does not go"),
+        (
+            {"output_hidden_states": True, "return_dict_in_generate": True},
+            "`output_hidden_states`=True cannot be combined",
+        ),
         ({"assistant_ensemble_weight": 0.5}, "`assistant_ensemble_weight`=0.5 is not supported"),
         ({"use_mtp": True}, "`use_mtp`=True is not supported"),
         ({"speculation_type": "dflash"}, "`speculation_type`='dflash' is not supported"),
