@@ -71,5 +71,5 @@ def test_a_platform_that_is_not_there_is_a_trouble(platform: str) -> None:
     environment = {**os.environ, "JAX_PLATFORMS": platform}
     command = [sys.executable, "-m", "jaxgen", "doctor"]
     ended = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert ended.returncode == 1 and f"JAX_PLATFORMS={platform} names a platform that is not there" in ended.stdout
+    assert ended.returncode == 1 and f"JAX_PLATFORMS={platform} names a platform that is not available" in ended.stdout
     assert "packages" in ended.stdout and "Traceback" not in ended.stderr

@@ -263,7 +263,7 @@ def test_folders_above_the_destination_are_made(source: Path, expected: dict[str
 def test_a_source_with_a_name_that_a_conversion_uses_is_refused(name: str, resume: bool, tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / name)
     before = hashes(source)
-    with pytest.raises(CheckpointError, match="which is only read"):
+    with pytest.raises(CheckpointError, match="but the source is only read"):
         convert.convert_checkpoint(source, tmp_path / "converted", resume=resume)
     assert hashes(source) == before
 
