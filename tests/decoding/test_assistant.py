@@ -1,16 +1,24 @@
 """An assistant model drafts: the tokens are those of the call without it, and a good assistant saves passes."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from architectures import architecture, family_member
+from prepared import prepared
 from random_calls import PROCESSORS, WARPERS, call, some
 
 import jaxgen
+from jaxgen.base import Prompt, RaggedCache
+from jaxgen.decoding.assistant import MOST_PIECES, Assistant, AssistantMemory, Translation
+from jaxgen.decoding.drafters import Choose, Draft, Drafter, Texts
 from jaxgen.generation.running import driver
+from jaxgen.generation.running.driver import UNWATCHED, collect, drive
+from jaxgen.pytree import pytree
 
 COMBINATIONS, CALLS_EACH = 20, 25
 USUAL, USUAL_CALLS = 2, 3  # the others are for sweeps
@@ -241,6 +249,117 @@ def test_a_long_prompt_is_read_in_chunks_without_the_padding_before_it(model: An
         ours = jaxgen.generate(model, ids, assistant_model=model, num_assistant_tokens=3, **SURE, **call)
         np.testing.assert_array_equal(ours.sequences, plain.sequences)
         np.testing.assert_array_equal(ours.rounds, 7)
+
+
+# ---- With another tokenizer ----
+
+
+class Log(NamedTuple):
+    """An assistant's memory, and its drafts so far: after `texts[d, n]` columns, `counts[d, n]` of `tokens[d, n]`."""
+
+    memory: AssistantMemory
+    number: jax.Array
+    texts: jax.Array
+    tokens: jax.Array
+    counts: jax.Array
+
+
+@pytree
+@dataclass(frozen=True)
+class Logged(Drafter[Log]):
+    """An assistant whose drafts are written down."""
+
+    assistant: Assistant
+
+    @property
+    def most_tokens(self) -> int:  # type: ignore[override]
+        return self.assistant.most_tokens
+
+    def init(self, prompt: Prompt, copies: int, slots: int) -> Log:
+        memory = self.assistant.init(prompt, copies, slots)
+        counts = jnp.zeros((slots, len(memory.lengths)), jnp.int32)
+        tokens = jnp.zeros((*counts.shape, self.most_tokens), jnp.int32)
+        return Log(memory, jnp.int32(0), counts, tokens, counts)
+
+    def draft(self, texts: Texts, limits: jax.Array, choose: Choose, memory: Log) -> Draft[Log]:
+        draft, number = self.assistant.draft(texts, limits, choose, memory.memory), memory.number
+        log = Log(
+            memory=draft.memory,
+            number=number + 1,
+            texts=memory.texts.at[number].set(texts.lengths),
+            tokens=memory.tokens.at[number].set(draft.tokens),
+            counts=memory.counts.at[number].set(draft.num_tokens),
+        )
+        return Draft(draft.tokens, draft.num_tokens, log)
+
+    def caches(self, memory: Log) -> tuple[RaggedCache, ...]:
+        return self.assistant.caches(memory.memory)
+
+    def with_caches(self, memory: Log, caches: tuple[RaggedCache, ...]) -> Log:
+        return memory._replace(memory=self.assistant.with_caches(memory.memory, caches))
+
+
+def in_pieces(model: Any, prompts: np.ndarray, share: float, seed: int) -> Translation:
+    """For an assistant that lacks this share of the model's tokens and reads 2 to 4 of the others in their place."""
+    rng = np.random.default_rng(seed)
+    tokens = np.arange(model.vocab_size, dtype=np.int32)
+    same = np.where(rng.random(len(tokens)) < share, -1, tokens)
+    pieces = rng.choice(same[same > 0], (len(tokens), MOST_PIECES))
+    pieces[same >= 0, 0] = same[same >= 0]
+    counts = np.where(same < 0, rng.integers(2, MOST_PIECES + 1, len(tokens)), 1)
+    texts = [spelled(pieces, counts, ids[ids != 0]) for ids in prompts]
+    ids, mask = padded(texts, 24)
+    return Translation(same, pieces, counts, Prompt(ids, mask, max(map(len, texts)), len(texts)))
+
+
+def spelled(pieces: np.ndarray, counts: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """The model's tokens as those of the assistant."""
+    return np.concatenate([pieces[token, : counts[token]] for token in tokens])
+
+
+def padded(texts: list[np.ndarray], columns: int) -> tuple[np.ndarray, np.ndarray]:
+    """The texts and their mask, padded on the left."""
+    ids = np.array([np.pad(text, (columns - len(text), 0)) for text in texts])
+    return ids, np.array([np.arange(columns) >= columns - len(text) for text in texts])
+
+
+@pytest.mark.parametrize(("share", "rows"), [(0.9, 1), (0.4, 3)])
+def test_an_assistant_drafts_after_it_has_read_every_piece_of_the_text(
+    share: float, rows: int, model: Any, tiny_caches: None
+) -> None:
+    """Each draft is what it says after the text in its own tokens, however many passes other rows take to read theirs.
+
+    Several tables, so that its cache is full at different times.
+    """
+    prompts, most, columns = PROMPTS[:rows], 3, 384
+    keywords = {**CALL, "attention_mask": MASK[:rows], "max_new_tokens": 79, "suppress_tokens": [0]}
+    plain = jaxgen.generate(model, prompts, **keywords)
+    for seed in range(4):
+        tables = in_pieces(model, prompts, share, seed)
+        drafter = Logged(Assistant(model, most, 0.0, False, most, tables))
+        state: Any = collect(drive(model, prepared(model, prompts, assistant_model=drafter, **keywords), UNWATCHED))
+        np.testing.assert_array_equal(np.asarray(state.inner.sequences)[:, : plain.shape[1]], plain)
+
+        log = jax.device_get(state.inner.memory)
+        padding = tables.prompt.length - tables.prompt.attention_mask.sum(axis=1)
+        room = log.memory.own.tokens.shape[1] - padding
+        drafts = [(number, row) for row in range(rows) for number in range(state.inner.rounds[row])]
+        lengths = [log.texts[draft] for draft in drafts]
+        texts = [plain[row, :length] for (_, row), length in zip(drafts, lengths, strict=True)]
+        own = [spelled(tables.pieces, tables.counts, text[text != 0]) for text in texts]
+        # One token comes from the pass itself. Texts that are too long in the assistant's tokens get no drafts.
+        counts = [
+            max(min(most, plain.shape[1] - length - 1, room[row] - len(text)), 0)
+            for (_, row), length, text in zip(drafts, lengths, own, strict=True)
+        ]
+        np.testing.assert_array_equal([log.counts[draft] for draft in drafts], counts)
+        ids, mask = padded(own, columns)
+        lacked = [token for token in range(model.vocab_size) if tables.same[token] < 0]
+        said = jaxgen.generate(
+            model, ids, attention_mask=mask, max_new_tokens=most, suppress_tokens=[0, *lacked], eos_token_id=None
+        )
+        for draft, count, expected in zip(drafts, counts, said[:, columns:], strict=True):
+            np.testing.assert_array_equal(log.tokens[draft][:count], expected[:count], err_msg=f"{seed} {draft}")
 
 
 # ---- With everything else ----
