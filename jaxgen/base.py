@@ -628,6 +628,11 @@ class Strategy(Generic[State]):
         del state
         return ()
 
+    def bytes_of_caches(self, prompt: Prompt, new_tokens: int) -> int:
+        """At least how many bytes these `caches` have in the end. The prompt is not repeated yet."""
+        del prompt, new_tokens
+        return 0
+
     def with_caches(self, state: State, caches: tuple[RaggedCache, ...]) -> State:
         """The same state with these `caches`."""
         del caches

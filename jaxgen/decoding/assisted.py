@@ -309,6 +309,9 @@ class Assisted(Strategy[AssistedState]):
     def caches(self, state: AssistedState) -> tuple[RaggedCache, ...]:
         return self.drafter.caches(state.memory)
 
+    def bytes_of_caches(self, prompt: Prompt, new_tokens: int) -> int:
+        return self.drafter.bytes_of_caches(prompt, self.num_return_sequences, new_tokens)
+
     def with_caches(self, state: AssistedState, caches: tuple[RaggedCache, ...]) -> AssistedState:
         return replace(state, memory=self.drafter.with_caches(state.memory, caches))
 

@@ -110,6 +110,11 @@ class Drafter(Generic[Memory]):
         del memory
         return ()
 
+    def bytes_of_caches(self, prompt: Prompt, copies: int, new_tokens: int) -> int:
+        """At least how many bytes these `caches` have in the end; see `init`."""
+        del prompt, copies, new_tokens
+        return 0
+
     def with_caches(self, memory: Memory, caches: tuple[RaggedCache, ...]) -> Memory:
         """The same memory with these caches."""
         del caches

@@ -13,7 +13,12 @@ def check_memory(model: Model, prepared: PreparedCall) -> None:
     call, config, mode = prepared.call, prepared.config, prepared.mode
     prompt_slots, cache_slots = call.prompt_slots, prepared.cache_slots
     rows, steps = call.model_rows * call.strategy.copies, call.slots - call.prompt.input_ids.shape[1]
-    needed = {"the cache": rows * cache_slots * model.cache_bytes_per_token}
+    needed = {
+        "the weights": _bytes(model, call.strategy),
+        "the cache": rows * cache_slots * model.cache_bytes_per_token,
+    }
+    if size := call.strategy.bytes_of_caches(call.prompt, steps):
+        needed["the cache of the assistant"] = size
     scored = call.model_rows * mode.sequences_per_prompt
     for name in config.outputs:
         if name in prepared.intermediates:
@@ -36,8 +41,14 @@ def check_memory(model: Model, prepared: PreparedCall) -> None:
         raise ValueError(
             f"{scored} rows of {call.slots} tokens need {parts}, but {place} {available / 1e9:,.1f} GB. Lower "
             "`max_new_tokens`, the prompt length or the batch"
-            + (", or ask for fewer outputs." if len(needed) > 1 else ".")
+            + (", or ask for fewer outputs." if config.outputs else ".")
         )
+
+
+def _bytes(*trees: object) -> int:
+    """The bytes of their arrays, each counted once: an assistant may share those of the model."""
+    arrays = {id(leaf): leaf for leaf in jax.tree.leaves(trees) if isinstance(leaf, jax.Array)}
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in arrays.values())
 
 
 def memory_bytes() -> int:
