@@ -67,6 +67,7 @@ class Conversation:
         system: str | None = None,
         template: str | None = None,
         assistant_model: object = None,
+        assistant_tokenizer: Any = None,
     ):
         """Starts a conversation.
 
@@ -75,7 +76,7 @@ class Conversation:
             tokenizer: the model's.
             system: the system message.
             template: a Jinja chat template; the tokenizer's own by default.
-            assistant_model: as in `generate`.
+            assistant_model, assistant_tokenizer: as in `generate`.
 
         Raises:
             ValueError: if there is no template.
@@ -83,7 +84,7 @@ class Conversation:
         if template is None:
             check_template(tokenizer)
         self.model, self._tokenizer, self._template = model, tokenizer, template
-        self._assistant_model = assistant_model
+        self._assistant_model, self._assistant_tokenizer = assistant_model, assistant_tokenizer
         self.messages: list[Message] = []
         self._ids: list[int] = []
         self._past: PastKeyValues | None = None
@@ -176,6 +177,7 @@ class Conversation:
             key=arguments.get("key"),
             tokenizer=self._tokenizer,
             assistant_model=self._assistant_model,
+            assistant_tokenizer=self._assistant_tokenizer,
             keywords={**fields, **inputs, **single, **cache},
             reserve=self._slots,
         )

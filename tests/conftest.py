@@ -1,6 +1,7 @@
 """What all tests share: exact float32 products, and small random Llamas with their transformers twins."""
 
 import importlib.util
+import json
 import os
 import shutil
 import signal
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import pytest
 from oracle import torch_model
 from random_calls import small_model
@@ -103,3 +105,27 @@ def chat_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(jaxgen.BUNDLED_MODEL, copy)
     (copy / "chat_template.jinja").write_text(TEMPLATE)
     return copy
+
+
+@pytest.fixture(scope="session")
+def renumbered_folder(bundled: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The story model with 100 tokens more, which come before its own."""
+    more, folder = 100, tmp_path_factory.mktemp("renumbered")
+    config = bundled.config.to_json()
+    renumbered = jaxgen.from_config({**config, "vocab_size": config["vocab_size"] + more})
+    leaves = [
+        leaf if leaf.shape == new.shape else jnp.pad(leaf, ((more, 0), (0, 0)))
+        for leaf, new in zip(jax.tree.leaves(bundled), jax.tree.leaves(renumbered), strict=True)
+    ]
+    jaxgen.save(jax.tree.unflatten(jax.tree.structure(renumbered), leaves), folder)
+    for file in Path(jaxgen.BUNDLED_MODEL).glob("tokenizer*"):
+        shutil.copy(file, folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    vocab = {text: more + number for text, number in content["model"]["vocab"].items()}
+    content["model"]["vocab"] = vocab | {f"<{number}>": number for number in range(more)}
+    for token in content["added_tokens"]:
+        token["id"] += more
+    for token in content["post_processor"]["special_tokens"].values():
+        token["ids"] = [more + number for number in token["ids"]]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    return folder

@@ -43,8 +43,8 @@ def run(arguments: argparse.Namespace) -> int:
     messages = [] if arguments.load is None else _loaded(arguments.load)
     model, tokenizer = open_model(arguments)
     settings = Settings(model.generation_config, arguments)
-    assistant = open_assistant(arguments, model)
-    conversation = Conversation(model, tokenizer, template=template, assistant_model=assistant)
+    assistant, own = open_assistant(arguments, model, tokenizer)
+    conversation = Conversation(model, tokenizer, template=template, assistant_model=assistant, assistant_tokenizer=own)
     conversation.messages = messages
     if arguments.system is not None:
         conversation.system = arguments.system

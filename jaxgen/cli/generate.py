@@ -27,7 +27,8 @@ _NEW_TOKENS = 200
 def run(arguments: argparse.Namespace) -> int:
     text = _text(arguments)
     model, tokenizer = open_model(arguments)
-    request = replace(_request(arguments, tokenizer, text), assistant_model=open_assistant(arguments, model))
+    assistant, own = open_assistant(arguments, model, tokenizer)
+    request = replace(_request(arguments, tokenizer, text), assistant_model=assistant, assistant_tokenizer=own)
     prepared = prepare_call(model, request)
     streams = not arguments.json and prepared.mode.streams and prepared.mode.sequences_per_prompt == 1
     folder = compile_cache.current()

@@ -222,8 +222,8 @@ def _add_assistant_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--assistant",
         metavar="MODEL",
-        help="a smaller model with the same tokenizer, which drafts tokens for the model to check; or int8, for a copy "
-        "of the model in int8. The text stays the same",
+        help="a smaller model, best with the same tokenizer, which drafts tokens for the model to check; or int8, for "
+        "a copy of the model in int8. The text stays the same",
     )
 
 

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from jaxgen.base import Model
+from jaxgen.checkpoint.files import CheckpointError
 from jaxgen.checkpoint.hub import local_path
 from jaxgen.checkpoint.load import BUNDLED_MODEL, load, to_int8
 from jaxgen.checkpoint.tokenizer import load_tokenizer
@@ -19,6 +20,7 @@ from jaxgen.cli import compile_cache
 from jaxgen.cli.note import waiting
 from jaxgen.decoding.loop import Progress
 from jaxgen.generation.call import PreparedCall
+from jaxgen.generation.modes.assisted import differ_by_padding
 from jaxgen.generation.running.driver import WATCHED, collect, drive
 from jaxgen.generation.running.streaming import NewTokens
 from jaxgen.generation.trimming import to_output
@@ -63,10 +65,15 @@ def open_model(arguments: argparse.Namespace) -> tuple[Model, "PreTrainedTokeniz
         return model, open_tokenizer(folder)
 
 
-def open_assistant(arguments: argparse.Namespace, model: Any) -> Model | None:
-    """The assistant that the arguments ask for: another model, or the model itself in int8."""
+def open_assistant(
+    arguments: argparse.Namespace, model: Any, tokenizer: "PreTrainedTokenizerBase"
+) -> tuple[Model | None, "PreTrainedTokenizerBase | None"]:
+    """The assistant that the arguments ask for, another model or the model itself in int8.
+
+    Its tokenizer is None if it is that of the model.
+    """
     if arguments.assistant is None:
-        return None
+        return None, None
     with waiting("loading the assistant ..."):
         if arguments.assistant == "int8":
             if arguments.quantize == "int8":
@@ -74,9 +81,24 @@ def open_assistant(arguments: argparse.Namespace, model: Any) -> Model | None:
                     "--assistant int8 is for a model that is not quantised itself. Leave out --quantize int8, or "
                     "--assistant."
                 )
-            return to_int8(model)
+            return to_int8(model), None
         folder = local_path(arguments.assistant, None)
-        return load(folder, arguments.dtype, follow_links=arguments.follow_links)
+        assistant = load(folder, arguments.dtype, follow_links=arguments.follow_links)
+    padded = differ_by_padding((model.vocab_size, assistant.vocab_size))
+    try:
+        own = load_tokenizer(folder)
+    except CheckpointError as error:
+        if not padded:
+            raise
+        say(f"the assistant is taken to have the tokenizer of the model: {error}")
+        return assistant, None
+    return assistant, None if padded and _nearly_equal(tokenizer, own) else own
+
+
+def _nearly_equal(first: "PreTrainedTokenizerBase", second: "PreTrainedTokenizerBase") -> bool:
+    """Whether two tokenizers have the same ids for the same tokens, up to a few that were added to one of them."""
+    ours, theirs = first.get_vocab(), second.get_vocab()
+    return len(ours.items() & theirs.items()) >= 0.99 * max(len(ours), len(theirs))
 
 
 def open_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":

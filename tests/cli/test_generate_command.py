@@ -188,3 +188,30 @@ def test_an_assistant_drafts_the_same_text_and_the_last_line_says_how_often_it_w
         )
     assert main(["generate", *options, "--num-beams", "2", "--no-do-sample", "--assistant", "int8", *SHORT]) == 1
     assert "`assistant_model` is for greedy decoding and sampling" in capsys.readouterr().err
+
+
+def test_an_assistant_with_another_tokenizer_drafts_too(
+    renumbered_folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """It is the model itself with other ids, so every draft is right."""
+    told = output(capsys, "Once upon a time")
+    options = ["--num-assistant-tokens", "2", "--assistant-confidence-threshold", "0", *SHORT]
+    assert main(["generate", "Once upon a time", "--assistant", str(renumbered_folder), *options]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == told
+    assert "3 of 3 drafted tokens stayed, in 3 passes" in captured.err
+    shutil.copytree(renumbered_folder, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
+    assert main(["generate", "Once upon a time", "--assistant", str(tmp_path / "bare"), *options]) == 1
+    assert "has neither tokenizer.json nor tokenizer.model" in capsys.readouterr().err
+
+
+def test_an_assistant_without_a_tokenizer_is_taken_to_have_that_of_the_model(
+    bundled: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    jaxgen.save(bundled, tmp_path)
+    told = output(capsys, "Once upon a time")
+    assert main(["generate", "Once upon a time", "--assistant", str(tmp_path), *SHORT]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == told
+    assert "taken to have the tokenizer of the model" in captured.err
+    assert "drafted tokens stayed" in captured.err

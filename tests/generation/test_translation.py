@@ -123,6 +123,14 @@ def test_tokens_that_the_assistant_has_not_are_spelled_in_its_own(bundled: Any, 
     np.testing.assert_array_equal(ours, jaxgen.generate(bundled, **keywords))
 
 
+def test_an_assistant_whose_vocabulary_is_padded_much_further_takes_the_same_tokenizer_twice(
+    bundled: Any, tokenizer: Any, assistant: Any
+) -> None:
+    call = {"inputs": np.array([[5, 6]]), "max_new_tokens": 3, "tokenizer": tokenizer}
+    ours = jaxgen.generate(bundled, assistant_model=assistant, assistant_tokenizer=tokenizer, **call)
+    np.testing.assert_array_equal(ours, jaxgen.generate(bundled, **call))
+
+
 def test_both_tokenizers_are_asked_for_and_only_where_they_differ(
     bundled: Any, tokenizer: Any, assistant: Any, assistant_tokenizer: Any
 ) -> None:

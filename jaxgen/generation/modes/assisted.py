@@ -159,16 +159,17 @@ def _checked_drafter(drafter: Drafter[Any]) -> Drafter[Any]:
     return drafter
 
 
-def _translation(assistant: Model[Any], parts: Parts) -> Translation | None:
-    """The tables for an assistant with another tokenizer; None if it has the model's.
+def differ_by_padding(sizes: tuple[int, int]) -> bool:
+    """Whether two models may have one tokenizer, whose vocabulary they often pad to slightly different sizes."""
+    return max(sizes) - min(sizes) <= max(max(sizes) // 100, 16)
 
-    Models with the same tokenizer often pad the vocabulary to slightly different sizes. A larger difference means that
-    the tokenizers differ.
-    """
+
+def _translation(assistant: Model[Any], parts: Parts) -> Translation | None:
+    """The tables for an assistant with another tokenizer; None if it has the model's."""
     request, model = parts.request, parts.model
+    sizes = model.vocab_size, assistant.vocab_size
     if request.assistant_tokenizer is None:
-        sizes = sorted((assistant.vocab_size, model.vocab_size))
-        if sizes[1] - sizes[0] > max(sizes[1] // 100, 16):
+        if not differ_by_padding(sizes):
             raise ValueError(
                 f"`assistant_model` has a vocabulary of {assistant.vocab_size} tokens, but the model has "
                 f"{model.vocab_size}, so their tokenizers differ. Pass `tokenizer` and `assistant_tokenizer`."
@@ -180,12 +181,13 @@ def _translation(assistant: Model[Any], parts: Parts) -> Translation | None:
         if not callable(getattr(given := getattr(request, name), "get_vocab", None)):
             raise ValueError(f"`{name}`={given!r:.100} must be a transformers tokenizer. Load it first.")
     if request.assistant_tokenizer.get_vocab() == request.tokenizer.get_vocab():
+        if not differ_by_padding(sizes):
+            return None
         raise ValueError(
             "`assistant_tokenizer` is for an assistant with another tokenizer, but it has the same vocabulary as "
             "`tokenizer`. Leave it out."
         )
     rows = row_bucket(row_shards(model.mesh), len(parts.inputs.input_ids))
-    sizes = model.vocab_size, assistant.vocab_size
     return translation(request.tokenizer, request.assistant_tokenizer, *sizes, parts.inputs, rows)
 
 
