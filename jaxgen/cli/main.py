@@ -177,6 +177,10 @@ def _add_plan_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=_DTYPES, help="default: the checkpoint's own")
     parser.add_argument("--quantize", choices=("int8",), help="hold the weights in one byte each")
     parser.add_argument(
+        "--assistant", metavar="MODEL", help="like MODEL, what drafts tokens for it; or int8, for a copy of it in int8"
+    )
+    parser.add_argument("--num-assistant-tokens", type=int, metavar="N", help="tokens of a draft (default: 20)")
+    parser.add_argument(
         "--device", metavar="KIND", help="v5e, v6e, v5p, h100, h200, a100-80g, a100-40g or l4; default: the local one"
     )
     parser.add_argument(

@@ -26,6 +26,8 @@ def run(arguments: argparse.Namespace) -> int:
         mesh=(int(mesh[1]), int(mesh[2])),
         follow_links=arguments.follow_links,
         revision=arguments.revision,
+        assistant_model=arguments.assistant,
+        num_assistant_tokens=arguments.num_assistant_tokens,
     )
     if arguments.json:
         print(json.dumps(_record(planned) | {"suggestions": [_record(other) for other in planned.suggestions]}))
@@ -50,6 +52,8 @@ def _lines(planned: Plan) -> dict[str, str]:
     data, tensor = planned.mesh
     each = " of each device" if data * tensor > 1 else ""
     floor = "unknown, like the bandwidth of this device"
+    if planned.assistant_model is not None:
+        floor = "unknown: it depends on how many drafted tokens are right"
     if planned.step_ms is not None:
         floor = f"at least {planned.step_ms:,.2f} ms; at most {planned.tokens_per_s:,.0f} tokens/s for all rows"
     return {
@@ -62,6 +66,7 @@ def _lines(planned: Plan) -> dict[str, str]:
         else planned.device,
         "weights": byte_count(planned.weights) + each,
         "cache": byte_count(planned.cache) + each,
+        **_assistant(planned, each),
         "temporaries": f"{byte_count(planned.prefill_temporaries)} for the prompt, "
         f"{byte_count(planned.decode_temporaries)} for a step",
         "total": f"{byte_count(planned.total)} of {byte_count(planned.available)}: "
@@ -69,6 +74,14 @@ def _lines(planned: Plan) -> dict[str, str]:
         **_share(planned),
         "step": floor,
     }
+
+
+def _assistant(planned: Plan, each: str) -> dict[str, str]:
+    """The bytes of an assistant, if there is one."""
+    if planned.assistant_model is None:
+        return {}
+    weights, cache = byte_count(planned.assistant_weights), byte_count(planned.assistant_cache)
+    return {"assistant": f"{planned.assistant_model}, {weights} of weights and {cache} of cache{each}"}
 
 
 def _share(planned: Plan) -> dict[str, str]:

@@ -22,7 +22,9 @@ from jaxgen.checkpoint.hub import local_path
 from jaxgen.checkpoint.load import abstract, check_quantize
 from jaxgen.checkpoint.source import Source, named_leaves, open_checkpoint, weights_dtype
 from jaxgen.generation.build import build_call, read_request
+from jaxgen.generation.modes.assisted import MOST_DRAFTED, prompt_lookup
 from jaxgen.generation.request import Request
+from jaxgen.generation.running.driver import cache_sizes
 from jaxgen.generation.running.memory import memory_bytes
 from jaxgen.models import FAMILIES, LoadedModel
 from jaxgen.models.family import Config, Family, ForwardPass
@@ -107,12 +109,15 @@ class Plan:
         cache: bytes of the cache at its full size.
         prefill_temporaries: bytes of temporaries in the prompt's forward pass.
         decode_temporaries: bytes of temporaries in a decode step.
-        total: weights, cache and the larger of the temporaries.
+        total: weights and caches of both models, and the larger of the temporaries.
         available: bytes that programs may use.
         memory_share: the part of the device's whole memory that `available` is: JAX does not take all of a GPU's.
         step_ms: lower bound of the last step's time: the bytes that it reads, divided by the bandwidth. None if that is
-            not known.
+            not known, and with an assistant, whose drafts decide.
         tokens_per_s: upper bound for all rows together; None likewise.
+        assistant_model: name or folder of the assistant, or "int8"; None without one.
+        assistant_weights: bytes.
+        assistant_cache: bytes, at about its full size.
         suggestions: plans that would fit, if this one does not.
     """
 
@@ -138,6 +143,9 @@ class Plan:
     memory_share: float
     step_ms: float | None
     tokens_per_s: float | None
+    assistant_model: str | None = None
+    assistant_weights: int = 0
+    assistant_cache: int = 0
     suggestions: tuple["Plan", ...] = ()
 
     @property
@@ -159,6 +167,8 @@ def plan(
     mesh: tuple[int, int] = (1, 1),
     follow_links: bool = False,
     revision: str | None = None,
+    assistant_model: str | Path | None = None,
+    num_assistant_tokens: int | None = None,
 ) -> Plan:
     """Whether a call fits in memory, and if it does not, what would. Reads only configs and headers.
 
@@ -177,6 +187,8 @@ def plan(
         mesh: number of devices on the axes "data" and "tensor".
         follow_links: as in `load`.
         revision: as in `load`.
+        assistant_model: like `model`, what drafts tokens for it; or "int8", for a copy of it in int8.
+        num_assistant_tokens: as in `generate`; 20 by default.
 
     Returns:
         The memory and time of the call. If it does not fit, `suggestions` holds, for each kind of change that is enough
@@ -189,9 +201,17 @@ def plan(
     """
     sizes = {"batch": batch, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens}
     sizes |= {"num_beams": num_beams, "num_return_sequences": num_return_sequences}
+    if assistant_model is None and num_assistant_tokens is not None:
+        raise ValueError(
+            f"`num_assistant_tokens`={num_assistant_tokens} has no effect without `assistant_model`. Pass both."
+        )
+    drafted = 20 if num_assistant_tokens is None else num_assistant_tokens
+    sizes["num_assistant_tokens"] = drafted
     for name, size in sizes.items():
         if not isinstance(size, int) or size < 1:
             raise ValueError(f"`{name}`={size!r} must be a positive integer.")
+    if drafted > MOST_DRAFTED:
+        raise ValueError(f"`num_assistant_tokens`={drafted} must be from 1 to {MOST_DRAFTED}.")
     if len(mesh) != 2 or any(not isinstance(size, int) or size < 1 for size in mesh):
         raise ValueError(
             f"`mesh`={mesh!r} must be two positive integers: the devices for rows, and for heads and MLP units."
@@ -201,7 +221,19 @@ def plan(
         raise ValueError(f"`device`={device!r} is not known; it may be one of {[*_DEVICES]}.")
     target = _local_device() if device is None else _usable(_DEVICES[device])
     source = _source(model, revision, follow_links)
-    call = _Call.of(str(model), source, prompt_tokens, new_tokens, num_beams, num_return_sequences, dtype)
+    drafted = 0 if assistant_model is None else drafted
+
+    def sizes_of(name: str, source: Source | None) -> _Call:
+        return _Call.of(name, source, prompt_tokens, new_tokens, num_beams, num_return_sequences, dtype, drafted)
+
+    call = sizes_of(str(model), source)
+    if assistant_model == "int8":
+        if quantize is not None:
+            raise ValueError("`assistant_model`='int8' drafts for a model in full. Leave out `quantize`.")
+        call = replace(call, assistant=_Assistant("int8", call, "int8"))
+    elif assistant_model is not None:
+        name = str(assistant_model)
+        call = replace(call, assistant=_Assistant(name, sizes_of(name, _source(name, None, follow_links)), None))
     setup = _Setup(target, batch, quantize, mesh)
     planned = call.on(setup)
     return planned if planned.fits else replace(planned, suggestions=tuple(_suggestions(call, setup)))
@@ -291,6 +323,8 @@ class _Call:
     copies: int
     branches: int
     tokens: int
+    step_columns: int
+    assistant: "_Assistant | None"
 
     @classmethod
     def of(
@@ -302,6 +336,7 @@ class _Call:
         num_beams: int,
         num_return_sequences: int,
         dtype: jax.typing.DTypeLike | None,
+        drafted: int,
     ) -> "_Call":
         if source is None:
             model, own_dtype = abstract(SHAPES[name]), weights_dtype(SHAPES[name].get("dtype", "float32"))
@@ -315,12 +350,18 @@ class _Call:
         sizes: dict[str, int] = {}
 
         def measure(model: LoadedModel) -> None:
-            request = Request(inputs=np.ones((1, prompt_tokens), np.int32), keywords=options)
+            # Any drafter of as many tokens will do, and one that is not a model needs no tokenizers.
+            drafter = prompt_lookup(drafted) if drafted else None
+            inputs = np.ones((1, prompt_tokens), np.int32)
+            request = Request(inputs=inputs, assistant_model=drafter, keywords=options)
             prepared = build_call(model, request, *read_request(model, request))
             strategy, (rows, columns) = prepared.call.strategy, prepared.call.prompt.input_ids.shape
             tokens = strategy.cache_slots(prompt_tokens, new_tokens)
             sizes.update(slot_bytes=model.cache_bytes_per_token, prompt_rows=rows, columns=columns)
-            sizes.update(slots=prepared.cache_slots, tokens=tokens)
+            sizes.update(slots=prepared.cache_slots, tokens=tokens, step_columns=strategy.columns)
+            if strategy.columns > 1:  # a cache with rows of their own lengths grows while less than an eighth is free
+                enough = (size.slots for size in cache_sizes(model, prepared, 0) if size.slots * 7 // 8 >= tokens)
+                sizes.update(slots=next(enough))
             sizes.update(copies=strategy.copies, branches=strategy.branches)
 
         jax.eval_shape(measure, model)  # traced, so that building the call allocates nothing
@@ -335,7 +376,7 @@ class _Call:
             num_beams=num_beams,
             num_return_sequences=num_return_sequences,
         )
-        return cls(plan, model.config, leaves, target, **sizes)
+        return cls(plan, model.config, leaves, target, **sizes, assistant=None)
 
     @property
     def family(self) -> Family:
@@ -354,8 +395,12 @@ class _Call:
             # XLA:CPU multiplies float16 in float32, and widens all weights before the loop that reads them.
             widened = 4 * self._elements(tensor)
             prefill, decode = prefill + widened, decode + widened
-        seconds = None
-        if device.bandwidth is not None:
+        seconds, drafts = None, {"assistant_weights": 0, "assistant_cache": 0}
+        if self.assistant is not None:
+            call, quantized = self.assistant.call, self.assistant.quantize
+            drafts["assistant_weights"] = call._weights(quantized, tensor)[0]
+            drafts["assistant_cache"] = rows * call.slots * call.slot_bytes // tensor
+        elif device.bandwidth is not None:
             # The prompts on a device without bucket padding, and the slots that hold tokens by then.
             valid = -(-batch // data) * self.prompt_rows * self.copies * self.tokens * self.slot_bytes // tensor
             seconds = (read + valid) / device.bandwidth
@@ -370,11 +415,13 @@ class _Call:
             cache=cache,
             prefill_temporaries=prefill,
             decode_temporaries=decode,
-            total=weights + cache + max(prefill, decode),
+            total=weights + cache + sum(drafts.values()) + max(prefill, decode),
             available=device.memory,
             memory_share=device.share,
             step_ms=None if seconds is None else 1e3 * seconds,
             tokens_per_s=None if seconds is None else batch * self.copies / seconds,
+            assistant_model=None if self.assistant is None else self.assistant.name,
+            **drafts,
         )
 
     @functools.cache  # noqa: B019  # a few entries, for as long as a plan is made
@@ -395,7 +442,9 @@ class _Call:
         return total, read
 
     def spreads(self, tensor: int) -> bool:
-        """Whether the weights can be sharded over `tensor` devices."""
+        """Whether the weights, and those of the assistant, can be sharded over `tensor` devices."""
+        if self.assistant is not None and not replace(self.assistant.call, assistant=None).spreads(tensor):
+            return False
         try:
             self.family.partition(self.config, _spread(tensor))
         except ValueError:
@@ -424,19 +473,29 @@ class _Call:
     def _decode_temporaries(self, rows: int, tensor: int, platform: str) -> int:
         """Activations and logits. With beams, three arrays of the size of the logits are alive at a time."""
         rows *= self.branches  # beams share a row of the cache, but each has logits and activations
-        logits = 4 * rows * self.config.vocab_size
-        return logits * (1 if self.branches == 1 else 3) + self._activations(rows, 1, self.slots, tensor, platform)
+        logits = 4 * rows * self.step_columns * self.config.vocab_size
+        alive = 1 if self.branches == self.step_columns == 1 else 3
+        return logits * alive + self._activations(rows, self.step_columns, self.slots, tensor, platform)
 
     def _activations(self, rows: int, columns: int, slots: int, tensor: int, platform: str) -> int:
         itemsize = max(self.dtype.itemsize, 4) if platform == "cpu" else self.dtype.itemsize  # XLA:CPU uses float32
         return self.family.activation_bytes(self.config, ForwardPass(rows, columns, slots, itemsize, tensor, platform))
 
 
+class _Assistant(NamedTuple):
+    """What drafts the tokens of a call, with the sizes of the same call by itself."""
+
+    name: str
+    call: _Call
+    quantize: str | None
+
+
 def _suggestions(call: _Call, setup: _Setup) -> Iterator[Plan]:
     """The smallest change of each kind that makes the call fit; if none does, of two kinds together, then of three."""
+    in_int8 = call.assistant is not None and call.assistant.quantize is not None  # which drafts for a model in full
     changes: dict[str, Sequence[object]] = {
         "batch": _smaller_batches(setup.batch, setup.mesh[0]),
-        "quantize": ["int8"] if setup.quantize is None else [],
+        "quantize": ["int8"] if setup.quantize is None and not in_int8 else [],
         "mesh": _larger_meshes(call, setup.mesh),
         "device": [device for device in map(_usable, _DEVICES.values()) if device.memory > setup.device.memory],
     }

@@ -1,6 +1,7 @@
 """A plan's numbers are those of the programs, and what it suggests does fit."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -258,3 +259,73 @@ def test_the_help_names_every_device(capsys: pytest.CaptureFixture[str]) -> None
         main(["plan", "--help"])
     said = capsys.readouterr().out
     assert all(name in said for name in DEVICE_NAMES)
+
+
+def assisted_programs(model: Any, assistant: Any, batch: int, prompt_tokens: int, new_tokens: int, slots: int) -> Any:
+    """The programs of a call with drafts of 3 tokens, lowered, and the state between them."""
+    calls: list[Any] = []
+
+    def build(model: Any, assistant: Any) -> None:
+        keywords = {"max_new_tokens": new_tokens, "num_assistant_tokens": 3}
+        request = Request(inputs=np.ones((batch, prompt_tokens), int), assistant_model=assistant, keywords=keywords)
+        calls.append(build_call(model, request, *read_request(model, request)).call)
+
+    jax.eval_shape(build, model, assistant)
+    strategy = replace(calls[0].strategy, drafter=replace(calls[0].strategy.drafter, model=assistant))
+    prefill = loop.prefill.lower(model, replace(calls[0], strategy=strategy), (), slots)
+    state = prefill.out_info[0]
+    return prefill, loop.advance.lower(model, state, strategy, np.int32(1), ()), state
+
+
+def test_an_assistant_counts_with_its_weights_and_its_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its cache has some slots more, for its first draft."""
+    monkeypatch.setitem(SHAPES, "wide", SHAPES["135m"] | {"num_hidden_layers": 2, "vocab_size": 20000})
+    monkeypatch.setitem(SHAPES, "narrow", SHAPES["wide"] | {"num_hidden_layers": 1})
+    call = {"batch": 16, "prompt_tokens": 32, "new_tokens": 32}
+    found = plan("wide", **call, assistant_model="narrow", num_assistant_tokens=3)
+    model, assistant = abstract(SHAPES["wide"]), abstract(SHAPES["narrow"])
+    prefill, advance, state = assisted_programs(model, assistant, **call, slots=found.slots)
+    assert (found.weights, found.assistant_weights) == (size(model), size(assistant))
+    assert found.cache == size(state.cache.layers)
+    assert found.assistant_cache == pytest.approx(size(state.inner.memory.cache.layers), rel=0.05)
+    memory = [program.compile().memory_analysis() for program in (prefill, advance)]
+    held = found.weights + found.cache + found.assistant_weights + found.assistant_cache
+    compiled = max(
+        each.argument_size_in_bytes + each.output_size_in_bytes - each.alias_size_in_bytes + each.temp_size_in_bytes
+        for each in memory
+    )
+    assert found.total - held == pytest.approx(compiled - held, rel=0.15), "temporaries"
+    assert found.step_ms is None
+
+
+def test_a_copy_in_int8_counts_as_an_assistant_of_its_size() -> None:
+    drafts = plan("2-layer", device="l4", assistant_model="int8")
+    assert drafts.assistant_weights == plan("2-layer", quantize="int8", device="l4").weights
+    assert drafts.assistant_cache == drafts.cache
+
+
+def test_what_an_assistant_does_not_go_with_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"`assistant_model` is for greedy decoding and sampling.*`num_beams`=2"):
+        plan("2-layer", assistant_model="2-layer", num_beams=2, device="l4")
+    with pytest.raises(ValueError, match="`num_assistant_tokens`=0 must be a positive integer"):
+        plan("2-layer", assistant_model="2-layer", num_assistant_tokens=0, device="l4")
+    with pytest.raises(ValueError, match="`num_assistant_tokens`=3 has no effect without `assistant_model`"):
+        plan("2-layer", num_assistant_tokens=3, device="l4")
+    with pytest.raises(ValueError, match="`num_assistant_tokens`=65 must be from 1 to 64"):
+        plan("2-layer", assistant_model="2-layer", num_assistant_tokens=65, device="l4")
+    with pytest.raises(ValueError, match="drafts for a model in full"):
+        plan("2-layer", assistant_model="int8", quantize="int8", device="l4")
+
+
+def test_the_command_plans_an_assistant_and_its_suggestions_keep_it(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["plan", "70b", "--assistant", "8b", "--num-assistant-tokens", "3", "--device", "h200"]
+    assert main([*arguments, "--mesh", "1x2"]) == 0
+    said = capsys.readouterr().out
+    assert "assistant   8b, 8.0 GB of weights and" in said
+    assert "how many drafted tokens are right" in said
+    assert main([*arguments, "--json"]) == 1
+    record = json.loads(capsys.readouterr().out)
+    assert record["assistant_weights"] > 16e9
+    assert all(each["assistant_weights"] for each in record["suggestions"])
+    in_int8 = plan("8b", 4, device="v5e", assistant_model="int8")
+    assert in_int8.suggestions and not any(each.quantize for each in in_int8.suggestions)

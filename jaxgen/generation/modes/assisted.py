@@ -22,7 +22,7 @@ from jaxgen.generation.user_warnings import warn_once
 if TYPE_CHECKING:
     from jaxgen.lazy import GenerationConfig
 
-_MOST_DRAFTED = 64  # a longer draft is hardly ever right to its end, and each of its tokens costs time
+MOST_DRAFTED = 64  # a longer draft is hardly ever right to its end, and each of its tokens costs time
 _COMPARED = 4  # n-gram sizes are rounded up to a multiple of this, so that they share programs
 _SCHEDULES = ("constant", "heuristic", "heuristic_transient")
 
@@ -82,7 +82,7 @@ class AssistedMode(SamplingMode):
             warn_once(f"`{asked}` drafts the tokens of this call, and `{name}` has no effect, as in transformers.")
         if asked == "prompt_lookup_num_tokens":
             drafted, compared = int(fields.prompt_lookup_num_tokens), int(fields.max_matching_ngram_size or 2)
-            return PromptLookup(drafted, compared, _most_tokens(drafted), -(-compared // _COMPARED) * _COMPARED)
+            return prompt_lookup(drafted, compared)
         if asked == "assistant_model" and isinstance(assistant, Drafter):
             return _checked_drafter(assistant)
         if not parts.inputs.input_ids.size:
@@ -120,9 +120,14 @@ def _asked(fields: "GenerationConfig", assistant_model: object) -> list[str]:
 
 def _in_range(name: str, value: Any, least: int) -> int | None:
     count = integer(name, value)
-    if count is not None and not least <= count <= _MOST_DRAFTED:
-        raise ValueError(f"`{name}`={count} must be from {least} to {_MOST_DRAFTED}.")
+    if count is not None and not least <= count <= MOST_DRAFTED:
+        raise ValueError(f"`{name}`={count} must be from {least} to {MOST_DRAFTED}.")
     return count
+
+
+def prompt_lookup(drafted: int, compared: int = 2) -> PromptLookup:
+    """Drafts so many tokens; some numbers of them share a program, and some of those to compare."""
+    return PromptLookup(drafted, compared, _most_tokens(drafted), -(-compared // _COMPARED) * _COMPARED)
 
 
 def _most_tokens(drafted: int) -> int:
@@ -149,7 +154,7 @@ def _checked_drafter(drafter: Drafter[Any]) -> Drafter[Any]:
     """The caller's drafter, if the compiled loop can carry it."""
     if _in_range("most_tokens", getattr(drafter, "most_tokens", None), 1) is None:
         raise ValueError(
-            f"`assistant_model`={drafter!r:.100} needs `most_tokens`, an integer from 1 to {_MOST_DRAFTED}."
+            f"`assistant_model`={drafter!r:.100} needs `most_tokens`, an integer from 1 to {MOST_DRAFTED}."
         )
     if any(leaf is drafter for leaf in jax.tree.leaves(drafter)):
         raise ValueError(
@@ -209,5 +214,5 @@ def _assistant(model: Model[Any], parts: Parts) -> Assistant:
     if (schedule := setting("num_assistant_tokens_schedule")) not in _SCHEDULES:
         raise ValueError(f"`num_assistant_tokens_schedule`={schedule!r} must be one of {[*_SCHEDULES]}.")
     adapts = schedule != "constant"
-    most = _most_tokens(min(2 * num_tokens, _MOST_DRAFTED) if adapts else num_tokens)
+    most = _most_tokens(min(2 * num_tokens, MOST_DRAFTED) if adapts else num_tokens)
     return Assistant(model, num_tokens, threshold, adapts, most)
