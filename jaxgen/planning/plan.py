@@ -310,6 +310,8 @@ class _Call:
         copies: copies of each row after the prefill, each with its own row of the cache.
         branches: C, the branches of each row, which share its row of the cache.
         tokens: number of tokens in the cache of a row at the end.
+        step_columns: T of a decode step.
+        assistant: the model that drafts the tokens; None without one.
     """
 
     plan: functools.partial[Plan]
