@@ -12,6 +12,7 @@ Dimension letters, with one meaning in all docstrings. Programs round B, N, P, T
     W  candidates of a row for one step
     P  tokens of a prompt               L  tokens of a text, cached ones included
     T  columns of a forward pass        S  slots of a cache, and columns of the token buffer
+    X  columns of a source, the input of an encoder
     V  vocabulary                       E  end-of-sequence ids
     D  hidden size                      H  head dimension
     Q  query heads                      K  key-value heads          G  query heads per key-value head (Q = K * G)
@@ -90,12 +91,15 @@ class Prompt:
         attention_mask: bool [N, P]. False on the caller's padding and on the bucket's.
         length: int32 []. The number of columns of the caller's prompts, their own padding included.
         rows: int32 []. The number of rows of the caller's prompts; the rows below them are padding of the bucket.
+        encoder_input_ids: int32 [N, X]. With an encoder, the tokens of its input, for rules that are about these; -1 in
+            columns of the bucket. None without an encoder, or if it reads embeddings.
     """
 
     input_ids: Int32
     attention_mask: Bool
     length: Int32
     rows: Int32
+    encoder_input_ids: Int32 | None = None
 
     def repeated(self, copies: int) -> "Prompt":
         """The prompts with each row repeated: with 2 copies, rows a, b become a, a, b, b."""
@@ -104,6 +108,7 @@ class Prompt:
             jnp.repeat(self.attention_mask, copies, axis=0),
             self.length,
             self.rows * copies,
+            None if self.encoder_input_ids is None else jnp.repeat(self.encoder_input_ids, copies, axis=0),
         )
 
     def left_aligned(self, slots: int, fill: jax.typing.ArrayLike) -> jax.Array:
@@ -151,6 +156,22 @@ class Prefill:
 
 @pytree
 @dataclass(frozen=True)
+class Source:
+    """The input of the encoder of an encoder-decoder model, in its bucket: padded on the right and below.
+
+    Attributes:
+        inputs: int32 [B, X] tokens, or float [B, X, D]: embeddings, or with `encoded` the output of the encoder.
+        attention_mask: bool [B, X]. False on padding of the caller and of the bucket.
+        encoded: static. Whether the encoder has read it already.
+    """
+
+    inputs: jax.Array
+    attention_mask: Bool
+    encoded: bool = field(default=False, metadata={"static": True})
+
+
+@pytree
+@dataclass(frozen=True)
 class Call:
     """The arguments of a decode besides the weights, as one pytree. `prepare` makes one.
 
@@ -159,12 +180,15 @@ class Call:
         strategy: how tokens are chosen; it also holds the maximum length.
         slots: S, static: P plus room for new tokens. The strategy's maximum length may be less.
         prefill: the inputs of the prompt's forward pass; None if they are the prompt's tokens.
+        source: of an encoder-decoder model, the input of its encoder; None for other models, and if the cache that the
+            call continues holds what the decoder needs of it.
     """
 
     prompt: Prompt
     strategy: "Strategy"
     slots: int = field(metadata={"static": True})
     prefill: Prefill | None = None
+    source: Source | None = None
 
     @property
     def guidance_scale(self) -> jax.Array | None:
@@ -207,6 +231,11 @@ class Cache(Protocol):
         """The number of layers with keys and values; 0 for a cache of another kind."""
         ...
 
+    @property
+    def memory(self) -> object:
+        """What the cache keeps of a source; None without an encoder."""
+        ...
+
     def layer(self, index: int) -> tuple[jax.Array, jax.Array]:
         """Keys and values of a layer, each [N, K, S, H]."""
         ...
@@ -236,8 +265,8 @@ class Cache(Protocol):
         """
         ...
 
-    def take(self, rows: jax.Array) -> Self:
-        """Gathers int32 [M] rows, as `batch_select_indices` of transformers' caches."""
+    def repeat(self, copies: int) -> Self:
+        """The cache with each row repeated: with 2 copies, rows a, b become a, a, b, b."""
         ...
 
     def select(self, rows: jax.Array, slots: jax.Array, valid: jax.Array, length: jax.Array) -> "Cache":
@@ -313,7 +342,9 @@ def rows_axis(mesh: Mesh, rows: int) -> str | None:
 AnyCache = TypeVar("AnyCache", bound=Cache)
 
 # Arrays of a forward pass besides its logits, by name: one [N, T, D] or [N, Q, T, S] per layer; see `Model.extend`.
+# `cross_attentions` are [N, Q, T, X], and those of an encoder, `ENCODER_INTERMEDIATES`, [B, X, D] or [B, Q, X, X].
 Intermediates = dict[str, tuple[jax.Array, ...]]
+ENCODER_INTERMEDIATES = ("encoder_hidden_states", "encoder_attentions")
 
 
 class Model(Protocol[AnyCache]):
@@ -328,6 +359,11 @@ class Model(Protocol[AnyCache]):
     @property
     def mesh(self) -> Mesh | None:
         """The mesh that the model is sharded over, with the axes "data" and "tensor"; None for one device."""
+        ...
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """Whether it is an `EncoderDecoderModel`."""
         ...
 
     @property
@@ -370,7 +406,8 @@ class Model(Protocol[AnyCache]):
             input_ids: int32 [N, T], or float [N, T, D] embeddings. With branches T is C, one column for each branch.
             attention_mask: bool [N, T]. False for columns that later columns may not attend to.
             position_ids: int32 [N, T], or None to continue counting.
-            intermediates: names of the intermediates to return: "hidden_states", "attentions".
+            intermediates: names of the intermediates to return: "hidden_states", "attentions", and with an encoder
+                "cross_attentions".
             logits_to_keep: for how many of the last columns to return logits; 1 with branches.
 
         Returns:
@@ -378,6 +415,25 @@ class Model(Protocol[AnyCache]):
             the last column of each branch; the cache, T columns longer; and the intermediates asked for.
             `hidden_states` are [N, T, D] each, one more than there are layers, `attentions` [N, Q, T, S] each, one per
             layer.
+        """
+        ...
+
+
+class EncoderDecoderModel(Model[AnyCache], Protocol):
+    """A language model that continues a text given a source, which its encoder reads once."""
+
+    def read(
+        self, cache: AnyCache, source: Source, intermediates: tuple[str, ...] = ()
+    ) -> tuple[AnyCache, Intermediates]:
+        """Runs the encoder.
+
+        Args:
+            cache: of B rows.
+            source: [B, X].
+            intermediates: which of `ENCODER_INTERMEDIATES` to return; with an `encoded` source none.
+
+        Returns:
+            The cache, whose rows attend the source from now on, and the intermediates asked for.
         """
         ...
 

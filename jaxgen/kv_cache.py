@@ -22,6 +22,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxgen.base import rows_axis
+from jaxgen.memory import Memory, without_ones
 from jaxgen.pytree import pytree
 
 _FREE = -(1 << 30)  # in `columns`: a slot without a column; so low that no `skip` raises it to a real column
@@ -43,7 +44,8 @@ class KVCache:
         length: int32 []. The number of slots written so far, which is also the next slot to write.
         position: int32 [N]. Position id of each row's next token.
         columns: int32 [S]. The column of the text in each slot, up to a constant; a far lower number in free slots.
-            None if no layer of the model has a sliding window.
+            None if the model does not measure distances in columns, as sliding windows do.
+        memory: of an encoder-decoder model, what the decoder sees of the source; None for other models.
     """
 
     layers: tuple[tuple[jax.Array, jax.Array], ...]
@@ -51,6 +53,7 @@ class KVCache:
     length: jax.Array
     position: jax.Array
     columns: jax.Array | None = None
+    memory: Memory | None = None
 
     @property
     def branches(self) -> int:
@@ -72,7 +75,7 @@ class KVCache:
         windowed: bool = False,
     ) -> Self:
         # Zeros, not `jnp.empty`: since jax 0.11 the latter is uninitialised memory, which can hold NaN.
-        shape = (*_without_ones(rows, heads), slots, head_dim)
+        shape = (*without_ones(rows, heads), slots, head_dim)
         return cls(
             layers=tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(layers)),
             valid=jnp.zeros((rows, slots), bool),
@@ -136,11 +139,18 @@ class KVCache:
 
         As in transformers, the distance is in columns and not in positions: padding between two tokens counts.
         """
-        assert self.columns is not None, "made without `windowed`"
-        num_new = mask.shape[1]
+        new, all_columns = self.text_columns(mask.shape[1])
         # A column attends to the slots whose numbers are above its own minus the window.
-        new_columns = lax.dynamic_slice_in_dim(self.columns, self.length - num_new, num_new)
-        return mask & (self.columns[None] > new_columns[:, None] - window)[None]
+        return mask & (all_columns[:, None] > new[:, :, None] - window)
+
+    def text_columns(self, num_new: int) -> tuple[jax.Array, jax.Array]:
+        """int32 [1, T] and [1, S]: the columns of the text in the last T slots and in all slots, up to a constant.
+
+        The columns of free slots are far below all others.
+        """
+        assert self.columns is not None, "made without `windowed`"
+        new = lax.dynamic_slice_in_dim(self.columns, self.length - num_new, num_new)
+        return new[None], self.columns[None]
 
     def skip(self, columns: jax.Array) -> Self:
         """See `base.Cache.skip`."""
@@ -156,7 +166,7 @@ class KVCache:
             The cache, and all keys and values of the layer as in `layers`.
         """
         rows, heads, columns, head_dim = keys.shape
-        batch = _without_ones(rows, heads)
+        batch = without_ones(rows, heads)
         start = self.length - columns
         # Slots are the last axis but one of [N, K, S, H], whether or not N and K are left out.
         all_keys, all_values = (
@@ -187,26 +197,35 @@ class KVCache:
         """See `base.Cache.grow_by_parts`: layer by layer, each deleted once it has grown."""
         layers, grown = [], self
         for pair in self.layers:
-            grown = grow(replace(self, layers=(pair,)), slots)
+            # Without the memory, which does not grow and would be copied.
+            grown = grow(replace(self, layers=(pair,), memory=None), slots)
             for array in pair:
                 array.delete()
             layers += grown.layers
-        return replace(grown, layers=tuple(layers))
+        return replace(grown, layers=tuple(layers), memory=self.memory)
+
+    def repeat(self, copies: int) -> Self:
+        """See `base.Cache.repeat`. The copies share the memory."""
+        return replace(self.take(jnp.repeat(jnp.arange(len(self.valid)), copies)), memory=self.memory)
 
     def take(self, rows: jax.Array) -> Self:
-        """See `base.Cache.take`."""
+        """Gathers int32 [M] rows, as `batch_select_indices` of transformers' caches."""
 
         def take(array: jax.Array) -> jax.Array:
             # The gather needs N and K even if they are 1. Afterwards they are left out again if they are 1.
             taken = array.reshape(len(self.valid), -1, *array.shape[-2:])[rows]
-            return taken.reshape(*_without_ones(*taken.shape[:2]), *array.shape[-2:])
+            return taken.reshape(*without_ones(*taken.shape[:2]), *array.shape[-2:])
 
         return replace(
             self,
             layers=tuple((take(keys), take(values)) for keys, values in self.layers),
             valid=self.valid[rows],
             position=self.position[rows],
+            memory=self._memory_of(rows),
         )
+
+    def _memory_of(self, rows: jax.Array) -> Memory | None:
+        return None if self.memory is None else self.memory.take(rows, len(self.valid))
 
     def select(self, rows: jax.Array, slots: jax.Array, valid: jax.Array, length: jax.Array) -> "KVCache":
         """Gathers slots of rows, such as the slots of one beam. Pass `position_ids` to the next forward pass.
@@ -230,7 +249,7 @@ class KVCache:
             heads = jnp.arange(heads_apart.shape[1])[None, :, None]
             # Indices [M, 1, 1], [1, K, 1] and [M, 1, S] -> [M, K, S, H].
             taken = heads_apart[rows[:, None, None], heads, slots[:, None]]
-            return taken.reshape(*_without_ones(*taken.shape[:2]), *taken.shape[2:])
+            return taken.reshape(*without_ones(*taken.shape[:2]), *taken.shape[2:])
 
         numbers = jnp.arange(slots.shape[1], dtype=jnp.int32)
         return KVCache(
@@ -239,6 +258,7 @@ class KVCache:
             length=jnp.asarray(length, jnp.int32),
             position=jnp.zeros(len(rows), jnp.int32),  # not known here
             columns=None if self.columns is None else jnp.where(numbers < length, numbers, _FREE),
+            memory=self._memory_of(rows),
         )
 
     def branch(self, branches: int) -> "BranchedCache":
@@ -249,12 +269,13 @@ class KVCache:
             length=self.length,
             position=jnp.repeat(self.position[:, None], branches, axis=1),
             columns=self.columns,
+            memory=self.memory,
         )
 
     def ragged(self) -> "RaggedCache":
         """This cache with rows that advance at different speeds; see `RaggedCache`."""
         columns = None if self.columns is None else jnp.broadcast_to(self.columns[None], self.valid.shape)
-        return RaggedCache(self.layers, self.valid, self.length, self.position, columns)
+        return RaggedCache(self.layers, self.valid, self.length, self.position, columns, self.memory)
 
     @property
     def num_layers(self) -> int:
@@ -267,6 +288,11 @@ class KVCache:
             for (old_keys, old_values), (keys, values) in zip(self.layers, layers, strict=True)
         )
         return replace(self, layers=shaped)
+
+    def of_layer(self, index: int) -> Self:
+        """The cache of one layer alone, for its `update`."""
+        memory = self.memory and replace(self.memory, layers=self.memory.layers[index : index + 1])
+        return replace(self, layers=self.layers[index : index + 1], memory=memory)
 
     def layer(self, index: int) -> tuple[jax.Array, jax.Array]:
         """One layer's keys and values, each [N, K, S, H] even where N or K is 1."""
@@ -411,12 +437,10 @@ class RaggedCache(KVCache):
         del columns  # these differ between rows; see `extend`
         return self
 
-    def within(self, window: int, mask: jax.Array) -> jax.Array:
-        """See `KVCache.within`."""
+    def text_columns(self, num_new: int) -> tuple[jax.Array, jax.Array]:
+        """As `KVCache.text_columns`, for each row: int32 [N, T] and [N, S]."""
         assert self.columns is not None, "made without `windowed`"
-        num_new = mask.shape[1]
-        new_columns = lax.dynamic_slice_in_dim(self.columns, self.length - num_new, num_new, axis=1)
-        return mask & (self.columns[:, None] > new_columns[:, :, None] - window)
+        return lax.dynamic_slice_in_dim(self.columns, self.length - num_new, num_new, axis=1), self.columns
 
     def drop_last(self, count: jax.Array) -> Self:
         """The cache without the last `count[n]` columns of row n; int32 [N].
@@ -463,8 +487,3 @@ class RaggedCache(KVCache):
         columns = None if self.columns is None else jnp.take_along_axis(self.columns, order, axis=1)
         packed = self.select(rows, order, valid, length)
         return replace(self, layers=packed.layers, valid=valid, length=length, columns=columns)
-
-
-def _without_ones(*sizes: int) -> tuple[int, ...]:
-    """The sizes that are not 1; see `KVCache`."""
-    return tuple(size for size in sizes if size > 1)

@@ -187,16 +187,19 @@ def _account(
         raise CheckpointError(f"{folder}: {error}") from error
     if unreadable := sorted({str(t.dtype) for t in tensors.values()} - set(map(str, STORED.values()))):
         raise CheckpointError(f"{folder} holds tensors of dtype {unreadable}; jaxgen reads {list(STORED)}.")
+    aliases: dict[str, str] = {}
     if not native:
         known = {name for sources in untied.values() for name in sources}
         tensors = _with_names_of(known, family.prefix, tensors)
-    config, copies = _resolve_head(folder, raw, config, tensors, head, embedding)
+        tensors, aliases = _resolve_aliases(folder, family, tensors)
+    config, copies = _resolve_head(folder, raw, family, config, tensors, head, embedding)
     # The weight map depends on whether there is a head, and the shapes on the vocabulary. So both are resolved first.
     config, resized = _resolve_vocabulary(config, tensors, head, embedding)
     weight_map = family.weight_map(config)
     if native:
         weight_map = {path: _native_names(path, sources, tensors) for path, sources in weight_map.items()}
     # A tied head that is stored too was compared with the embedding, and is not loaded.
+    copies |= aliases
     used = {name: tensor for name, tensor in tensors.items() if name not in copies}
     _match_names(folder, weight_map, used)
     model = abstract_model(family, config, generation_config, mesh)
@@ -212,12 +215,13 @@ def _account(
 
 def _check_layers(folder: Path, raw: Json, tensors: int) -> None:
     """Raises CheckpointError for an impossible number of layers, before the names of their tensors are listed."""
-    layers = raw.get("num_hidden_layers")
-    if isinstance(layers, int) and layers > min(tensors, MOST_LAYERS):
-        raise CheckpointError(
-            f"{folder} holds {tensors} tensors, but its config.json has `num_hidden_layers`={layers}. Each "
-            f"layer needs tensors of its own, and the limit is {MOST_LAYERS} layers. Download it again."
-        )
+    for key in ("num_hidden_layers", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers"):
+        layers = raw.get(key)
+        if isinstance(layers, int) and layers > min(tensors, MOST_LAYERS):
+            raise CheckpointError(
+                f"{folder} holds {tensors} tensors, but its config.json has `{key}`={layers}. Each layer needs tensors "
+                f"of its own, and the limit is {MOST_LAYERS} layers. Download it again."
+            )
 
 
 def parse_config(raw: Json, generation: Json | None) -> tuple[Family, Config, "GenerationConfig"]:
@@ -233,7 +237,7 @@ def parse_config(raw: Json, generation: Json | None) -> tuple[Family, Config, "G
     try:
         if generation is not None:
             return family, config, generation_class.from_dict(dict(generation))
-        return family, config, generation_class.from_model_config(dict(raw))
+        return family, config, generation_class.from_model_config({**family.generation_defaults, **raw})
     except Exception as error:  # transformers raises many kinds for values of the wrong type
         name = "config.json" if generation is None else "generation_config.json"
         raise ValueError(f"transformers cannot read the generation config in {name} ({error!r}).") from error
@@ -278,8 +282,31 @@ def _with_names_of(known: set[str], prefix: str, tensors: Mapping[str, Tensor]) 
     return renamed
 
 
+def _resolve_aliases(
+    folder: Path, family: Family, tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors, of which one may have had another name, and {alias: tensor} of those that are there twice."""
+    resolved, aliases = dict(tensors), {}
+    for alias, name in family.aliases.items():
+        if alias not in resolved:
+            continue
+        if name not in resolved:
+            resolved[name] = replace(resolved.pop(alias), name=name)
+        elif same_bytes(resolved[alias], resolved[name]):
+            aliases[alias] = name
+        else:
+            raise CheckpointError(f"{folder}: `{alias}` differs from `{name}`, which it should equal.")
+    return resolved, aliases
+
+
 def _resolve_head(
-    folder: Path, raw: Json, config: Config, tensors: Mapping[str, Tensor], head: str, embedding: str
+    folder: Path,
+    raw: Json,
+    family: Family,
+    config: Config,
+    tensors: Mapping[str, Tensor],
+    head: str,
+    embedding: str,
 ) -> tuple[Config, dict[str, str]]:
     """Ties a missing head to the embedding, whatever the config says. If a tied head is stored, it must be equal.
 
@@ -298,6 +325,8 @@ def _resolve_head(
     if not config.tie_word_embeddings or embedding not in tensors:
         return config, {}
     if not same_bytes(tensors[head], tensors[embedding]):
+        if family.head_may_differ:
+            return replace(config, tie_word_embeddings=False), {}
         raise CheckpointError(
             f"{folder}: config.json has `tie_word_embeddings`=true, but `{head}` differs from `{embedding}`. Set the "
             "flag to false if the checkpoint has a head of its own."

@@ -126,25 +126,25 @@ class Assistant(Drafter[AssistantMemory]):
 
     def init(self, prompt: Prompt, copies: int, slots: int) -> AssistantMemory:
         """The memory after a forward pass over the prompts."""
-        rows = jnp.repeat(jnp.arange(len(prompt.input_ids), dtype=jnp.int32), copies)
-        lengths = jnp.broadcast_to(jnp.asarray(prompt.length, jnp.int32), rows.shape)
+        rows = len(prompt.input_ids) * copies
+        lengths = jnp.broadcast_to(jnp.asarray(prompt.length, jnp.int32), (rows,))
         own, own_lengths, new = None, lengths, slots - prompt.input_ids.shape[1]
         if self.translation is not None:
             prompt = self.translation.prompt
-            own_lengths = jnp.broadcast_to(jnp.asarray(prompt.length, jnp.int32), rows.shape)
+            own_lengths = jnp.broadcast_to(jnp.asarray(prompt.length, jnp.int32), (rows,))
             # A row gets no more drafts once its text in the assistant's tokens is longer than this.
             tokens = prompt.repeated(copies).left_aligned(prompt.input_ids.shape[1] + 2 * new, 0)
             own = _Own(tokens, own_lengths)
         cache = self._read(prompt)
         room = cache.slots + self.most_tokens + MOST_PIECES  # for the first draft
         return AssistantMemory(
-            cache=cache.take(rows).grow(room).ragged(),
+            cache=cache.repeat(copies).grow(room).ragged(),
             lengths=lengths,
             own=own,
             cached=own_lengths,
             drafted=jnp.zeros_like(lengths),
             # `draft` treats the empty draft before the first one as accepted in full, and adds 2.
-            num_tokens=jnp.broadcast_to(jnp.asarray(self.num_tokens) - 2, rows.shape),
+            num_tokens=jnp.broadcast_to(jnp.asarray(self.num_tokens) - 2, (rows,)),
         )
 
     def _read(self, prompt: Prompt) -> Cache:

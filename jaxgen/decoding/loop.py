@@ -22,11 +22,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxgen.base import (
+    ENCODER_INTERMEDIATES,
     MORE_COLUMNS,
     AnyCache,
     BranchedCache,
     Cache,
     Call,
+    EncoderDecoderModel,
     Intermediates,
     Model,
     Prefill,
@@ -141,7 +143,7 @@ def _prefill(
     inner = strategy.start(call.prompt, call.slots, logits, scores, guided)
     # Copied while it has P slots and not yet S. Branches share the grown cache.
     if strategy.copies > 1:
-        cache = cache.take(jnp.repeat(jnp.arange(call.model_rows), strategy.copies))
+        cache = cache.repeat(strategy.copies)
     slots = cache_slots or strategy.cache_slots(call.prompt_slots, new_tokens)
     cache = cache.grow(slots)
     if strategy.branches > 1:
@@ -151,26 +153,38 @@ def _prefill(
         more = slots - call.prompt_slots + strategy.columns
         inner = strategy.with_caches(inner, tuple(each.grow(each.slots + more) for each in strategy.caches(inner)))
     buffers: Intermediates = {}
-    if intermediates:
+    if of_steps := _of_steps(intermediates):
         # The shapes of one step's intermediates depend on the cache as it is now: grown and branched.
-        step = jax.eval_shape(lambda: _extend(model, cache, strategy, inner, call.guidance_scale, intermediates)[2])
+        step = jax.eval_shape(lambda: _extend(model, cache, strategy, inner, call.guidance_scale, of_steps)[2])
         buffers = jax.tree.map(lambda x: jnp.zeros((new_tokens, *x.shape), x.dtype), step)
     prompt_intermediates = {name: computed[name] for name in intermediates}
     return DecodeState(cache, inner, jnp.int32(0), call.guidance_scale, prompt_intermediates, buffers)
 
 
 def _read(model: Model, call: Call, intermediates: tuple[str, ...]) -> tuple[jax.Array, Cache, Intermediates]:
-    """The forward pass over the prompt, in one piece or in chunks; logits and intermediates are of the last chunk."""
-    if (prefill := call.prefill) is None:
-        cache = model.make_cache(*call.prompt.input_ids.shape)
-        return model.extend(cache, call.prompt.input_ids, call.prompt.attention_mask.astype(bool), None, intermediates)
-    inputs, mask = prefill.inputs, prefill.attention_mask.astype(bool)
-    cache = model.make_cache(*mask.shape) if prefill.past is None else prefill.past
-    padding = prefill.padding
-    if (size := prefill.chunk) is None:
-        cache = cache if padding is None else cache.skip(padding)
-        return model.extend(cache, inputs, mask, prefill.position_ids, intermediates)
-    return _read_chunks(model, cache, prefill, size, intermediates)
+    """The forward pass over the prompt, in one piece or in chunks; logits and intermediates are of the last chunk.
+
+    With a source the encoder reads that first.
+    """
+    prefill, encoded = call.prefill, {}
+    of_encoder = tuple(name for name in intermediates if name in ENCODER_INTERMEDIATES)
+    intermediates = tuple(name for name in intermediates if name not in ENCODER_INTERMEDIATES)
+    if prefill is None or prefill.past is None:
+        cache: Cache = model.make_cache(call.model_rows, call.prompt_slots)
+    else:
+        cache = prefill.past
+    if call.source is not None:
+        cache, encoded = cast(EncoderDecoderModel, model).read(cache, call.source, of_encoder)
+    if prefill is None:
+        mask = call.prompt.attention_mask.astype(bool)
+        logits, cache, computed = model.extend(cache, call.prompt.input_ids, mask, None, intermediates)
+    elif (size := prefill.chunk) is None:
+        cache = cache if prefill.padding is None else cache.skip(prefill.padding)
+        mask = prefill.attention_mask.astype(bool)
+        logits, cache, computed = model.extend(cache, prefill.inputs, mask, prefill.position_ids, intermediates)
+    else:
+        logits, cache, computed = _read_chunks(model, cache, prefill, size, intermediates)
+    return logits, cache, computed | encoded
 
 
 def _read_chunks(
@@ -215,10 +229,12 @@ def _advance(
     def step(state: DecodeState) -> DecodeState:
         scale = state.guidance_scale
         logits, cache, computed = _extend(
-            model, state.cache, strategy, state.inner, scale, _needed(intermediates, strategy)
+            model, state.cache, strategy, state.inner, scale, _needed(_of_steps(intermediates), strategy)
         )
         write = functools.partial(lax.dynamic_update_index_in_dim, index=state.steps, axis=0)
-        buffers = jax.tree.map(write, state.step_intermediates, {name: computed[name] for name in intermediates})
+        buffers = jax.tree.map(
+            write, state.step_intermediates, {name: computed[name] for name in _of_steps(intermediates)}
+        )
         inner = strategy.step(*_guided(strategy, scale, logits, computed), state.inner)
         # Each branch has written its column. Only now is it known which branches continue.
         if strategy.branches > 1:
@@ -241,6 +257,11 @@ def _advance_squeezing(model: Model, state: DecodeState, strategy: Strategy, n_s
         return replace(state, cache=cast(RaggedCache, state.cache).squeezed(), inner=inner)
 
     return lax.while_loop(lambda state: strategy.unfinished(state.inner), advance, state)
+
+
+def _of_steps(intermediates: tuple[str, ...]) -> tuple[str, ...]:
+    """The intermediates that every step has: those of the encoder belong to the prompt alone."""
+    return tuple(name for name in intermediates if name not in ENCODER_INTERMEDIATES)
 
 
 def _needed(intermediates: tuple[str, ...], strategy: Strategy) -> tuple[str, ...]:

@@ -8,21 +8,23 @@ import copy
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from jaxgen import lazy
-from jaxgen.base import Call, Model, Prefill, Prompt, Strategy, row_shards
+from jaxgen.base import Call, Model, Prefill, Prompt, Source, Strategy, row_shards
 from jaxgen.buckets import row_bucket
 from jaxgen.generation.call import PreparedCall
 from jaxgen.generation.config.decode_config import DecodeConfig
-from jaxgen.generation.config.fields import REFUSED_ARGUMENTS
+from jaxgen.generation.config.fields import INPUTS, REFUSED_ARGUMENTS
 from jaxgen.generation.config.resolve import resolve
 from jaxgen.generation.modes import Mode, mode_for
 from jaxgen.generation.modes.base import Parts
 from jaxgen.generation.processor_list import processor_list, warn_about_new_functions
 from jaxgen.generation.prompt.inputs import Inputs, checked_inputs, checked_negatives, key_data
 from jaxgen.generation.prompt.prompts import guided_prompt, padded_prompt
+from jaxgen.generation.prompt.source import checked_encoder_decoder_inputs
 from jaxgen.generation.request import Request
 from jaxgen.generation.running.host_callbacks import HostFunctions
 from jaxgen.generation.stopping import Stopping, stopping, stopping_criteria
@@ -49,7 +51,39 @@ def read_request(model: Model, request: Request) -> tuple[Mode, Inputs]:
         raise ValueError(
             "`output_logprobs`=True needs an output to return them in. Pass `return_dict_in_generate=True` too."
         )
-    return mode, checked_inputs(model, request.inputs, model_inputs, config)
+    _refuse_inputs_of_other_models(model, model_inputs)
+    if not model.is_encoder_decoder:
+        return mode, checked_inputs(model, request.inputs, model_inputs, config)
+    mode.check_encoder_decoder()
+    _refuse_with_encoder(config)
+    return mode, checked_encoder_decoder_inputs(model, request.inputs, model_inputs, config)
+
+
+def _refuse_inputs_of_other_models(model: Model, model_inputs: Mapping[str, object]) -> None:
+    """The error of transformers for an input that models with an encoder have, or models without."""
+    others = {name for name, (_, field) in INPUTS.items() if field.group == "encoder-decoder models"}
+    if model.is_encoder_decoder:
+        others = {"position_ids", "logits_to_keep"}
+    if unused := [name for name, value in model_inputs.items() if name in others and value is not None]:
+        kind = "with an encoder" if model.is_encoder_decoder else "without an encoder"
+        raise ValueError(
+            f"The following `model_kwargs` are not used by the model: {unused}. They are not for models {kind}. Leave "
+            "them out."
+        )
+
+
+def _refuse_with_encoder(config: DecodeConfig) -> None:
+    """Raises a ValueError for a field that does not go with an encoder."""
+    if config.merged.guidance_scale not in (None, 1):
+        raise ValueError(
+            f"`guidance_scale`={config.merged.guidance_scale!r} does not go with an encoder-decoder model, as in "
+            "transformers. Leave it out."
+        )
+    if config.merged.token_healing:
+        raise ValueError(
+            "`token_healing` is about the end of a prompt, which an encoder-decoder model does not continue. Leave it "
+            "out."
+        )
 
 
 def build_call(model: Model, request: Request, mode: Mode, inputs: Inputs) -> PreparedCall:
@@ -68,7 +102,8 @@ def build_call(model: Model, request: Request, mode: Mode, inputs: Inputs) -> Pr
     prompt, prefill, token_slots = _prompt(model, request, mode.config, inputs, guidance_scale, new_tokens)
     host = HostFunctions()
     strategy = _strategy(model, request, mode, inputs, stop, logits_processor, host)
-    call = Call(prompt, strategy, mode.text_slots(prompt.input_ids.shape[1], new_tokens), prefill)
+    prompt, source = _source(prompt, prefill, mode.config, inputs)
+    call = Call(prompt, strategy, mode.text_slots(prompt.input_ids.shape[1], new_tokens), prefill, source)
     return PreparedCall(
         call=call,
         inputs=inputs,
@@ -146,7 +181,8 @@ def _fitted(config: DecodeConfig, inputs: Inputs) -> DecodeConfig:
             "`use_cache`=False asks for the attentions and hidden states of the whole text at every step, which cannot "
             "be combined with `cache`. Leave `use_cache` out to get those of each token once."
         )
-    if inputs.embeddings is None:
+    no_text = inputs.embeddings is not None or (inputs.source is not None and inputs.source.input_ids is None)
+    if not no_text:
         return config
     needs_text = "Passing `{}` requires some form of `input_ids` to be passed to `generate`, ignoring the argument."
     new_only = (
@@ -158,7 +194,7 @@ def _fitted(config: DecodeConfig, inputs: Inputs) -> DecodeConfig:
         ("encoder_repetition_penalty", 1.0, needs_text, ""),
         ("encoder_no_repeat_ngram_size", 0, needs_text, ""),
     ]
-    if not inputs.input_ids.size:
+    if inputs.embeddings is not None and not inputs.input_ids.size:
         cautions += [
             ("repetition_penalty", 1.0, new_only, "the penalty"),
             ("no_repeat_ngram_size", 0, new_only, "n-gram constraints"),
@@ -169,6 +205,8 @@ def _fitted(config: DecodeConfig, inputs: Inputs) -> DecodeConfig:
     # These two read the prompt's tokens, which embeddings do not have.
     merged = copy.copy(config.merged)
     merged.encoder_repetition_penalty = merged.encoder_no_repeat_ngram_size = None
+    if inputs.embeddings is None:
+        return replace(config, merged=merged)
     # With embeddings and without ids, `input_ids` starts empty, and lengths count from there.
     columns = inputs.embeddings.shape[1] + (0 if inputs.past is None else inputs.past.get_seq_length())
     config = replace(config, merged=merged, use_cache=True)
@@ -202,6 +240,19 @@ def _prompt(
     inputs.check_plain("`guidance_scale`", "which reads negative prompts in the same batch", config.prefill_chunk_size)
     negatives = checked_negatives(model, inputs, request.negative_prompt_ids, request.negative_prompt_attention_mask)
     return guided_prompt(model, inputs, *negatives, guidance_scale)
+
+
+def _source(
+    prompt: Prompt, prefill: Prefill | None, config: DecodeConfig, inputs: Inputs
+) -> tuple[Prompt, Source | None]:
+    """The prompt with the tokens of the source, and the source if the encoder has to read it."""
+    if inputs.source is None:
+        return prompt, None
+    source, ids = inputs.source.padded(len(prompt.input_ids))
+    encoder_input_ids: Any = ids
+    # A continued cache has what the decoder needs, but not the arrays of the encoder.
+    known = prefill is not None and prefill.past is not None and not config.intermediates
+    return replace(prompt, encoder_input_ids=encoder_input_ids), None if known else source
 
 
 def _strategy(

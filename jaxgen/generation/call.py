@@ -38,8 +38,18 @@ class PreparedCall:
 
     @property
     def intermediates(self) -> tuple[str, ...]:
-        """The names of the intermediates that the programs return; see `DecodeConfig.intermediates`."""
-        return self.config.intermediates
+        """The names of the intermediates that the programs return; see `DecodeConfig.intermediates`.
+
+        With an encoder, these are the decoder's, and there are three more.
+        """
+        names = self.config.intermediates
+        if self.inputs.source is None:
+            return names
+        if "attentions" in names:
+            names = (*names, "cross_attentions")
+        if self.call.source is None or self.call.source.encoded:
+            return names
+        return (*names, *(f"encoder_{name}" for name in self.config.intermediates))
 
     @property
     def rows(self) -> int:

@@ -152,7 +152,7 @@ def call_custom(
     else:
         # With one row per prompt at first: its cache is prefilled once, and then the rows are repeated on the device.
         prompts = inputs.past.to_cache(model, len(inputs.input_ids), num_cached, inputs.attention_mask[:, :num_cached])
-        cache = prompts.take(jnp.repeat(jnp.arange(len(inputs.input_ids)), copies)).grow(slots)
+        cache = prompts.repeat(copies).grow(slots)
     # As in transformers, the config that functions get has its lengths and padding set.
     merged = copy.copy(config.merged)
     merged.max_length = max_length

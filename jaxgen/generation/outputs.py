@@ -115,7 +115,66 @@ class GenerateBeamDecoderOnlyOutput(_Output):
     cache: PastKeyValues | None = None
 
 
-GenerateOutput = GenerateDecoderOnlyOutput | GenerateBeamDecoderOnlyOutput
+@dataclass(frozen=True)
+class GenerateEncoderDecoderOutput(_Output):
+    """Same as transformers 5.24 `GenerateEncoderDecoderOutput`; fields that are not None by attribute, key or index.
+
+    Fields that a `GenerateDecoderOnlyOutput` has too are as there, with the text of the decoder as the prompt and the
+    new tokens. The source has X columns.
+
+    Attributes:
+        encoder_attentions: a tuple over the layers of the encoder, [B, Q, X, X].
+        encoder_hidden_states: a tuple over the embeddings and the layers of the encoder, [B, X, D].
+        decoder_attentions: as `attentions` there.
+        cross_attentions: for each step a tuple over layers, first [N, Q, P, X], then [N, Q, 1, X]; with
+            `use_cache=False` [N, Q, P + step, X].
+        decoder_hidden_states: as `hidden_states` there.
+        cache: it also holds what the decoder needs of the source.
+    """
+
+    sequences: np.ndarray
+    scores: np.ndarray | None = None
+    logits: np.ndarray | None = None
+    encoder_attentions: tuple[np.ndarray, ...] | None = None
+    encoder_hidden_states: tuple[np.ndarray, ...] | None = None
+    decoder_attentions: tuple[tuple[np.ndarray, ...], ...] | None = None
+    cross_attentions: tuple[tuple[np.ndarray, ...], ...] | None = None
+    decoder_hidden_states: tuple[tuple[np.ndarray, ...], ...] | None = None
+    cache: PastKeyValues | None = None
+    logprobs: np.ndarray | None = None
+    processed_logprobs: np.ndarray | None = None
+    rounds: np.ndarray | None = None
+    drafted: np.ndarray | None = None
+    accepted: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class GenerateBeamEncoderDecoderOutput(_Output):
+    """Same as transformers 5.24 `GenerateBeamEncoderDecoderOutput`, by attribute, key or index.
+
+    Fields are those of a `GenerateBeamDecoderOnlyOutput` and of a `GenerateEncoderDecoderOutput`, with a row per beam
+    in the arrays of the decoder and a row per prompt in those of the encoder.
+    """
+
+    sequences: np.ndarray
+    sequences_scores: np.ndarray | None = None
+    scores: np.ndarray | None = None
+    logits: np.ndarray | None = None
+    beam_indices: np.ndarray | None = None
+    encoder_attentions: tuple[np.ndarray, ...] | None = None
+    encoder_hidden_states: tuple[np.ndarray, ...] | None = None
+    decoder_attentions: tuple[tuple[np.ndarray, ...], ...] | None = None
+    cross_attentions: tuple[tuple[np.ndarray, ...], ...] | None = None
+    decoder_hidden_states: tuple[tuple[np.ndarray, ...], ...] | None = None
+    cache: PastKeyValues | None = None
+
+
+GenerateOutput = (
+    GenerateDecoderOnlyOutput
+    | GenerateBeamDecoderOnlyOutput
+    | GenerateEncoderDecoderOutput
+    | GenerateBeamEncoderDecoderOutput
+)
 
 
 def compute_transition_scores(

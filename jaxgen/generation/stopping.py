@@ -48,7 +48,8 @@ def stopping(model: Model, criteria: Sequence[Callable[..., object]], config: De
         ValueError: if the prompt is already as long as `max_length`, or a length is out of range.
     """
     prompt_length = inputs.input_ids.shape[1]
-    stop = _split(criteria, config, config.length_for(prompt_length, model.max_position_embeddings))
+    ids = "input_ids" if inputs.source is None else "decoder_input_ids"
+    stop = _split(criteria, config, config.length_for(prompt_length, model.max_position_embeddings, ids))
     if stop.length >= 2**31:
         raise ValueError(
             f"The requested length is {stop.length} tokens; the limit is 2**31 - 1. Lower `max_new_tokens` or "

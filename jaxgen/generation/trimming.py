@@ -7,10 +7,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxgen.base import ENCODER_INTERMEDIATES
 from jaxgen.decoding.loop import DecodeState, finalize
 from jaxgen.generation.call import PreparedCall
 from jaxgen.generation.outputs import GenerateOutput
-from jaxgen.generation.prompt.inputs import refuse_tracer
+from jaxgen.generation.prompt.checks import refuse_tracer
 from jaxgen.generation.prompt.past_key_values import PastKeyValues
 
 logger = logging.getLogger(__name__)
@@ -40,10 +41,31 @@ def to_output(prepared: PreparedCall, state: DecodeState) -> np.ndarray | Genera
     steps, rows = int(fetched["length"]) - prepared.prompt_length, prepared.rows * mode.sequences_per_prompt
     fields |= {name: fetched[name][:steps, :rows].copy() for name in ("scores", "logits") if name in fetched}
     fields |= {name: fetched[name][:rows, :steps].copy() for name in fetched if name.endswith("logprobs")}
-    fields |= {name: _intermediates(name, prepared, fetched, state, steps) for name in prepared.intermediates}
     if config.use_cache:
         fields["cache"] = _past_key_values(prepared, state, steps)
-    return mode.output(**fields)
+    of_steps = [name for name in prepared.intermediates if name not in ENCODER_INTERMEDIATES]
+    computed = {name: _intermediates(name, prepared, fetched, state, steps) for name in of_steps}
+    if prepared.inputs.source is None:
+        return mode.output(**fields, **computed)
+    of_decoder = {name if name == "cross_attentions" else f"decoder_{name}": each for name, each in computed.items()}
+    return mode.encoder_decoder_output(**fields, **of_decoder, **_of_encoder(prepared, state))
+
+
+def _of_encoder(prepared: PreparedCall, state: DecodeState) -> dict[str, tuple[np.ndarray, ...]]:
+    """The intermediates of the encoder: its own, or those that the caller passed with its output."""
+    source = prepared.inputs.source
+    assert source is not None
+    asked = [f"encoder_{name}" for name in prepared.config.intermediates]
+    if source.encoded:
+        return {name: source.given[name] for name in asked if name in source.given}
+    rows, columns = source.attention_mask.shape
+    fetched = jax.device_get({name: state.prompt_intermediates[name] for name in asked})
+
+    def trimmed(array: np.ndarray) -> np.ndarray:
+        """[N, X, D] or [N, Q, X, X] without the bucket's padding."""
+        return (array[:rows, :columns] if array.ndim == 3 else array[:rows, :, :columns, :columns]).copy()
+
+    return {name: tuple(trimmed(layer) for layer in layers) for name, layers in fetched.items()}
 
 
 def _past_key_values(prepared: PreparedCall, state: DecodeState, steps: int) -> PastKeyValues:
@@ -100,10 +122,14 @@ def _intermediates(
     if prefill is not None and prefill.chunk is not None:
         num_new = (num_new - 1) % prefill.chunk + 1  # of the last chunk
     attended = mode.attended_steps(fetched, rows, steps - 1) if name == "attentions" else []
+    source = prepared.inputs.source
+    source_columns = 0 if source is None else source.attention_mask.shape[1]
 
     def prompt(array: np.ndarray) -> np.ndarray:
         """[B, T, D] or [B, Q, T, S], padded to the bucket -> the prompt's part of it, repeated per text."""
         repeated = np.repeat(array[: prepared.rows], texts, axis=0)
+        if name == "cross_attentions":
+            return repeated[:, :, -num_new:, :source_columns]
         return repeated[:, :, -num_new:][..., token_slots] if name == "attentions" else repeated[:, -num_new:]
 
     def step(array: np.ndarray, step: int) -> np.ndarray:
@@ -115,6 +141,8 @@ def _intermediates(
             array = np.take_along_axis(array, index, axis=-2)
         if name == "hidden_states":
             return array.reshape(-1, 1, array.shape[-1])
+        if name == "cross_attentions":
+            return array[..., :source_columns].swapaxes(1, 2).reshape(-1, array.shape[1], 1, source_columns)
         slots = _after(token_slots, token_slots[-1] + 1 + attended[step])
         attention = np.take_along_axis(array, slots[:, None], axis=3)  # [N, Q, C, slots]
         return attention.swapaxes(1, 2).reshape(-1, attention.shape[1], 1, attention.shape[3])
@@ -125,10 +153,10 @@ def _intermediates(
     )
     if prepared.config.use_cache:
         return per_step
-    return _whole_texts(per_step, mode.lineages(fetched, rows, steps - 1))
+    return _whole_texts(per_step, mode.lineages(fetched, rows, steps - 1), causal=name == "attentions")
 
 
-def _whole_texts(per_step: PerStep, lineages: Sequence[np.ndarray]) -> PerStep:
+def _whole_texts(per_step: PerStep, lineages: Sequence[np.ndarray], causal: bool) -> PerStep:
     """The intermediates of the whole text at every step, as transformers computes them without a cache.
 
     A token does not attend to later ones, so its values are from the step that first read it. Without beams the steps
@@ -145,6 +173,7 @@ def _whole_texts(per_step: PerStep, lineages: Sequence[np.ndarray]) -> PerStep:
         per_step: the new tokens of each step, per layer [N, T, D] or [N, Q, T, S].
         lineages: with beams, for each step after the prompt, int [step, N]: the ancestor of each row at each step so
             far.
+        causal: whether keys are the columns of the text too, and not those of a source.
     """
     layers, steps = len(per_step[0]), len(per_step)
 
@@ -160,9 +189,10 @@ def _whole_texts(per_step: PerStep, lineages: Sequence[np.ndarray]) -> PerStep:
     last = [whole(layer, [slice(None)] * (steps - 1)) for layer in range(layers)]
     for array in last:
         array.flags.writeable = False
-    # One more query per step, and for attention one more key.
+    # One more query per step, and for self-attention one more key.
     widths = [last[0].shape[-2] - steps + 1 + step for step in range(steps)]
-    return tuple(
-        tuple(array[:, :width] if array.ndim == 3 else array[:, :, :width, :width] for array in last)
-        for width in widths
-    )
+
+    def until(array: np.ndarray, width: int) -> np.ndarray:
+        return array[:, :width] if array.ndim == 3 else array[:, :, :width, : width if causal else None]
+
+    return tuple(tuple(until(array, width) for array in last) for width in widths)

@@ -10,13 +10,18 @@ from jaxgen.models.llama_gguf import gguf
 from jaxgen.models.mistral import MISTRAL
 from jaxgen.models.qwen2 import QWEN2
 from jaxgen.models.qwen3 import QWEN3
+from jaxgen.models.t5 import MT5, T5, UMT5, T5Model
+from jaxgen.models.t5_family import like_t5
 
-# The return type of `load`: the class of the models of all families.
-LoadedModel = Llama
+# The return type of `load`: the classes of the models of all families.
+LoadedModel = Llama | T5Model
 
 FAMILIES: dict[str, Family] = {
     "llama": like_llama(LLAMA, gguf(LLAMA, paired=True)),
     "mistral": like_llama(MISTRAL),
     "qwen2": like_llama(QWEN2, gguf(QWEN2, paired=False)),
     "qwen3": like_llama(QWEN3, gguf(QWEN3, paired=False)),
+    "t5": like_t5(T5),
+    "mt5": like_t5(MT5),
+    "umt5": like_t5(UMT5),
 }

@@ -12,6 +12,7 @@ A test records which keys the installed transformers reads, and fails when a new
 """
 
 from collections.abc import Collection, Mapping
+from typing import Any
 
 # Read elsewhere, or only informative: left out of the warning.
 NO_EFFECT = frozenset(
@@ -61,3 +62,40 @@ def unread_keys(raw: Mapping[str, object], implemented: Collection[str]) -> list
             )
     # In a config, a false or empty value means that a feature is off.
     return [key for key, value in others.items() if value and key not in READ_BY_TRANSFORMERS]
+
+
+def check_types(settings: Mapping[str, Any], types: Mapping[str, type], positive: Collection[str]) -> None:
+    """Raises a ValueError for a value of another type, or a size below 1. None and unknown keys pass.
+
+    Args:
+        settings: of a config.json.
+        types: by key.
+        positive: the keys of sizes.
+    """
+    for key, value in settings.items():
+        kind = types.get(key)
+        if value is None or kind is None:
+            continue
+        # Not by isinstance: JSON tells 1 from true. A float such as 1.0 may be written as 1.
+        if type(value) not in (kind, *([int] if kind is float else [])):
+            raise ValueError(f"`{key}`={value!r} in config.json must be of type {kind.__name__}.")
+        if key in positive and value < 1:
+            raise ValueError(f"`{key}`={value!r} in config.json must be positive.")
+
+
+def refuse_unhandled(values: Mapping[str, object], architectures: Collection[str]) -> None:
+    """Raises a ValueError for a quantised checkpoint and for another architecture.
+
+    Args:
+        values: of a config.json.
+        architectures: names of the classes that the family implements; the first is the usual one.
+    """
+    if quantization := values.get("quantization_config"):
+        method = quantization.get("quant_method", "unnamed") if isinstance(quantization, dict) else quantization
+        raise ValueError(f"the checkpoint is quantised (`quant_method`={method!r}). Use the unquantised original.")
+    usual, *_ = architectures
+    if values.get("architectures") not in (None, *([name] for name in architectures)):
+        raise ValueError(
+            f"`architectures`={values['architectures']!r} in config.json is not ['{usual}']. Save the model with its "
+            "language modelling head."
+        )

@@ -1,7 +1,7 @@
 """The interface of a model family: `checkpoint` loads models by it, and `planning` computes their sizes by it."""
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import Field, dataclass
+from dataclasses import Field, dataclass, field
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -98,6 +98,10 @@ class Family(Generic[AnyConfig]):
             logits are not included; `planning` counts them itself.
         describe: config -> its sizes in one line, for `jaxgen inspect`.
         gguf: how its GGUF files are read; None if there are none.
+        aliases: {tensor: the tensor that holds the same values}, for tensors that some files have twice.
+        head_may_differ: whether a head that differs from the embedding counts although the config ties the two.
+        generation_defaults: generation fields that config.json may leave out, and their values then.
+        encoder_decoder: whether the models are `base.EncoderDecoderModel`s.
     """
 
     config: Callable[..., AnyConfig]
@@ -112,3 +116,7 @@ class Family(Generic[AnyConfig]):
     activation_bytes: Callable[[AnyConfig, ForwardPass], int]
     describe: Callable[[AnyConfig], str]
     gguf: Gguf[AnyConfig] | None = None
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    head_may_differ: bool = False
+    generation_defaults: Mapping[str, object] = field(default_factory=dict)
+    encoder_decoder: bool = False

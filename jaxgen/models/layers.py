@@ -7,6 +7,7 @@ Hugging Face's orientation [out, in]. They are not transposed when loaded, and X
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,16 @@ from jax import lax
 
 from jaxgen.base import as_last
 from jaxgen.models.int8 import Int8
+
+# By their names in a config.json.
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_new": partial(jax.nn.gelu, approximate=True),
+    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+}
 
 
 class Linear(nnx.Module):
@@ -126,8 +137,17 @@ def columns_at_once(columns: int) -> int:
     return columns if columns <= 256 or columns % 128 else 128
 
 
+# What attention adds to the scores of `count` columns from column `start` on: float32 [N, K, G, count, S].
+Bias = Callable[[jax.Array | int, int], jax.Array]
+
+
 def attend(
-    queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array
+    queries: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    mask: jax.Array,
+    scale: float | None = None,
+    bias: Bias | None = None,
 ) -> tuple[jax.Array, Callable[[], jax.Array]]:
     """Grouped-query attention with float32 scores and softmax. A long prompt is computed in blocks of columns.
 
@@ -138,34 +158,46 @@ def attend(
         queries: [N, K, G, T, H].
         keys, values: [N, K, S, H], where dimensions N and K of size 1 may be left out.
         mask: bool [N, T, S]. A column that attends to no slot gets zeros, as in torch's scaled_dot_product_attention.
+        scale: of the products of queries and keys, by default H ** -0.5.
+        bias: added to the scores.
 
     Returns:
         [N, K, G, T, H], and a function that computes the attention weights, [N, K, G, T, S].
     """
+    scale = queries.shape[-1] ** -0.5 if scale is None else scale
     columns, block = queries.shape[3], columns_at_once(queries.shape[3])
     if block == columns:
-        return _attend_at_once(queries, keys, values, mask)
+        return _attend_at_once(queries, keys, values, mask, scale, bias and bias(0, columns))
 
     # Blocks of queries, each with all keys: memory for the scores of 128 columns instead of T.
     def attend_block(start: jax.Array) -> jax.Array:
         block_queries = lax.dynamic_slice_in_dim(queries, start, block, axis=3)
         block_mask = lax.dynamic_slice_in_dim(mask, start, block, axis=1)
-        return _attend_at_once(block_queries, keys, values, block_mask)[0]
+        return _attend_at_once(block_queries, keys, values, block_mask, scale, bias and bias(start, block))[0]
+
+    def weights() -> jax.Array:
+        return _attend_at_once(queries, keys, values, mask, scale, bias and bias(0, columns))[1]()
 
     # [T / 128, N, K, G, 128, H] -> [N, K, G, T / 128, 128, H] -> [N, K, G, T, H].
     attended = jnp.moveaxis(lax.map(attend_block, jnp.arange(0, columns, block)), 0, 3)
-    return attended.reshape(queries.shape), lambda: _attend_at_once(queries, keys, values, mask)[1]()
+    return attended.reshape(queries.shape), weights
 
 
 def _attend_at_once(
-    queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array
+    queries: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    mask: jax.Array,
+    scale: float,
+    bias: jax.Array | None,
 ) -> tuple[jax.Array, Callable[[], jax.Array]]:
     """As `attend`, for all columns at once."""
     *batch, slots, head_dim = keys.shape
     # m is G * T rows: [N, K, G, T, H] -> [N, K, G * T, H], and N and K are missing wherever they are in `keys`.
     scores = _grouped("...mh,...sh->...ms", queries.reshape(*batch, -1, head_dim), keys)
-    allowed = mask[:, None, None]  # [N, 1, 1, T, S]
-    scores = jnp.where(allowed, scores.reshape(*queries.shape[:-1], slots) * head_dim**-0.5, -jnp.inf)
+    scores = scores.reshape(*queries.shape[:-1], slots) * scale
+    scores = scores if bias is None else scores + bias
+    scores = jnp.where(mask[:, None, None], scores, -jnp.inf)
     # Finite even where no slot is allowed: -inf minus -inf would be NaN.
     highest = jnp.maximum(scores.max(axis=-1, keepdims=True), jnp.finfo(jnp.float32).min)
     weights = jnp.exp(scores - highest)

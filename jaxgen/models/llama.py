@@ -7,7 +7,7 @@ implementation. Each has a `Dialect` in its own file.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from typing import Any, NoReturn, Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -18,17 +18,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxgen.base import Intermediates, no_mesh, rows_axis, tensor_shards
 from jaxgen.kv_cache import KVCache
 from jaxgen.models import config_keys, rope
-from jaxgen.models.layers import Embed, HostOnly, Linear, RMSNorm, attend, unfuse
+from jaxgen.models.language_model import LanguageModel
+from jaxgen.models.layers import ACTIVATIONS, Embed, Linear, RMSNorm, attend, unfuse
 from jaxgen.models.rope import Rope
-
-ACTIVATIONS = {
-    "silu": jax.nn.silu,
-    "swish": jax.nn.silu,
-    "gelu": partial(jax.nn.gelu, approximate=False),
-    "gelu_new": partial(jax.nn.gelu, approximate=True),
-    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
-    "relu": jax.nn.relu,
-}
 
 # The values of `layer_types`.
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -151,9 +143,9 @@ class LlamaConfig:
         """
         given = {key: value for key, value in raw.items() if value is not None or key in _NULLABLE}
         values: dict[str, Any] = {**dialect.defaults, **given}
-        _refuse_unhandled(values, dialect)
+        config_keys.refuse_unhandled(values, (dialect.architecture, *dialect.spellings, dialect.base_architecture))
         unread_keys(raw, generation_fields, dialect)
-        _check_types({key: values.get(key) for key in (*_REQUIRED, *dialect.defaults)})
+        config_keys.check_types({key: values.get(key) for key in (*_REQUIRED, *dialect.defaults)}, _TYPES, _POSITIVE)
         if missing := [key for key in _REQUIRED if key not in values]:
             raise ValueError(f"config.json lacks {missing}, which a {dialect.model_type} needs.")
         settings = {**{key: values[key] for key in (*_REQUIRED, *dialect.defaults)}, **dialect.fixed}
@@ -205,19 +197,6 @@ def unread_keys(
     return [*contradicted, *config_keys.unread_keys(raw, implemented), *rope.unread_keys(raw)]
 
 
-def _check_types(settings: Mapping[str, Any]) -> None:
-    """Raises a ValueError for a value of another type, or a size below 1. None and unknown keys pass."""
-    for key, value in settings.items():
-        kind = _TYPES.get(key)
-        if value is None or kind is None:
-            continue
-        # Not by isinstance: JSON tells 1 from true. A float such as 1.0 may be written as 1.
-        if type(value) not in (kind, *([int] if kind is float else [])):
-            raise ValueError(f"`{key}`={value!r} in config.json must be of type {kind.__name__}.")
-        if key in _POSITIVE and value < 1:
-            raise ValueError(f"`{key}`={value!r} in config.json must be positive.")
-
-
 def _check_layer_types(raw: Mapping[str, object], dialect: Dialect) -> None:
     """Raises a ValueError for layers that are not full, in a family without this key.
 
@@ -229,19 +208,6 @@ def _check_layer_types(raw: Mapping[str, object], dialect: Dialect) -> None:
         raise ValueError(
             f"`layer_types`={kinds!r:.200} in config.json turns a {dialect.model_type} into another architecture, "
             "which jaxgen does not implement. Run this model with transformers."
-        )
-
-
-def _refuse_unhandled(values: Mapping[str, object], dialect: Dialect) -> None:
-    """Raises a ValueError for a quantised checkpoint and for another architecture."""
-    if quantization := values.get("quantization_config"):
-        method = quantization.get("quant_method", "unnamed") if isinstance(quantization, dict) else quantization
-        raise ValueError(f"the checkpoint is quantised (`quant_method`={method!r}). Use the unquantised original.")
-    names = dialect.architecture, *dialect.spellings, dialect.base_architecture
-    if values.get("architectures") not in (None, *([name] for name in names)):
-        raise ValueError(
-            f"`architectures`={values['architectures']!r} in config.json is not ['{dialect.architecture}']. Save the "
-            "model with its language modelling head."
         )
 
 
@@ -374,7 +340,7 @@ def _run(
     return x, cache, weights() if with_weights else None
 
 
-class Llama(nnx.Module):
+class Llama(LanguageModel):
     """A causal Llama: a pytree of weights in one dtype, with Hugging Face's attribute names except for fused weights.
 
     On a mesh, heads, MLP units and, if divisible, vocabulary entries are sharded over the axis "tensor", rows over
@@ -383,22 +349,12 @@ class Llama(nnx.Module):
 
     def __init__(self, config: LlamaConfig, rngs: nnx.Rngs, generation_config: object = None, mesh: Mesh | None = None):
         std, shards = config.initializer_range, tensor_shards(mesh)
-        self.config = config
-        self.mesh = mesh
-        self.host = HostOnly(generation_config)
+        super().__init__(config, generation_config, mesh)
         self.embed_tokens = Embed(config.vocab_size, config.hidden_size, std=std, rngs=rngs)
         self.layers = nnx.List([Layer(config, rngs, shards) for _ in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         tied = config.tie_word_embeddings
         self.lm_head = None if tied else Linear(config.hidden_size, config.vocab_size, bias=False, std=std, rngs=rngs)
-
-    @property
-    def vocab_size(self) -> int:
-        return self.config.vocab_size
-
-    @property
-    def hidden_size(self) -> int:
-        return self.config.hidden_size
 
     @property
     def max_position_embeddings(self) -> int:
@@ -421,22 +377,6 @@ class Llama(nnx.Module):
     @property
     def dtype(self) -> jnp.dtype:
         return self.embed_tokens.weight[...].dtype
-
-    @property
-    def generation_config(self) -> Any:
-        return self.host.value
-
-    @property
-    def generate(self) -> NoReturn:
-        """Raises an error that tells users of transformers what to call."""
-        raise AttributeError("a model has no method `generate`. Call `jaxgen.generate(model, input_ids, ...)`.")
-
-    def __setattr__(self, name: str, value: object) -> None:
-        # Not a property setter: Flax would record the name as an attribute, and the model's programs would compile
-        # again.
-        if name == "generation_config":
-            name, value = "host", HostOnly(value)
-        super().__setattr__(name, value)
 
     def __call__(self, input_ids: jax.Array, attention_mask: jax.Array | None = None) -> jax.Array:
         """Logits of every column, without returning a cache: for training and scoring.
@@ -504,9 +444,9 @@ class Llama(nnx.Module):
             masks[SLIDING] = cache.within(window, mask)
         cos, sin = rope.cos_sin(self.config.rope, positions, x.dtype)
         hidden_states, attentions, pairs = [x], [], []
-        for layer, pair, kind in zip(self.layers, cache.layers, self.config.layer_types, strict=True):
+        for number, (layer, kind) in enumerate(zip(self.layers, self.config.layer_types, strict=True)):
             # A cache of one layer, so that all layers have the same types and `_run` is traced once.
-            layer_cache = replace(cache, layers=(pair,))
+            layer_cache = cache.of_layer(number)
             x, layer_cache, weights = _run(layer, x, cos, sin, masks[kind], layer_cache, "attentions" in intermediates)
             pairs += layer_cache.layers
             hidden_states.append(x)

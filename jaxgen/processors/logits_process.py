@@ -178,6 +178,8 @@ class EncoderRepetitionPenalty(LogitsProcessor[jax.Array]):
     penalty: Float32
 
     def init(self, prompt: Prompt, vocab_size: int) -> jax.Array:
+        if prompt.encoder_input_ids is not None:
+            return _occurring(prompt.encoder_input_ids, prompt.encoder_input_ids >= 0, vocab_size)
         return _seen(prompt, prompt.input_ids.shape[1] - prompt.length, vocab_size)
 
     def step(
@@ -188,9 +190,14 @@ class EncoderRepetitionPenalty(LogitsProcessor[jax.Array]):
 
 def _seen(prompt: Prompt, first: jax.Array, vocab_size: int) -> jax.Array:
     """bool [N, V]: the tokens of each prompt from column `first` ([N, 1] or []) on."""
-    rows, columns = prompt.input_ids.shape
-    # Earlier columns become token V, which the scatter drops.
-    ids = jnp.where(jnp.arange(columns)[None] >= first, prompt.input_ids, vocab_size)
+    return _occurring(prompt.input_ids, jnp.arange(prompt.input_ids.shape[1])[None] >= first, vocab_size)
+
+
+def _occurring(ids: jax.Array, counted: jax.Array, vocab_size: int) -> jax.Array:
+    """bool [N, V]: the tokens of each row of ids, int32 [N, columns], where bool [N, columns] `counted` is True."""
+    # Other columns become token V, which the scatter drops.
+    ids = jnp.where(counted, ids, vocab_size)
+    rows = len(ids)
     return jnp.zeros((rows, vocab_size), bool).at[jnp.arange(rows)[:, None], ids].set(True, mode="drop")
 
 
@@ -211,13 +218,15 @@ class NoRepeatNGram(LogitsProcessor):
     size: int = field(metadata={"static": True})
 
     def __call__(self, input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array) -> jax.Array:
-        return _forbid_ngrams(input_ids, scores, cur_len, self.size, cur_len)
+        return _forbid_ngrams(input_ids, scores, cur_len, self.size, input_ids, cur_len)
 
 
 @pytree
 @dataclass(frozen=True)
-class EncoderNoRepeatNGram(LogitsProcessor[jax.Array]):
+class EncoderNoRepeatNGram(LogitsProcessor[tuple[jax.Array | None, jax.Array]]):
     """Forbids n-grams that are in the prompt, padding included. `EncoderNoRepeatNGramLogitsProcessor`.
+
+    Its state is the tokens of the source, or None, and the number of columns of the prompt.
 
     Attributes:
         size: n, static.
@@ -225,19 +234,37 @@ class EncoderNoRepeatNGram(LogitsProcessor[jax.Array]):
 
     size: int = field(metadata={"static": True})
 
-    def init(self, prompt: Prompt, vocab_size: int) -> jax.Array:
-        return prompt.length
+    def init(self, prompt: Prompt, vocab_size: int) -> tuple[jax.Array | None, jax.Array]:
+        return prompt.encoder_input_ids, prompt.length
 
     def step(
-        self, input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array, state: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        return _forbid_ngrams(input_ids, scores, cur_len, self.size, state), state
+        self,
+        input_ids: jax.Array,
+        scores: jax.Array,
+        cur_len: jax.Array,
+        state: tuple[jax.Array | None, jax.Array],
+    ) -> tuple[jax.Array, tuple[jax.Array | None, jax.Array]]:
+        source, length = state
+        if source is None:
+            return _forbid_ngrams(input_ids, scores, cur_len, self.size, input_ids, length), state
+        columns = jnp.int32(source.shape[1])
+        # A text shorter than n - 1 tokens, as the start token alone, has no n-gram to complete.
+        forbidden = _forbid_ngrams(input_ids, scores, cur_len, self.size, source, columns)
+        return jnp.where(cur_len >= self.size - 1, forbidden, scores), state
 
 
-def _forbid_ngrams(input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array, size: int, end: jax.Array) -> jax.Array:
-    """Forbids tokens that would repeat an n-gram of the columns before `end`.
+def _forbid_ngrams(
+    input_ids: jax.Array,
+    scores: jax.Array,
+    cur_len: jax.Array,
+    size: int,
+    others: jax.Array,
+    end: jax.Array,
+) -> jax.Array:
+    """Forbids tokens that would repeat an n-gram of `others`, int32 [N, columns], in the columns before `end`.
 
-    With n = 3, the row ends with b c, and an n-gram that starts so is in columns 1 to 3:
+    Negative tokens are padding. With n = 3 and `others` the text itself, the row ends with b c, and an n-gram that
+    starts so is in columns 1 to 3:
 
     ```
     column          0  1  2  3  4  5  6
@@ -247,13 +274,13 @@ def _forbid_ngrams(input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array, 
     completes       -  -  *  *  *  *  *      columns from n - 1 on; only 3 passes all tests, so d is forbidden
     ```
     """
-    columns = jnp.arange(input_ids.shape[1])
-    completes = jnp.broadcast_to((columns >= size - 1) & (columns < end), input_ids.shape)
+    columns = jnp.arange(others.shape[1])
+    completes = ((columns >= size - 1) & (columns < end))[None] & (others >= 0)
     for back in range(1, size):
         recent = lax.dynamic_slice_in_dim(input_ids, cur_len - back, 1, axis=1)
-        completes &= jnp.roll(input_ids, back, axis=1) == recent
+        completes &= jnp.roll(others, back, axis=1) == recent
     # All other columns become token V, which the scatter drops.
-    forbidden = jnp.where(completes, input_ids, scores.shape[1])
+    forbidden = jnp.where(completes, others, scores.shape[1])
     return scores.at[jnp.arange(len(scores))[:, None], forbidden].set(-jnp.inf, mode="drop")
 
 

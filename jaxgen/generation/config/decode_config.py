@@ -64,7 +64,7 @@ class DecodeConfig:
         """The intermediates to return: "attentions", "hidden_states", or both."""
         return tuple(name for name in self.outputs if name in ("attentions", "hidden_states"))
 
-    def length_for(self, prompt_length: int, max_position_embeddings: int) -> int:
+    def length_for(self, prompt_length: int, max_position_embeddings: int, ids: str = "input_ids") -> int:
         """The maximum length: `max_new_tokens` after the prompt, else `max_length`, else 20 tokens after the prompt.
 
         Raises:
@@ -81,7 +81,7 @@ class DecodeConfig:
             )
         if prompt_length >= max_length:
             raise ValueError(
-                f"Input length of input_ids is {prompt_length}, but `max_length` is set to {max_length}. This can lead "
+                f"Input length of {ids} is {prompt_length}, but `max_length` is set to {max_length}. This can lead "
                 "to unexpected behavior. You should consider increasing `max_length` or, better yet, setting "
                 "`max_new_tokens`."
             )

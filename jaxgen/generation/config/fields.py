@@ -443,6 +443,15 @@ class GenerationFields(TypedDict, total=False):
         ),
     ]
 
+    decoder_start_token_id: Annotated[
+        int | Sequence[int] | None,
+        Field(
+            "encoder-decoder models",
+            "token id that the decoder's text begins with, or one for each prompt",
+            note="`bos_token_id` if not set. Models without an encoder ignore it, as in transformers.",
+        ),
+    ]
+
     use_mtp: Annotated[
         Literal[None, False], Field("refused", "drafts tokens with extra heads of the model (multi-token prediction)")
     ]
@@ -479,7 +488,6 @@ class GenerationFields(TypedDict, total=False):
     target_lookbehind: Annotated[int | None, Field("no effect", _ASSISTANT)]
     assistant_ensemble_weight: Annotated[float | None, Field("no effect", _DRAFTS)]
     speculation_type: Annotated[str | None, Field("no effect", _DRAFTS)]
-    decoder_start_token_id: Annotated[int | Sequence[int] | None, Field("no effect", "is about encoder-decoder models")]
     transformers_version: Annotated[str | None, Field("no effect", "says which transformers wrote the config")]
 
 
@@ -529,6 +537,32 @@ class ModelInputs(TypedDict, total=False):
         int | None,
         Field("model inputs", "accepted without effect: only the logits of the last token are computed"),
     ]
+    decoder_input_ids: Annotated[
+        ArrayLike | None,
+        Field(
+            "encoder-decoder models",
+            "integers [B, P], the decoder's first tokens",
+            note="If no row begins with the `decoder_start_token_id`, it is put before all rows. With a `cache`, the "
+            "whole text or its new tokens.",
+        ),
+    ]
+    decoder_attention_mask: Annotated[
+        ArrayLike | None,
+        Field(
+            "encoder-decoder models",
+            "[B, P], 1 for tokens of `decoder_input_ids` and 0 for padding",
+            note="If not set, all of them are tokens.",
+        ),
+    ]
+    encoder_outputs: Annotated[
+        object,
+        Field(
+            "encoder-decoder models",
+            "the output of the encoder, in place of its input",
+            note="An array [B, X, hidden_size] as from `model.encode`, or an output or tuple of transformers. It is "
+            "never changed; transformers repeats it in place for beams. Pass the `attention_mask` too.",
+        ),
+    ]
 
 
 class GenerateKeywords(GenerationFields, ModelInputs, total=False):
@@ -557,4 +591,5 @@ REFUSED: dict[str, tuple[object, ...]] = {
 NO_EFFECT = {name: field.help for name, (_, field) in FIELDS.items() if field.group == "no effect"}
 SUPPORTED = frozenset(FIELDS.keys() - REFUSED.keys() - NO_EFFECT.keys())
 FLAGS = tuple(name for name, (kind, _) in FIELDS.items() if kind == bool | None and name in SUPPORTED)
-MODEL_INPUTS = ModelInputs.__optional_keys__
+INPUTS = described(ModelInputs)
+MODEL_INPUTS = frozenset(INPUTS)

@@ -10,7 +10,7 @@ import numpy as np
 from jaxgen.base import Cache, LogitsProcessor, Model, Strategy
 from jaxgen.buckets import bucket
 from jaxgen.generation.config.decode_config import DecodeConfig
-from jaxgen.generation.outputs import GenerateDecoderOnlyOutput, GenerateOutput
+from jaxgen.generation.outputs import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput, GenerateOutput
 from jaxgen.generation.prompt.inputs import Inputs
 from jaxgen.generation.request import Request
 from jaxgen.processors.stopping_criteria import EosToken, MaxLength
@@ -60,6 +60,7 @@ class Mode:
 
     config: DecodeConfig
     output: ClassVar[type[GenerateOutput]] = GenerateDecoderOnlyOutput
+    encoder_decoder_output: ClassVar[type[GenerateOutput]] = GenerateEncoderDecoderOutput
     streams: ClassVar[bool] = True  # whether tokens can be shown before the end
 
     # Called before a mode is chosen, so these read the merged GenerationConfig. transformers 5 still declares
@@ -90,6 +91,9 @@ class Mode:
 
     def check_inputs(self, inputs: Inputs) -> None:
         """Raises a ValueError if the mode cannot continue such a prompt."""
+
+    def check_encoder_decoder(self) -> None:
+        """Raises a ValueError if the mode does not go with a model that has an encoder."""
 
     def check_streamer(self) -> None:
         """Raises a ValueError if tokens cannot be shown to a `streamer` before the end."""

@@ -9,7 +9,7 @@ from jaxgen.base import Cache
 from jaxgen.buckets import bucket
 from jaxgen.generation.config.validators import number, positive
 from jaxgen.generation.modes.base import Mode, Parts
-from jaxgen.generation.outputs import GenerateBeamDecoderOnlyOutput
+from jaxgen.generation.outputs import GenerateBeamDecoderOnlyOutput, GenerateBeamEncoderDecoderOutput
 
 if TYPE_CHECKING:
     from jaxgen.lazy import GenerationConfig
@@ -19,6 +19,7 @@ class BeamsMode(Mode):
     """Several beams per prompt that share a cache. A step reads one token per beam, in C neighbouring slots."""
 
     output = GenerateBeamDecoderOnlyOutput
+    encoder_decoder_output = GenerateBeamEncoderDecoderOutput
     streams = False  # beams may change their tokens until the end
 
     @classmethod

@@ -58,6 +58,12 @@ class ContrastiveSearchMode(Mode):
     def unchecked(cls, given: Callable[[str], object]) -> set[str]:
         return {"top_k"} if given("penalty_alpha") else set()
 
+    def check_encoder_decoder(self) -> None:
+        raise ValueError(
+            "contrastive search (`penalty_alpha`) does not go with an encoder-decoder model. Leave it out, and decode "
+            "greedily, by sampling or with beams."
+        )
+
     def check_inputs(self, inputs: Inputs) -> None:
         chunk = self.config.prefill_chunk_size
         inputs.check_plain("`penalty_alpha`", "which compares the hidden states of the text", chunk)

@@ -10,15 +10,24 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
 from jaxgen import lazy
 from jaxgen.base import Model
 from jaxgen.generation.config.decode_config import DecodeConfig
-from jaxgen.generation.prompt.past_key_values import PastKeyValues
+from jaxgen.generation.prompt.checks import (
+    checked_embeddings,
+    checked_mask,
+    checked_token_ids,
+    mask_array,
+    refuse_tracer,
+    two_dimensional,
+)
+from jaxgen.generation.prompt.past_key_values import PastKeyValues, cached_tokens
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
+
+    from jaxgen.generation.prompt.source import SourceInputs
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +52,7 @@ class Inputs:
         position_ids: int32 [B, T], or None to count unmasked positions.
         embeddings: float [B, T, D], or None.
         past: the cache to continue, or None.
+        source: the input of the encoder; then the prompt above is the decoder's. None without an encoder.
     """
 
     input_ids: np.ndarray
@@ -52,6 +62,7 @@ class Inputs:
     position_ids: np.ndarray | None = None
     embeddings: np.ndarray | None = None
     past: PastKeyValues | None = None
+    source: "SourceInputs | None" = None
 
     @property
     def plain(self) -> bool:
@@ -95,10 +106,10 @@ def checked_inputs(
     if inputs is not None and model_inputs.get("input_ids") is not None:
         raise ValueError("`inputs` and `input_ids` were both passed, but are the same argument. Pass one of them.")
     given = model_inputs.get("input_ids") if inputs is None else inputs
-    mask, past = _mask_array("attention_mask", model_inputs.get("attention_mask")), model_inputs.get("cache")
+    mask, past = mask_array("attention_mask", model_inputs.get("attention_mask")), model_inputs.get("cache")
     if isinstance(past, lazy.torch_class("Cache")):
         past = PastKeyValues.from_transformers(model, past)
-    embeddings = _embeddings(model_inputs.get("inputs_embeds"), model.hidden_size)
+    embeddings = checked_embeddings(model_inputs.get("inputs_embeds"), model.hidden_size)
     # With embeddings, ids may be missing or empty: there is no text then, P = 0.
     if embeddings is not None and (given is None or np.shape(given)[1:] == (0,)):
         input_ids = np.zeros((len(embeddings) if given is None else np.shape(given)[0], 0), np.int32)
@@ -107,17 +118,17 @@ def checked_inputs(
             if config.bos_token_id is None:
                 raise ValueError("`bos_token_id` has to be defined when no `input_ids` are provided.")
             given = np.full((1 if mask is None else len(mask), 1), config.bos_token_id)
-        input_ids = _token_ids("input_ids", given, model.vocab_size)
+        input_ids = checked_token_ids("input_ids", given, model.vocab_size)
     rows, columns = input_ids.shape
     if embeddings is not None and len(embeddings) != rows:
         raise ValueError(f"`inputs_embeds` has {len(embeddings)} rows, but `input_ids` has {rows}. They must be equal.")
     shape = (rows, columns if embeddings is None else embeddings.shape[1])
-    num_cached = 0 if past is None else _num_cached(past, rows)
+    num_cached = 0 if past is None else cached_tokens(past, rows)
     if mask is not None:
         # With a cache the mask has all L columns, and the ids are all L tokens or only the T new ones.
         only_new = mask.shape == (rows, num_cached + columns) and embeddings is None
         shape = (rows, num_cached + columns) if only_new else shape
-        mask = _mask("attention_mask", mask, shape)
+        mask = checked_mask("attention_mask", mask, shape)
     warn_about_padding(input_ids, mask, config, embeddings is not None)
     if mask is None:
         # If the numbers of columns differ, the mask cannot be inferred from the ids.
@@ -144,42 +155,6 @@ def checked_inputs(
     return Inputs(input_ids, text_mask, mask, num_new, positions, embeddings, past)
 
 
-def _embeddings(given: "ArrayLike | None", hidden_size: int) -> np.ndarray | None:
-    """The embeddings as float [B, T, D], checked; None if there are none."""
-    if given is None:
-        return None
-    refuse_tracer(given)
-    try:
-        embeddings = lazy.as_numpy(given)
-    except ValueError as error:
-        raise ValueError(f"`inputs_embeds` is not a rectangular array ({error}).") from error
-    if embeddings.ndim != 3 or embeddings.shape[2] != hidden_size or 0 in embeddings.shape:
-        raise ValueError(
-            f"`inputs_embeds` has shape {embeddings.shape}, but must be [prompts, columns, {hidden_size}] and "
-            "not empty. Take it from `model.embed_tokens(input_ids)`."
-        )
-    if not jnp.issubdtype(embeddings.dtype, jnp.floating):
-        raise ValueError(
-            f"`inputs_embeds` has dtype {embeddings.dtype}, but must be floating. Pass ids as `input_ids`."
-        )
-    return embeddings
-
-
-def _num_cached(past: object, rows: int) -> int:
-    """The number of tokens per row in a cache."""
-    if not isinstance(past, PastKeyValues):
-        raise ValueError(
-            f"`cache` is of type {type(past).__name__}, but must be the `cache` of an earlier call of "
-            "`jaxgen.generate` with `return_dict_in_generate=True`, or a transformers `DynamicCache`."
-        )
-    if past.batch_size not in (1, rows):
-        raise ValueError(
-            f"`cache` has {past.batch_size} rows, but there are {rows} prompts. Pass a cache with one row per "
-            "prompt, or with a single row that all prompts share."
-        )
-    return past.get_seq_length()
-
-
 def _check_logits_to_keep(given: object) -> None:
     """The value has no effect: `generate` reads the logits of the last token only, as in transformers."""
     if given is not None and (not isinstance(given, (int, np.integer)) or isinstance(given, bool) or given < 0):
@@ -193,7 +168,7 @@ def _positions(given: "ArrayLike | None", rows: int, num_new: int) -> np.ndarray
     """int32 [B, T]: the positions of the new tokens."""
     if given is None:
         return None
-    positions = _array("position_ids", given)
+    positions = two_dimensional("position_ids", given)
     if not np.issubdtype(positions.dtype, np.integer):
         raise ValueError(f"`position_ids` has dtype {positions.dtype}, but must hold integers.")
     # Sums of positions and counts stay below 2**31.
@@ -210,89 +185,6 @@ def _positions(given: "ArrayLike | None", rows: int, num_new: int) -> np.ndarray
 def counted_positions(mask: np.ndarray) -> np.ndarray:
     """int32 [B, L]: unmasked positions counted from 0 in each row, and 0 where masked."""
     return np.where(mask, np.cumsum(mask, axis=1) - 1, 0).astype(np.int32)
-
-
-def _token_ids(name: str, given: "ArrayLike", vocab_size: int) -> np.ndarray:
-    """Token ids as int32 [B, P]; raises a ValueError unless all of them are in the vocabulary."""
-    ids = _array(name, given)
-    if ids.size == 0:
-        raise ValueError(f"`{name}` has shape {ids.shape}, but every prompt needs at least one token.")
-    if not np.issubdtype(ids.dtype, np.integer):
-        raise ValueError(f"`{name}` has dtype {ids.dtype}, but token ids are integers. Tokenise the text first.")
-    # JAX would clamp an id outside of the vocabulary, where torch raises.
-    low, high = int(ids.min()), int(ids.max())
-    if low < 0 or high >= vocab_size:
-        raise ValueError(
-            f"`{name}` holds {low if low < 0 else high}, but ids of this model are 0 to {vocab_size - 1}. "
-            "Check that tokenizer and model belong together."
-        )
-    return ids.astype(np.int32)
-
-
-def _mask_array(name: str, given: "ArrayLike | None") -> np.ndarray | None:
-    """The mask as an array with two dimensions; its shape and values are not checked yet."""
-    if given is None:
-        return None
-    array = _rectangular(name, given)
-    if array.ndim > 2:  # the message of transformers
-        raise ValueError(f"`{name}` passed to `generate` must be 2D, but has {array.ndim} dimensions.")
-    return _array(name, array)
-
-
-def _mask(name: str, mask: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """The mask as bool; raises a ValueError unless it has this shape. For a row that is all masked it only warns."""
-    if mask.shape != shape:
-        raise ValueError(f"`{name}` has shape {mask.shape}, but its ids have {shape}. They must be equal.")
-    if not np.isin(mask, (0, 1)).all():
-        raise ValueError(f"`{name}` holds {mask[~np.isin(mask, (0, 1))][0]}, but must hold 0 and 1 only.")
-    if not mask.any(axis=1).all():
-        row = int(np.flatnonzero(~mask.any(axis=1))[0])
-        logger.warning("`%s` masks all of row %d: its continuation will not be meaningful.", name, row)
-    return mask.astype(bool)
-
-
-def _rectangular(name: str, given: "ArrayLike") -> np.ndarray:
-    refuse_tracer(given)
-    _refuse_text(name, given)
-    if isinstance(given, Mapping):
-        raise ValueError(f"`{name}` is a mapping of {list(given)}. Pass its parts: generate(model, **inputs).")
-    try:
-        return np.asarray(given)
-    except ValueError as error:
-        raise ValueError(f"`{name}` is not a rectangular array ({error}). Pad the rows to one length.") from error
-
-
-def _array(name: str, given: "ArrayLike") -> np.ndarray:
-    array = _rectangular(name, given)
-    if array.ndim != 2:
-        raise ValueError(
-            f"`{name}` has shape {array.shape}, but must be [prompts, tokens]. Wrap a single prompt in a list."
-        )
-    return array
-
-
-def _refuse_text(name: str, given: object) -> None:
-    # The first element, at any depth: a list of texts is the same mistake as a text.
-    first = given
-    while isinstance(first, (list, tuple)) and first:
-        first = first[0]
-    if isinstance(first, np.ndarray) and first.dtype.kind in "USO":
-        first = first.flat[0] if first.size else first
-    if isinstance(first, (str, bytes)):
-        raise ValueError(
-            f"`{name}` is text ({first[:40]!r}), but `generate` takes token ids. Tokenise it: `generate(model, "
-            '**tokenizer(texts, padding=True, return_tensors="np"))`, with `texts` a list of strings and the '
-            "`tokenizer` of the model."
-        )
-
-
-def refuse_tracer(value: object) -> None:
-    """Raises ValueError if the value is a tracer."""
-    if isinstance(value, Tracer):
-        raise ValueError(
-            "`generate`, `stream` and `prepare` run on the host, not inside jit, vmap or grad. Use `jaxgen.decode` "
-            "there, with a call that `prepare` returned outside of it."
-        )
 
 
 def warn_about_padding(input_ids: np.ndarray, mask: np.ndarray | None, config: DecodeConfig, embedded: bool) -> None:
@@ -337,12 +229,12 @@ def checked_negatives(
     rows = len(inputs.input_ids)
     ids, mask = inputs.input_ids[:, -1:], np.ones((rows, 1), bool)
     if given_ids is not None:
-        ids = _token_ids("negative_prompt_ids", given_ids, model.vocab_size)
+        ids = checked_token_ids("negative_prompt_ids", given_ids, model.vocab_size)
         if len(ids) != rows:
             raise ValueError(f"`negative_prompt_ids` has {len(ids)} rows, but there are {rows} prompts.")
         mask = np.ones(ids.shape, bool)
-    given = _mask_array("negative_prompt_attention_mask", given_mask)
-    return ids, mask if given is None else _mask("negative_prompt_attention_mask", given, ids.shape)
+    given = mask_array("negative_prompt_attention_mask", given_mask)
+    return ids, mask if given is None else checked_mask("negative_prompt_attention_mask", given, ids.shape)
 
 
 def key_data(key: "ArrayLike | None", config: DecodeConfig, padded_rows: int, rows: int) -> np.ndarray | None:

@@ -1,6 +1,7 @@
 """The cache of a finished call, as the caller sees it and as a later call continues it."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Self, overload
 
 import jax
@@ -140,10 +141,28 @@ class PastKeyValues(Sequence[Layer]):
             np.int32(length),
         )
         # Compared as shapes, before anything is computed.
-        expected = jax.eval_shape(lambda: model.make_cache(rows, slots))
-        if jax.eval_shape(_select, self._cache, *arguments) != expected:
+        expected: Any = jax.eval_shape(lambda: model.make_cache(rows, slots))
+        selected = jax.eval_shape(_select, self._cache, *arguments)
+        if model.is_encoder_decoder and selected.memory is not None:
+            expected = replace(expected, memory=selected.memory)  # of any length
+        if selected != expected or (model.is_encoder_decoder and selected.memory is None):
             raise ValueError(_ANOTHER_MODEL)
         return _select(self._cache, *arguments)
+
+
+def cached_tokens(past: object, rows: int) -> int:
+    """The number of tokens per row in a cache."""
+    if not isinstance(past, PastKeyValues):
+        raise ValueError(
+            f"`cache` is of type {type(past).__name__}, but must be the `cache` of an earlier call of "
+            "`jaxgen.generate` with `return_dict_in_generate=True`, or a transformers `DynamicCache`."
+        )
+    if past.batch_size not in (1, rows):
+        raise ValueError(
+            f"`cache` has {past.batch_size} rows, but there are {rows} prompts. Pass a cache with one row per "
+            "prompt, or with a single row that all prompts share."
+        )
+    return past.get_seq_length()
 
 
 _ANOTHER_MODEL = (

@@ -1,0 +1,315 @@
+"""What encoder-decoder families share: the encoder's pass, its memory in the cache, and the decoder's passes over it.
+
+```
+source [B, X] -> encode -> hidden [B, X, D] -> memory: keys and values of each cross-attention, [B, K, X, H]
+text   [N, T] -> extend -> logits, with the text's own keys and values in the cache and the memory beside them
+```
+
+The decoder is a causal language model with a short prompt, so the decode loop treats it as one.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import ClassVar, NoReturn
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxgen.base import Intermediates, Source, no_mesh, rows_axis
+from jaxgen.kv_cache import KVCache
+from jaxgen.memory import Memory
+from jaxgen.models.language_model import LanguageModel
+from jaxgen.models.layers import Bias, Linear, attend, unfuse
+
+
+class EncoderDecoderConfig:
+    """What the config of an encoder-decoder family has besides the fields of its `config.json`."""
+
+    @property
+    def heads(self) -> int:
+        """Q, of both stacks; every query head has its own keys and values."""
+        raise NotImplementedError
+
+    @property
+    def head_dim(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def layers(self) -> tuple[int, int]:
+        """The number of layers of the encoder and of the decoder."""
+        raise NotImplementedError
+
+    @property
+    def units(self) -> int:
+        """Of the larger MLP."""
+        raise NotImplementedError
+
+
+class SelfAttention(nnx.Module):
+    """Attention of columns to each other, with the projections of q, k and v fused."""
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        head_dim: int,
+        *,
+        bias: bool,
+        scale: float | None,
+        std: float,
+        rngs: nnx.Rngs,
+        shards: int,
+    ):
+        self.heads, self.head_dim, self.scale, self.shards = heads, head_dim, scale, shards
+        self.qkv_proj = Linear(width, 3 * heads * head_dim, bias=bias, std=std, rngs=rngs)
+        self.o_proj = Linear(heads * head_dim, width, bias=bias, std=std, rngs=rngs)
+
+    def __call__(
+        self, x: jax.Array, mask: jax.Array, bias: Bias | None, cache: KVCache | None
+    ) -> tuple[jax.Array, KVCache | None, Callable[[], jax.Array]]:
+        """[N, T, D] -> [N, T, D], the cache, and a function that computes the attention weights [N, Q, T, S].
+
+        Args:
+            x: [N, T, D].
+            mask: bool [N, T, S].
+            bias: added to the scores.
+            cache: of this layer only; without one, as in an encoder, columns attend only each other, and S is T.
+        """
+        rows, columns, _ = x.shape
+        # [N, T, 3Q * H] -> [N, 3Q, T, H], then q, k and v [N, Q, T, H] along axis 1.
+        qkv = self.qkv_proj(x).reshape(rows, columns, -1, self.head_dim).transpose(0, 2, 1, 3)
+        queries, keys, values = unfuse(qkv, (self.heads,) * 3, self.shards, axis=1)
+        if cache is not None:
+            cache, keys, values = cache.update(0, keys, values)
+        attended, weights = attend(queries[:, :, None], keys, values, mask, self.scale, bias)
+        # [N, K, G, T, H] -> [N, T, Q * H]
+        attended = attended.transpose(0, 3, 1, 2, 4).reshape(rows, columns, -1)
+        return self.o_proj(attended), cache, lambda: weights().reshape(rows, self.heads, columns, -1)
+
+
+class CrossAttention(nnx.Module):
+    """Attention of the decoder's columns to the source, with the projections of k and v fused."""
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        head_dim: int,
+        *,
+        bias: bool,
+        scale: float | None,
+        std: float,
+        rngs: nnx.Rngs,
+        shards: int,
+    ):
+        self.heads, self.head_dim, self.scale, self.shards = heads, head_dim, scale, shards
+        self.q_proj = Linear(width, heads * head_dim, bias=bias, std=std, rngs=rngs)
+        self.kv_proj = Linear(width, 2 * heads * head_dim, bias=bias, std=std, rngs=rngs)
+        self.o_proj = Linear(heads * head_dim, width, bias=bias, std=std, rngs=rngs)
+
+    def keys_and_values(self, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The encoder's output [B, X, D] -> keys and values, each [B, K, X, H]."""
+        rows, columns, _ = hidden.shape
+        fused = self.kv_proj(hidden).reshape(rows, columns, -1, self.head_dim).transpose(0, 2, 1, 3)
+        keys, values = unfuse(fused, (self.heads,) * 2, self.shards, axis=1)
+        return keys, values
+
+    def __call__(self, x: jax.Array, memory: Memory) -> tuple[jax.Array, Callable[[], jax.Array]]:
+        """[N, T, D] -> [N, T, D], and a function that computes the attention weights [N, Q, T, X].
+
+        Args:
+            x: [N, T, D].
+            memory: of this layer only.
+        """
+        rows, columns, _ = x.shape
+        sources, width = memory.mask.shape
+        keys, values = memory.layers[0]
+        # The r rows of a source are more columns to its memory, which is not repeated for them:
+        # [N, T, Q * H] -> [B, r, T, K, H] -> [B, K, r, T, H] -> [B, K, 1, r * T, H]
+        queries = self.q_proj(x).reshape(sources, -1, columns, self.heads, self.head_dim).transpose(0, 3, 1, 2, 4)
+        mask = jnp.broadcast_to(memory.mask[:, None], (sources, rows // sources * columns, width))
+        flat = queries.reshape(sources, self.heads, 1, -1, self.head_dim)
+        attended, weights = attend(flat, keys, values, mask, self.scale)
+        attended = attended.reshape(queries.shape).transpose(0, 2, 3, 1, 4).reshape(rows, columns, -1)
+
+        def by_row() -> jax.Array:
+            # [B, K, 1, r * T, X] -> [B, K, r, T, X] -> [N, Q, T, X]
+            apart = weights().reshape(sources, self.heads, -1, columns, width)
+            return apart.transpose(0, 2, 1, 3, 4).reshape(rows, self.heads, columns, width)
+
+        return self.o_proj(attended), by_row
+
+
+class EncoderDecoder(LanguageModel):
+    """A language model with an encoder; see `base.EncoderDecoderModel`. A family adds its embeddings and layers."""
+
+    windowed: ClassVar[bool] = False
+
+    # What a family adds.
+
+    def embed_source(self, input_ids: jax.Array) -> jax.Array:
+        """int32 [B, X] -> [B, X, D], without positions."""
+        raise NotImplementedError
+
+    def embed_target(self, input_ids: jax.Array) -> jax.Array:
+        """int32 [N, T] -> [N, T, D], without positions."""
+        raise NotImplementedError
+
+    def encode_layers(
+        self, x: jax.Array, attention_mask: jax.Array, intermediates: tuple[str, ...]
+    ) -> tuple[jax.Array, Intermediates]:
+        """Embeddings [B, X, D] and bool [B, X] -> the output of the encoder, [B, X, D], and its intermediates."""
+        raise NotImplementedError
+
+    def cross_layers(self) -> list[CrossAttention]:
+        """The cross-attention of each layer of the decoder."""
+        raise NotImplementedError
+
+    def decode_layers(
+        self, x: jax.Array, positions: jax.Array, mask: jax.Array, cache: KVCache, intermediates: tuple[str, ...]
+    ) -> tuple[jax.Array, KVCache, Intermediates]:
+        """The layers of the decoder.
+
+        Args:
+            x: [N, T, D], embeddings.
+            positions: int32 [N, T].
+            mask: bool [N, T, S].
+            cache: after its `extend`.
+            intermediates: of "hidden_states", "attentions", "cross_attentions".
+
+        Returns:
+            [N, T, D], the cache with these columns, and the intermediates.
+        """
+        raise NotImplementedError
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """[..., D] -> float32 [..., V], rounded to the model's dtype as in transformers."""
+        raise NotImplementedError
+
+    # What all share.
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        return True
+
+    @property
+    def cache_bytes_per_token(self) -> int:
+        config = self.config
+        return 2 * config.layers[1] * config.heads * config.head_dim * self.dtype.itemsize
+
+    def intermediates_bytes(self, name: str, columns: int, slots: int) -> int:
+        """See `base.Model.intermediates_bytes`."""
+        layers = self.config.layers[not name.startswith("encoder")]
+        per_layer = self.config.heads * slots if name.endswith("attentions") else self.hidden_size
+        return columns * (layers + 1) * per_layer * self.dtype.itemsize
+
+    def first_layers(self, count: int) -> NoReturn:
+        del count
+        raise ValueError("`assistant_early_exit` is for models without an encoder. Leave it out.")
+
+    def make_cache(self, rows: int, slots: int) -> KVCache:
+        config = self.config
+        cache = KVCache.zeros(config.layers[1], rows, slots, config.heads, config.head_dim, self.dtype, self.windowed)
+        return cache if self.mesh is None else cache.placed(self.mesh, rows, config.heads)
+
+    def encode(self, input_ids: jax.Array, attention_mask: jax.Array | None = None) -> jax.Array:
+        """The output of the encoder, [B, X, D], which `generate` and `decode` take as `encoder_outputs`.
+
+        Args:
+            input_ids: int32 [B, X], or float [B, X, D] embeddings.
+            attention_mask: bool [B, X], all True by default.
+        """
+        if attention_mask is None:
+            attention_mask = jnp.ones(input_ids.shape[:2], bool)
+        with no_mesh():
+            return self._encode(Source(input_ids, attention_mask.astype(bool)), ())[0]
+
+    def __call__(
+        self,
+        input_ids: jax.Array,
+        attention_mask: jax.Array | None = None,
+        decoder_input_ids: jax.Array | None = None,
+        decoder_attention_mask: jax.Array | None = None,
+        encoder_outputs: jax.Array | None = None,
+    ) -> jax.Array:
+        """Logits of every column of the decoder, without returning a cache: for training and scoring.
+
+        Args:
+            input_ids: int32 [B, X], the source; not read with `encoder_outputs`.
+            attention_mask: bool [B, X], all True by default.
+            decoder_input_ids: int32 [B, T], which begin with the start token.
+            decoder_attention_mask: bool [B, T], all True by default.
+            encoder_outputs: float [B, X, D], from `encode`.
+
+        Returns:
+            float32 [B, T, V].
+        """
+        if decoder_input_ids is None:
+            raise ValueError("`decoder_input_ids` are missing. Pass the text, beginning with its start token.")
+        inputs = input_ids if encoder_outputs is None else encoder_outputs
+        if attention_mask is None:
+            attention_mask = jnp.ones(inputs.shape[:2], bool)
+        if decoder_attention_mask is None:
+            decoder_attention_mask = jnp.ones_like(decoder_input_ids, bool)
+        with no_mesh():
+            cache = self.make_cache(*decoder_input_ids.shape)
+            source = Source(inputs, attention_mask.astype(bool), encoded=encoder_outputs is not None)
+            cache, _ = self.read(cache, source)
+            # By columns, as in transformers; a cache counts unmasked columns.
+            positions = jnp.broadcast_to(
+                jnp.arange(decoder_input_ids.shape[1], dtype=jnp.int32)[None], decoder_input_ids.shape
+            )
+            mask = decoder_attention_mask.astype(bool)
+            hidden, _, _ = self._hidden_states(cache, decoder_input_ids, mask, positions, ())
+            return self.logits(hidden)
+
+    def read(
+        self, cache: KVCache, source: Source, intermediates: tuple[str, ...] = ()
+    ) -> tuple[KVCache, Intermediates]:
+        """See `base.EncoderDecoderModel.read`."""
+        mask = source.attention_mask.astype(bool)
+        hidden, computed = self._encode(source, tuple(name.removeprefix("encoder_") for name in intermediates))
+        memory = Memory.of((layer.keys_and_values(hidden) for layer in self.cross_layers()), mask)
+        return replace(cache, memory=memory), {f"encoder_{name}": arrays for name, arrays in computed.items()}
+
+    def _encode(self, source: Source, intermediates: tuple[str, ...]) -> tuple[jax.Array, Intermediates]:
+        inputs = source.inputs
+        if source.encoded:
+            return inputs.astype(self.dtype), {}
+        x = self.embed_source(inputs) if inputs.ndim == 2 else inputs.astype(self.dtype)
+        return self.encode_layers(self._by_rows(x), source.attention_mask.astype(bool), intermediates)
+
+    def extend(
+        self,
+        cache: KVCache,
+        input_ids: jax.Array,
+        attention_mask: jax.Array,
+        position_ids: jax.Array | None = None,
+        intermediates: tuple[str, ...] = (),
+        logits_to_keep: int = 1,
+    ) -> tuple[jax.Array, KVCache, Intermediates]:
+        """See `base.Model.extend`. The head runs only on the columns whose logits are returned."""
+        hidden, cache, computed = self._hidden_states(cache, input_ids, attention_mask, position_ids, intermediates)
+        last = hidden[:, -logits_to_keep * cache.branches :].reshape(-1, hidden.shape[-1])
+        return self.logits(last), cache, computed
+
+    def _hidden_states(
+        self,
+        cache: KVCache,
+        input_ids: jax.Array,
+        attention_mask: jax.Array,
+        position_ids: jax.Array | None,
+        intermediates: tuple[str, ...],
+    ) -> tuple[jax.Array, KVCache, Intermediates]:
+        x = self.embed_target(input_ids) if input_ids.ndim == 2 else input_ids.astype(self.dtype)
+        cache, positions, mask = cache.extend(attention_mask, position_ids)
+        return self.decode_layers(self._by_rows(x), positions, mask, cache, intermediates)
+
+    def _by_rows(self, x: jax.Array) -> jax.Array:
+        """The same array, on a mesh sharded by rows."""
+        if self.mesh is None:
+            return x
+        return lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(rows_axis(self.mesh, len(x)))))

@@ -1,0 +1,56 @@
+"""What the models of all families share: their sizes, dtype, mesh and generation config."""
+
+from typing import Any, NoReturn
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from jaxgen.models.family import Config
+from jaxgen.models.layers import HostOnly
+
+
+class LanguageModel(nnx.Module):
+    """A pytree of weights in one dtype, with its configuration.
+
+    Attributes:
+        config: the architecture, part of the compile key.
+        mesh: the mesh that the model is sharded over; None for one device.
+        host: the `transformers.GenerationConfig`; see `generation_config`.
+    """
+
+    def __init__(self, config: Config, generation_config: object = None, mesh: Mesh | None = None):
+        self.config: Any = config
+        self.mesh = mesh
+        self.host = HostOnly(generation_config)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    @property
+    def hidden_size(self) -> int:
+        return self.config.hidden_size
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        return False
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        raise NotImplementedError
+
+    @property
+    def generation_config(self) -> Any:
+        return self.host.value
+
+    @property
+    def generate(self) -> NoReturn:
+        """Raises an error with the way out, for users of transformers."""
+        raise AttributeError("a model has no method `generate`. Call `jaxgen.generate(model, input_ids, ...)`.")
+
+    def __setattr__(self, name: str, value: object) -> None:
+        # Not a property setter: Flax would record the name as an attribute, and the model would need new programs.
+        if name == "generation_config":
+            name, value = "host", HostOnly(value)
+        super().__setattr__(name, value)
