@@ -370,6 +370,11 @@ class Model(Protocol[AnyCache]):
     def max_position_embeddings(self) -> int: ...
 
     @property
+    def has_position_table(self) -> bool:
+        """Whether there is no embedding for positions from `max_position_embeddings` on."""
+        ...
+
+    @property
     def generation_config(self) -> Any:
         """The `transformers.GenerationConfig` of the checkpoint; read on the host only."""
         ...

@@ -193,7 +193,9 @@ def _account(
         tensors = _with_names_of(known, family.prefix, tensors)
         tensors, aliases = _resolve_aliases(folder, family, tensors)
     config, copies = _resolve_head(folder, raw, family, config, tensors, head, embedding)
-    # The weight map depends on whether there is a head, and the shapes on the vocabulary. So both are resolved first.
+    flags: dict[str, Any] = {flag: name in tensors for name, flag in family.optional.items()}
+    config = replace(config, **flags)
+    # The head decides whether the weight map has one, the vocabulary the shapes: so both come before the weight map.
     config, resized = _resolve_vocabulary(config, tensors, head, embedding)
     weight_map = family.weight_map(config)
     if native:

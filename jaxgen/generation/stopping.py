@@ -57,7 +57,10 @@ def stopping(model: Model, criteria: Sequence[Callable[..., object]], config: De
         )
     # The model counts cached tokens and embeddings too, `length` only the tokens of the text.
     positions = inputs.attention_mask.shape[1]
-    if (total := positions + stop.length - prompt_length) > model.max_position_embeddings:
+    total = positions + stop.length - prompt_length
+    if model.has_position_table:
+        _check_positions(model, inputs, total)
+    elif total > model.max_position_embeddings:
         logger.warning(
             "%d tokens are requested, and the model was trained for %d (`max_position_embeddings`): expect poor text "
             "beyond. %s to avoid it.",
@@ -72,6 +75,25 @@ def stopping(model: Model, criteria: Sequence[Callable[..., object]], config: De
             model.vocab_size - 1,
         )
     return stop
+
+
+def _check_positions(model: Model, inputs: Inputs, total: int) -> None:
+    """Raises ValueError for texts and sources that are longer than a table of positions.
+
+    The last token of a text is never read, so it needs no position.
+    """
+    longest = model.max_position_embeddings
+    source = 0 if inputs.source is None or inputs.source.encoded else inputs.source.attention_mask.shape[1]
+    if source > longest:
+        raise ValueError(
+            f"`input_ids` has {source} columns, but the encoder has embeddings for {longest} positions "
+            "(`max_position_embeddings`). Truncate the input: `tokenizer(texts, truncation=True)`."
+        )
+    if total - 1 > longest:
+        raise ValueError(
+            f"{total} tokens are requested, but the model has embeddings for {longest} positions "
+            f"(`max_position_embeddings`). Lower `max_new_tokens` or `max_length` by {total - 1 - longest}."
+        )
 
 
 def _split(criteria: Sequence[Callable[..., object]], config: DecodeConfig, max_length: int) -> Stopping:

@@ -29,12 +29,13 @@ class EncoderDecoderConfig:
     """What the config of an encoder-decoder family has besides the fields of its `config.json`."""
 
     @property
-    def heads(self) -> int:
-        """Q, of both stacks; every query head has its own keys and values."""
+    def heads(self) -> tuple[int, int]:
+        """Q of the encoder and of the decoder; every query head has its own keys and values."""
         raise NotImplementedError
 
     @property
     def head_dim(self) -> int:
+        """Of the decoder."""
         raise NotImplementedError
 
     @property
@@ -43,8 +44,8 @@ class EncoderDecoderConfig:
         raise NotImplementedError
 
     @property
-    def units(self) -> int:
-        """Of the larger MLP."""
+    def units(self) -> tuple[int, int]:
+        """The units of an MLP of the encoder and of the decoder."""
         raise NotImplementedError
 
 
@@ -150,18 +151,24 @@ class EncoderDecoder(LanguageModel):
 
     # What a family adds.
 
-    def embed_source(self, input_ids: jax.Array) -> jax.Array:
-        """int32 [B, X] -> [B, X, D], without positions."""
-        raise NotImplementedError
-
-    def embed_target(self, input_ids: jax.Array) -> jax.Array:
-        """int32 [N, T] -> [N, T, D], without positions."""
+    def embed(self, input_ids: jax.Array) -> jax.Array:
+        """int32 [...] -> [..., D], without positions; of source and text alike."""
         raise NotImplementedError
 
     def encode_layers(
-        self, x: jax.Array, attention_mask: jax.Array, intermediates: tuple[str, ...]
+        self, x: jax.Array, input_ids: jax.Array | None, attention_mask: jax.Array, intermediates: tuple[str, ...]
     ) -> tuple[jax.Array, Intermediates]:
-        """Embeddings [B, X, D] and bool [B, X] -> the output of the encoder, [B, X, D], and its intermediates."""
+        """The layers of the encoder.
+
+        Args:
+            x: [B, X, D], embeddings.
+            input_ids: int32 [B, X]; None if the caller passed embeddings.
+            attention_mask: bool [B, X].
+            intermediates: of "hidden_states", "attentions".
+
+        Returns:
+            [B, X, D], and the intermediates.
+        """
         raise NotImplementedError
 
     def cross_layers(self) -> list[CrossAttention]:
@@ -169,12 +176,19 @@ class EncoderDecoder(LanguageModel):
         raise NotImplementedError
 
     def decode_layers(
-        self, x: jax.Array, positions: jax.Array, mask: jax.Array, cache: KVCache, intermediates: tuple[str, ...]
+        self,
+        x: jax.Array,
+        input_ids: jax.Array | None,
+        positions: jax.Array,
+        mask: jax.Array,
+        cache: KVCache,
+        intermediates: tuple[str, ...],
     ) -> tuple[jax.Array, KVCache, Intermediates]:
         """The layers of the decoder.
 
         Args:
             x: [N, T, D], embeddings.
+            input_ids: int32 [N, T]; None if the caller passed embeddings.
             positions: int32 [N, T].
             mask: bool [N, T, S].
             cache: after its `extend`.
@@ -198,22 +212,24 @@ class EncoderDecoder(LanguageModel):
     @property
     def cache_bytes_per_token(self) -> int:
         config = self.config
-        return 2 * config.layers[1] * config.heads * config.head_dim * self.dtype.itemsize
+        return 2 * config.layers[1] * config.heads[1] * config.head_dim * self.dtype.itemsize
 
     def intermediates_bytes(self, name: str, columns: int, slots: int) -> int:
         """See `base.Model.intermediates_bytes`."""
-        layers = self.config.layers[not name.startswith("encoder")]
-        per_layer = self.config.heads * slots if name.endswith("attentions") else self.hidden_size
-        return columns * (layers + 1) * per_layer * self.dtype.itemsize
+        decoder = not name.startswith("encoder")
+        layers = self.config.layers[decoder]
+        if name.endswith("attentions"):
+            return columns * layers * self.config.heads[decoder] * slots * self.dtype.itemsize
+        return columns * (layers + 1) * self.hidden_size * self.dtype.itemsize
 
     def first_layers(self, count: int) -> NoReturn:
         del count
         raise ValueError("`assistant_early_exit` is for models without an encoder. Leave it out.")
 
     def make_cache(self, rows: int, slots: int) -> KVCache:
-        config = self.config
-        cache = KVCache.zeros(config.layers[1], rows, slots, config.heads, config.head_dim, self.dtype, self.windowed)
-        return cache if self.mesh is None else cache.placed(self.mesh, rows, config.heads)
+        config, (_, heads) = self.config, self.config.heads
+        cache = KVCache.zeros(config.layers[1], rows, slots, heads, config.head_dim, self.dtype, self.windowed)
+        return cache if self.mesh is None else cache.placed(self.mesh, rows, heads)
 
     def encode(self, input_ids: jax.Array, attention_mask: jax.Array | None = None) -> jax.Array:
         """The output of the encoder, [B, X, D], which `generate` and `decode` take as `encoder_outputs`.
@@ -279,8 +295,8 @@ class EncoderDecoder(LanguageModel):
         inputs = source.inputs
         if source.encoded:
             return inputs.astype(self.dtype), {}
-        x = self.embed_source(inputs) if inputs.ndim == 2 else inputs.astype(self.dtype)
-        return self.encode_layers(self._by_rows(x), source.attention_mask.astype(bool), intermediates)
+        x, ids = (self.embed(inputs), inputs) if inputs.ndim == 2 else (inputs.astype(self.dtype), None)
+        return self.encode_layers(self._by_rows(x), ids, source.attention_mask.astype(bool), intermediates)
 
     def extend(
         self,
@@ -304,9 +320,9 @@ class EncoderDecoder(LanguageModel):
         position_ids: jax.Array | None,
         intermediates: tuple[str, ...],
     ) -> tuple[jax.Array, KVCache, Intermediates]:
-        x = self.embed_target(input_ids) if input_ids.ndim == 2 else input_ids.astype(self.dtype)
+        x, ids = (self.embed(input_ids), input_ids) if input_ids.ndim == 2 else (input_ids.astype(self.dtype), None)
         cache, positions, mask = cache.extend(attention_mask, position_ids)
-        return self.decode_layers(self._by_rows(x), positions, mask, cache, intermediates)
+        return self.decode_layers(self._by_rows(x), ids, positions, mask, cache, intermediates)
 
     def _by_rows(self, x: jax.Array) -> jax.Array:
         """The same array, on a mesh sharded by rows."""

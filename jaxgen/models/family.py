@@ -101,7 +101,7 @@ class Family(Generic[AnyConfig]):
         aliases: {tensor: the tensor that holds the same values}, for tensors that some files have twice.
         head_may_differ: whether a head that differs from the embedding counts although the config ties the two.
         generation_defaults: generation fields that config.json may leave out, and their values then.
-        encoder_decoder: whether the models are `base.EncoderDecoderModel`s.
+        optional: {tensor: the flag of the config that says whether there is one}, for tensors that a file may lack.
     """
 
     config: Callable[..., AnyConfig]
@@ -119,4 +119,4 @@ class Family(Generic[AnyConfig]):
     aliases: Mapping[str, str] = field(default_factory=dict)
     head_may_differ: bool = False
     generation_defaults: Mapping[str, object] = field(default_factory=dict)
-    encoder_decoder: bool = False
+    optional: Mapping[str, str] = field(default_factory=dict)

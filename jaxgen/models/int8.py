@@ -92,8 +92,11 @@ def outlier_columns(columns: int) -> int:
 
 
 def quantised(array: Array) -> Array | Int8:
-    """Quantises a matrix, with JAX if it is a JAX array, else with NumPy. Other arrays are returned unchanged."""
-    if array.ndim != 2:
+    """A matrix as `Int8`, computed with JAX if it is a JAX array, else with NumPy.
+
+    Other arrays are returned as they are, and so are matrices of one row.
+    """
+    if array.ndim != 2 or len(array) == 1:
         return array
     numpy, size = (jnp, len(array)) if isinstance(array, jax.Array) else (np, _ROWS)
 

@@ -37,6 +37,11 @@ class LanguageModel(nnx.Module):
         return False
 
     @property
+    def has_position_table(self) -> bool:
+        """Whether there is no embedding for positions from `max_position_embeddings` on."""
+        return False
+
+    @property
     def dtype(self) -> jnp.dtype:
         raise NotImplementedError
 

@@ -70,6 +70,23 @@ class RMSNorm(nnx.Module):
         return as_last(self.weight[...], x) * wide.astype(x.dtype)
 
 
+class LayerNorm(nnx.Module):
+    """Same as `torch.nn.LayerNorm`, in float32 and rounded once."""
+
+    def __init__(self, features: int, *, eps: float = 1e-5):
+        self.weight = nnx.Param(jnp.ones(features, jnp.float32))
+        self.bias = nnx.Param(jnp.zeros(features, jnp.float32))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., D] -> [..., D]."""
+        wide = x.astype(jnp.float32)
+        wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        weight, bias = (as_last(each[...].astype(jnp.float32), x) for each in (self.weight, self.bias))
+        return (wide * weight + bias).astype(x.dtype)
+
+
 def product(x: jax.Array, weight: jax.Array | Int8) -> jax.Array:
     """x @ weight.T, [..., in] and [out, in] -> [..., out], computed in the fastest way on the platform."""
     if isinstance(weight, Int8):

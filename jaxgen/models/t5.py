@@ -145,16 +145,16 @@ class T5Config(EncoderDecoderConfig):
         return self.d_kv
 
     @property
-    def heads(self) -> int:
-        return self.num_heads
+    def heads(self) -> tuple[int, int]:
+        return self.num_heads, self.num_heads
 
     @property
     def layers(self) -> tuple[int, int]:
         return self.num_layers, self.num_decoder_layers
 
     @property
-    def units(self) -> int:
-        return self.d_ff
+    def units(self) -> tuple[int, int]:
+        return self.d_ff, self.d_ff
 
     @property
     def activation(self) -> str:
@@ -299,13 +299,13 @@ class Block(nnx.Module):
     def __init__(self, config: T5Config, rngs: nnx.Rngs, shards: int, decoder: bool, biased: bool):
         width, factor = config.d_model, config.initializer_factor
         std = factor * width**-0.5
-        options = {"heads": config.heads, "head_dim": config.d_kv, "width": width, "bias": False, "scale": 1.0}
+        options = {"heads": config.num_heads, "head_dim": config.d_kv, "width": width, "bias": False, "scale": 1.0}
         options |= {"std": std, "rngs": rngs, "shards": shards}
         norms = [RMSNorm(width, eps=config.layer_norm_epsilon) for _ in range(3)]
         self.self_attention_norm = norms[0]
         self.self_attention = SelfAttention(**options)
         buckets = config.relative_attention_num_buckets
-        self.relative_attention_bias = Embed(buckets, config.heads, std=std, rngs=rngs) if biased else None
+        self.relative_attention_bias = Embed(buckets, config.num_heads, std=std, rngs=rngs) if biased else None
         self.cross_attention_norm = norms[1] if decoder else None
         self.cross_attention = CrossAttention(**options) if decoder else None
         self.mlp_norm = norms[2]
@@ -442,8 +442,9 @@ class T5Model(EncoderDecoder):
         return self.shared.weight[...].dtype
 
     def encode_layers(
-        self, x: jax.Array, attention_mask: jax.Array, intermediates: tuple[str, ...]
+        self, x: jax.Array, input_ids: jax.Array | None, attention_mask: jax.Array, intermediates: tuple[str, ...]
     ) -> tuple[jax.Array, Intermediates]:
+        del input_ids
         columns = jnp.arange(x.shape[1], dtype=jnp.int32)[None]
         mask = jnp.broadcast_to(attention_mask[:, None], (*x.shape[:2], x.shape[1]))
         hidden, _, computed = self.encoder(x, mask, (columns, columns), None, intermediates)
@@ -453,17 +454,20 @@ class T5Model(EncoderDecoder):
         return [block.cross_attention for block in self.decoder.block if block.cross_attention is not None]
 
     def decode_layers(
-        self, x: jax.Array, positions: jax.Array, mask: jax.Array, cache: KVCache, intermediates: tuple[str, ...]
+        self,
+        x: jax.Array,
+        input_ids: jax.Array | None,
+        positions: jax.Array,
+        mask: jax.Array,
+        cache: KVCache,
+        intermediates: tuple[str, ...],
     ) -> tuple[jax.Array, KVCache, Intermediates]:
-        del positions  # distances take their place
+        del input_ids, positions  # distances take the place of positions
         hidden, extended, computed = self.decoder(x, mask, cache.text_columns(x.shape[1]), cache, intermediates)
         assert extended is not None
         return hidden, extended, computed
 
-    def embed_source(self, input_ids: jax.Array) -> jax.Array:
-        return self.shared(input_ids)
-
-    def embed_target(self, input_ids: jax.Array) -> jax.Array:
+    def embed(self, input_ids: jax.Array) -> jax.Array:
         return self.shared(input_ids)
 
     def logits(self, hidden: jax.Array) -> jax.Array:

@@ -36,7 +36,6 @@ def like_t5(dialect: Dialect) -> Family[T5Config]:
             "eos_token_id": 1,
             **({} if dialect.model_type == "t5" else {"decoder_start_token_id": 0}),
         },
-        encoder_decoder=True,
     )
 
 
@@ -57,7 +56,7 @@ def weight_map(config: T5Config) -> dict[str, dict[str, int]]:
 
 def _block_weights(config: T5Config, decoder: bool, layer: int) -> Iterator[tuple[str, dict[str, int]]]:
     """The parameters of a block: path, and {Hugging Face tensor: rows}, both without what comes before."""
-    width, inner = config.d_model, config.heads * config.d_kv
+    width, inner = config.d_model, config.num_heads * config.d_kv
     own, cross, mlp = "0.SelfAttention", "1.EncDecAttention", f"{2 if decoder else 1}.DenseReluDense"
     yield "self_attention_norm", {"0.layer_norm": width}
     yield "self_attention.qkv_proj", {f"{own}.{part}": inner for part in "qkv"}
