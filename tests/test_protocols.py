@@ -62,8 +62,12 @@ class StateCache:
         del columns  # masked as they are, they change no state
         return self
 
-    def take(self, rows: jax.Array) -> "StateCache":
-        return replace(self, state=self.state[rows], valid=self.valid[rows])
+    @property
+    def memory(self) -> None:
+        return None
+
+    def repeat(self, copies: int) -> "StateCache":
+        return replace(self, state=jnp.repeat(self.state, copies, axis=0), valid=jnp.repeat(self.valid, copies, axis=0))
 
     def select(self, rows: jax.Array, slots: jax.Array, valid: jax.Array, length: jax.Array) -> "StateCache":
         raise ValueError("a state cannot be cut into columns")
@@ -90,6 +94,7 @@ class Recurrent:
     head: jax.Array
 
     vocab_size, hidden_size, max_position_embeddings, mesh, cache_bytes_per_token = VOCAB, HIDDEN, 1000, None, 1
+    is_encoder_decoder = has_position_table = False
 
     @property
     def generation_config(self) -> GenerationConfig:

@@ -239,7 +239,7 @@ def parse_config(raw: Json, generation: Json | None) -> tuple[Family, Config, "G
     try:
         if generation is not None:
             return family, config, generation_class.from_dict(dict(generation))
-        return family, config, generation_class.from_model_config({**family.generation_defaults, **raw})
+        return family, config, generation_class.from_model_config(dict(raw))
     except Exception as error:  # transformers raises many kinds for values of the wrong type
         name = "config.json" if generation is None else "generation_config.json"
         raise ValueError(f"transformers cannot read the generation config in {name} ({error!r}).") from error

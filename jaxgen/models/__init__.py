@@ -3,21 +3,21 @@
 A family reads the same keys of a config.json as transformers does; see `config_keys`.
 """
 
-from jaxgen.models.bart import BART, Bart
-from jaxgen.models.bart_family import like_bart
+from jaxgen.models.encoder_decoder.bart import BART, Bart
+from jaxgen.models.encoder_decoder.bart_family import like_bart
+from jaxgen.models.encoder_decoder.m2m_100 import M2M_100
+from jaxgen.models.encoder_decoder.marian import MARIAN
+from jaxgen.models.encoder_decoder.mbart import MBART
+from jaxgen.models.encoder_decoder.pegasus import PEGASUS
+from jaxgen.models.encoder_decoder.t5 import MT5, T5, UMT5, T5Model
+from jaxgen.models.encoder_decoder.t5_family import like_t5
 from jaxgen.models.family import Family
 from jaxgen.models.llama import LLAMA, Llama
 from jaxgen.models.llama_family import like_llama
 from jaxgen.models.llama_gguf import gguf
-from jaxgen.models.m2m_100 import M2M_100
-from jaxgen.models.marian import MARIAN
-from jaxgen.models.mbart import MBART
 from jaxgen.models.mistral import MISTRAL
-from jaxgen.models.pegasus import PEGASUS
 from jaxgen.models.qwen2 import QWEN2
 from jaxgen.models.qwen3 import QWEN3
-from jaxgen.models.t5 import MT5, T5, UMT5, T5Model
-from jaxgen.models.t5_family import like_t5
 
 # The return type of `load`: the classes of the models of all families.
 LoadedModel = Llama | T5Model | Bart

@@ -100,7 +100,6 @@ class Family(Generic[AnyConfig]):
         gguf: how its GGUF files are read; None if there are none.
         aliases: {tensor: the tensor that holds the same values}, for tensors that some files have twice.
         head_may_differ: whether a head that differs from the embedding counts although the config ties the two.
-        generation_defaults: generation fields that config.json may leave out, and their values then.
         optional: {tensor: the flag of the config that says whether there is one}, for tensors that a file may lack.
     """
 
@@ -118,5 +117,4 @@ class Family(Generic[AnyConfig]):
     gguf: Gguf[AnyConfig] | None = None
     aliases: Mapping[str, str] = field(default_factory=dict)
     head_may_differ: bool = False
-    generation_defaults: Mapping[str, object] = field(default_factory=dict)
     optional: Mapping[str, str] = field(default_factory=dict)

@@ -3,7 +3,7 @@
 Same as transformers 5.24 `M2M100ForConditionalGeneration`.
 """
 
-from jaxgen.models.bart import COMMON_DEFAULTS, SINUSOIDAL_OF_TOKENS, Dialect
+from jaxgen.models.encoder_decoder.bart import COMMON_DEFAULTS, SINUSOIDAL_OF_TOKENS, Dialect
 
 M2M_100 = Dialect(
     model_type="m2m_100",
@@ -14,6 +14,6 @@ M2M_100 = Dialect(
         "activation_function": "relu",
         "scale_embedding": True,
     },
-    generation_defaults={"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 2},
     positions=SINUSOIDAL_OF_TOKENS,
+    logits_bias=False,
 )

@@ -128,8 +128,8 @@ class CrossAttention(nnx.Module):
         rows, columns, _ = x.shape
         sources, width = memory.mask.shape
         keys, values = memory.layers[0]
-        # The r rows of a source are more columns to its memory, which is not repeated for them:
-        # [N, T, Q * H] -> [B, r, T, K, H] -> [B, K, r, T, H] -> [B, K, 1, r * T, H]
+        # The rows of a source are more columns to its memory, which is not repeated for them:
+        # [N, T, Q * H] -> [B, rows, T, K, H] -> [B, K, rows, T, H] -> [B, K, 1, rows * T, H]
         queries = self.q_proj(x).reshape(sources, -1, columns, self.heads, self.head_dim).transpose(0, 3, 1, 2, 4)
         mask = jnp.broadcast_to(memory.mask[:, None], (sources, rows // sources * columns, width))
         flat = queries.reshape(sources, self.heads, 1, -1, self.head_dim)
@@ -137,7 +137,7 @@ class CrossAttention(nnx.Module):
         attended = attended.reshape(queries.shape).transpose(0, 2, 3, 1, 4).reshape(rows, columns, -1)
 
         def by_row() -> jax.Array:
-            # [B, K, 1, r * T, X] -> [B, K, r, T, X] -> [N, Q, T, X]
+            # [B, K, 1, rows * T, X] -> [B, K, rows, T, X] -> [N, Q, T, X]
             apart = weights().reshape(sources, self.heads, -1, columns, width)
             return apart.transpose(0, 2, 1, 3, 4).reshape(rows, self.heads, columns, width)
 

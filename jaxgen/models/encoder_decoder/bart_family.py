@@ -6,8 +6,8 @@ from functools import partial
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from jaxgen.base import tensor_shards
-from jaxgen.models.bart import LEARNED, SINUSOIDAL, Bart, BartConfig, Dialect, sinusoids, unread_keys
-from jaxgen.models.encoder_decoder_family import activation_bytes, partition_of
+from jaxgen.models.encoder_decoder.bart import LEARNED, SINUSOIDAL, Bart, BartConfig, Dialect, sinusoids, unread_keys
+from jaxgen.models.encoder_decoder.sharding_and_size import activation_bytes, partition_of
 from jaxgen.models.family import Family
 
 
@@ -35,8 +35,7 @@ def like_bart(dialect: Dialect) -> Family[BartConfig]:
             "model.encoder.embed_tokens.weight": "model.shared.weight",
             "model.decoder.embed_tokens.weight": "model.shared.weight",
         },
-        optional={"final_logits_bias": "has_logits_bias"},
-        generation_defaults=dialect.generation_defaults,
+        optional={"final_logits_bias": "has_logits_bias"} if dialect.logits_bias else {},
     )
 
 
@@ -80,7 +79,7 @@ def _layer_weights(config: BartConfig, decoder: bool) -> Iterator[tuple[str, dic
 
 
 def partition(config: BartConfig, mesh: Mesh | AbstractMesh) -> Callable[[str], PartitionSpec]:
-    """See `encoder_decoder_family.partition_of`."""
+    """See `sharding_and_size.partition_of`."""
     by_rows = [
         f"{path}.{kind}"
         for path in ("self_attn.qkv_proj", "encoder_attn.q_proj", "encoder_attn.kv_proj", "fc1")

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jaxgen.base import Intermediates, tensor_shards
 from jaxgen.kv_cache import KVCache
 from jaxgen.models import config_keys
-from jaxgen.models.encoder_decoder import CrossAttention, EncoderDecoder, EncoderDecoderConfig, SelfAttention
+from jaxgen.models.encoder_decoder.model import CrossAttention, EncoderDecoder, EncoderDecoderConfig, SelfAttention
 from jaxgen.models.layers import ACTIVATIONS, Embed, LayerNorm, Linear
 
 # Where the embedding of a position comes from: a table in the checkpoint, sines and cosines of a column, or of a token
@@ -35,10 +35,10 @@ class Dialect:
         model_type: the family's name.
         architecture: the class in transformers.
         defaults: the keys that may be left out, and their defaults in transformers 5.24.
-        generation_defaults: the same for generation fields in config.json.
         positions: `LEARNED`, `SINUSOIDAL` or `SINUSOIDAL_OF_TOKENS`.
         norm_first: whether norms come before attention and MLP, and once more after the last layer; else after each.
         embedding_norm: whether embeddings are normalised.
+        logits_bias: whether files may hold a bias of the logits.
         clamps: whether float16 is clamped in the encoder even where all numbers are finite.
         fixed: keys with one value in all models that jaxgen implements.
         spellings: other names of the architecture.
@@ -47,10 +47,10 @@ class Dialect:
     model_type: str
     architecture: str = field(compare=False)
     defaults: Mapping[str, object] = field(compare=False)
-    generation_defaults: Mapping[str, object] = field(compare=False)
     positions: str = field(default=LEARNED, compare=False)
     norm_first: bool = field(default=True, compare=False)
     embedding_norm: bool = field(default=False, compare=False)
+    logits_bias: bool = field(default=True, compare=False)
     clamps: bool = field(default=True, compare=False)
     fixed: Mapping[str, object] = field(default_factory=dict, compare=False)
     spellings: tuple[str, ...] = field(default=(), compare=False)
@@ -83,13 +83,6 @@ BART = Dialect(
     model_type="bart",
     architecture="BartForConditionalGeneration",
     defaults=COMMON_DEFAULTS,
-    generation_defaults={
-        "pad_token_id": 1,
-        "bos_token_id": 0,
-        "eos_token_id": 2,
-        "decoder_start_token_id": 2,
-        "forced_eos_token_id": 2,
-    },
     norm_first=False,
     embedding_norm=True,
     clamps=False,
@@ -117,9 +110,9 @@ _TYPES = dict.fromkeys((*_POSITIVE, "pad_token_id"), int) | {
 # About training, other architectures, and what follows from the family.
 _NO_EFFECT = frozenset(
     "encoder_layerdrop decoder_layerdrop dropout activation_dropout attention_dropout classifier_dropout "
-    "classif_dropout num_hidden_layers is_encoder_decoder is_decoder add_bias_logits gradient_checkpointing output_past num_labels "
-    "static_position_embeddings extra_pos_embeddings force_bos_token_to_be_generated normalize_before "
-    "add_final_layer_norm normalize_embedding decoder_vocab_size share_encoder_decoder_embeddings max_length".split()
+    "classif_dropout num_hidden_layers is_encoder_decoder is_decoder add_bias_logits gradient_checkpointing "
+    "output_past num_labels static_position_embeddings extra_pos_embeddings force_bos_token_to_be_generated "
+    "normalize_before add_final_layer_norm normalize_embedding decoder_vocab_size share_encoder_decoder_embeddings max_length".split()
 )
 
 

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from jaxgen.base import Intermediates, tensor_shards
 from jaxgen.kv_cache import KVCache
 from jaxgen.models import config_keys
-from jaxgen.models.encoder_decoder import CrossAttention, EncoderDecoder, EncoderDecoderConfig, SelfAttention
+from jaxgen.models.encoder_decoder.model import CrossAttention, EncoderDecoder, EncoderDecoderConfig, SelfAttention
 from jaxgen.models.layers import ACTIVATIONS, Embed, Linear, RMSNorm, columns_at_once, unfuse
 from jaxgen.pytree import pytree
 
@@ -268,7 +268,7 @@ class DistanceBias:
         attending = jax.lax.dynamic_slice_in_dim(self.attending, start, count, axis=1)
         farthest = self.by_distance.shape[1] // 2
         distances = jnp.clip(self.attended[:, None] - attending[:, :, None], -farthest, farthest)
-        # [Q, N, t, S] -> [N, K, G, t, S], with one query head for each key-value head.
+        # [Q, N, count, S] -> [N, K, G, count, S], with one query head for each key-value head.
         return jnp.moveaxis(self.by_distance[:, distances + farthest], 0, 1)[:, :, None]
 
 

@@ -6,9 +6,9 @@ from functools import partial
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from jaxgen.base import tensor_shards
-from jaxgen.models.encoder_decoder_family import activation_bytes, partition_of
+from jaxgen.models.encoder_decoder.sharding_and_size import activation_bytes, partition_of
+from jaxgen.models.encoder_decoder.t5 import Dialect, T5Config, T5Model, unread_keys
 from jaxgen.models.family import Family
-from jaxgen.models.t5 import Dialect, T5Config, T5Model, unread_keys
 
 
 def like_t5(dialect: Dialect) -> Family[T5Config]:
@@ -31,11 +31,6 @@ def like_t5(dialect: Dialect) -> Family[T5Config]:
             "decoder.embed_tokens.weight": "shared.weight",
         },
         head_may_differ=True,
-        generation_defaults={
-            "pad_token_id": 0,
-            "eos_token_id": 1,
-            **({} if dialect.model_type == "t5" else {"decoder_start_token_id": 0}),
-        },
     )
 
 
@@ -76,7 +71,7 @@ def _block_weights(config: T5Config, decoder: bool, layer: int) -> Iterator[tupl
 
 
 def partition(config: T5Config, mesh: Mesh | AbstractMesh) -> Callable[[str], PartitionSpec]:
-    """See `encoder_decoder_family.partition_of`."""
+    """See `sharding_and_size.partition_of`."""
     by_rows = ["self_attention.qkv_proj.weight", "cross_attention.q_proj.weight", "cross_attention.kv_proj.weight"]
     by_rows += ["mlp.wi.weight"]
     by_rows += ["shared.weight", "lm_head.weight"] if config.vocab_size % tensor_shards(mesh) == 0 else []

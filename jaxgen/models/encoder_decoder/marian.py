@@ -1,17 +1,11 @@
 """Marian: a BART with sinusoidal positions and no norm of embeddings. Same as transformers 5.24 `MarianMTModel`."""
 
-from jaxgen.models.bart import COMMON_DEFAULTS, SINUSOIDAL, Dialect
+from jaxgen.models.encoder_decoder.bart import COMMON_DEFAULTS, SINUSOIDAL, Dialect
 
 MARIAN = Dialect(
     model_type="marian",
     architecture="MarianMTModel",
     defaults={**COMMON_DEFAULTS, "vocab_size": 58101, "pad_token_id": 58100},
-    generation_defaults={
-        "pad_token_id": 58100,
-        "eos_token_id": 0,
-        "decoder_start_token_id": 58100,
-        "forced_eos_token_id": 0,
-    },
     positions=SINUSOIDAL,
     norm_first=False,
     fixed={"share_encoder_decoder_embeddings": True},
