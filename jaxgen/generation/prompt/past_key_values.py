@@ -91,6 +91,11 @@ class PastKeyValues(Sequence[Layer]):
             return keys[index], values[index]
 
     @property
+    def memory(self) -> object:
+        """With an encoder, what the decoder sees of the source: a `Memory`, with one row per prompt; else None."""
+        return self._cache.memory
+
+    @property
     def batch_size(self) -> int:
         """The number of rows, N * C."""
         return len(self._rows)
