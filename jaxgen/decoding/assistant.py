@@ -1,13 +1,13 @@
 """A smaller model as the drafter of assisted decoding, with its own cache."""
 
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxgen.base import Cache, Model, Prompt, RaggedCache
+from jaxgen.base import Cache, EncoderDecoderModel, Model, Prompt, RaggedCache, Source
 from jaxgen.decoding.columns import extend_by_columns, with_tokens
 from jaxgen.decoding.drafters import Choose, Draft, Drafter, Texts
 from jaxgen.pytree import Bool, Float32, Int32, pytree
@@ -115,6 +115,7 @@ class Assistant(Drafter[AssistantMemory]):
         most_tokens: the maximum length of a draft, static.
         translation: the tables for an assistant with another tokenizer, which drafts only tokens that both vocabularies
             have; None if it has the model's tokenizer.
+        source: the input of the assistant's encoder; None if it has no encoder.
     """
 
     model: Any
@@ -123,6 +124,7 @@ class Assistant(Drafter[AssistantMemory]):
     adapts: Bool
     most_tokens: int = field(metadata={"static": True})
     translation: Translation | None = None
+    source: Source | None = None
 
     def init(self, prompt: Prompt, copies: int, slots: int) -> AssistantMemory:
         """The memory after a forward pass over the prompts."""
@@ -158,8 +160,10 @@ class Assistant(Drafter[AssistantMemory]):
             part, part_mask = (lax.dynamic_slice_in_dim(each, number * size, size, axis=1) for each in (ids, mask))
             return model.extend(cache, part, part_mask)[1]
 
-        first = (columns - prompt.length) // size
-        return lax.fori_loop(first, jnp.int32(columns // size), read, model.make_cache(*ids.shape))
+        first, cache = (columns - prompt.length) // size, model.make_cache(*ids.shape)
+        if self.source is not None:
+            cache, _ = cast(EncoderDecoderModel[Any], model).read(cache, self.source)
+        return lax.fori_loop(first, jnp.int32(columns // size), read, cache)
 
     def draft(self, texts: Texts, limits: jax.Array, choose: Choose, memory: AssistantMemory) -> Draft[AssistantMemory]:
         # A step adds the accepted tokens and one more.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from jaxgen.base import Model, row_shards
+from jaxgen.base import Model, Source, row_shards
 from jaxgen.buckets import row_bucket
 from jaxgen.decoding.assistant import Assistant, Translation
 from jaxgen.decoding.assisted import Assisted
@@ -96,7 +96,8 @@ class AssistedMode(SamplingMode):
             except ValueError as error:
                 raise ValueError(f"`assistant_early_exit`={fields.assistant_early_exit}: {error}") from error
         assistant = _checked(assistant, parts.model)
-        return replace(_assistant(assistant, parts), translation=_translation(assistant, parts))
+        drafter = replace(_assistant(assistant, parts), translation=_translation(assistant, parts))
+        return drafter if parts.inputs.source is None else replace(drafter, source=_source(parts))
 
     def note(self, state: Any) -> str:
         rounds, drafted, accepted = (int(each[0]) for each in (state.rounds, state.drafted, state.accepted))
@@ -142,6 +143,12 @@ def _checked(assistant: Any, model: Model[Any]) -> Model[Any]:
             f"`assistant_model`={assistant!r:.100} must be a jaxgen model, such as `jaxgen.load` returns, or a "
             "`jaxgen.Drafter`. Load it first."
         )
+    if assistant.is_encoder_decoder != model.is_encoder_decoder:
+        kinds = {True: "an encoder-decoder model", False: "a model without an encoder"}
+        raise ValueError(
+            f"`assistant_model` is {kinds[assistant.is_encoder_decoder]}, but the model is "
+            f"{kinds[model.is_encoder_decoder]}. Pass an assistant of the model's kind."
+        )
     if assistant.mesh != model.mesh:
         raise ValueError(
             f"`assistant_model` is on {assistant.mesh or 'one device'}, but the model is on "
@@ -162,6 +169,22 @@ def _checked_drafter(drafter: Drafter[Any]) -> Drafter[Any]:
             "`jax.tree_util.register_dataclass`, with `most_tokens` as a meta field."
         )
     return drafter
+
+
+def _source(parts: Parts) -> Source:
+    """The source for the encoder of the assistant, which reads it by itself."""
+    assert parts.inputs.source is not None
+    if parts.request.assistant_tokenizer is not None:
+        raise ValueError(
+            "`assistant_tokenizer` cannot be combined with an encoder-decoder model: the source would need tokens of "
+            "its own. Pass an assistant with the model's tokenizer."
+        )
+    if parts.inputs.source.input_ids is None:
+        raise ValueError(
+            "`assistant_model` has an encoder of its own, but the call has no tokens for it. Pass `input_ids` too."
+        )
+    tokens = replace(parts.inputs.source, inputs=parts.inputs.source.input_ids, encoded=False)
+    return tokens.padded(row_bucket(row_shards(parts.model.mesh), len(parts.inputs.input_ids)))[0]
 
 
 def differ_by_padding(sizes: tuple[int, int]) -> bool:

@@ -112,7 +112,8 @@ _NO_EFFECT = frozenset(
     "encoder_layerdrop decoder_layerdrop dropout activation_dropout attention_dropout classifier_dropout "
     "classif_dropout num_hidden_layers is_encoder_decoder is_decoder add_bias_logits gradient_checkpointing "
     "output_past num_labels static_position_embeddings extra_pos_embeddings force_bos_token_to_be_generated "
-    "normalize_before add_final_layer_norm normalize_embedding decoder_vocab_size share_encoder_decoder_embeddings max_length".split()
+    "normalize_before add_final_layer_norm normalize_embedding decoder_vocab_size share_encoder_decoder_embeddings "
+    "max_length".split()
 )
 
 
