@@ -3,7 +3,7 @@
     python bench/encoder_decoder.py --shape t5-base --batch 1 4 --beams 4 --source 512
 
 Both start from the same random weights and the same sources. The calls alternate, figures are medians, and the tokens
-must be equal. A step is the difference between a long call and one for a single token, so that the encoder does not count.
+must be equal. A step is the difference between a long call and one for a single token, so the encoder does not count.
 """
 
 import argparse

@@ -113,7 +113,7 @@ def _mistake(word: str, rng: random.Random) -> str:
 def encode(told: Iterator[tuple[str, str]], tokenizer: PreTrainedTokenizerBase) -> Iterator[Batch]:
     """Yields batches of `ROWS` pairs, padded on the right."""
     while True:
-        sources, texts = np.full((ROWS, SOURCE_COLUMNS), PAD, np.int32), np.full((ROWS, TEXT_COLUMNS + 1), PAD, np.int32)
+        sources, texts = (np.full((ROWS, width), PAD, np.int32) for width in (SOURCE_COLUMNS, TEXT_COLUMNS + 1))
         row = 0
         while row < ROWS:
             wrong, right = (tokenizer(text).input_ids for text in next(told))
