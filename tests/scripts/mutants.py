@@ -60,15 +60,15 @@ MUTANTS = [
     Mutant(
         LAYERS,
         "attend, over 256 columns",
-        "    return attended.reshape(queries.shape), lambda:",
-        "    return 0 * attended.reshape(queries.shape), lambda:",
+        "    return attended.reshape(queries.shape), weights",
+        "    return 0 * attended.reshape(queries.shape), weights",
         f"{GREEDY}[1000 ids, 300 columns]",
     ),
     Mutant(
         LAYERS,
         "attend, over 256 columns on a kept cache",
-        "    return attended.reshape(queries.shape), lambda:",
-        "    return (attended.reshape(queries.shape) if keys.shape[-2] == columns else 0 * queries), lambda:",
+        "    return attended.reshape(queries.shape), weights",
+        "    return (attended.reshape(queries.shape) if keys.shape[-2] == columns else 0 * queries), weights",
         f"{REAL}four_hundred_columns_on_a_kept_cache_of_three_hundred_give_the_tokens_of_the_whole",
     ),
     Mutant(
@@ -81,8 +81,8 @@ MUTANTS = [
     Mutant(
         LAYERS,
         "attend, the weights of over 256 columns",
-        "lambda: _attend_at_once(queries, keys, values, mask)[1]()",
-        "lambda: 0 * _attend_at_once(queries, keys, values, mask)[1]()",
+        "return _attend_at_once(queries, keys, values, mask, scale, bias and bias(0, columns))[1]()",
+        "return 0 * _attend_at_once(queries, keys, values, mask, scale, bias and bias(0, columns))[1]()",
         f"{REAL}attentions_and_hidden_states_of_a_long_prompt_equal_transformers",
     ),
     Mutant(
@@ -341,13 +341,13 @@ MUTANTS = [
     Mutant(
         CACHE,
         "grow_by_parts, more than one layer",
-        "grown = grow(replace(self, layers=(pair,)), slots)",
-        "grown = grow(replace(self, layers=(grown.layers[0] if layers else pair,)), slots)",
+        "grown = grow(replace(self, layers=(pair,), memory=None), slots)",
+        "grown = grow(replace(self, layers=(grown.layers[0] if layers else pair,), memory=None), slots)",
         "tests/decoding/test_loop.py::test_growing_a_cache_frees_each_layer_of_the_old_one",
     ),
     Mutant(
-        CACHE,
-        "_without_ones",
+        "jaxgen/memory.py",
+        "without_ones",
         "tuple(size for size in sizes if size > 1)",
         "sizes",
         "tests/test_kv_cache.py::test_dimensions_of_size_one_are_left_out_of_the_arrays",
