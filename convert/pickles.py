@@ -144,7 +144,10 @@ _META_TENSORS = {
 
 
 def _from_meta(parts: "list[dict[str, Tensor]]", params: Json) -> "dict[str, Callable[[], Tensor]]":
-    """Functions that make the tensors, by Hugging Face's names, from the shards of Meta's tensor parallelism."""
+    """For each tensor, under its Hugging Face name, a function that joins it from the files of Meta's checkpoint.
+
+    Meta splits most tensors over its files, one per device of tensor parallelism.
+    """
     names = set(parts[0]) - {"rope.freqs"}
     if any(set(part) - {"rope.freqs"} != names for part in parts):
         raise CheckpointError("its files hold tensors of different names.")

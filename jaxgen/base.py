@@ -533,7 +533,9 @@ class StoppingCriterion(Protocol):
     """A callable pytree that tells which rows are finished."""
 
     def __call__(self, input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array, /) -> jax.Array:
-        """bool [N], or [] for all rows.
+        """Whether each row is finished: bool [N], or bool [] if the answer is the same for all rows.
+
+        In beam search the rows of `input_ids` are candidates, [B * W, S], and those of `scores` are beams, [B * C, V].
 
         Args:
             input_ids: int32 [N, S]. The prompt and the new tokens, of which the first `cur_len` columns are valid.

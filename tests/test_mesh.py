@@ -80,7 +80,7 @@ def mesh(*axes: str) -> jax.sharding.Mesh:
 
 @pytest.mark.parametrize("axes", [("model",), ("data", "tensor", "expert"), ("x", "y")])
 def test_axes_of_other_names_are_refused(axes: tuple[str, ...], folder: Path) -> None:
-    with pytest.raises(ValueError, match=r"`mesh` has the axes .*; they may be 'data' and 'tensor'"):
+    with pytest.raises(ValueError, match=r"`mesh` has the axes .*, but must have 'data', 'tensor' or both"):
         jaxgen.load(folder, mesh=mesh(*axes))
 
 

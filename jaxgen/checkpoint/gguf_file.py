@@ -383,6 +383,6 @@ def _tensor(path: Path, name: str, shape: tuple[int, ...], kind: int, offset: in
     if code.name in DTYPES:
         return StoredTensor(name, DTYPES[code.name], shape, path, offset), nbytes
     if not rows:
-        raise ValueError(f"`{name:.100}` has one dimension, but is quantised as {code.name}")
+        raise ValueError(f"`{name:.100}` is quantised as {code.name}, but has one dimension, and needs two")
     data = StoredTensor(name, np.dtype(np.uint8), (*rows, width), path, offset)
     return QuantisedTensor(name, np.dtype(np.float32), shape, data, code.name), nbytes

@@ -382,14 +382,21 @@ def _wrong_buffers(family: Family, config: Config, buffers: Mapping[str, Tensor]
 
 
 def _native_names(path: str, sources: Mapping[str, int], tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """A parameter's tensors in a converted folder, with their rows: one, or one per source tensor if dtypes differ."""
+    """{name: rows} of the tensors that a converted folder stores for the parameter `path`.
+
+    Usually that is one tensor, named `path`. If the source tensors had different dtypes, they are stored separately, as
+    `path.0`, `path.1` and so on.
+    """
     if path in tensors or len(sources) == 1:
         return {path: sum(sources.values())}
     return {f"{path}.{number}": rows for number, rows in enumerate(sources.values())}
 
 
 class _OneKey:
-    """Replaces `nnx.Rngs` where only shapes are needed: the counters of `nnx.Rngs` would take most of the time."""
+    """Gives the same key to every parameter, in place of `nnx.Rngs`, where a model is built only for its shapes.
+
+    The counters that `nnx.Rngs` keeps would take most of the time of building it.
+    """
 
     def __init__(self) -> None:
         self.key = jax.random.key(0)
@@ -456,7 +463,10 @@ def row_slices(sources: Mapping[str, int], mesh: Mesh | None) -> Iterator[list[s
 def automatic_mesh(mesh: Mesh) -> Mesh:
     """The mesh with `Auto` axes, so that XLA chooses the shardings of activations."""
     if not mesh.axis_names or {*mesh.axis_names} - {"data", "tensor"}:
-        raise ValueError(f"`mesh` has the axes {mesh.axis_names}; they may be 'data' and 'tensor'.")
+        raise ValueError(
+            f"`mesh` has the axes {mesh.axis_names}, but must have 'data', 'tensor' or both, and no others. Rename its "
+            "axes."
+        )
     return Mesh(mesh.devices, mesh.axis_names)
 
 

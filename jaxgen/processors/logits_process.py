@@ -627,7 +627,9 @@ class Epsilon(Warper):
 @pytree
 @dataclass(frozen=True)
 class Eta(Warper):
-    """As `Epsilon`, with a lower limit where the entropy is high (eta sampling). `EtaLogitsWarper`.
+    """Eta sampling: as `Epsilon`, but tokens may be less likely where the entropy is high.
+
+    The least probability is min(epsilon, sqrt(epsilon) * exp(-entropy)). Same as transformers' `EtaLogitsWarper`.
 
     Attributes:
         epsilon: float32 [], in (0, 1).

@@ -197,9 +197,12 @@ class Mode:
         return None
 
     def lineages(self, fetched: Mapping[str, np.ndarray], rows: int, steps: int) -> list[np.ndarray]:
-        """For each step after the prompt, int [step, rows]: the ancestor of each row at each step so far.
+        """The ancestors of every text, for models that return intermediates of the whole text at each step.
 
-        Empty if every row descends from itself.
+        Returns:
+            One array per step after the prompt. Number k, from 0, is int [k + 1, texts]: the row that each text
+            descends from at steps 0 to k. With beams a text is a beam, in the flat [N * C]. The list is empty if every
+            text descends from its own row.
         """
         del fetched, rows, steps
         return []
