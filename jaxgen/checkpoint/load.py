@@ -133,7 +133,10 @@ def abstract(config: Json, mesh: Mesh | None = None) -> LoadedModel:
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _random_model(family: Family, config: Config, dtype: np.dtype, quantize: bool, key: jax.Array) -> LoadedModel:
-    model = jax.tree.map(lambda leaf: leaf.astype(dtype), family.build(config, nnx.Rngs(key)))
+    built = family.build(config, nnx.Rngs(key))
+    leaves, treedef = jax.tree.flatten(built)
+    dtypes = [family.dtype_of(path, dtype) for path, _ in named_leaves(built)]
+    model = treedef.unflatten(leaf.astype(each) for leaf, each in zip(leaves, dtypes, strict=True))
     return jax.tree.map(quantised, model) if quantize else model
 
 

@@ -98,7 +98,7 @@ class Source:
     def parameters(self, dtype: np.dtype) -> Iterator[np.ndarray]:
         """The values, one parameter at a time in the order of the model's leaves."""
         for path, leaf in named_leaves(self.abstract):
-            array = np.empty(leaf.shape, dtype)
+            array = np.empty(leaf.shape, self.family.dtype_of(path, dtype))
             sources = {tensor.name: tensor.rows for tensor in self.pieces[path]}
             for tensor, slices in zip(self.pieces[path], row_slices(sources, self.abstract.mesh), strict=True):
                 start = 0

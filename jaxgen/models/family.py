@@ -100,6 +100,7 @@ class Family(Generic[AnyConfig]):
         gguf: how its GGUF files are read; None if there are none.
         aliases: {tensor: the tensor that holds the same values}, for tensors that some files have twice.
         head_may_differ: whether a head that differs from the embedding counts although the config ties the two.
+        wide: ends of the paths of parameters that are float32 in a model of float16.
         optional: {tensor: the flag of the config that says whether there is one}, for tensors that a file may lack.
     """
 
@@ -118,3 +119,8 @@ class Family(Generic[AnyConfig]):
     aliases: Mapping[str, str] = field(default_factory=dict)
     head_may_differ: bool = False
     optional: Mapping[str, str] = field(default_factory=dict)
+    wide: tuple[str, ...] = ()
+
+    def dtype_of(self, path: str, dtype: np.dtype) -> np.dtype:
+        """The dtype of a parameter in a model of this dtype."""
+        return np.dtype(np.float32) if dtype == np.float16 and path.endswith(self.wide) else dtype

@@ -57,7 +57,10 @@ class Embed(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """Same as transformers 5.24 `LlamaRMSNorm`: normalises in float32, casts, then multiplies by the weight."""
+    """Same as transformers 5.24 `LlamaRMSNorm`: normalises in float32, casts, then multiplies by the weight.
+
+    The result has the dtype of the weight, as that of `T5LayerNorm`, which also gets float32 in a model of float16.
+    """
 
     def __init__(self, features: int, *, eps: float):
         self.weight = nnx.Param(jnp.ones(features, jnp.float32))
@@ -67,7 +70,8 @@ class RMSNorm(nnx.Module):
         """[..., D] -> [..., D]."""
         wide = x.astype(jnp.float32)
         wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return as_last(self.weight[...], x) * wide.astype(x.dtype)
+        weight = self.weight[...]
+        return as_last(weight, x) * wide.astype(weight.dtype)
 
 
 class LayerNorm(nnx.Module):

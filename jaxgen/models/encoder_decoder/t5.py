@@ -283,14 +283,15 @@ class MLP(nnx.Module):
         self.wo = Linear(config.d_ff, config.d_model, bias=False, std=factor * config.d_ff**-0.5, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[N, T, D] -> [N, T, D]."""
+        """[N, T, D] -> [N, T, D], in float32 in a model of float16, whose `wo` is float32."""
         units = self.wi(x)
         linear = None
         if self.config.gated:
             units, linear = unfuse(units, (self.config.d_ff,) * 2, self.shards, axis=2)
         # Activations in float32, rounded once, as in torch.
         units = ACTIVATIONS[self.config.activation](units.astype(jnp.float32)).astype(x.dtype)
-        return self.wo(units if linear is None else units * linear)
+        units = units if linear is None else units * linear
+        return self.wo(units.astype(self.wo.weight[...].dtype))
 
 
 class Block(nnx.Module):
@@ -324,12 +325,18 @@ class Block(nnx.Module):
         """
         by_columns = bias if isinstance(bias, DistanceBias) else lambda start, count: bias
         attended, cache, weights = self.self_attention(self.self_attention_norm(x), mask, by_columns, cache)
-        x, all_weights = _clamped(x + attended), [weights]
+        x, all_weights = _clamped(_added(x, attended)), [weights]
         if self.cross_attention is not None and self.cross_attention_norm is not None:
             assert cache is not None and cache.memory is not None, "a decoder needs a source"
             attended, weights = self.cross_attention(self.cross_attention_norm(x), cache.memory)
-            x, all_weights = _clamped(x + attended), [*all_weights, weights]
-        return _clamped(x + self.mlp(self.mlp_norm(x))), cache, all_weights
+            x, all_weights = _clamped(_added(x, attended)), [*all_weights, weights]
+        return _clamped(_added(x, self.mlp(self.mlp_norm(x)))), cache, all_weights
+
+
+def _added(x: jax.Array, change: jax.Array) -> jax.Array:
+    """The residual stream after a layer; in a model of float16, as in transformers, float32 after the first MLP."""
+    dtype = jnp.promote_types(x.dtype, change.dtype)
+    return x.astype(dtype) + change.astype(dtype)
 
 
 def _clamped(x: jax.Array) -> jax.Array:

@@ -31,6 +31,7 @@ def like_t5(dialect: Dialect) -> Family[T5Config]:
             "decoder.embed_tokens.weight": "shared.weight",
         },
         head_may_differ=True,
+        wide=(".mlp.wo.weight",),  # as transformers' `_keep_in_fp32_modules`
     )
 
 
