@@ -79,8 +79,13 @@ class Conversation:
             assistant_model, assistant_tokenizer: as in `generate`.
 
         Raises:
-            ValueError: if there is no template.
+            ValueError: if the model has an encoder, or if there is no template.
         """
+        if model.is_encoder_decoder:
+            raise ValueError(
+                "a conversation needs a model that continues its own text, but this one has an encoder and reads one "
+                "text per call. Use `jaxgen generate --model MODEL TEXT`, or `jaxgen.generate` from Python."
+            )
         if template is None:
             check_template(tokenizer)
         self.model, self._tokenizer, self._template = model, tokenizer, template

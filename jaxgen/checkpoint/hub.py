@@ -17,12 +17,12 @@ from jaxgen.checkpoint.folder import INDEX, SINGLE_FILE, listed, read_configs
 from jaxgen.checkpoint.source import parse_config
 
 _NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
-_SMALL = ["*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "README.md"]
+_SMALL = ["*.json", "*.model", "*.spm", "*.txt", "*.jinja", "LICENSE*", "README.md"]
 _WEIGHTS = ["*.safetensors"]
 _PICKLES = ["*.bin", "*.pth"]
 # Not downloaded: other models, and the same model in other formats. Patterns of huggingface_hub also match files in
 # subfolders. The only subfolder with files of the model itself holds additional chat templates.
-_IGNORED = [f"*/{pattern}" for pattern in ("*.json", "*.model", "*.txt", *_WEIGHTS, *_PICKLES)]
+_IGNORED = [f"*/{pattern}" for pattern in ("*.json", "*.model", "*.spm", "*.txt", *_WEIGHTS, *_PICKLES)]
 _IGNORED += ["consolidated*.safetensors"]
 
 

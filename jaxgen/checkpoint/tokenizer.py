@@ -21,6 +21,8 @@ _FIELDS = {
     "ggml.merges": "merges",
     "ggml.add_space_prefix": "add_prefix_space",
 }
+# Any of them is enough; those after the second belong to encoder-decoder models.
+_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "source.spm", "vocab.json")
 _SPECIAL = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
 
 
@@ -35,7 +37,7 @@ def load_tokenizer(path: str | Path, revision: str | None = None) -> "PreTrained
     """
     path = local_path(path, revision, weights=False)
     from_gguf = gguf_file.is_gguf(path)
-    if not from_gguf and not any((path / file).exists() for file in ("tokenizer.json", "tokenizer.model")):
+    if not from_gguf and not any((path / file).exists() for file in _FILES):
         raise CheckpointError(
             f"{path} has neither tokenizer.json nor tokenizer.model. Copy the tokenizer's files there."
         )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from jaxgen.base import Model
 from jaxgen.chat import check_template, render
 from jaxgen.cli import compile_cache
 from jaxgen.cli.options import decoding_arguments
@@ -28,27 +29,30 @@ def run(arguments: argparse.Namespace) -> int:
     text = _text(arguments)
     model, tokenizer = open_model(arguments)
     assistant, own = open_assistant(arguments, model, tokenizer)
-    request = replace(_request(arguments, tokenizer, text), assistant_model=assistant, assistant_tokenizer=own)
+    request = replace(_request(arguments, model, tokenizer, text), assistant_model=assistant, assistant_tokenizer=own)
     prepared = prepare_call(model, request)
+    source = prepared.inputs.source
     streams = not arguments.json and prepared.mode.streams and prepared.mode.sequences_per_prompt == 1
     folder = compile_cache.current()
     unless = ", unless they are in the compile cache" if folder and any(folder.glob("*-cache")) else ""
-    length = prepared.prompt_length
-    say(f"a prompt of {counted(length, 'token')}; programs for this length are compiled first{unless}")
+    # With an encoder the text is its input, and what the decoder begins with is not shown.
+    length, apart = prepared.prompt_length, arguments.chat or source is not None
+    prompt_tokens = length if source is None else source.attention_mask.shape[1]
+    say(f"a prompt of {counted(prompt_tokens, 'token')}; programs for this length are compiled first{unless}")
     pieces = TextPieces(tokenizer)
-    if streams and not arguments.chat:  # the call's prompt: token healing may have changed the given one
+    if streams and not apart:  # the call's prompt: token healing may have changed the given one
         print(pieces.add(prepared.inputs.input_ids[0]), end="", flush=True)
     show = (lambda ids: print(pieces.add(ids), end="", flush=True)) if streams else None
     sequences, times = decode(model, prepared, show)
-    texts = tokenizer.batch_decode(sequences[:, length if arguments.chat else 0 :], skip_special_tokens=True)
+    texts = tokenizer.batch_decode(sequences[:, length if apart else 0 :], skip_special_tokens=True)
     if arguments.json:
         # Characters of the call's prompt: token healing may have changed the given one.
-        prompt = "" if arguments.chat else tokenizer.decode(sequences[0, :length], skip_special_tokens=True)
+        prompt = "" if apart else tokenizer.decode(sequences[0, :length], skip_special_tokens=True)
         record = {
             "prompt": text,
             "texts": texts,
             "completions": [continued[len(prompt) :] for continued in texts],
-            "prompt_tokens": length,
+            "prompt_tokens": prompt_tokens,
             "new_tokens": sequences.shape[1] - length,
             "first_token_seconds": round(times.first_token, 4),
             "compile_seconds": round(times.compiling, 4),
@@ -61,11 +65,19 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _request(arguments: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase", text: str) -> Request:
+def _request(
+    arguments: argparse.Namespace, model: Model, tokenizer: "PreTrainedTokenizerBase", text: str
+) -> Request:
     """The arguments of `generate`."""
     given = decoding_arguments(arguments)
-    if "max_length" not in given:
-        given = {"max_new_tokens": _NEW_TOKENS, **given}
+    if model.is_encoder_decoder and arguments.chat:
+        raise ValueError(
+            "--chat is for a model that continues a conversation. This one has an encoder, which reads the text as it "
+            "is. Leave out --chat."
+        )
+    # Models with an encoder are often made for texts of a certain length, such as summaries, which their settings say.
+    if "max_length" not in given and not (model.is_encoder_decoder and model.generation_config.max_length):
+        given = {"max_new_tokens": _longest(model), **given}
     negative = None
     if arguments.negative_prompt is not None:
         negative = tokenizer(arguments.negative_prompt, return_tensors="np")["input_ids"]
@@ -74,7 +86,11 @@ def _request(arguments: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase"
         prompt = np.array([render(tokenizer, [{"role": "user", "content": text}])])
     else:
         prompt = tokenizer(text, return_tensors="np")["input_ids"]
-        if tokenizer.chat_template and not any(token in text for token in tokenizer.all_special_tokens):
+        if (
+            tokenizer.chat_template
+            and not model.is_encoder_decoder
+            and not any(token in text for token in tokenizer.all_special_tokens)
+        ):
             say(
                 "the checkpoint has a chat template, and a chat model may end a plain text at once. Pass --chat to ask "
                 "your text as a question, or use `jaxgen chat`"
@@ -86,6 +102,11 @@ def _request(arguments: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase"
         negative_prompt_ids=negative,
         keywords={**given, "return_dict_in_generate": False},
     )
+
+
+def _longest(model: Model) -> int:
+    """The number of new tokens if nobody says: fewer if the model has no positions for more."""
+    return min(_NEW_TOKENS, model.max_position_embeddings) if model.has_position_table else _NEW_TOKENS
 
 
 def _text(arguments: argparse.Namespace) -> str:

@@ -40,18 +40,21 @@ def describe(source: Source) -> dict[str, str]:
     # `cache_bytes_per_token` needs arrays, but here are only shapes. So `eval_shape` computes it, as the size of an
     # array.
     per_token = jax.eval_shape(lambda model: jnp.zeros(model.cache_bytes_per_token, bool), loaded).size
-    full_cache = per_token * model.max_position_embeddings
+    # Without a table of positions, models with an encoder have no longest text.
+    longest = None if model.is_encoder_decoder and not model.has_position_table else model.max_position_embeddings
+    full_cache = "" if longest is None else f"; {byte_count(per_token * longest)} for a full context"
+    of_source = f"; {byte_count(per_token)} per token of the source" if model.is_encoder_decoder else ""
     commit = commit_of(source.folder)
     return {
         "folder": f"{source.folder} ({_layout(source)})",
         **({"commit": commit} if commit else {}),
         "family": f"{source.raw['model_type']}, {source.family.describe(config)}",
         "vocabulary": f"{config.vocab_size:,} ids, {'tied' if config.tie_word_embeddings else 'separate'} head",
-        "context": counted(model.max_position_embeddings, "token"),
+        "context": "without a limit" if longest is None else counted(longest, "token"),
         "parameters": f"{parameters:,}",
         "dtype": f"{source.dtype} (stored: {', '.join(stored)})",
         "weights": byte_count(weights),
-        "cache": f"{byte_count(per_token)} per token and row; {byte_count(full_cache)} for a full context",
+        "cache": f"{byte_count(per_token)} per token and row{full_cache}{of_source}",
         "stops at": _stops(source, model.generation_config),
         "chat": "has a template" if _has_template(source.folder) else "has no template",
     }

@@ -59,13 +59,14 @@ def _lines(planned: Plan) -> dict[str, str]:
     return {
         "model": f"{planned.model}, {planned.parameters:,} parameters in "
         + (f"{planned.quantize}, the rest in {planned.dtype}" if planned.quantize else planned.dtype),
-        "call": f"{planned.batch} x {planned.prompt_tokens:,} + {counted(planned.new_tokens, 'token')}: "
+        "call": f"{planned.batch} x {planned.prompt_tokens:,}{' of the source' * bool(planned.source)} + {counted(planned.new_tokens, 'token')}: "
         f"{counted(planned.rows, 'row')}, {counted(planned.slots, 'slot')} in the cache",
         "device": f"{data * tensor} x {planned.device}, rows over {data} and heads over {tensor}"
         if each
         else planned.device,
         "weights": byte_count(planned.weights) + each,
         "cache": byte_count(planned.cache) + each,
+        **({"source": byte_count(planned.source) + each} if planned.source else {}),
         **_assistant(planned, each),
         "temporaries": f"{byte_count(planned.prefill_temporaries)} for the prompt, "
         f"{byte_count(planned.decode_temporaries)} for a step",

@@ -16,7 +16,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from jaxgen import lazy
-from jaxgen.base import LogitsProcessor, Model, Prompt
+from jaxgen.base import Cache, LogitsProcessor, Model, Prompt, Source
 from jaxgen.generation.call import PreparedCall
 from jaxgen.generation.request import Request
 from jaxgen.processors.logits_process import process
@@ -27,7 +27,7 @@ Result = TypeVar("Result")
 # The arguments that every such function gets; all others in its signature are its own.
 _PREPARED = frozenset(
     "model input_ids logits_processor stopping_criteria generation_config attention_mask position_ids inputs_embeds "
-    "cache past_key_values use_cache logits_to_keep".split()
+    "cache past_key_values use_cache logits_to_keep decoder_attention_mask".split()
 )
 
 
@@ -135,6 +135,9 @@ def call_custom(
     `attention_mask` (bool [N, L]), `position_ids` (int32 [N, T], of the tokens that are not cached), a `cache` with
     room for the longest text, `use_cache`, and its own arguments. The N rows are the prompts, each repeated for its
     beams or samples.
+
+    With an encoder, `input_ids` is the text of the decoder, `attention_mask` is the source's, the decoder's own is
+    `decoder_attention_mask`, and the `cache` holds what the decoder needs of the source: call `model.extend` with it.
     """
     config, inputs, strategy = prepared.config, prepared.inputs, prepared.call.strategy
     copies = prepared.mode.sequences_per_prompt
@@ -147,8 +150,12 @@ def call_custom(
     num_cached = 0 if inputs.past is None else inputs.past.get_seq_length()
     # L of the prompt, and the new tokens.
     slots = inputs.attention_mask.shape[1] + max_length - prompt_length
+    source = inputs.source
     if inputs.past is None:
         cache = model.make_cache(rows, slots)
+        if source is not None:
+            encoder_input = Source(jnp.asarray(source.inputs), jnp.asarray(source.attention_mask), source.encoded)
+            cache = _read(model, cache, encoder_input)
     else:
         # With one row per prompt at first: its cache is prefilled once, and then the rows are repeated on the device.
         prompts = inputs.past.to_cache(model, len(inputs.input_ids), num_cached, inputs.attention_mask[:, :num_cached])
@@ -158,13 +165,19 @@ def call_custom(
     merged.max_length = max_length
     merged.pad_token_id = config.fill_token_id
     input_ids = repeated(inputs.input_ids)
-    prompt = Prompt(input_ids, repeated(inputs.text_mask), jnp.int32(prompt_length), jnp.int32(rows))
+    encoder_input_ids = None if source is None or source.input_ids is None else repeated(source.input_ids)
+    prompt = Prompt(
+        input_ids, repeated(inputs.text_mask), jnp.int32(prompt_length), jnp.int32(rows), encoder_input_ids
+    )
     arguments = {
         "attention_mask": repeated(inputs.attention_mask),
         "position_ids": repeated(inputs.new_positions),
         "cache": cache,
         "use_cache": config.use_cache,
     }
+    if source is not None:
+        arguments["decoder_attention_mask"] = arguments["attention_mask"]
+        arguments["attention_mask"] = repeated(source.attention_mask)
     if inputs.embeddings is not None:
         arguments["inputs_embeds"] = repeated(inputs.embeddings)
     # Ids below 0 pad the table of eos ids.
@@ -178,6 +191,11 @@ def call_custom(
         **arguments,
         **own_arguments,
     )
+
+
+@jax.jit
+def _read(model: Any, cache: Cache, source: Source) -> Cache:
+    return model.read(cache, source)[0]
 
 
 def call_repository(repository: str, trust_remote_code: bool | None = None, **given: Any) -> Any:

@@ -101,6 +101,8 @@ class Family(Generic[AnyConfig]):
         aliases: {tensor: the tensor that holds the same values}, for tensors that some files have twice.
         head_may_differ: whether a head that differs from the embedding counts although the config ties the two.
         wide: ends of the paths of parameters that are float32 in a model of float16.
+        of_source: whether the parameter at a path is read only once, for the source of an encoder-decoder model, and
+            not at every step.
         optional: {tensor: the flag of the config that says whether there is one}, for tensors that a file may lack.
     """
 
@@ -118,6 +120,7 @@ class Family(Generic[AnyConfig]):
     gguf: Gguf[AnyConfig] | None = None
     aliases: Mapping[str, str] = field(default_factory=dict)
     head_may_differ: bool = False
+    of_source: Callable[[str], bool] = lambda path: False
     optional: Mapping[str, str] = field(default_factory=dict)
     wide: tuple[str, ...] = ()
 

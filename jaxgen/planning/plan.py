@@ -97,7 +97,7 @@ class Plan:
         dtype: the dtype of the cache, and of weights that are not quantised.
         quantize: "int8" or None.
         batch: B, the prompts.
-        prompt_tokens: tokens per prompt.
+        prompt_tokens: tokens per prompt; of the source, if the model has an encoder.
         new_tokens: maximum number of new tokens per prompt.
         num_beams: as in `generate`.
         num_return_sequences: as in `generate`.
@@ -107,9 +107,10 @@ class Plan:
         slots: S, the slots of the cache at its full size.
         weights: bytes of the weights.
         cache: bytes of the cache at its full size.
+        source: bytes of what the decoder keeps of the sources; 0 without an encoder.
         prefill_temporaries: bytes of temporaries in the prompt's forward pass.
         decode_temporaries: bytes of temporaries in a decode step.
-        total: weights and caches of both models, and the larger of the temporaries.
+        total: weights and caches of both models, the source, and the larger of the temporaries.
         available: bytes that programs may use.
         memory_share: the part of the device's whole memory that `available` is: JAX does not take all of a GPU's.
         step_ms: lower bound of the last step's time: the bytes that it reads, divided by the bandwidth. None if that is
@@ -136,6 +137,7 @@ class Plan:
     slots: int
     weights: int
     cache: int
+    source: int
     prefill_temporaries: int
     decode_temporaries: int
     total: int
@@ -177,7 +179,7 @@ def plan(
     Args:
         model: a folder or a name on the hub, as `load` takes them, or a name in `jaxgen.planning.shapes.SHAPES`.
         batch: number of prompts.
-        prompt_tokens: tokens per prompt.
+        prompt_tokens: tokens per prompt; of the source, if the model has an encoder.
         new_tokens: maximum number of new tokens per prompt.
         num_beams: as in `generate`.
         num_return_sequences: as in `generate`; sampled if there are no beams.
@@ -237,6 +239,17 @@ def plan(
     setup = _Setup(target, batch, quantize, mesh)
     planned = call.on(setup)
     return planned if planned.fits else replace(planned, suggestions=tuple(_suggestions(call, setup)))
+
+
+def _check_positions(model: LoadedModel, prompt_tokens: int, new_tokens: int) -> None:
+    """Raises ValueError for a source or a text that is longer than the model's table of positions."""
+    for name, tokens in (("prompt_tokens", prompt_tokens), ("new_tokens", new_tokens)):
+        if model.has_position_table and tokens > (longest := model.max_position_embeddings):
+            raise ValueError(
+                f"`{name}`={tokens} is more than the {longest} positions that the model has "
+                f"(`max_position_embeddings`). Pass at most {longest}: `--{name.replace('_', '-')} {longest}` on the "
+                "command line."
+            )
 
 
 def _source(model: str | Path, revision: str | None, follow_links: bool) -> Source | None:
@@ -303,9 +316,10 @@ class _Call:
         config: the model's config.
         leaves: path and shape of each parameter.
         dtype: the dtype of unquantised weights and of activations.
-        slot_bytes: bytes of a cache slot, over all layers.
+        slot_bytes: bytes of a cache slot, over all layers; also of a column of the source.
         prompt_rows: rows of the prefill per prompt.
         columns: P.
+        sources: X, the columns of the source; 0 without an encoder.
         slots: S, the slots of the cache.
         copies: copies of each row after the prefill, each with its own row of the cache.
         branches: C, the branches of each row, which share its row of the cache.
@@ -321,6 +335,7 @@ class _Call:
     slot_bytes: int
     prompt_rows: int
     columns: int
+    sources: int
     slots: int
     copies: int
     branches: int
@@ -349,6 +364,14 @@ class _Call:
         options = {"max_new_tokens": new_tokens, "num_beams": num_beams, "num_return_sequences": num_return_sequences}
         if num_beams == 1 and num_return_sequences > 1:
             options["do_sample"] = True
+        if model.is_encoder_decoder:
+            if drafted:
+                raise ValueError(
+                    f"`assistant_model` is for models without an encoder, but {name} has one. Leave it out."
+                )
+            _check_positions(model, prompt_tokens, new_tokens)
+            # Any ids do; a checkpoint need not say where texts begin.
+            options |= {"decoder_start_token_id": 0, "max_length": None}
         sizes: dict[str, int] = {}
 
         def measure(model: LoadedModel) -> None:
@@ -358,13 +381,15 @@ class _Call:
             request = Request(inputs=inputs, assistant_model=drafter, keywords=options)
             prepared = build_call(model, request, *read_request(model, request))
             strategy, (rows, columns) = prepared.call.strategy, prepared.call.prompt.input_ids.shape
-            tokens = strategy.cache_slots(prompt_tokens, new_tokens)
+            source = prepared.inputs.source
+            tokens = strategy.cache_slots(prepared.prompt_length, new_tokens)
             sizes.update(slot_bytes=model.cache_bytes_per_token, prompt_rows=rows, columns=columns)
             sizes.update(slots=prepared.cache_slots, tokens=tokens, step_columns=strategy.columns)
             if strategy.columns > 1:  # a cache with rows of their own lengths grows while less than an eighth is free
                 enough = (size.slots for size in cache_sizes(model, prepared, 0) if size.slots * 7 // 8 >= tokens)
                 sizes.update(slots=next(enough))
             sizes.update(copies=strategy.copies, branches=strategy.branches)
+            sizes.update(sources=0 if source is None else source.bucket)
 
         jax.eval_shape(measure, model)  # traced, so that building the call allocates nothing
         leaves = tuple((path, leaf.shape) for path, leaf in named_leaves(model))
@@ -391,6 +416,7 @@ class _Call:
         prompt_rows = row_bucket(data, batch) * self.prompt_rows // data  # on each device, like `rows`
         rows = prompt_rows * self.copies
         cache = rows * self.slots * self.slot_bytes // tensor
+        source = prompt_rows * self.sources * self.slot_bytes // tensor  # which the rows of a prompt share
         prefill = self._prefill_temporaries(prompt_rows, tensor, device.platform)
         decode = self._decode_temporaries(rows, tensor, device.platform)
         if device.platform == "cpu" and self.dtype == np.float16:
@@ -404,7 +430,8 @@ class _Call:
             drafts["assistant_cache"] = rows * call.slots * call.slot_bytes // tensor
         elif device.bandwidth is not None:
             # The prompts on a device without bucket padding, and the slots that hold tokens by then.
-            valid = -(-batch // data) * self.prompt_rows * self.copies * self.tokens * self.slot_bytes // tensor
+            slots = self.copies * self.tokens + min(self.sources, self.plan.keywords["prompt_tokens"])
+            valid = -(-batch // data) * self.prompt_rows * slots * self.slot_bytes // tensor
             seconds = (read + valid) / device.bandwidth
         return self.plan(
             quantize=quantize,
@@ -415,9 +442,10 @@ class _Call:
             slots=self.slots,
             weights=weights,
             cache=cache,
+            source=source,
             prefill_temporaries=prefill,
             decode_temporaries=decode,
-            total=weights + cache + sum(drafts.values()) + max(prefill, decode),
+            total=weights + cache + source + sum(drafts.values()) + max(prefill, decode),
             available=device.memory,
             memory_share=device.share,
             step_ms=None if seconds is None else 1e3 * seconds,
@@ -432,14 +460,15 @@ class _Call:
         total = read = 0
         for path, shape, share in self._shares(tensor):
             size = math.prod(shape) // math.prod(share)
-            if quantize is None or len(shape) == 1:
+            if quantize is None or len(shape) == 1 or shape[0] == 1:
                 size *= self.dtype.itemsize
             else:  # int8, a float32 scale per row of the matrix, and its outlier columns with their int32 numbers
                 outliers = outlier_columns(shape[1])
                 size += (4 + outliers * self.dtype.itemsize) * shape[0] // share[0] + 4 * outliers
             total += size
             # A step reads only a few rows of an embedding, unless the embedding is also the head.
-            if path != self.family.embedding or self.config.tie_word_embeddings:
+            of_prompt = path == self.family.embedding and not self.config.tie_word_embeddings
+            if not (of_prompt or self.family.of_source(path)):
                 read += size
         return total, read
 
@@ -470,14 +499,17 @@ class _Call:
         copies = {"cpu": 0, "tpu": 1, "gpu": 2}[platform]
         short_cache = copies * rows * self.columns * self.slot_bytes // tensor
         logits = 4 * rows * self.config.vocab_size
-        return self._activations(rows, self.columns, self.columns, tensor, platform) + short_cache + logits
+        decoder = self._activations(rows, self.columns, max(self.columns, self.sources), tensor, platform)
+        encoder = self._activations(rows, self.sources, self.sources, tensor, platform) if self.sources else 0
+        return max(encoder, decoder + short_cache + logits)
 
     def _decode_temporaries(self, rows: int, tensor: int, platform: str) -> int:
         """Activations and logits. With beams, three arrays of the size of the logits are alive at a time."""
         rows *= self.branches  # beams share a row of the cache, but each has logits and activations
+        slots = max(self.slots, self.sources)  # the layers attend to one after the other
         logits = 4 * rows * self.step_columns * self.config.vocab_size
         alive = 1 if self.branches == self.step_columns == 1 else 3
-        return logits * alive + self._activations(rows, self.step_columns, self.slots, tensor, platform)
+        return logits * alive + self._activations(rows, self.step_columns, slots, tensor, platform)
 
     def _activations(self, rows: int, columns: int, slots: int, tensor: int, platform: str) -> int:
         itemsize = max(self.dtype.itemsize, 4) if platform == "cpu" else self.dtype.itemsize  # XLA:CPU uses float32

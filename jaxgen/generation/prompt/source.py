@@ -52,6 +52,11 @@ class SourceInputs:
     encoded: bool
     given: Mapping[str, tuple[np.ndarray, ...]]
 
+    @property
+    def bucket(self) -> int:
+        """X of the bucket."""
+        return bucket(max(self.attention_mask.shape[1], _MIN_SOURCE_BUCKET))
+
     def padded(self, rows: int) -> tuple[Source, np.ndarray | None]:
         """The source in its bucket of N rows, and int32 [N, X] ids with -1 on the bucket's padding.
 
@@ -62,7 +67,7 @@ class SourceInputs:
         ```
         """
         batch, columns = self.attention_mask.shape
-        padding = (0, rows - batch), (0, bucket(max(columns, _MIN_SOURCE_BUCKET)) - columns)
+        padding = (0, rows - batch), (0, self.bucket - columns)
         inputs = np.pad(self.inputs, (*padding, *[(0, 0)] * (self.inputs.ndim - 2)))
         ids = None if self.input_ids is None else np.pad(self.input_ids, padding, constant_values=-1)
         source: Any = Source(inputs, np.pad(self.attention_mask, padding), self.encoded)

@@ -19,6 +19,11 @@ def check_memory(model: Model, prepared: PreparedCall) -> None:
     }
     if size := call.strategy.bytes_of_caches(call.prompt, steps):
         needed["the cache of the assistant"] = size
+    source = prepared.inputs.source
+    columns = 0 if source is None else source.bucket
+    if source is not None:
+        # Keys and values of each layer of the decoder, as in the cache. Rows of one prompt share them.
+        needed["the source"] = call.model_rows * columns * model.cache_bytes_per_token
     scored = call.model_rows * mode.sequences_per_prompt
     for name in config.outputs:
         if name in prepared.intermediates:
@@ -31,6 +36,12 @@ def check_memory(model: Model, prepared: PreparedCall) -> None:
                     steps if mode.whole_texts_per_step else 1
                 )  # without beams all steps share the arrays of the last one
                 needed[f"`output_{name}`"] += scored * texts * model.intermediates_bytes(name, width, width)
+            if name == "attentions" and source is not None:
+                of_prompt = call.model_rows * model.intermediates_bytes("cross_attentions", prompt_slots, columns)
+                of_step = rows * model.intermediates_bytes("cross_attentions", call.strategy.branches, columns)
+                needed["`cross_attentions`"] = of_prompt + steps * of_step
+            if (of_encoder := f"encoder_{name}") in prepared.intermediates:
+                needed[f"`{of_encoder}`"] = call.model_rows * model.intermediates_bytes(of_encoder, columns, columns)
         else:
             # float32, hence 4 bytes
             needed[f"`output_{name}`"] = 4 * scored * steps * model.vocab_size

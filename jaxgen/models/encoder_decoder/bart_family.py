@@ -7,7 +7,7 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from jaxgen.base import tensor_shards
 from jaxgen.models.encoder_decoder.bart import LEARNED, SINUSOIDAL, Bart, BartConfig, Dialect, sinusoids, unread_keys
-from jaxgen.models.encoder_decoder.sharding_and_size import activation_bytes, partition_of
+from jaxgen.models.encoder_decoder.sharding_and_size import activation_bytes, of_source, partition_of
 from jaxgen.models.family import Family
 
 
@@ -31,6 +31,7 @@ def like_bart(dialect: Dialect) -> Family[BartConfig]:
         partition=partition,
         activation_bytes=activation_bytes,
         describe=describe,
+        of_source=of_source,
         aliases={
             "model.encoder.embed_tokens.weight": "model.shared.weight",
             "model.decoder.embed_tokens.weight": "model.shared.weight",

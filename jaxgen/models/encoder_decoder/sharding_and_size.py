@@ -42,6 +42,11 @@ def partition_of(
     return spec
 
 
+def of_source(path: str) -> bool:
+    """See `Family.of_source`: the encoder, and the keys and values that each layer of the decoder keeps of it."""
+    return path.startswith("encoder.") or ".kv_proj." in path
+
+
 def activation_bytes(config: Any, forward: ForwardPass) -> int:
     """See `Family.activation_bytes`: scores, projections and units of the largest layer, and the residual stream."""
     rows, columns, item = forward.rows, forward.columns, forward.itemsize

@@ -6,7 +6,7 @@ from functools import partial
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from jaxgen.base import tensor_shards
-from jaxgen.models.encoder_decoder.sharding_and_size import activation_bytes, partition_of
+from jaxgen.models.encoder_decoder.sharding_and_size import activation_bytes, of_source, partition_of
 from jaxgen.models.encoder_decoder.t5 import Dialect, T5Config, T5Model, unread_keys
 from jaxgen.models.family import Family
 
@@ -26,6 +26,7 @@ def like_t5(dialect: Dialect) -> Family[T5Config]:
         partition=partition,
         activation_bytes=activation_bytes,
         describe=describe,
+        of_source=of_source,
         aliases={
             "encoder.embed_tokens.weight": "shared.weight",
             "decoder.embed_tokens.weight": "shared.weight",
