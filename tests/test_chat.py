@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from encoder_decoders import encoder_decoder
 
 import jaxgen
 from jaxgen import chat
@@ -225,3 +226,9 @@ def test_a_file_of_messages_that_is_too_large_is_not_read(tmp_path: Path, monkey
     monkeypatch.setattr(chat, "_MOST_BYTES", 1 << 20)
     with pytest.raises(ValueError, match="has more than 1 MiB"):
         read_messages(Path("/dev/zero"))
+
+
+def test_a_model_with_an_encoder_is_told_that_it_has_no_conversations(chat_tokenizer: Any) -> None:
+    model = jaxgen.from_config(encoder_decoder(0).config)
+    with pytest.raises(ValueError, match="has an encoder and reads one text per call. Use `jaxgen generate"):
+        Conversation(model, chat_tokenizer)

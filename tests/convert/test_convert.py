@@ -24,6 +24,7 @@ from checkpoints import (
     write_json,
     write_large_checkpoint,
 )
+from encoder_decoders import encoder_decoder
 from layouts import BF16, F16, F32, LAYOUTS, TIED, mixed, random_bits
 
 import jaxgen
@@ -516,3 +517,17 @@ def test_converting_takes_the_memory_of_a_fraction_of_a_tensor(tmp_path: Path) -
     growth = peak_growth("convert", small, (large, tmp_path / "large converted"))
     assert growth < largest_tensor
     shutil.rmtree(large)
+
+
+# Encoder-decoder models
+
+
+@pytest.mark.parametrize("seed", [0, 1, 9])  # a T5, a BART and an M2M100
+def test_an_encoder_decoder_model_is_converted_and_its_way_back_is_the_original_to_the_byte(
+    seed: int, tmp_path: Path
+) -> None:
+    source = encoder_decoder(seed).write(tmp_path / "source")
+    assert_converts(source, tmp_path / "converted")
+    convert.verify(tmp_path / "converted")
+    convert.convert_to_hugging_face(tmp_path / "converted", tmp_path / "back")
+    assert hashes(tmp_path / "back") == hashes(source)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from encoder_decoders import encoder_decoder, source
 from jax import lax
 
 import jaxgen
@@ -243,3 +244,26 @@ def test_the_repositories_of_built_in_decodings_need_no_download(model: Any) -> 
     hub = {"custom_generate": "transformers-community/contrastive-search", "trust_remote_code": True}
     expected = jaxgen.generate(model, IDS, **arguments)
     np.testing.assert_array_equal(jaxgen.generate(model, IDS, **hub, **arguments), expected)
+
+
+def test_a_loop_over_an_encoder_decoder_model_gets_the_decoders_text_and_a_cache_with_the_source() -> None:
+    model, (ids, mask) = jaxgen.from_config(encoder_decoder(1).config, key=0), source(np.random.default_rng(0), 1)
+    arguments: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 6, "eos_token_id": None}
+    arguments |= {"repetition_penalty": 1.5, "encoder_no_repeat_ngram_size": 1}
+    seen: list[tuple[int, ...]] = []
+
+    def of_decoder(model: Any, input_ids: Any, attention_mask: Any, decoder_attention_mask: Any, **given: Any) -> Any:
+        seen.append(attention_mask.shape)
+        return greedy(model, input_ids, attention_mask=decoder_attention_mask, **given)
+
+    for more in ({}, {"decoder_input_ids": np.full((len(ids), 3), 5)}):
+        expected = jaxgen.generate(model, ids, **arguments, **more)
+        got = jaxgen.generate(model, ids, custom_generate=of_decoder, **arguments, **more)
+        np.testing.assert_array_equal(got, expected)
+    start = jaxgen.generate(model, ids, return_dict_in_generate=True, **arguments)
+    more = {"decoder_input_ids": start.sequences, "cache": start.cache}
+    expected = jaxgen.generate(model, ids, **arguments, **more)
+    np.testing.assert_array_equal(
+        jaxgen.generate(model, ids, custom_generate=of_decoder, **arguments, **more), expected
+    )
+    assert seen == [mask.shape] * 3

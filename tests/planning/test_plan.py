@@ -329,3 +329,83 @@ def test_the_command_plans_an_assistant_and_its_suggestions_keep_it(capsys: pyte
     assert all(each["assistant_weights"] for each in record["suggestions"])
     in_int8 = plan("8b", 4, device="v5e", assistant_model="int8")
     assert in_int8.suggestions and not any(each.quantize for each in in_int8.suggestions)
+
+
+SEVERAL_STACKS: dict[str, dict[str, Any]] = {
+    "t5": {
+        "model_type": "t5",
+        "vocab_size": 2000,
+        "d_model": 512,
+        "d_kv": 64,
+        "num_heads": 8,
+        "d_ff": 1024,
+        "num_layers": 2,
+        "num_decoder_layers": 3,
+    },
+    "bart": {
+        "model_type": "bart",
+        "vocab_size": 2000,
+        "d_model": 512,
+        "encoder_layers": 2,
+        "decoder_layers": 3,
+        "encoder_attention_heads": 8,
+        "decoder_attention_heads": 8,
+        "encoder_ffn_dim": 1024,
+        "decoder_ffn_dim": 1024,
+        "max_position_embeddings": 1024,
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("shape", "changes"),
+    [
+        ("t5", {"batch": 2, "prompt_tokens": 100, "num_beams": 3}),
+        ("bart", {"batch": 3, "prompt_tokens": 40, "num_return_sequences": 2}),
+    ],
+    ids=str,
+)
+def test_an_encoder_is_counted_with_what_the_decoder_keeps_of_its_source(
+    shape: str, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(SHAPES, shape, SEVERAL_STACKS[shape])
+    call = {"new_tokens": 32} | changes
+    model, lowered, prefill, state = programs(shape, **call, decoder_start_token_id=0)
+    found = plan(shape, **call)
+    assert (found.weights, found.cache) == (size(model), size(state.cache.layers))
+    assert found.source == size(state.cache.memory.layers), "which beams and samples share"
+    advance = loop.advance.lower(model, state, lowered.strategy, np.int32(1), ())
+    memory = [program.compile().memory_analysis() for program in (prefill, advance)]
+    compiled = max(
+        each.argument_size_in_bytes + each.output_size_in_bytes - each.alias_size_in_bytes + each.temp_size_in_bytes
+        for each in memory
+    )
+    assert found.total == pytest.approx(compiled, rel=0.15)
+
+
+def test_a_step_reads_neither_the_encoder_nor_the_weights_of_its_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SHAPES, "t5", SEVERAL_STACKS["t5"])
+    found = plan("t5", 4, 100, 30, device="h200")
+    inner = 512  # of 8 heads of 64
+    layer = 512 * inner  # each of q, k, v, o
+    encoder = 2 * (4 * layer + 2 * 512 * 1024 + 2 * 512) + 32 * 8 + 512
+    keys_and_values = 3 * 2 * layer
+    read = found.weights - 4 * (encoder + keys_and_values) + 4 * (31 + 100) * 2 * 3 * inner * 4
+    assert found.step_ms == pytest.approx(1e3 * read / 4800e9)
+
+
+def test_int8_leaves_matrices_of_one_row_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = SEVERAL_STACKS["bart"] | {"vocab_size": 300}
+    monkeypatch.setitem(SHAPES, "bart", config)
+    found = plan("bart", quantize="int8", device="l4")
+    model = jax.eval_shape(lambda: jaxgen.from_config(config, quantize="int8"))
+    assert found.weights == sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(model))
+
+
+def test_texts_and_sources_beyond_a_table_of_positions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SHAPES, "bart", SEVERAL_STACKS["bart"])
+    for name, call in (("prompt_tokens", {"prompt_tokens": 1025}), ("new_tokens", {"new_tokens": 1025})):
+        with pytest.raises(ValueError, match=f"`{name}`=1025 is more than the 1024 positions.*Pass at most 1024"):
+            plan("bart", **call, device="l4")
+    with pytest.raises(ValueError, match="`assistant_model` is for models without an encoder, but bart has one"):
+        plan("bart", assistant_model="2-layer", device="l4")

@@ -1,10 +1,12 @@
 """A call that cannot fit is refused before anything is compiled."""
 
+import re
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from encoder_decoders import encoder_decoder
 from prepared import prepared
 
 import jaxgen
@@ -44,3 +46,32 @@ def test_the_weights_and_the_cache_of_an_assistant_count(
         ValueError, match=r"GB for the weights, .* GB for the cache, .* GB for the cache of the assistant.*Lower"
     ):
         memory.check_memory(model, ready)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_the_source_and_the_arrays_of_an_encoder_count(
+    use_cache: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = jaxgen.from_config(encoder_decoder(1).config, key=0)
+    asked = {"output_attentions": True, "output_hidden_states": True, "return_dict_in_generate": True}
+    ready = prepared(model, np.full((3, 20), 5), max_new_tokens=40, num_beams=2, use_cache=use_cache, **asked)
+    state: Any = loop.prefill.eval_shape(model, ready.call, ready.intermediates)[0]
+    monkeypatch.setattr(memory, "memory_bytes", lambda: 1)
+    with pytest.raises(ValueError, match="GB for the source") as refused:
+        memory.check_memory(model, ready)
+    sizes = dict(re.findall(r"[\d,.]+ GB for ((?:the \w+)|(?:`\w+`))()", str(refused.value)))
+    assert sizes.keys() == {
+        "the weights",
+        "the cache",
+        "the source",
+        *(f"`output_{name}`" for name in ("attentions", "hidden_states")),
+        *(f"`{name}`" for name in ("cross_attentions", "encoder_attentions", "encoder_hidden_states")),
+    }
+    columns, rows = ready.call.source.inputs.shape[1], ready.call.model_rows
+    assert rows * columns * model.cache_bytes_per_token == size(state.cache.memory.layers)
+    for name in ("encoder_attentions", "encoder_hidden_states"):
+        held = size(state.prompt_intermediates[name])
+        assert rows * model.intermediates_bytes(name, columns, columns) == held
+    width = ready.call.prompt_slots
+    held = size(state.prompt_intermediates["cross_attentions"])
+    assert rows * model.intermediates_bytes("cross_attentions", width, columns) == held
