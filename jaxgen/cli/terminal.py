@@ -74,11 +74,6 @@ def open_assistant(
     """
     if arguments.assistant is None:
         return None, None
-    if model.is_encoder_decoder:
-        raise ValueError(
-            "--assistant is for models without an encoder. Leave it out; --prompt-lookup-num-tokens drafts from the "
-            "text."
-        )
     with waiting("loading the assistant ..."):
         if arguments.assistant == "int8":
             if arguments.quantize == "int8":

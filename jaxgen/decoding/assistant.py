@@ -266,7 +266,8 @@ class Assistant(Drafter[AssistantMemory]):
     def bytes_of_caches(self, prompt: Prompt, copies: int, new_tokens: int) -> int:
         own = prompt if self.translation is None else self.translation.prompt
         rows, slots = len(prompt.input_ids) * copies, own.input_ids.shape[1] + new_tokens
-        return rows * slots * self.model.cache_bytes_per_token
+        columns = 0 if self.source is None else self.source.attention_mask.size  # of all prompts
+        return (rows * slots + columns) * self.model.cache_bytes_per_token
 
     def with_caches(self, memory: AssistantMemory, caches: tuple[RaggedCache, ...]) -> AssistantMemory:
         (cache,) = caches

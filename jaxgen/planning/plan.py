@@ -118,7 +118,7 @@ class Plan:
         tokens_per_s: upper bound for all rows together; None likewise.
         assistant_model: name or folder of the assistant, or "int8"; None without one.
         assistant_weights: bytes.
-        assistant_cache: bytes, at about its full size.
+        assistant_cache: bytes, at about its full size, with what it keeps of the sources.
         suggestions: plans that would fit, if this one does not.
     """
 
@@ -235,7 +235,11 @@ def plan(
         call = replace(call, assistant=_Assistant("int8", call, "int8"))
     elif assistant_model is not None:
         name = str(assistant_model)
-        call = replace(call, assistant=_Assistant(name, sizes_of(name, _source(name, None, follow_links)), None))
+        drafting = sizes_of(name, _source(name, None, follow_links))
+        if bool(drafting.sources) != bool(call.sources):
+            with_encoder, without = (name, model) if drafting.sources else (model, name)
+            raise ValueError(f"{with_encoder} has an encoder and {without} has none, so neither drafts for the other.")
+        call = replace(call, assistant=_Assistant(name, drafting, None))
     setup = _Setup(target, batch, quantize, mesh)
     planned = call.on(setup)
     return planned if planned.fits else replace(planned, suggestions=tuple(_suggestions(call, setup)))
@@ -365,10 +369,6 @@ class _Call:
         if num_beams == 1 and num_return_sequences > 1:
             options["do_sample"] = True
         if model.is_encoder_decoder:
-            if drafted:
-                raise ValueError(
-                    f"`assistant_model` is for models without an encoder, but {name} has one. Leave it out."
-                )
             _check_positions(model, prompt_tokens, new_tokens)
             # Any ids do; a checkpoint need not say where texts begin.
             options |= {"decoder_start_token_id": 0, "max_length": None}
@@ -427,7 +427,7 @@ class _Call:
         if self.assistant is not None:
             call, quantized = self.assistant.call, self.assistant.quantize
             drafts["assistant_weights"] = call._weights(quantized, tensor)[0]
-            drafts["assistant_cache"] = rows * call.slots * call.slot_bytes // tensor
+            drafts["assistant_cache"] = (rows * call.slots + prompt_rows * call.sources) * call.slot_bytes // tensor
         elif device.bandwidth is not None:
             # The prompts on a device without bucket padding, and the slots that hold tokens by then.
             slots = self.copies * self.tokens + min(self.sources, self.plan.keywords["prompt_tokens"])

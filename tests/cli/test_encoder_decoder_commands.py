@@ -83,10 +83,9 @@ def test_what_an_encoder_does_not_go_with_is_refused_in_a_sentence(
     for arguments, message in (
         (["chat", *there], "Use `jaxgen generate --model MODEL TEXT`"),
         (["generate", TEXT, "--chat", *there], "Leave out --chat"),
-        (["generate", TEXT, "--assistant", "int8", *there], "--assistant is for models without an encoder"),
         (["generate", TEXT, "--guidance-scale", "2", *there], "`guidance_scale`=2.0 does not go with"),
         (["generate", TEXT, "--token-healing", *there], "`token_healing` is about the end of a prompt"),
-        (["plan", str(t5_folder), "--assistant", "int8"], "`assistant_model` is for models without an encoder"),
+        (["plan", str(t5_folder), "--assistant", "2-layer"], "has an encoder and 2-layer has none"),
     ):
         assert main(arguments) == 1
         error = capsys.readouterr().err

@@ -407,5 +407,11 @@ def test_texts_and_sources_beyond_a_table_of_positions_are_refused(monkeypatch: 
     for name, call in (("prompt_tokens", {"prompt_tokens": 1025}), ("new_tokens", {"new_tokens": 1025})):
         with pytest.raises(ValueError, match=f"`{name}`=1025 is more than the 1024 positions.*Pass at most 1024"):
             plan("bart", **call, device="l4")
-    with pytest.raises(ValueError, match="`assistant_model` is for models without an encoder, but bart has one"):
-        plan("bart", assistant_model="2-layer", device="l4")
+
+def test_an_assistant_with_an_encoder_keeps_a_source_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, config in SEVERAL_STACKS.items():
+        monkeypatch.setitem(SHAPES, name, config)
+    found = plan("t5", 2, 100, 30, device="l4", assistant_model="bart", num_assistant_tokens=3)
+    assert found.assistant_cache == found.source + found.cache, "both decoders have the same heads and layers"
+    with pytest.raises(ValueError, match="bart has an encoder and 2-layer has none"):
+        plan("2-layer", assistant_model="bart", device="l4")
