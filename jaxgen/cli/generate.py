@@ -65,9 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _request(
-    arguments: argparse.Namespace, model: Model, tokenizer: "PreTrainedTokenizerBase", text: str
-) -> Request:
+def _request(arguments: argparse.Namespace, model: Model, tokenizer: "PreTrainedTokenizerBase", text: str) -> Request:
     """The arguments of `generate`."""
     given = decoding_arguments(arguments)
     if model.is_encoder_decoder and arguments.chat:

@@ -124,7 +124,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_generate_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("prompt", metavar="TEXT", nargs="?", help="the text to continue; standard input by default")
+    parser.add_argument(
+        "prompt",
+        metavar="TEXT",
+        nargs="?",
+        help="the text to continue, or for an encoder to read; standard input by default",
+    )
     parser.add_argument(
         "--file",
         metavar="FILE",

@@ -59,7 +59,7 @@ def generate(
     Args:
         model: a model from `load` or `from_config`.
         inputs: token ids, integers [B, P], as an array of any library or nested lists; also as `input_ids=`. Without
-            a prompt, each row starts from `bos_token_id`.
+            a prompt, each row starts from `bos_token_id`. The input of the encoder, if the model has one.
         generation_config: a `transformers.GenerationConfig`; fields that are None fall back to the model's.
         logits_processor: a list of callables. JAX functions of (input_ids [N, S], scores [N, V], cur_len []) are
             compiled into the decode; the first `cur_len` columns of their `input_ids` are valid. Processors of
@@ -92,8 +92,10 @@ def generate(
 
     Returns:
         int32 [B * num_return_sequences, L]: the prompt, then the new tokens. Rows that finish early are filled with
-        `pad_token_id`; the longest row sets the length. With `return_dict_in_generate`, a `GenerateDecoderOnlyOutput`,
-        or with beams a `GenerateBeamDecoderOnlyOutput`.
+        `pad_token_id`; the longest row sets the length. With an encoder, the decoder's text alone, from its start token
+        on. With `return_dict_in_generate`, a `GenerateDecoderOnlyOutput`, or with beams a
+        `GenerateBeamDecoderOnlyOutput`; with an encoder, `GenerateEncoderDecoderOutput` or
+        `GenerateBeamEncoderDecoderOutput`.
 
     Raises:
         ValueError: naming the argument, its value, its range and what to do, before anything is compiled.

@@ -408,6 +408,7 @@ def test_texts_and_sources_beyond_a_table_of_positions_are_refused(monkeypatch: 
         with pytest.raises(ValueError, match=f"`{name}`=1025 is more than the 1024 positions.*Pass at most 1024"):
             plan("bart", **call, device="l4")
 
+
 def test_an_assistant_with_an_encoder_keeps_a_source_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, config in SEVERAL_STACKS.items():
         monkeypatch.setitem(SHAPES, name, config)

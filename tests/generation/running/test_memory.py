@@ -49,9 +49,7 @@ def test_the_weights_and_the_cache_of_an_assistant_count(
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
-def test_the_source_and_the_arrays_of_an_encoder_count(
-    use_cache: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_source_and_the_arrays_of_an_encoder_count(use_cache: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model = jaxgen.from_config(encoder_decoder(1).config, key=0)
     asked = {"output_attentions": True, "output_hidden_states": True, "return_dict_in_generate": True}
     ready = prepared(model, np.full((3, 20), 5), max_new_tokens=40, num_beams=2, use_cache=use_cache, **asked)
