@@ -230,5 +230,5 @@ def test_a_file_of_messages_that_is_too_large_is_not_read(tmp_path: Path, monkey
 
 def test_a_model_with_an_encoder_is_told_that_it_has_no_conversations(chat_tokenizer: Any) -> None:
     model = jaxgen.from_config(encoder_decoder(0).config)
-    with pytest.raises(ValueError, match="has an encoder and reads one text per call. Use `jaxgen generate"):
+    with pytest.raises(ValueError, match=r"has an encoder and reads one text per call\. Use `jaxgen generate"):
         Conversation(model, chat_tokenizer)

@@ -59,7 +59,8 @@ def _lines(planned: Plan) -> dict[str, str]:
     return {
         "model": f"{planned.model}, {planned.parameters:,} parameters in "
         + (f"{planned.quantize}, the rest in {planned.dtype}" if planned.quantize else planned.dtype),
-        "call": f"{planned.batch} x {planned.prompt_tokens:,}{' of the source' * bool(planned.source)} + {counted(planned.new_tokens, 'token')}: "
+        "call": f"{planned.batch} x {planned.prompt_tokens:,}{' of the source' if planned.source else ''} + "
+        f"{counted(planned.new_tokens, 'token')}: "
         f"{counted(planned.rows, 'row')}, {counted(planned.slots, 'slot')} in the cache",
         "device": f"{data * tensor} x {planned.device}, rows over {data} and heads over {tensor}"
         if each

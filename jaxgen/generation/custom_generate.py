@@ -165,7 +165,7 @@ def call_custom(
     merged.max_length = max_length
     merged.pad_token_id = config.fill_token_id
     input_ids = repeated(inputs.input_ids)
-    encoder_input_ids = None if source is None or source.input_ids is None else repeated(source.input_ids)
+    encoder_input_ids: Any = None if source is None or source.input_ids is None else repeated(source.input_ids)
     prompt = Prompt(input_ids, repeated(inputs.text_mask), jnp.int32(prompt_length), jnp.int32(rows), encoder_input_ids)
     arguments = {
         "attention_mask": repeated(inputs.attention_mask),

@@ -44,14 +44,14 @@ def to_output(prepared: PreparedCall, state: DecodeState) -> np.ndarray | Genera
     if config.use_cache:
         fields["cache"] = _past_key_values(prepared, state, steps)
     of_steps = [name for name in prepared.intermediates if name not in ENCODER_INTERMEDIATES]
-    computed = {name: _intermediates(name, prepared, fetched, state, steps) for name in of_steps}
+    computed: dict[str, Any] = {name: _intermediates(name, prepared, fetched, state, steps) for name in of_steps}
     if prepared.inputs.source is None:
         return mode.output(**fields, **computed)
-    of_decoder = {name if name == "cross_attentions" else f"decoder_{name}": each for name, each in computed.items()}
-    return mode.encoder_decoder_output(**fields, **of_decoder, **_of_encoder(prepared, state))
+    fields |= {name if name == "cross_attentions" else f"decoder_{name}": each for name, each in computed.items()}
+    return mode.encoder_decoder_output(**fields, **_of_encoder(prepared, state))
 
 
-def _of_encoder(prepared: PreparedCall, state: DecodeState) -> dict[str, tuple[np.ndarray, ...]]:
+def _of_encoder(prepared: PreparedCall, state: DecodeState) -> dict[str, Any]:
     """The intermediates of the encoder: its own, or those that the caller passed with its output."""
     source = prepared.inputs.source
     assert source is not None

@@ -185,19 +185,19 @@ def attend(
     Returns:
         [N, K, G, T, H], and a function that computes the attention weights, [N, K, G, T, S].
     """
-    scale = queries.shape[-1] ** -0.5 if scale is None else scale
+    factor = float(queries.shape[-1] ** -0.5) if scale is None else scale
     columns, block = queries.shape[3], columns_at_once(queries.shape[3])
     if block == columns:
-        return _attend_at_once(queries, keys, values, mask, scale, bias and bias(0, columns))
+        return _attend_at_once(queries, keys, values, mask, factor, bias and bias(0, columns))
 
     # Blocks of queries, each with all keys: memory for the scores of 128 columns instead of T.
     def attend_block(start: jax.Array) -> jax.Array:
         block_queries = lax.dynamic_slice_in_dim(queries, start, block, axis=3)
         block_mask = lax.dynamic_slice_in_dim(mask, start, block, axis=1)
-        return _attend_at_once(block_queries, keys, values, block_mask, scale, bias and bias(start, block))[0]
+        return _attend_at_once(block_queries, keys, values, block_mask, factor, bias and bias(start, block))[0]
 
     def weights() -> jax.Array:
-        return _attend_at_once(queries, keys, values, mask, scale, bias and bias(0, columns))[1]()
+        return _attend_at_once(queries, keys, values, mask, factor, bias and bias(0, columns))[1]()
 
     # [T / 128, N, K, G, 128, H] -> [N, K, G, T / 128, 128, H] -> [N, K, G, T, H].
     attended = jnp.moveaxis(lax.map(attend_block, jnp.arange(0, columns, block)), 0, 3)

@@ -68,7 +68,7 @@ class SourceInputs:
         """
         batch, columns = self.attention_mask.shape
         padding = (0, rows - batch), (0, self.bucket - columns)
-        inputs = np.pad(self.inputs, (*padding, *[(0, 0)] * (self.inputs.ndim - 2)))
+        inputs: Any = np.pad(self.inputs, (*padding, *[(0, 0)] * (self.inputs.ndim - 2)))
         ids = None if self.input_ids is None else np.pad(self.input_ids, padding, constant_values=-1)
         source: Any = Source(inputs, np.pad(self.attention_mask, padding), self.encoded)
         return source, ids

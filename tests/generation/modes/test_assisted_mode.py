@@ -297,7 +297,7 @@ def test_drafts_for_a_model_with_an_encoder_come_from_the_text_or_from_another_s
     plain = jaxgen.generate(speller, ids, max_new_tokens=8)
     for drafts in ({"prompt_lookup_num_tokens": 2}, {"assistant_model": Bad(np.array([7, 8, 9], np.int32), 3)}):
         np.testing.assert_array_equal(jaxgen.generate(speller, ids, max_new_tokens=8, **drafts), plain)
-    with pytest.raises(ValueError, match="`assistant_early_exit`=1: .* is for models without an encoder"):
+    with pytest.raises(ValueError, match=r"`assistant_early_exit`=1: .* is for models without an encoder"):
         jaxgen.generate(speller, ids, max_new_tokens=8, assistant_early_exit=1)
     for one, other in ((model, speller), (speller, model)):
         with pytest.raises(ValueError, match=r"Pass an assistant of the model's kind"):
