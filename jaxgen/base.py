@@ -103,13 +103,14 @@ class Prompt:
 
     def repeated(self, copies: int) -> "Prompt":
         """The prompts with each row repeated: with 2 copies, rows a, b become a, a, b, b."""
-        of_source: Any = self.encoder_input_ids
+        ids = self.encoder_input_ids
+        of_source: Any = None if ids is None else jnp.repeat(ids, copies, axis=0)
         return Prompt(
             jnp.repeat(self.input_ids, copies, axis=0),
             jnp.repeat(self.attention_mask, copies, axis=0),
             self.length,
             self.rows * copies,
-            of_source if of_source is None else jnp.repeat(of_source, copies, axis=0),
+            of_source,
         )
 
     def left_aligned(self, slots: int, fill: jax.typing.ArrayLike) -> jax.Array:
