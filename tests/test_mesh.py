@@ -4,9 +4,11 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import encoder_decoders
 import jax
 import numpy as np
 import pytest
@@ -44,6 +46,10 @@ MORE: list[tuple[int, int, dict[str, Any]]] = [
 
 def run(folder: Path, config: dict[str, Any], calls: list[tuple[int, int, dict[str, Any]]]) -> None:
     write_checkpoint(folder, config, random_tensors(config))
+    run_on_meshes(folder, calls)
+
+
+def run_on_meshes(folder: Path, calls: list[tuple[int, int, dict[str, Any]]]) -> None:
     flags = f"--xla_force_host_platform_device_count=8 {os.environ['XLA_FLAGS']}"
     command = [sys.executable, str(HELPERS / "meshes.py"), str(folder), json.dumps(calls)]
     environment = os.environ | {
@@ -72,6 +78,27 @@ def test_tokens_are_the_same_on_every_mesh_of_eight_devices(tmp_path: Path) -> N
 )
 def test_every_way_of_decoding_gives_the_same_tokens_on_a_mesh(changes: dict[str, Any], tmp_path: Path) -> None:
     run(tmp_path, SPREAD | changes, GREEDY + MORE)
+
+
+OF_ENCODERS: dict[int, dict[str, Any]] = {  # by the seed of an `encoder_decoder`: sizes that eight devices divide
+    0: {"num_heads": 8, "d_kv": 4, "feed_forward_proj": "gated-gelu"},
+    1: {"encoder_attention_heads": 8, "decoder_attention_heads": 8, "decoder_ffn_dim": 48},
+}
+USUAL_SEED = 1
+
+
+@pytest.mark.parametrize(
+    "seed", [pytest.param(seed, marks=[] if seed == USUAL_SEED else [pytest.mark.sweep]) for seed in OF_ENCODERS]
+)
+def test_an_encoder_and_its_decoder_give_the_same_tokens_on_a_mesh(
+    seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encoder_decoders, "VOCAB", 72)
+    member = encoder_decoders.encoder_decoder(seed)
+    config = member.config | OF_ENCODERS[seed] | {"vocab_size": 72, "d_ff": 48, "encoder_layers": 1}
+    folder = replace(member, config=config).write(tmp_path)
+    calls: list[tuple[int, int, dict[str, Any]]] = [(1, 8, {}), (2, 4, {"num_beams": 3, "rows": 3})]
+    run_on_meshes(folder, [*calls, (8, 1, {"do_sample": True, "num_return_sequences": 2, "key": 1, "rows": 5})])
 
 
 def mesh(*axes: str) -> jax.sharding.Mesh:

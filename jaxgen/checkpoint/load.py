@@ -174,7 +174,8 @@ def save(model: LoadedModel, path: str | Path) -> None:
         raise ValueError(
             "`model` is quantised, but a Hugging Face folder holds the full weights. Save it before you quantise it."
         )
-    parameters, stacks = dict(named_leaves(model)), FAMILIES[model.config.model_type].weight_map(model.config)
+    family = FAMILIES[model.config.model_type]
+    parameters, stacks = dict(named_leaves(model)), family.weight_map(model.config)
     if unknown := sorted(set(parameters) ^ set(stacks)):
         raise ValueError(
             f"`model` does not have exactly the parameters of a {model.config.model_type} ({listed(unknown)}). Where a "
@@ -191,15 +192,19 @@ def save(model: LoadedModel, path: str | Path) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     # Not `save_pretrained`: it refuses sampling fields without `do_sample`, which many checkpoints have.
     model.generation_config.to_json_file(folder / "generation_config.json")
+    written = [*stacks.items()]
+    if not (config["tie_word_embeddings"] or family.head_may_differ):
+        # transformers 5 then ties nothing to the embedding, and draws its copies at random if they are missing.
+        written += [(family.embedding, {alias: model.config.vocab_size}) for alias in family.aliases]
     # A parameter is split into the tensors that it is made of, in the order of the header.
     header = {
         name: (np.dtype(parameters[path].dtype), (rows, *parameters[path].shape[1:]))
-        for path, sources in stacks.items()
+        for path, sources in written
         for name, rows in sources.items()
     }
     arrays = (
         np.concatenate([parameter[rows] for rows in slices])
-        for path, sources in stacks.items()
+        for path, sources in written
         for parameter in [jax.device_get(parameters[path])]
         for slices in row_slices(sources, model.mesh)
     )

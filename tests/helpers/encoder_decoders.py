@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from random_calls import PROCESSORS
 from safetensors.numpy import save_file
 
 import jaxgen
@@ -47,7 +48,9 @@ class EncoderDecoder:
         for path, sources in family.weight_map(config).items():
             for name, rows in sources.items():
                 tensors[name] = self._values(rng, name, (rows, *shapes[path][1:]))
-        if self.config.get("init_std") and not self.config["tie_word_embeddings"]:  # then transformers ties none of these either
+        if (
+            self.config.get("init_std") and not self.config["tie_word_embeddings"]
+        ):  # then transformers ties none of these either
             for stack in ("encoder", "decoder"):
                 tensors[f"model.{stack}.embed_tokens.weight"] = tensors["model.shared.weight"].copy()
         if family.optional and self.seed % 2:  # files of some families lack it
@@ -58,11 +61,27 @@ class EncoderDecoder:
     def _values(self, rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.ndarray:
         """Spreads at which tokens differ from step to step, and sums are not so large that float32 decides."""
         values = rng.standard_normal(shape, np.float32)
-        if "norm" in name and name.endswith("weight"):
-            return 1 + 0.2 * values
+        is_t5, matrix = "num_heads" in self.config, len(shape) > 1
+        is_marian = self.config["model_type"] == "marian"
+        if name.endswith("norm.weight"):
+            before_head = "decoder" in name and name.endswith((".final_layer_norm.weight", "decoder.layer_norm.weight"))
+            return (1 + 0.2 * values) * (0.6 / self._embedding_spread if before_head and not is_t5 else 1)
         if name in ("shared.weight", "model.shared.weight", "lm_head.weight"):
-            return values if "num_heads" in self.config else 0.3 * values
-        return values * (0.4 if len(shape) > 1 else 0.3)
+            return values if is_t5 else self._embedding_spread * values
+        if name.endswith((".q.weight", "q_proj.weight", ".k.weight", "k_proj.weight")):
+            return values * (0.2 if is_t5 else 0.4)  # a sharper attention multiplies what float32 rounds off
+        if is_t5:
+            return values * (0.4 if matrix else 0.3)
+        if "fc2" in name and matrix:  # the units are mostly positive, and would add the same at every step
+            return values - values.mean(axis=1, keepdims=True)
+        return values * (0.5 if "embed_positions" in name else 0.1 if not matrix else 0.4 if is_marian else 0.6)
+
+    @property
+    def _embedding_spread(self) -> float:
+        """Of a BART: small beside what layers add, so that a token is not its own likeliest successor."""
+        if self.config["model_type"] != "marian":
+            return 0.1
+        return 0.2 if self.config["scale_embedding"] else 1  # else its sines and cosines, unscaled, are all that counts
 
 
 def _untied(config: Any) -> Any:
@@ -84,7 +103,8 @@ def encoder_decoder(seed: int) -> EncoderDecoder:
             "num_heads": heads,
             "d_ff": int(rng.choice([24, 48])),
         }
-        config |= {"num_layers": layers[0], "num_decoder_layers": layers[1], "decoder_start_token_id": 0}
+        # In transformers 5.24 a T5 whose decoder has more layers than its encoder cannot generate with a cache.
+        config |= {"num_layers": max(layers), "num_decoder_layers": layers[1], "decoder_start_token_id": 0}
         config["feed_forward_proj"] = str(rng.choice(["relu", "gated-gelu", "gated-silu"]))
         config |= {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 12}
         # Three kinds of files: of the original T5, of later ones, and of transformers 5.
@@ -138,3 +158,49 @@ def pair(seed: int, folder: Path) -> tuple[Any, Any]:
     """A model and its twin in torch."""
     encoder_decoder(seed).write(folder)
     return jaxgen.load(folder), torch_model(folder)
+
+
+def random_call(rng: np.random.Generator, names: list[str], kind: str, special: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call, with the source as `input_ids`; the names and the kind decide which program runs.
+
+    Args:
+        rng: draws all values.
+        names: of `random_calls.PROCESSORS`.
+        kind: "greedy" or "beams".
+        special: a config with `pad_token_id` and `decoder_start_token_id`.
+    """
+    ids, mask = source(rng, special["pad_token_id"])
+    kwargs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+    kwargs |= {name: _in_vocabulary(PROCESSORS[name](rng)) for name in names}
+    forced = {kwargs.get("forced_bos_token_id"), *kwargs.get("forced_eos_token_id", [])}
+    if "suppress_tokens" in names:  # forcing what is suppressed is an error
+        kwargs["suppress_tokens"] = [token for token in kwargs["suppress_tokens"] if token not in forced]
+    # An exact tie is nobody's business: several forced ids would all get a score of 0.
+    kwargs["forced_eos_token_id"] = kwargs.get("forced_eos_token_id", [None])[0]
+    eos = [each for each in rng.choice(np.arange(3, VOCAB - 1), 4, replace=False).tolist() if each not in forced][:3]
+    kwargs |= {"eos_token_id": eos, "max_new_tokens": int(rng.integers(8, 13))}
+    start = special["decoder_start_token_id"]
+    if (begin := rng.random()) < 0.2:
+        kwargs["decoder_start_token_id"] = rng.integers(3, VOCAB - 1, ROWS).tolist()
+    elif begin < 0.6:
+        columns = int(rng.integers(1, 4))
+        tokens = rng.integers(3, VOCAB - 1, (ROWS, columns))
+        if rng.random() < 0.5:
+            tokens[:, 0] = start  # then it is not put before them
+        kwargs["decoder_input_ids"] = tokens
+        if columns > 1 and rng.random() < 0.5:
+            of_tokens = np.ones((ROWS, columns), np.int64)
+            of_tokens[rng.integers(ROWS), 1:columns] = 0
+            kwargs["decoder_attention_mask"] = of_tokens
+    if kind == "beams":
+        kwargs |= {"num_beams": 3, "num_return_sequences": int(rng.integers(1, 4))}
+        kwargs |= {"early_stopping": [True, False, "never"][int(rng.integers(3))]}
+        kwargs |= {"length_penalty": float(rng.choice([0.0, rng.uniform(-1, 2)]))}
+    return kwargs
+
+
+def _in_vocabulary(value: Any) -> Any:
+    """Token ids of a processor, as an integer or a list, within this vocabulary; other values as they are."""
+    if isinstance(value, list) and all(type(each) is int for each in value):
+        return sorted({3 + each % (VOCAB - 4) for each in value})
+    return 3 + value % (VOCAB - 4) if type(value) is int and value >= VOCAB - 1 else value

@@ -20,6 +20,11 @@ import jaxgen
 jax.config.update("jax_default_matmul_precision", "highest")
 
 
+# Parts of the names of what every device has all of.
+WHOLE = ("norm", "o_proj.bias", "down_proj.bias", "fc2.bias", "embed_positions", "relative_attention_bias")
+WHOLE += ("final_logits_bias",)
+
+
 def prompts(rows: int) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(rows)
     mask = np.arange(9) >= rng.integers(0, 8, rows)[:, None]
@@ -70,11 +75,11 @@ def main(folder: Path, calls: list[tuple[int, int, dict[str, Any]]]) -> None:
 
 
 def check_places(model: Any, tensor: int) -> None:
-    """Every device has its share of what is spread, and all of the norms."""
+    """Every device has its share of what is spread, and all of the rest."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(model):
         name = jax.tree_util.keystr(path)
         share = leaf.addressable_shards[0].data.size
-        whole = "norm" in name or "o_proj.bias" in name or "down_proj.bias" in name
+        whole = any(part in name for part in WHOLE)
         assert share == leaf.size // (1 if whole else tensor), (name, share, leaf.size)
         assert leaf.sharding.mesh == model.mesh
 

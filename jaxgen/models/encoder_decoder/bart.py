@@ -348,7 +348,7 @@ class Stack(nnx.Module):
         # As `M2M100SinusoidalPositionalEmbedding`: float32 throughout, for texts of any length.
         half = width // 2
         frequencies = jnp.asarray(np.exp(np.arange(half, dtype=np.float32) * np.float32(-np.log(10000) / (half - 1))))
-        angles = positions.astype(jnp.float32)[..., None] * frequencies
+        angles = positions.astype(jnp.float32)[..., None] * frequencies[None, None]
         embedded = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
         return jnp.where((positions < 0)[..., None], 0, jnp.pad(embedded, ((0, 0), (0, 0), (0, width % 2))))
 

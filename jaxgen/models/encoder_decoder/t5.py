@@ -200,6 +200,12 @@ class T5Config(EncoderDecoderConfig):
                 f"`relative_attention_num_buckets`={config.relative_attention_num_buckets} in config.json must be at "
                 "least 4."
             )
+        # Up to this distance every one has a bucket of its own in the decoder.
+        if config.relative_attention_max_distance <= (exact := config.relative_attention_num_buckets // 2):
+            raise ValueError(
+                f"`relative_attention_max_distance`={config.relative_attention_max_distance} in config.json must be "
+                f"more than {exact}, half of `relative_attention_num_buckets`."
+            )
         return config
 
     def to_json(self) -> dict[str, Any]:
