@@ -146,9 +146,10 @@ def test_without_a_mask_padding_is_read_as_text_and_a_warning_says_so(
     models: tuple[Any, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     ours, theirs = models
-    ids = np.where(MASK, IDS, theirs.config.pad_token_id)
+    pad = theirs.config.pad_token_id
+    ids = np.where(MASK, IDS, pad)
     with caplog.at_level(logging.WARNING, logger="jaxgen"):
-        found = generate(ours, ids, attention_mask=None)
+        found = generate(ours, ids, attention_mask=None, pad_token_id=pad)
     np.testing.assert_array_equal(found, expected(theirs, ids, attention_mask=None))
     assert "The encoder reads this padding" in caplog.text
     assert (found != generate(ours, ids)).any()
