@@ -159,7 +159,8 @@ def corrected(model: Any, batches: list[Batch]) -> float:
     for sources, texts in batches:
         found = jaxgen.generate(model, sources, attention_mask=sources != PAD, num_beams=4, max_new_tokens=TEXT_COLUMNS)
         found = np.pad(found, ((0, 0), (0, texts.shape[1] - found.shape[1])))
-        right += (found == texts).all(axis=1).tolist()
+        ended = np.cumsum(texts == EOS, axis=1) - (texts == EOS) > 0  # after the eos, beams are filled with more of it
+        right += ((found == texts) | ended).all(axis=1).tolist()
     return float(np.mean(right))
 
 

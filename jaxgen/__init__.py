@@ -8,7 +8,7 @@ from jaxgen.version import __version__
 if TYPE_CHECKING:
     from jaxgen.base import Call, LogitsProcessor, Model, Prompt, Strategy
     from jaxgen.checkpoint.files import CheckpointError
-    from jaxgen.checkpoint.load import BUNDLED_MODEL, from_config, load, save, to_int8
+    from jaxgen.checkpoint.load import BUNDLED_MODEL, BUNDLED_SPELLER, from_config, load, save, to_int8
     from jaxgen.checkpoint.tokenizer import load_tokenizer
     from jaxgen.decoding.beam_search import BeamSearch
     from jaxgen.decoding.contrastive_search import ContrastiveSearch
@@ -33,6 +33,7 @@ else:  # hidden from type checkers, so that they report misspelt names
 # The modules of the public names. Each is imported at first use, so that `jaxgen --help` answers at once.
 _HOMES = {
     "BUNDLED_MODEL": "checkpoint.load",
+    "BUNDLED_SPELLER": "checkpoint.load",
     "BeamSearch": "decoding.beam_search",
     "Call": "base",
     "CheckpointError": "checkpoint.files",
@@ -65,6 +66,7 @@ _HOMES = {
 __all__ = [
     "__version__",
     "BUNDLED_MODEL",
+    "BUNDLED_SPELLER",
     "BeamSearch",
     "Call",
     "CheckpointError",

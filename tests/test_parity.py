@@ -1,5 +1,6 @@
 """Same tokens and logits as transformers, for every architecture; without torch, as its recorded answers."""
 
+import json
 from pathlib import Path
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from architectures import ARCHITECTURES, NEW_TOKENS, PROMPT_COLUMNS, REAL_SIZES, Architecture
 from conftest import HAS_TORCH
+from encoder_decoders import RECORD, RECORDED_CALLS, RECORDED_SEEDS, encoder_decoder, recorded_source
 from oracle import live, recorded, torch_logits, torch_model
 
 import jaxgen
@@ -41,3 +43,12 @@ def test_there_are_enough_architectures_and_none_of_them_degenerates() -> None:
     for name, rows in answers.items():
         continuation = np.array(rows)[:, columns.get(name, PROMPT_COLUMNS) :]
         assert len(np.unique(continuation)) >= 4, name
+
+
+@pytest.mark.parametrize("seed", RECORDED_SEEDS, ids=lambda seed: encoder_decoder(seed).name)
+def test_texts_of_encoder_decoder_models_are_the_recorded_ones_of_transformers(seed: int, tmp_path: Path) -> None:
+    architecture, answers = encoder_decoder(seed), json.loads(RECORD.read_text())
+    model = jaxgen.load(architecture.write(tmp_path))
+    for name, arguments in RECORDED_CALLS.items():
+        ours = jaxgen.generate(model, **recorded_source(architecture), **arguments)
+        np.testing.assert_array_equal(ours, answers[f"{architecture.name}-{name}"])

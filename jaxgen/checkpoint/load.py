@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from jaxgen.lazy import PreTrainedConfig
 
 BUNDLED_MODEL = Path(__file__).parent.parent / "stories"
+BUNDLED_SPELLER = Path(__file__).parent.parent / "speller"
 
 
 def load(

@@ -199,7 +199,7 @@ def test_an_assistant_with_another_tokenizer_drafts_too(
     assert main(["generate", "Once upon a time", "--assistant", str(renumbered_folder), *options]) == 0
     captured = capsys.readouterr()
     assert captured.out == told
-    assert "3 of 3 drafted tokens stayed, in 3 passes" in captured.err
+    assert "3 of 3 drafted tokens were accepted, in 3 forward passes" in captured.err
     shutil.copytree(renumbered_folder, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
     assert main(["generate", "Once upon a time", "--assistant", str(tmp_path / "bare"), *options]) == 1
     assert "has neither tokenizer.json nor tokenizer.model" in capsys.readouterr().err
@@ -214,4 +214,4 @@ def test_an_assistant_without_a_tokenizer_is_taken_to_have_that_of_the_model(
     captured = capsys.readouterr()
     assert captured.out == told
     assert "taken to have the tokenizer of the model" in captured.err
-    assert "drafted tokens stayed" in captured.err
+    assert "drafted tokens were accepted" in captured.err

@@ -50,6 +50,13 @@ SHOWN_BY = {
         "begin_suppress_tokens guidance_scale".split(),
         _DIFFERENTIAL,
     ),
+    "decoder_start_token_id": "generation/test_encoder_decoder.py::test_every_row_may_have_a_start_token_of_its_own",
+    "decoder_input_ids": "generation/test_encoder_decoder.py::"
+    "test_the_start_token_is_put_before_the_decoders_tokens_unless_a_row_begins_with_it",
+    "decoder_attention_mask": "generation/test_encoder_decoder.py::"
+    "test_masked_columns_before_a_t5s_text_change_nothing",
+    "encoder_outputs": "generation/test_encoder_decoder.py::"
+    "test_the_encoders_output_takes_the_place_of_its_input_and_is_never_changed",
     "watermarking_config": "generation/test_api.py::test_watermarked_tokens_equal_transformers",
     **dict.fromkeys(
         "output_attentions output_hidden_states output_scores output_logits return_dict_in_generate".split(), _OUTPUTS

@@ -1,9 +1,11 @@
 """Small random encoder-decoder models of every family, the calls they answer, and transformers' answers.
 
-Weights come from NumPy, as those of `architectures`.
+Weights come from NumPy, as those of `architectures`. `python tests/helpers/encoder_decoders.py` records the answers of
+transformers again, for machines without torch.
 """
 
 import json
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,9 +50,8 @@ class EncoderDecoder:
         for path, sources in family.weight_map(config).items():
             for name, rows in sources.items():
                 tensors[name] = self._values(rng, name, (rows, *shapes[path][1:]))
-        if (
-            self.config.get("init_std") and not self.config["tie_word_embeddings"]
-        ):  # then transformers ties none of these either
+        # Where the head is not tied, transformers ties none of these either.
+        if self.config.get("init_std") and not self.config["tie_word_embeddings"]:
             for stack in ("encoder", "decoder"):
                 tensors[f"model.{stack}.embed_tokens.weight"] = tensors["model.shared.weight"].copy()
         if family.optional and self.seed % 2:  # files of some families lack it
@@ -144,7 +145,7 @@ def torch_model(folder: Path) -> Any:
     return model.eval()
 
 
-def torch_generate(model: Any, input_ids: np.ndarray | None, **kwargs: Any) -> Any:
+def torch_generate(model: Any, input_ids: np.ndarray | None = None, **kwargs: Any) -> Any:
     """What transformers generates; arrays become tensors."""
     import torch
 
@@ -204,3 +205,34 @@ def _in_vocabulary(value: Any) -> Any:
     if isinstance(value, list) and all(type(each) is int for each in value):
         return sorted({3 + each % (VOCAB - 4) for each in value})
     return 3 + value % (VOCAB - 4) if type(value) is int and value >= VOCAB - 1 else value
+
+
+RECORD = Path(__file__).parents[1] / "data" / "encoder_decoders.json"
+RECORDED_SEEDS = range(len(FAMILY_NAMES))
+RECORDED_CALLS: dict[str, dict[str, Any]] = {
+    "greedy": {"max_new_tokens": 16},
+    "beams": {"max_new_tokens": 12, "num_beams": 3},
+}
+
+
+def recorded_source(architecture: EncoderDecoder) -> dict[str, np.ndarray]:
+    """The batch of the recorded answers."""
+    ids, mask = source(np.random.default_rng(500 + architecture.seed), architecture.config.get("pad_token_id", 0))
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def _record() -> None:
+    answers = {}
+    for seed in RECORDED_SEEDS:
+        architecture = encoder_decoder(seed)
+        with tempfile.TemporaryDirectory() as folder:
+            twin = torch_model(architecture.write(Path(folder)))
+        for name, arguments in RECORDED_CALLS.items():
+            batch = recorded_source(architecture)
+            answers[f"{architecture.name}-{name}"] = torch_generate(twin, **batch, **arguments).tolist()
+    lines = (f"{json.dumps(name)}: {json.dumps(rows, separators=(',', ':'))}" for name, rows in answers.items())
+    RECORD.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+if __name__ == "__main__":
+    _record()

@@ -200,9 +200,9 @@ class Mode:
         """The ancestors of every text, for models that return intermediates of the whole text at each step.
 
         Returns:
-            One array per step after the prompt. Number k, from 0, is int [k + 1, texts]: the row that each text
-            descends from at steps 0 to k. With beams a text is a beam, in the flat [N * C]. The list is empty if every
-            text descends from its own row.
+            One array per step after the prompt. That of a step, from 0, is int [step + 1, texts]: the row that each
+            text descends from, at the steps so far. With beams a text is a beam, in the flat [N * C]. The list is empty
+            if every text descends from its own row.
         """
         del fetched, rows, steps
         return []
