@@ -441,6 +441,22 @@ def test_a_text_goes_on_from_its_cache(given: str, models: tuple[Any, Any]) -> N
         np.testing.assert_array_equal(found, whole if given == "the whole text" else whole[:, 3:])
 
 
+def test_a_continued_cache_does_not_read_the_source_again(models: tuple[Any, Any]) -> None:
+    ours = models[0]
+    first = generate(ours, max_new_tokens=3, return_dict_in_generate=True)
+    others = np.full_like(IDS, 7)
+    continued = {"cache": first.cache, "decoder_input_ids": first.sequences, "max_new_tokens": 5}
+    np.testing.assert_array_equal(generate(ours, others, **continued), generate(ours))
+    assert (generate(ours, others) != generate(ours)).any()
+
+
+def test_a_text_that_outgrows_its_cache_keeps_its_source(t5: tuple[Any, Any]) -> None:
+    ours, options = t5[0], {"max_new_tokens": 300, "eos_token_id": None, "pad_token_id": 0}
+    call = jaxgen.prepare(ours, IDS, attention_mask=MASK, **options)
+    whole = np.asarray(jax.jit(jaxgen.decode)(ours, call)["sequences"])[:ROWS, :301]
+    np.testing.assert_array_equal(generate(ours, **options), whole)
+
+
 def test_a_cache_without_the_text_is_refused(t5: tuple[Any, Any]) -> None:
     cache = generate(t5[0], max_new_tokens=3, return_dict_in_generate=True).cache
     with pytest.raises(ValueError, match="`cache` holds 3 tokens, but there are no `decoder_input_ids`"):

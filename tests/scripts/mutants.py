@@ -54,6 +54,8 @@ CONVERTED = "tests/convert/test_convert.py::test_what_is_larger_than_a_block_is_
 SCALED = "tests/checkpoint/test_float8.py::test_weights_larger_than_a_block_have_the_scales_of_their_own_rows"
 MERGED = "tests/convert/test_lora.py::test_a_weight_larger_than_a_block_gets_the_product_of_its_own_rows"
 META = "tests/convert/test_pickles.py::test_what_meta_does_not_say_follows_from_the_sizes_of_the_model"
+SOURCES, FAMILY = "tests/generation/test_encoder_decoder.py::test_", "jaxgen/models/encoder_decoder/"
+LONG = "test_logits_of_a_long_source_and_a_long_text_equal_those_of_torch"
 
 MUTANTS = [
     # ---- Attention and products ----
@@ -81,8 +83,8 @@ MUTANTS = [
     Mutant(
         LAYERS,
         "attend, the weights of over 256 columns",
-        "return _attend_at_once(queries, keys, values, mask, scale, bias and bias(0, columns))[1]()",
-        "return 0 * _attend_at_once(queries, keys, values, mask, scale, bias and bias(0, columns))[1]()",
+        "return _attend_at_once(queries, keys, values, mask, factor, bias and bias(0, columns))[1]()",
+        "return 0 * _attend_at_once(queries, keys, values, mask, factor, bias and bias(0, columns))[1]()",
         f"{REAL}attentions_and_hidden_states_of_a_long_prompt_equal_transformers",
     ),
     Mutant(
@@ -410,6 +412,64 @@ MUTANTS = [
         "columns_at_once(columns) * columns",
         "columns * columns",
         "tests/planning/test_plan.py::test_the_whole_is_what_the_compiler_says_within_15_percent",
+    ),
+    # ---- Encoder-decoder models ----
+    Mutant(
+        "jaxgen/memory.py",
+        "take, rows that share a source",
+        "sources, batch = rows // (of // len(self.mask)), len(self.mask)",
+        "sources, batch = rows, len(self.mask)",
+        f"{SOURCES}the_beams_of_a_cache_go_on_as_samples_of_their_sources",
+    ),
+    Mutant(
+        CACHE,
+        "grow_by_parts, with a source",
+        "return replace(grown, layers=tuple(layers), memory=self.memory)",
+        "return replace(grown, layers=tuple(layers), memory=jax.tree.map(jnp.zeros_like, self.memory))",
+        f"{SOURCES}a_text_that_outgrows_its_cache_keeps_its_source",
+    ),
+    Mutant(
+        "jaxgen/generation/build.py",
+        "_source, a continued cache",
+        "encoder_input_ids=encoder_input_ids), None if known else source",
+        "encoder_input_ids=encoder_input_ids), source",
+        f"{SOURCES}a_continued_cache_does_not_read_the_source_again",
+    ),
+    Mutant(
+        f"{FAMILY}model.py",
+        "CrossAttention, several rows of a source",
+        "self.heads, self.head_dim).transpose(0, 3, 1, 2, 4)",
+        "self.heads, self.head_dim)[:, ::-1].transpose(0, 3, 1, 2, 4)",
+        f"{SOURCES}samples_share_their_source_and_depend_on_the_key_alone",
+    ),
+    Mutant(
+        f"{FAMILY}t5.py",
+        "DistanceBias, blocks of columns",
+        "jax.lax.dynamic_slice_in_dim(self.attending, start, count, axis=1)",
+        "self.attending[:, :count]",
+        f"tests/models/encoder_decoder/test_t5.py::{LONG}[in blocks]",
+    ),
+    Mutant(
+        f"{FAMILY}t5.py",
+        "T5Config, the scale by the older key",
+        'unscaled = values.get("tie_word_embeddings", True) is False',
+        "unscaled = False",
+        "tests/models/encoder_decoder/test_t5.py::test_the_files_of_three_ages_say_whether_the_output_is_scaled",
+    ),
+    Mutant(
+        f"{FAMILY}bart.py",
+        "Bart._positions, padding",
+        "number = jnp.cumsum(token, axis=1, dtype=jnp.int32) - 1 if counted else columns",
+        "number = columns",
+        "tests/models/encoder_decoder/test_bart.py::test_an_m2m100_does_not_count_padding_on_the_left",
+    ),
+    Mutant(
+        "jaxgen/decoding/assistant.py",
+        "_read, the source of an assistant",
+        "cache, _ = cast(EncoderDecoderModel[Any], model).read(cache, self.source)",
+        "source = replace(self.source, inputs=jnp.flip(self.source.inputs, axis=0))\n"
+        "            cache, _ = cast(EncoderDecoderModel[Any], model).read(cache, source)",
+        f"{SOURCES}an_assistant_with_an_encoder_reads_the_source_and_changes_no_token",
     ),
     # ---- Large files ----
     Mutant(TENSORS, "Tensor.blocks", "self.read_into(block, first)", "self.read_into(block, start)", LARGER),

@@ -209,14 +209,15 @@ def test_weights_of_one_byte_give_finite_logits_near_those_of_the_model(seed: in
 
 
 @pytest.mark.oracle
-def test_logits_of_a_long_source_and_a_long_text_equal_those_of_torch(tmp_path: Path) -> None:
-    """Longer than a block of attention, and than the farthest distance."""
+@pytest.mark.parametrize("columns", [300, 384], ids=["at once", "in blocks"])
+def test_logits_of_a_long_source_and_a_long_text_equal_those_of_torch(columns: int, tmp_path: Path) -> None:
+    """Longer than the farthest distance; attention over a multiple of 128 columns is computed in blocks."""
     import torch
 
     ours, theirs = pair(0, tmp_path)
     rng = np.random.default_rng(2)
-    ids, text = rng.integers(3, VOCAB, (2, 300)), rng.integers(3, VOCAB, (2, 40))
-    mask = (np.arange(300) < np.array([[300], [170]])).astype(np.int64)
+    ids, text = rng.integers(3, VOCAB, (2, columns)), rng.integers(3, VOCAB, (2, 40))
+    mask = (np.arange(columns) < np.array([[columns], [170]])).astype(np.int64)
     with torch.no_grad():
         expected = theirs(
             input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask), decoder_input_ids=torch.tensor(text)
