@@ -72,22 +72,19 @@ def convert_checkpoint(
     """Converts a Hugging Face checkpoint. Every parameter keeps its bits and its dtype, unless `dtype` is given.
 
     Args:
-        src: a folder with config.json and safetensors, a GGUF file, or the name of a model on the Hugging Face hub. It
-            is only read. Quantised blocks of GGUF become float32, or `dtype`.
-        dst: the native folder to create. It appears once it is complete.
+        src: a folder with config.json and safetensors, a GGUF file (its blocks become float32, or `dtype`), or the name
+            of a model on the Hugging Face hub. It is only read.
+        dst: the native folder to create, which appears once it is complete.
         dtype: float32, bfloat16 or float16 for all weights; by default each keeps its own.
         shard_size: maximum size of a file, in bytes or as "5GB"; a larger tensor gets a file of its own.
         workers: number of threads for copying.
-        overwrite: replace the checkpoint in `dst`, once the new one is complete.
-        resume: continue an interrupted conversion.
-        allow_pickle: also read `pytorch_model.bin` and Meta's `consolidated.*.pth`, with torch's restricted loader in a
-            separate process.
+        overwrite, resume: replace the checkpoint in `dst` once the new one is complete; continue an interrupted one.
+        allow_pickle: also read pickles, with torch's restricted loader in a separate process; see `pickles`.
         merge_lora: a folder with a LoRA adapter to add to the weights.
-        follow_links: see `jaxgen.load`; applies to the adapter's folder too.
-        revision: see `jaxgen.load`.
+        follow_links, revision: see `jaxgen.load`. Links are followed in the adapter's folder too.
 
     Raises:
-        CheckpointError: if the source is incomplete or broken (see `jaxgen.load`), or the destination is taken.
+        CheckpointError: if the source is broken (see `jaxgen.load`), or the destination is taken.
         OSError: if the disk is full or fails. `resume` continues from there.
     """
     begun = time.perf_counter()
@@ -100,12 +97,10 @@ def convert_checkpoint(
     with contextlib.ExitStack() as stack:
         readable = stack.enter_context(unpickled(folder, target)) if allow_pickle else folder
         source = stack.enter_context(unpacked(_original(folder, readable, follow_links)))
-        plan: list[object] = [__version__, before, str(wanted), shard_bytes]
+        plan = [__version__, before, str(wanted), shard_bytes, *([] if adapter is None else [identity(adapter)])]
         if adapter is not None:
             source = replace(source, pieces=merged(source.pieces, adapter))
-            plan.append(identity(adapter))
-        files = native_files(source, wanted, shard_bytes or SHARD_BYTES)
-        is_file = folder.is_file()  # GGUF
+        files, is_file = native_files(source, wanted, shard_bytes or SHARD_BYTES), folder.is_file()  # a GGUF file
         config, others, left_out = converted_config(source, wanted), *other_files(source.folder if is_file else folder)
         needed = sum(file.nbytes for file in files)
         partial = stack.enter_context(partial_folder(target, plan, needed, overwrite=overwrite, resume=resume))
@@ -117,8 +112,11 @@ def convert_checkpoint(
         if identity(folder) != before:  # or the new folder could hold parts of two versions
             raise CheckpointError(f"{folder} changed while it was converted. Begin again.")
         partial.write("config.json", config)  # last: without it the folder does not load
-    left_out = left_out if readable is folder else []  # else they are the pickles, which were read
-    messages = [*source.warnings, *left_out, *tokenizer_trouble(folder), *_suspicious_values(folder, digests, wanted)]
+    messages = [
+        *source.warnings,
+        *(left_out if readable is folder else []),
+    ]  # else they are the pickles, which were read
+    messages += [*tokenizer_trouble(folder), *_suspicious_values(folder, digests, wanted)]
     return _report(target, files, messages, begun)
 
 

@@ -185,18 +185,15 @@ def _account(
         tensors = float8.dequantised(tensors, raw, None if stored is None else stored.dtype)
     except ValueError as error:
         raise CheckpointError(f"{folder}: {error}") from error
-    if unreadable := sorted({str(t.dtype) for t in tensors.values()} - set(map(str, STORED.values()))):
-        raise CheckpointError(f"{folder} holds tensors of dtype {unreadable}; jaxgen reads {list(STORED)}.")
+    _check_dtypes(folder, tensors)
     aliases: dict[str, str] = {}
     if not native:
         known = {name for sources in untied.values() for name in sources}
-        tensors = _with_names_of(known, family.prefix, tensors)
-        tensors, aliases = _resolve_aliases(folder, family, tensors)
+        tensors, aliases = _resolve_aliases(folder, family, _with_names_of(known, family.prefix, tensors))
     config, copies = _resolve_head(folder, raw, family, config, tensors, head, embedding)
-    flags: dict[str, Any] = {flag: name in tensors for name, flag in family.optional.items()}
-    config = replace(config, **flags)
-    # The head decides whether the weight map has one, the vocabulary the shapes: so both come before the weight map.
+    # The weight map depends on whether there is a head, and the shapes on the vocabulary. So both are resolved first.
     config, resized = _resolve_vocabulary(config, tensors, head, embedding)
+    config = replace(config, **{flag: name in tensors for name, flag in family.optional.items()})
     weight_map = family.weight_map(config)
     if native:
         weight_map = {path: _native_names(path, sources, tensors) for path, sources in weight_map.items()}
@@ -209,10 +206,14 @@ def _account(
     pieces = {path: [tensors[name] for name in sources] for path, sources in weight_map.items()}
     source = Source(folder, raw, family, model, pieces, buffers, copies, native, ())
     messages = [*resized, *unread_message(family, unquantised), *_ignored_keys(raw)]
-    messages += _wrong_buffers(family, config, buffers)
-    if source.is_float64:
-        messages.append("its weights are float64. They are held as float32, unless `dtype` says otherwise.")
+    messages += [*_wrong_buffers(family, config, buffers), *_float64_message(source)]
     return replace(source, warnings=tuple(f"{folder}: {message}" for message in messages))
+
+
+def _check_dtypes(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raises CheckpointError for a dtype that cannot be read."""
+    if unreadable := sorted({str(t.dtype) for t in tensors.values()} - set(map(str, STORED.values()))):
+        raise CheckpointError(f"{folder} holds tensors of dtype {unreadable}; jaxgen reads {list(STORED)}.")
 
 
 def _check_layers(folder: Path, raw: Json, tensors: int) -> None:
@@ -358,6 +359,11 @@ def _resolve_vocabulary(
         return config, ()
     message = f"the embedding has {shape[0]} rows, but config.json says `vocab_size`={config.vocab_size}."
     return replace(config, vocab_size=shape[0]), (message,)
+
+
+def _float64_message(source: Source) -> Iterator[str]:
+    if source.is_float64:
+        yield "its weights are float64. They are held as float32, unless `dtype` says otherwise."
 
 
 def _ignored_keys(raw: Json) -> Iterator[str]:

@@ -185,8 +185,7 @@ class Assistant(Drafter[AssistantMemory]):
             tokens = self._known(jnp.take_along_axis(drafting.own, columns, axis=1, mode="clip"))
             mask = jnp.arange(_AT_ONCE)[None] < count[:, None]
             logits, cache = extend_by_columns(self.model, drafting.cache, tokens, mask)
-            # Dropping 0 still moves the length back over columns that no row has read, so the next pass reuses their
-            # slots.
+            # Dropping 0 moves the length back over columns that no row has read: the next pass reuses their slots.
             cache = cache.drop_last(jnp.zeros_like(count))
             last = jnp.maximum(count - 1, 0)[:, None, None]
             logits = jnp.take_along_axis(logits.reshape(len(tokens), _AT_ONCE, -1), last, axis=1)[:, 0]

@@ -18,6 +18,7 @@ from jax.typing import ArrayLike
 from jaxgen import lazy
 from jaxgen.base import Cache, LogitsProcessor, Model, Prompt, Source
 from jaxgen.generation.call import PreparedCall
+from jaxgen.generation.prompt.inputs import Inputs
 from jaxgen.generation.request import Request
 from jaxgen.processors.logits_process import process
 from jaxgen.processors.stopping_criteria import any_of
@@ -147,19 +148,7 @@ def call_custom(
 
     rows, prompt_length = len(inputs.input_ids) * copies, inputs.input_ids.shape[1]
     max_length = int(strategy.max_length.max_length)
-    num_cached = 0 if inputs.past is None else inputs.past.get_seq_length()
-    # L of the prompt, and the new tokens.
-    slots = inputs.attention_mask.shape[1] + max_length - prompt_length
     source = inputs.source
-    if inputs.past is None:
-        cache = model.make_cache(rows, slots)
-        if source is not None:
-            encoder_input = Source(jnp.asarray(source.inputs), jnp.asarray(source.attention_mask), source.encoded)
-            cache = _read(model, cache, encoder_input)
-    else:
-        # With one row per prompt at first: its cache is prefilled once, and then the rows are repeated on the device.
-        prompts = inputs.past.to_cache(model, len(inputs.input_ids), num_cached, inputs.attention_mask[:, :num_cached])
-        cache = prompts.repeat(copies).grow(slots)
     # As in transformers, the config that functions get has its lengths and padding set.
     merged = copy.copy(config.merged)
     merged.max_length = max_length
@@ -170,7 +159,8 @@ def call_custom(
     arguments = {
         "attention_mask": repeated(inputs.attention_mask),
         "position_ids": repeated(inputs.new_positions),
-        "cache": cache,
+        # L of the prompt, and the new tokens.
+        "cache": _cache(model, inputs, copies, inputs.attention_mask.shape[1] + max_length - prompt_length),
         "use_cache": config.use_cache,
     }
     if source is not None:
@@ -189,6 +179,21 @@ def call_custom(
         **arguments,
         **own_arguments,
     )
+
+
+def _cache(model: Model, inputs: Inputs, copies: int, slots: int) -> Cache:
+    """The cache before the prompt's new tokens, with each row repeated, and with what the decoder needs of a source."""
+    rows, source = len(inputs.input_ids), inputs.source
+    if inputs.past is not None:
+        # With one row per prompt at first: its cache is prefilled once, and then the rows are repeated on the device.
+        num_cached = inputs.past.get_seq_length()
+        prompts = inputs.past.to_cache(model, rows, num_cached, inputs.attention_mask[:, :num_cached])
+        return prompts.repeat(copies).grow(slots)
+    cache = model.make_cache(rows * copies, slots)
+    if source is None:
+        return cache
+    read = Source(jnp.asarray(source.inputs), jnp.asarray(source.attention_mask), source.encoded)
+    return _read(model, cache, read)
 
 
 @jax.jit

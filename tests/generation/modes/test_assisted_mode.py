@@ -95,7 +95,7 @@ def test_a_streamer_gets_the_prompts_and_then_every_token(model: Any) -> None:
         ({"assistant_ensemble_weight": 0.5}, "`assistant_ensemble_weight`=0.5 is not supported"),
         ({"use_mtp": True}, "`use_mtp`=True is not supported"),
         ({"speculation_type": "dflash"}, "`speculation_type`='dflash' is not supported"),
-        ({"inputs": None, "inputs_embeds": np.zeros((1, 3, 32))}, "`inputs_embeds` has none"),
+        ({"inputs": None, "inputs_embeds": np.zeros((1, 3, 32))}, "which `inputs_embeds` lacks"),
     ],
     ids=lambda value: "-".join(map(str, value)) if isinstance(value, dict) else "",
 )

@@ -37,7 +37,8 @@ def numbers(layer: int, part: int, rows: int = ROWS, heads: int = HEADS) -> np.n
 
 def model(layers: int = LAYERS, heads: int = HEADS, dtype: Any = np.float32, windowed: bool = False) -> Any:
     return SimpleNamespace(
-        make_cache=lambda rows, slots: KVCache.zeros(layers, rows, slots, heads, SIZE, dtype, windowed)
+        is_encoder_decoder=False,
+        make_cache=lambda rows, slots: KVCache.zeros(layers, rows, slots, heads, SIZE, dtype, windowed),
     )
 
 
