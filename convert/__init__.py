@@ -112,12 +112,9 @@ def convert_checkpoint(
         if identity(folder) != before:  # or the new folder could hold parts of two versions
             raise CheckpointError(f"{folder} changed while it was converted. Begin again.")
         partial.write("config.json", config)  # last: without it the folder does not load
-    messages = [
-        *source.warnings,
-        *(left_out if readable is folder else []),
-    ]  # else they are the pickles, which were read
-    messages += [*tokenizer_trouble(folder), *_suspicious_values(folder, digests, wanted)]
-    return _report(target, files, messages, begun)
+    # Pickles that were read are among what is left out.
+    messages = [*source.warnings, *(left_out if readable is folder else []), *tokenizer_trouble(folder)]
+    return _report(target, files, [*messages, *_suspicious_values(folder, digests, wanted)], begun)
 
 
 def _original(folder: Path, readable: Path, follow_links: bool) -> Source:
