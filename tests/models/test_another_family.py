@@ -49,6 +49,7 @@ class Average(nnx.Module):
     """The logits of a token's successor are those of the mean of all embeddings so far."""
 
     max_position_embeddings = 64
+    is_encoder_decoder = has_position_table = False
 
     def __init__(self, config: AverageConfig, rngs: nnx.Rngs, generation_config: Any = None, mesh: Any = None):
         self.config, self.mesh, self.host = config, mesh, HostOnly(generation_config)
