@@ -441,6 +441,16 @@ def test_a_text_goes_on_from_its_cache(given: str, models: tuple[Any, Any]) -> N
         np.testing.assert_array_equal(found, whole if given == "the whole text" else whole[:, 3:])
 
 
+def test_the_samples_of_a_cache_go_on_with_their_sources(t5: tuple[Any, Any]) -> None:
+    ours = t5[0]
+    options = {"do_sample": True, "key": 3, "num_return_sequences": 2, "max_new_tokens": 3}
+    first = generate(ours, **options, return_dict_in_generate=True)
+    sources, masks = np.repeat(IDS, 2, axis=0), np.repeat(MASK, 2, axis=0)
+    plain = generate(ours, sources, attention_mask=masks, decoder_input_ids=first.sequences)
+    again = generate(ours, sources, attention_mask=masks, cache=first.cache, decoder_input_ids=first.sequences)
+    np.testing.assert_array_equal(again, plain)
+
+
 def test_a_continued_cache_does_not_read_the_source_again(models: tuple[Any, Any]) -> None:
     ours = models[0]
     first = generate(ours, max_new_tokens=3, return_dict_in_generate=True)
@@ -451,9 +461,9 @@ def test_a_continued_cache_does_not_read_the_source_again(models: tuple[Any, Any
 
 
 def test_a_text_that_outgrows_its_cache_keeps_its_source(t5: tuple[Any, Any]) -> None:
-    ours, options = t5[0], {"max_new_tokens": 300, "eos_token_id": None, "pad_token_id": 0}
+    ours, options = t5[0], {"max_new_tokens": 500, "eos_token_id": None, "pad_token_id": 0}
     call = jaxgen.prepare(ours, IDS, attention_mask=MASK, **options)
-    whole = np.asarray(jax.jit(jaxgen.decode)(ours, call)["sequences"])[:ROWS, :301]
+    whole = np.asarray(jax.jit(jaxgen.decode)(ours, call)["sequences"])[:ROWS, :501]
     np.testing.assert_array_equal(generate(ours, **options), whole)
 
 

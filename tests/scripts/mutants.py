@@ -419,7 +419,7 @@ MUTANTS = [
         "take, rows that share a source",
         "sources, batch = rows // (of // len(self.mask)), len(self.mask)",
         "sources, batch = rows, len(self.mask)",
-        f"{SOURCES}the_beams_of_a_cache_go_on_as_samples_of_their_sources",
+        f"{SOURCES}the_samples_of_a_cache_go_on_with_their_sources",
     ),
     Mutant(
         CACHE,
@@ -440,7 +440,7 @@ MUTANTS = [
         "CrossAttention, several rows of a source",
         "self.heads, self.head_dim).transpose(0, 3, 1, 2, 4)",
         "self.heads, self.head_dim)[:, ::-1].transpose(0, 3, 1, 2, 4)",
-        f"{SOURCES}samples_share_their_source_and_depend_on_the_key_alone",
+        f"{SOURCES}with_the_same_noise_every_sampled_token_equals_transformers",
     ),
     Mutant(
         f"{FAMILY}t5.py",
