@@ -13,6 +13,7 @@ import pytest
 from checkpoints import CONFIG, assert_same_bits, random_tensors, write_checkpoint
 from hub_server import Files, Hub, serving
 from huggingface_hub import constants, file_download
+from jaxgen.convert import convert_checkpoint, convert_to_hugging_face, verify
 
 import jaxgen
 from jaxgen.checkpoint import hub as hub_module
@@ -21,7 +22,6 @@ from jaxgen.checkpoint.hub import local_path
 from jaxgen.checkpoint.source import open_checkpoint
 from jaxgen.cli.main import main
 from jaxgen.cli.terminal import open_model
-from jaxgen.convert import convert_checkpoint, convert_to_hugging_face, verify
 
 NAME = "org/tiny-1.5_B"
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]

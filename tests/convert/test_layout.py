@@ -8,11 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 from checkpoints import random_tensors, write_checkpoint
-from layouts import BF16, F16, F32, FREQUENCIES, TIED, mixed
-
-from jaxgen.checkpoint.files import CheckpointError
-from jaxgen.checkpoint.safetensors_file import Tensor
-from jaxgen.checkpoint.source import Source, open_checkpoint
 from jaxgen.convert import convert_checkpoint, read_manifest
 from jaxgen.convert.layout import (
     SHARD_BYTES,
@@ -24,6 +19,11 @@ from jaxgen.convert.layout import (
     manifest,
     native_files,
 )
+from layouts import BF16, F16, F32, FREQUENCIES, TIED, mixed
+
+from jaxgen.checkpoint.files import CheckpointError
+from jaxgen.checkpoint.safetensors_file import Tensor
+from jaxgen.checkpoint.source import Source, open_checkpoint
 
 SINGLE = ["model-00001-of-00001.safetensors"]
 QKV = "layers.0.self_attn.qkv_proj.weight"

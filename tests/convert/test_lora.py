@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from checkpoints import CONFIG as MODEL_CONFIG
 from checkpoints import Tensors, random_tensors, write_checkpoint, write_json, write_safetensors
+from jaxgen.convert.lora import MergedTensor
 from oracle import torch_model
 from safetensors.numpy import load_file
 
 import jaxgen
 from jaxgen import CheckpointError, convert
 from jaxgen.checkpoint.safetensors_file import read_header
-from jaxgen.convert.lora import MergedTensor
 
 RANK, ALPHA = 4, 6
 CONFIG: dict[str, Any] = {

@@ -10,10 +10,10 @@ import jax
 import numpy as np
 import pytest
 from checkpoints import CONFIG, Tensors, assert_same_bits, random_tensors, write_checkpoint, write_json
+from jaxgen.convert import pickles
 
 import jaxgen
 from jaxgen import CheckpointError, convert
-from jaxgen.convert import pickles
 
 pytestmark = pytest.mark.oracle
 

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 from checkpoints import CONFIG, write_checkpoint
+from jaxgen.convert import sources
+from jaxgen.convert.sources import converted_config, identity, other_files, tokenizer_trouble
 from layouts import BF16, F16, F32, mixed
 
 from jaxgen.checkpoint.files import LinkedFolder
 from jaxgen.checkpoint.source import open_checkpoint
-from jaxgen.convert import sources
-from jaxgen.convert.sources import converted_config, identity, other_files, tokenizer_trouble
 
 
 @pytest.fixture

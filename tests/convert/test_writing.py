@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 from checkpoints import CONFIG, assert_same_bits, hashes, random_tensors, write_checkpoint
+from jaxgen.convert import writing
 
 import jaxgen
 from jaxgen import CheckpointError, convert
 from jaxgen.checkpoint.safetensors_file import StoredTensor
-from jaxgen.convert import writing
 
 HELPERS = Path(__file__).parents[1] / "helpers"
 
