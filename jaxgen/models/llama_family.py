@@ -10,6 +10,7 @@ from jaxgen.base import tensor_shards
 from jaxgen.models.family import Family, ForwardPass, Gguf
 from jaxgen.models.layers import columns_at_once
 from jaxgen.models.llama import Dialect, Llama, LlamaConfig, unread_keys
+from jaxgen.models.partition import partition_of
 
 # Memory at the peak of attention, in units of the prompt's float32 scores. A CPU also holds their exponentials; a TPU
 # or GPU holds parts of these in a dtype of half the size.
@@ -64,30 +65,10 @@ def partition(config: LlamaConfig, mesh: Mesh | AbstractMesh) -> Callable[[str],
     Raises:
         ValueError: if the axis does not divide the heads or the units.
     """
-    shards = tensor_shards(mesh)
-    for key in ("num_key_value_heads", "intermediate_size"):
-        if getattr(config, key) % shards:
-            raise ValueError(
-                f'`{key}`={getattr(config, key)} cannot be spread over the {shards} devices of the axis "tensor". '
-                "Choose a mesh whose axis divides it."
-            )
-    by_rows = [
-        "self_attn.qkv_proj.weight",
-        "self_attn.qkv_proj.bias",
-        "mlp.gate_up_proj.weight",
-        "mlp.gate_up_proj.bias",
-    ]
-    by_rows += ["embed_tokens.weight", "lm_head.weight"] if config.vocab_size % shards == 0 else []
-    by_columns = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
-
-    def spec(path: str) -> PartitionSpec:
-        if shards == 1:
-            return PartitionSpec()
-        if path.endswith(tuple(by_rows)):
-            return PartitionSpec("tensor")
-        return PartitionSpec(None, "tensor") if path.endswith(by_columns) else PartitionSpec()
-
-    return spec
+    by_rows = [f"{path}.{kind}" for path in ("self_attn.qkv_proj", "mlp.gate_up_proj") for kind in ("weight", "bias")]
+    by_rows += ["embed_tokens.weight", "lm_head.weight"] if config.vocab_size % tensor_shards(mesh) == 0 else []
+    sizes = {key: getattr(config, key) for key in ("num_key_value_heads", "intermediate_size")}
+    return partition_of(sizes, by_rows, ("self_attn.o_proj.weight", "mlp.down_proj.weight"), mesh)
 
 
 def _layer_weights(config: LlamaConfig) -> list[tuple[str, dict[str, int], bool]]:

@@ -7,8 +7,9 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from jaxgen.base import tensor_shards
 from jaxgen.models.encoder_decoder.bart import LEARNED, SINUSOIDAL, Bart, BartConfig, Dialect, sinusoids, unread_keys
-from jaxgen.models.encoder_decoder.sharding_and_size import activation_bytes, of_source, partition_of
+from jaxgen.models.encoder_decoder.sizes import activation_bytes, of_source
 from jaxgen.models.family import Family
+from jaxgen.models.partition import partition_of
 
 
 def like_bart(dialect: Dialect) -> Family[BartConfig]:
@@ -80,7 +81,7 @@ def _layer_weights(config: BartConfig, decoder: bool) -> Iterator[tuple[str, dic
 
 
 def partition(config: BartConfig, mesh: Mesh | AbstractMesh) -> Callable[[str], PartitionSpec]:
-    """See `sharding_and_size.partition_of`."""
+    """See `partition.partition_of`."""
     by_rows = [
         f"{path}.{kind}"
         for path in ("self_attn.qkv_proj", "encoder_attn.q_proj", "encoder_attn.kv_proj", "fc1")

@@ -6,9 +6,10 @@ from functools import partial
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from jaxgen.base import tensor_shards
-from jaxgen.models.encoder_decoder.sharding_and_size import activation_bytes, of_source, partition_of
+from jaxgen.models.encoder_decoder.sizes import activation_bytes, of_source
 from jaxgen.models.encoder_decoder.t5 import Dialect, T5Config, T5Model, unread_keys
 from jaxgen.models.family import Family
+from jaxgen.models.partition import partition_of
 
 
 def like_t5(dialect: Dialect) -> Family[T5Config]:
@@ -73,7 +74,7 @@ def _block_weights(config: T5Config, decoder: bool, layer: int) -> Iterator[tupl
 
 
 def partition(config: T5Config, mesh: Mesh | AbstractMesh) -> Callable[[str], PartitionSpec]:
-    """See `sharding_and_size.partition_of`."""
+    """See `partition.partition_of`."""
     by_rows = ["self_attention.qkv_proj.weight", "cross_attention.q_proj.weight", "cross_attention.kv_proj.weight"]
     by_rows += ["mlp.wi.weight"]
     by_rows += ["shared.weight", "lm_head.weight"] if config.vocab_size % tensor_shards(mesh) == 0 else []

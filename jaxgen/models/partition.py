@@ -1,19 +1,19 @@
-"""What the `Family`s of encoder-decoder models share: how they are sharded and sized."""
+"""How the parameters of a model are sharded: the same for all families, but for their names."""
 
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
 
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from jaxgen.base import tensor_shards
-from jaxgen.models.family import ForwardPass
-from jaxgen.models.layers import columns_at_once
 
 
 def partition_of(
     sizes: Mapping[str, int], by_rows: Collection[str], by_columns: Collection[str], mesh: Mesh | AbstractMesh
 ) -> Callable[[str], PartitionSpec]:
-    """How each parameter, by its path, is sharded over the mesh axis "tensor"; see `llama_family.partition`.
+    """How each parameter, by its path, is sharded over the mesh axis "tensor".
+
+    Weights [out, in] that produce heads or units, and embedding and head [V, D], are sharded by rows. Weights that
+    consume heads or units are sharded by columns. All others are replicated.
 
     Args:
         sizes: the numbers of heads and units, by their keys in config.json.
@@ -40,19 +40,3 @@ def partition_of(
         return PartitionSpec(None, "tensor") if path.endswith(tuple(by_columns)) else PartitionSpec()
 
     return spec
-
-
-def of_source(path: str) -> bool:
-    """See `Family.of_source`: the encoder, and the keys and values that each layer of the decoder keeps of it."""
-    return path.startswith("encoder.") or ".kv_proj." in path
-
-
-def activation_bytes(config: Any, forward: ForwardPass) -> int:
-    """See `Family.activation_bytes`: scores, projections and units of the largest layer, and the residual stream."""
-    rows, columns, item = forward.rows, forward.columns, forward.itemsize
-    scores = 2 * 4 * rows * max(config.heads) // forward.shards * columns_at_once(columns) * forward.slots
-    if columns < forward.slots:  # a step, in which all but the scores is negligible
-        return scores
-    heads = item * rows * columns * 3 * config.heads[1] * config.head_dim // forward.shards
-    units = 3 * item * rows * columns * max(config.units) // forward.shards
-    return max(scores + heads, units) + 2 * item * rows * columns * config.hidden_size
