@@ -102,7 +102,7 @@ def by_length(model: Any, lengths: list[int], room: int, steps: int, repeats: in
         past.crop(length - max(lengths))
         keywords = {"cache": past, "max_new_tokens": room - length}
         prepared = prepare_call(model, Request(inputs=ids[:, :length], keywords=keywords))
-        slots[length] = next(cache_sizes(model, prepared, weights)).slots
+        slots[length] = next(cache_sizes(prepared, weights)).slots
 
         def run(steps: int) -> Any:
             until = Until(np.int32(length + 1 + steps))

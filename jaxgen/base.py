@@ -363,6 +363,10 @@ class Model(Protocol[AnyCache]):
         """The mesh that the model is sharded over, with the axes "data" and "tensor"; None for one device."""
         ...
 
+    def on(self, mesh: Mesh) -> Self:
+        """The same model on a part of its mesh that has all of its weights. The arrays share their memory."""
+        ...
+
     @property
     def is_encoder_decoder(self) -> bool:
         """Whether it is an `EncoderDecoderModel`."""

@@ -40,7 +40,7 @@ class Decode:
 
     def __call__(self, call: PreparedCall) -> tuple[Any, int]:
         self.calls.append(call)
-        state = collect(drive(self.model, call, UNWATCHED))
+        state = collect(drive(call, UNWATCHED))
         output = to_output(call, state)
         return output, (self.shown and call.prompt_length + self.shown) or output.sequences.shape[1]
 

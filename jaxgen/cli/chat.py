@@ -124,8 +124,7 @@ class _Chat:
             say(str(error))
             return
         self._work = "reading the conversation ..."
-        model = self._conversation.model
-        self._ahead = self._last = self._worker.submit(decode, model, prepared, looks.append, stop, compiling)
+        self._ahead = self._last = self._worker.submit(decode, prepared, looks.append, stop, compiling)
 
     def take(self, line: str) -> None:
         """Handles a line. Errors are printed, and the conversation continues."""
@@ -196,8 +195,8 @@ class _Chat:
             def run_call(prepared: PreparedCall) -> tuple[GenerateOutput, int]:
                 # The only worker may still be busy with a dropped answer.
                 screen.note(self._work if self.busy else "reading the prompt ...")
-                submit, model = self._worker.submit, conversation.model
-                self._last = submit(decode, model, prepared, screen.show, interrupted, compiling)
+                submit = self._worker.submit
+                self._last = submit(decode, prepared, screen.show, interrupted, compiling)
                 output, times = self._last.result()
                 taken.append(times)
                 return output, times.shown

@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
     if streams and not apart:  # the call's prompt: token healing may have changed the given one
         print(pieces.add(prepared.inputs.input_ids[0]), end="", flush=True)
     show = (lambda ids: print(pieces.add(ids), end="", flush=True)) if streams else None
-    sequences, times = decode(model, prepared, show)
+    sequences, times = decode(prepared, show)
     texts = tokenizer.batch_decode(sequences[:, length if apart else 0 :], skip_special_tokens=True)
     if arguments.json:
         # Characters of the call's prompt: token healing may have changed the given one.

@@ -21,8 +21,9 @@ from jaxgen.cli.note import waiting
 from jaxgen.decoding.loop import Progress
 from jaxgen.generation.call import PreparedCall
 from jaxgen.generation.modes.assisted import differ_by_padding
-from jaxgen.generation.running.driver import WATCHED, collect, drive
+from jaxgen.generation.running.driver import WATCHED, collect
 from jaxgen.generation.running.streaming import NewTokens
+from jaxgen.generation.running.together import run_call
 from jaxgen.generation.trimming import to_output
 
 if TYPE_CHECKING:
@@ -148,7 +149,6 @@ class Times:
 
 
 def decode(
-    model: Model,
     prepared: PreparedCall,
     show: Callable[[np.ndarray], None] | None = None,
     stop: Callable[[], bool] = lambda: False,
@@ -157,7 +157,6 @@ def decode(
     """Runs a call to its end.
 
     Args:
-        model: the call's model.
         prepared: the call.
         show: gets the new token ids of the first row, int [tokens], as they come.
         stop: called after each chunk; True ends the call.
@@ -182,7 +181,7 @@ def decode(
 
     _running.append(times)
     try:
-        state = collect(drive(model, prepared, WATCHED), look)
+        state = collect(run_call(prepared, WATCHED), look)
         output = to_output(prepared, state)
         times.note = prepared.mode.note(state.inner)
     finally:

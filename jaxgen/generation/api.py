@@ -20,9 +20,12 @@ from jaxgen.generation.custom_generate import call_custom, call_repository, chec
 from jaxgen.generation.outputs import GenerateOutput
 from jaxgen.generation.prompt.token_healing import healed_inputs
 from jaxgen.generation.request import Request, listed
-from jaxgen.generation.running.driver import UNWATCHED, WATCHED, collect, drive
+from jaxgen.generation.running.driver import UNWATCHED, WATCHED, collect
+from jaxgen.generation.running.interrupts import interrupts
 from jaxgen.generation.running.memory import check_memory
+from jaxgen.generation.running.processes import processes_of
 from jaxgen.generation.running.streaming import NewTokens, Streamer, to_streamer
+from jaxgen.generation.running.together import prepare_together, run_call
 from jaxgen.generation.trimming import to_output
 
 if TYPE_CHECKING:
@@ -73,6 +76,8 @@ def generate(
         negative_prompt_ids: integers [B, P'] to guide away from, with `guidance_scale`; the last token of each prompt
             by default.
         negative_prompt_attention_mask: [B, P'].
+        synced_gpus: True or None. With a mesh over several processes, all of them call `generate`, each with the
+            prompts of its own share of the axis "data", and end together; see the guide to many processes.
         streamer: an object with `put` and `end`, such as transformers' `TextStreamer`. `put` gets the prompts and then,
             at each step, the next token of each row, as NumPy arrays. Cannot be combined with beams.
         custom_generate: a function that chooses the tokens itself, and whose result is returned. It is called with
@@ -121,22 +126,36 @@ def generate(
         assistant_tokenizer=assistant_tokenizer,
         keywords={name: value for name, value in kwargs.items() if name not in custom_arguments},
     )
-    prepared = prepare_call(model, request)
-    if callable(custom_generate):
-        check_custom_generate(prepared, request)
-        with prepared.host.registered():
-            return call_custom(custom_generate, model, prepared, custom_arguments)
-    with undisturbed(), prepared.host.registered():
-        if streamer is None:
-            state = collect(drive(model, prepared, UNWATCHED))
-        else:
-            state = collect(drive(model, prepared, WATCHED), to_streamer(streamer, prepared))
-            streamer.end()
-        return to_output(prepared, state)
+    with contextlib.ExitStack() as together:
+        if processes_of(model) is not None:
+            together.enter_context(interrupts.held_back())
+        prepared = prepare_call(model, request)
+        if callable(custom_generate):
+            check_custom_generate(prepared, request)
+            with prepared.host.registered():
+                return call_custom(custom_generate, prepared.model, prepared, custom_arguments)
+        with undisturbed(), prepared.host.registered():
+            if streamer is None:
+                state = collect(run_call(prepared, UNWATCHED))
+            else:
+                state = collect(run_call(prepared, WATCHED), to_streamer(streamer, prepared))
+                streamer.end()
+            return to_output(prepared, state)
 
 
 def prepare_call(model: Model, request: Request) -> PreparedCall:
-    """The call of a request, with `token_healing` applied and the available memory checked."""
+    """The call of a request, with `token_healing` applied and the available memory checked.
+
+    If other processes hold a part of the model, all of them must prepare a call.
+    """
+    if (processes := processes_of(model)) is None:
+        return _prepare_alone(model, request)
+    with undisturbed():
+        return prepare_together(processes, model, request, _prepare_alone)
+
+
+def _prepare_alone(model: Model, request: Request) -> PreparedCall:
+    """The call of this process."""
 
     def one_token(prompt: np.ndarray, generation_config: "GenerationConfig", key: np.ndarray | None) -> np.ndarray:
         return generate(model, prompt, generation_config=generation_config, key=key)  # pyright: ignore[reportReturnType]
@@ -146,7 +165,7 @@ def prepare_call(model: Model, request: Request) -> PreparedCall:
         if mode.config.merged.token_healing:
             inputs = healed_inputs(model, inputs, request, one_token)
         prepared = build_call(model, request, mode, inputs)
-    check_memory(model, prepared)
+    check_memory(prepared)
     return prepared
 
 
@@ -175,7 +194,7 @@ def stream(
     Raises:
         ValueError: as `generate`, when `stream` is called and not at the first chunk.
     """
-    return follow(model, prepare_stream(model, Request.of(inputs, generation_config, kwargs)))
+    return follow(prepare_stream(model, Request.of(inputs, generation_config, kwargs)))
 
 
 def prepare_stream(model: Model, request: Request) -> PreparedCall:
@@ -194,9 +213,9 @@ def prepare_stream(model: Model, request: Request) -> PreparedCall:
     return prepared
 
 
-def follow(model: Model, prepared: PreparedCall) -> Generator[np.ndarray, None, None]:
+def follow(prepared: PreparedCall) -> Generator[np.ndarray, None, None]:
     """The chunks of `stream`."""
-    chunks = _chunks(model, prepared)
+    chunks = _chunks(prepared)
     _unread.add(chunks)
     return chunks
 
@@ -206,9 +225,9 @@ _unread: weakref.WeakSet[Generator[np.ndarray, None, None]] = weakref.WeakSet()
 atexit.register(lambda: [chunks.close() for chunks in list(_unread)])
 
 
-def _chunks(model: Model, prepared: PreparedCall) -> Generator[np.ndarray, None, None]:
+def _chunks(prepared: PreparedCall) -> Generator[np.ndarray, None, None]:
     new = NewTokens(prepared)
-    with prepared.host.registered(), contextlib.closing(drive(model, prepared, WATCHED)) as chunks:
+    with prepared.host.registered(), contextlib.closing(run_call(prepared, WATCHED)) as chunks:
         while True:
             with undisturbed():  # not around `yield`: the reader of the stream keeps its own settings
                 progress = next(chunks, None)

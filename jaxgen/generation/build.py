@@ -17,7 +17,7 @@ from jaxgen.base import Call, Model, Prefill, Prompt, Source, Strategy, row_shar
 from jaxgen.buckets import row_bucket
 from jaxgen.generation.call import PreparedCall
 from jaxgen.generation.config.decode_config import DecodeConfig
-from jaxgen.generation.config.fields import INPUTS, REFUSED_ARGUMENTS
+from jaxgen.generation.config.fields import INPUTS
 from jaxgen.generation.config.resolve import resolve
 from jaxgen.generation.modes import Mode, mode_for
 from jaxgen.generation.modes.base import Parts
@@ -31,9 +31,6 @@ from jaxgen.generation.stopping import Stopping, stopping, stopping_criteria
 from jaxgen.generation.user_warnings import warn_caller
 
 logger = logging.getLogger(__name__)
-
-# `generate` handles `custom_generate` before it gets here; `stream` and `prepare` do not support it.
-_REFUSED = frozenset({*REFUSED_ARGUMENTS, "custom_generate"})
 
 
 def read_request(model: Model, request: Request) -> tuple[Mode, Inputs]:
@@ -105,6 +102,7 @@ def build_call(model: Model, request: Request, mode: Mode, inputs: Inputs) -> Pr
     prompt, source = _source(prompt, prefill, mode.config, inputs)
     call = Call(prompt, strategy, mode.text_slots(prompt.input_ids.shape[1], new_tokens), prefill, source)
     return PreparedCall(
+        model=model,
         call=call,
         inputs=inputs,
         config=mode.config,
@@ -117,14 +115,17 @@ def build_call(model: Model, request: Request, mode: Mode, inputs: Inputs) -> Pr
 
 
 def _supported(request: Request) -> dict[str, object]:
-    """The keywords that remain once unsupported ones are refused: generation fields and inputs of the model."""
+    """The keywords that are generation fields and inputs of the model."""
+    if request.synced_gpus not in (None, True, False):
+        raise ValueError(
+            f"`synced_gpus`={request.synced_gpus!r} must be True or None: the processes of a call always stay together."
+        )
     keywords = _with_one_cache(request.keywords)
-    asked = {**keywords, "synced_gpus": request.synced_gpus}
-    for name in _REFUSED & asked.keys():
-        if asked[name] is not None and asked[name] is not False:
-            raise ValueError(f"`{name}` is not supported. Leave it out.")
+    # `generate` handles `custom_generate` before it gets here; `stream` and `prepare` do not support it.
+    if keywords.get("custom_generate") is not None:
+        raise ValueError("`custom_generate` is not supported. Leave it out.")
     # `trust_remote_code` only matters to `custom_generate`.
-    return {name: value for name, value in keywords.items() if name not in {*_REFUSED, "trust_remote_code"}}
+    return {name: value for name, value in keywords.items() if name not in ("custom_generate", "trust_remote_code")}
 
 
 def _with_one_cache(kwargs: Mapping[str, object]) -> dict[str, object]:
@@ -274,6 +275,7 @@ def _strategy(
         mode, inputs, stop.max_length, model.vocab_size, logits_processor, request.prefix_allowed_tokens_fn, host
     )
     rows = prompts * mode.rows_per_criterion
+    key = request.entropy if request.key is None and mode.config.do_sample else request.key
     eos, max_length, criteria = stopping_criteria(model, stop, request.tokenizer, host, rows)
     return mode.build(
         Parts(
@@ -282,7 +284,7 @@ def _strategy(
             processors=processors,
             stopping_criteria=criteria,
             longest=stop.max_length,
-            key=key_data(request.key, mode.config, row_bucket(row_shards(model.mesh), prompts), prompts),
+            key=key_data(key, mode.config, row_bucket(row_shards(model.mesh), prompts), prompts),
             vocab_size=model.vocab_size,
             recorded=mode.recorded(mode.config.intermediates, request.output_logprobs),
             model=model,

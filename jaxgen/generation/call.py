@@ -1,15 +1,19 @@
 """A prepared call of `generate`."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from jaxgen.base import Call
+from jaxgen.base import Call, Model
 from jaxgen.buckets import bucket
 from jaxgen.generation.config.decode_config import DecodeConfig
 from jaxgen.generation.modes.base import Mode
 from jaxgen.generation.prompt.inputs import Inputs
 from jaxgen.generation.running.host_callbacks import HostFunctions
+
+if TYPE_CHECKING:
+    from jaxgen.generation.running.processes import Processes
 
 
 @dataclass(frozen=True)
@@ -17,6 +21,7 @@ class PreparedCall:
     """A checked call that is ready to run: the input of the two programs, and the data for trimming their output.
 
     Attributes:
+        model: the model, on the devices that have these rows.
         call: the input of the programs.
         inputs: the caller's prompt, checked.
         config: the configuration of the call.
@@ -25,8 +30,10 @@ class PreparedCall:
         token_slots: int [L]. The cache slot of each prompt token; those of a continued cache come first.
         forward_passes: maximum number of decode steps after prefill.
         reserved: cache slots per row from the start; 0 to let the cache grow with the text.
+        processes: those that run the call together; None if this one runs it alone.
     """
 
+    model: Model
     call: Call
     inputs: Inputs
     config: DecodeConfig
@@ -35,6 +42,7 @@ class PreparedCall:
     token_slots: np.ndarray
     forward_passes: int
     reserved: int = 0
+    processes: "Processes | None" = None
 
     @property
     def intermediates(self) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ class Request:
     Attributes:
         keywords: the other keyword arguments: generation fields, and inputs of the model such as `attention_mask`.
         reserve: see `padded_prompt`; not an argument of `generate`.
+        entropy: the key if there is none; random by default. Not an argument of `generate` either.
     """
 
     inputs: "ArrayLike | None" = None
@@ -37,6 +38,7 @@ class Request:
     assistant_tokenizer: "PreTrainedTokenizerBase | None" = None
     keywords: Mapping[str, object] = field(default_factory=dict)
     reserve: int = 0
+    entropy: int | None = None
 
     @classmethod
     def of(

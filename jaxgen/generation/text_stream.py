@@ -104,7 +104,7 @@ def stream_text(
             f"`stream_text` follows one text, but the call makes {rows}. Pass one prompt and `num_return_sequences=1`, "
             "or use `stream`, which yields the tokens of all rows."
         )
-    return _pieces(TextPieces(tokenizer), follow(model, prepared))
+    return _pieces(TextPieces(tokenizer), follow(prepared))
 
 
 def _pieces(text: TextPieces, chunks: Generator[np.ndarray, None, None]) -> Iterator[str]:

@@ -4,7 +4,6 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from jaxgen.base import ENCODER_INTERMEDIATES
@@ -13,6 +12,7 @@ from jaxgen.generation.call import PreparedCall
 from jaxgen.generation.outputs import GenerateOutput
 from jaxgen.generation.prompt.checks import refuse_tracer
 from jaxgen.generation.prompt.past_key_values import PastKeyValues
+from jaxgen.generation.running.processes import fetch
 
 logger = logging.getLogger(__name__)
 
@@ -26,8 +26,7 @@ def to_output(prepared: PreparedCall, state: DecodeState) -> np.ndarray | Genera
     """
     outputs = finalize(prepared.call.strategy, state)
     refuse_tracer(outputs["length"])
-    # `device_get` can be interrupted while the device runs, `np.asarray` cannot.
-    fetched = jax.device_get(dict(outputs))
+    fetched = fetch(dict(outputs))
     if fetched["invalid"].any():
         logger.warning(
             "Rows %s produced NaN or infinite scores; their tokens are not meaningful. Check the weights, load as "
@@ -59,7 +58,7 @@ def _of_encoder(prepared: PreparedCall, state: DecodeState) -> dict[str, Any]:
     if source.encoded:
         return {name: source.given[name] for name in asked if name in source.given}
     rows, columns = source.attention_mask.shape
-    fetched = jax.device_get({name: state.prompt_intermediates[name] for name in asked})
+    fetched = fetch({name: state.prompt_intermediates[name] for name in asked})
 
     def trimmed(array: np.ndarray) -> np.ndarray:
         """[N, X, D] or [N, Q, X, X] without the bucket's padding."""
@@ -73,7 +72,7 @@ def _past_key_values(prepared: PreparedCall, state: DecodeState, steps: int) -> 
     first = token_slots[-1] + 1
     # The model has not read the last step's token, so it is not in the cache.
     if prepared.call.strategy.columns > 1:
-        return PastKeyValues(state.cache, _ragged_slots(prepared, np.asarray(state.cache.valid)[:rows], steps - 1))
+        return PastKeyValues(state.cache, _ragged_slots(prepared, fetch(state.cache.valid)[:rows], steps - 1))
     generated = first + prepared.mode.cached_steps(state.cache, first, rows, steps - 1)
     return PastKeyValues(state.cache, _after(token_slots, generated))
 
@@ -115,7 +114,7 @@ def _intermediates(
     beam 0 attends to      p p p     1         5   6                its ancestors' slots, which are returned
     ```
     """
-    first, later = jax.device_get((state.prompt_intermediates[name], state.step_intermediates[name]))
+    first, later = fetch((state.prompt_intermediates[name], state.step_intermediates[name]))
     mode, token_slots = prepared.mode, prepared.token_slots
     rows, texts = prepared.rows * prepared.call.strategy.copies, mode.sequences_per_prompt
     num_new, prefill = prepared.inputs.num_new, prepared.call.prefill

@@ -1,10 +1,11 @@
 """What the models of all families share: their sizes, dtype, mesh and generation config."""
 
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from jaxgen.models.family import Config
 from jaxgen.models.layers import HostOnly
@@ -53,6 +54,20 @@ class LanguageModel(nnx.Module):
     def generate(self) -> NoReturn:
         """Raises an error with the way out, for users of transformers."""
         raise AttributeError("a model has no method `generate`. Call `jaxgen.generate(model, input_ids, ...)`.")
+
+    def on(self, mesh: Mesh) -> Self:
+        """See `base.Model.on`."""
+        devices = {device for device in mesh.devices.flat}
+
+        def part(array: jax.Array) -> jax.Array:
+            assert isinstance(array.sharding, NamedSharding)
+            shards = [shard.data for shard in array.addressable_shards if shard.device in devices]
+            sharding = NamedSharding(mesh, array.sharding.spec)
+            return jax.make_array_from_single_device_arrays(array.shape, sharding, shards)
+
+        model = nnx.clone(jax.tree.map(part, self), variables=False)
+        model.mesh = mesh
+        return model
 
     def __setattr__(self, name: str, value: object) -> None:
         # Not a property setter: Flax would record the name as an attribute, and the model would need new programs.

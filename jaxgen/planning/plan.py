@@ -386,7 +386,7 @@ class _Call:
             sizes.update(slot_bytes=model.cache_bytes_per_token, prompt_rows=rows, columns=columns)
             sizes.update(slots=prepared.cache_slots, tokens=tokens, step_columns=strategy.columns)
             if strategy.columns > 1:  # a cache with rows of their own lengths grows while less than an eighth is free
-                enough = (size.slots for size in cache_sizes(model, prepared, 0) if size.slots * 7 // 8 >= tokens)
+                enough = (size.slots for size in cache_sizes(prepared, 0) if size.slots * 7 // 8 >= tokens)
                 sizes.update(slots=next(enough))
             sizes.update(copies=strategy.copies, branches=strategy.branches)
             sizes.update(sources=0 if source is None else source.bucket)

@@ -337,7 +337,7 @@ def test_an_assistant_drafts_after_it_has_read_every_piece_of_the_text(
     for seed in range(4):
         tables = in_pieces(model, prompts, share, seed)
         drafter = Logged(Assistant(model, most, 0.0, False, most, tables))
-        state: Any = collect(drive(model, prepared(model, prompts, assistant_model=drafter, **keywords), UNWATCHED))
+        state: Any = collect(drive(prepared(model, prompts, assistant_model=drafter, **keywords), UNWATCHED))
         np.testing.assert_array_equal(np.asarray(state.inner.sequences)[:, : plain.shape[1]], plain)
 
         log = jax.device_get(state.inner.memory)

@@ -8,7 +8,7 @@ import pytest
 from transformers import GenerationConfig
 
 import jaxgen
-from jaxgen.generation.config.fields import FIELDS, REFUSED_ARGUMENTS, SUPPORTED, GenerateKeywords, described
+from jaxgen.generation.config.fields import FIELDS, SUPPORTED, GenerateKeywords, described
 
 TESTS = Path(__file__).parents[1]
 PARAMETERS = set(inspect.signature(jaxgen.generate).parameters) - {"model", "kwargs"}
@@ -98,6 +98,8 @@ SHOWN_BY = {
     "prefix_allowed_tokens_fn": "generation/test_custom.py::test_allowed_tokens_by_prefix_equal_transformers",
     "negative_prompt_ids": "generation/test_api.py::test_negative_prompts_equal_transformers",
     "negative_prompt_attention_mask": "generation/test_api.py::test_negative_prompts_equal_transformers",
+    "synced_gpus": "test_many_processes.py::"
+    "test_every_process_gets_the_tokens_that_it_would_get_alone",
     "key": "decoding/test_sampling.py::test_a_key_may_be_an_int_a_typed_key_or_an_old_one",
     "output_logprobs": "generation/test_outputs.py::"
     "test_logprobs_are_those_of_the_chosen_tokens_without_the_vocabulary",
@@ -112,15 +114,15 @@ def test_the_test_that_shows_it_exists(name: str) -> None:
 
 def test_every_supported_field_and_argument_is_shown_by_a_test() -> None:
     inputs = KEYWORDS.keys() - FIELDS.keys()
-    assert SHOWN_BY.keys() == SUPPORTED | PARAMETERS - REFUSED_ARGUMENTS.keys() | inputs
+    assert SHOWN_BY.keys() == SUPPORTED | PARAMETERS | inputs
 
 
 def test_the_page_of_arguments_is_the_one_that_the_code_makes() -> None:
     assert arguments.FILE.read_text() == arguments.page(), "run `python tests/scripts/arguments.py`"
 
 
-def test_the_docstring_explains_every_argument_that_is_not_refused() -> None:
-    assert arguments.documented().keys() == PARAMETERS - REFUSED_ARGUMENTS.keys() | {"model"}
+def test_the_docstring_explains_every_argument() -> None:
+    assert arguments.documented().keys() == PARAMETERS | {"model"}
 
 
 def test_the_defaults_are_those_of_transformers() -> None:

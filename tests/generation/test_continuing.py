@@ -298,7 +298,7 @@ def test_the_sizes_of_a_cache_that_goes_on_are_rounded_as_a_whole(model: Any) ->
         past.crop(seen - past.get_seq_length())
         arguments = {**PLAIN, "max_new_tokens": new_tokens, "past_key_values": past}
         call = prepared(model, whole.sequences[:, : seen + fresh], **arguments)
-        sizes = [call.call.prompt_slots, call.call.slots, *(each.slots for each in cache_sizes(model, call, weights=0))]
+        sizes = [call.call.prompt_slots, call.call.slots, *(each.slots for each in cache_sizes(call, weights=0))]
         assert sizes == [bucket(size) for size in sizes]
         assert call.call.prompt_slots >= seen + fresh and sizes[-1] >= seen + fresh + new_tokens - 1
 

@@ -71,7 +71,7 @@ def assisted(
         strategy = dataclasses.replace(strategy, drafter=drafter)
         call = dataclasses.replace(call, call=dataclasses.replace(call.call, strategy=strategy))
     with undisturbed(), call.host.registered():
-        state = collect(drive(model, call, schedule))
+        state = collect(drive(call, schedule))
         output = to_output(call, state)
         used = int(state.cache.valid.shape[1] - jnp.argmax(state.cache.valid[:, ::-1].any(axis=0)))
         counts = jax.device_get({**strategy.finalize(state.inner), "steps": state.steps})

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import jaxgen
-from jaxgen.generation.config.fields import FIELDS, REFUSED_ARGUMENTS, GenerateKeywords, described
+from jaxgen.generation.config.fields import FIELDS, GenerateKeywords, described
 
 FILE = Path(__file__).parents[2] / "docs" / "arguments.md"
 _KEYWORDS = described(GenerateKeywords)
@@ -49,8 +49,6 @@ def page() -> str:
     sections.append(_section("arguments of generate", ["argument", "what it is"], rows))
     rows = [[f"`{name}`", *_words(name)] for name in keywords]
     sections.append(_section("other keywords of generate", ["keyword", "what it is", "notes"], rows))
-    rows = [[f"`{name}`", _sentence(text)] for name, text in REFUSED_ARGUMENTS.items()]
-    sections.append(_section("refused arguments of generate", ["argument", "what it does in transformers"], rows))
     return "\n".join(sections)
 
 

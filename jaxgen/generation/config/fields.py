@@ -573,12 +573,6 @@ class GenerateKeywords(GenerationFields, ModelInputs, total=False):
     ]
 
 
-# The arguments of transformers' `generate` that are refused unless they are None or False.
-REFUSED_ARGUMENTS = {
-    "synced_gpus": "keeps the processes of FSDP and DeepSpeed in step; with a mesh, jaxgen runs one program",
-}
-
-
 def described(keywords: type) -> dict[str, tuple[object, Field]]:
     """The type and the description of each keyword in a table of this module."""
     return {name: get_args(hint) for name, hint in get_type_hints(keywords, include_extras=True).items()}

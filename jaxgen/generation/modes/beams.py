@@ -10,6 +10,7 @@ from jaxgen.buckets import bucket
 from jaxgen.generation.config.validators import number, positive
 from jaxgen.generation.modes.base import Mode, Parts
 from jaxgen.generation.outputs import GenerateBeamDecoderOnlyOutput, GenerateBeamEncoderDecoderOutput
+from jaxgen.generation.running.processes import fetch
 
 if TYPE_CHECKING:
     from jaxgen.lazy import GenerationConfig
@@ -111,7 +112,7 @@ class BeamsMode(Mode):
     def cached_steps(self, cache: Cache, first: int, rows: int, steps: int) -> np.ndarray:
         beams = self.num_beams
         # `valid` [rows, C, S] is True at one slot of each step, so `argmax` over the last axis finds the ancestor.
-        attended = np.asarray(cache.valid)[:rows, :, first : first + beams * steps]
+        attended = fetch(cache.valid)[:rows, :, first : first + beams * steps]
         return beams * np.arange(steps) + attended.reshape(rows, beams, steps, beams).argmax(axis=3)
 
     def attended_steps(self, fetched: Mapping[str, np.ndarray], rows: int, steps: int) -> list[np.ndarray]:

@@ -14,14 +14,14 @@ import contextlib
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxgen.base import MORE_COLUMNS, Model, Strategy
+from jaxgen.base import MORE_COLUMNS, Strategy
 from jaxgen.buckets import bucket
 from jaxgen.decoding.loop import DecodeState, Progress, advance, drop_programs_if_many, grow, prefill, squeeze
 from jaxgen.generation.call import PreparedCall
@@ -81,7 +81,7 @@ class CacheSize:
     steps_until_full: int
 
 
-def cache_sizes(model: Model, prepared: PreparedCall, weights: int) -> Generator[CacheSize]:
+def cache_sizes(prepared: PreparedCall, weights: int) -> Generator[CacheSize]:
     """The sizes that the cache of a call grows through: powers of two up to 2048 slots, buckets beyond.
 
     Every step reads the whole cache, so a size is at most 2x the slots in use, and beyond 2048 at most 1.5x. Two
@@ -89,7 +89,8 @@ def cache_sizes(model: Model, prepared: PreparedCall, weights: int) -> Generator
     1.5x as large as needed if that saves one more size. Each size costs a compile, which only pays off with a long
     text: 3072 slots instead of 4096 save 6 ms per step for a thousand steps (135M on a CPU, batch 1).
     """
-    strategy, prompt_slots, max_size = prepared.call.strategy, prepared.call.prompt_slots, prepared.cache_slots
+    model, strategy, prompt_slots = prepared.model, prepared.call.strategy, prepared.call.prompt_slots
+    max_size = prepared.cache_slots
     max_passes = prepared.forward_passes
     if strategy.columns > 1:  # a ragged cache reports itself when it is full
         size = max(prepared.reserved, strategy.cache_slots(prompt_slots, 2), _FEWEST_SLOTS)
@@ -124,7 +125,87 @@ def cache_sizes(model: Model, prepared: PreparedCall, weights: int) -> Generator
 Chunks = Generator[Progress, bool | None, DecodeState]
 
 
-def drive(model: Model, prepared: PreparedCall, schedule: ChunkSchedule) -> Chunks:
+class Run:
+    """A call while it runs: the state, and the chunks dispatched so far.
+
+    Attributes:
+        state: after the chunks dispatched so far.
+        progress: after the prefill.
+        compiling: seconds spent on compiling so far.
+    """
+
+    def __init__(self, prepared: PreparedCall):
+        drop_programs_if_many()
+        model, strategy = prepared.model, prepared.call.strategy
+        self._prepared = prepared
+        self.weights = sum(each.nbytes for each in jax.tree.leaves(model))
+        self._sizes = cache_sizes(prepared, self.weights)
+        self._size, self._done = next(self._sizes), 0
+        # Without a count of steps, the state tells when the decode ends: steps with a full cache do nothing.
+        self._passes = prepared.forward_passes if strategy.columns == 1 else math.inf
+        self.compiling = 0.0
+        with self._compiling():
+            self.state, self.progress = prefill(model, prepared.call, prepared.intermediates, self._size.slots)
+        self._latest = self.progress
+
+    @property
+    def over(self) -> bool:
+        """Whether the last step has been dispatched."""
+        return self._done >= self._passes
+
+    def advance(self, steps: int) -> tuple[int, Progress]:
+        """Dispatches the next chunk, of at most `steps` steps. Returns the number of its steps, and its progress."""
+        counted = self._passes < math.inf
+        with self._compiling():
+            if counted and self._done == self._size.steps_until_full:
+                self._size = next(self._sizes)
+                self.state = replace(self.state, cache=grow(self.state.cache, self._size.slots))
+            chunk = min(steps, self._size.steps_until_full - self._done) if counted else steps
+            self._advance(self._prepared.call.strategy, chunk)
+        self._done += chunk
+        return chunk, self._latest
+
+    def make_room(self) -> None:
+        """Squeezes the holes out of ragged caches that are full, and grows them if less than an eighth is free."""
+        strategy = self._prepared.call.strategy
+        caches: list[Any] = [self.state.cache, *strategy.caches(self.state.inner)]
+        with self._compiling():
+            if len(self.state.cache.valid) > 1:  # a single row has no holes
+                caches = [squeeze(cache) for cache in caches]
+            if any(int(cache.length) + strategy.columns + MORE_COLUMNS > cache.slots * 7 // 8 for cache in caches):
+                more = next(self._sizes).slots - self.state.cache.slots
+                caches = [grow(cache, cache.slots + more) for cache in caches]
+            cache, *others = caches
+            inner = strategy.with_caches(self.state.inner, tuple(others))
+            self.state = replace(self.state, cache=cache, inner=inner)
+
+    def stopped(self, read: Progress) -> DecodeState:
+        """The state if the call ends here. Beams take one more step, where a lower `max_length` finishes all."""
+        if read.text is None:
+            strategy: Any = self._prepared.call.strategy
+            self._advance(replace(strategy, max_length=MaxLength(np.int32(read.length + 1))), 1)
+        return self.state
+
+    def wait(self) -> None:
+        """Waits until the device is idle."""
+        # Arrays that were donated to an interrupted dispatch are deleted.
+        arrays = (each for each in jax.tree.leaves((self.state, self._latest)) if isinstance(each, jax.Array))
+        jax.block_until_ready([each for each in arrays if not each.is_deleted()])
+
+    def _advance(self, strategy: Strategy, steps: int) -> None:
+        prepared = self._prepared
+        self.state, self._latest = advance(
+            prepared.model, self.state, strategy, np.int32(steps), prepared.intermediates
+        )
+
+    @contextlib.contextmanager
+    def _compiling(self) -> Iterator[None]:
+        before = compile_seconds()  # of this thread: each chunk of a stream can be read by another one
+        yield
+        self.compiling += compile_seconds() - before
+
+
+def drive(prepared: PreparedCall, schedule: ChunkSchedule) -> Chunks:
     """Runs a call, yields the progress of its chunks as host arrays, and returns the state at the end.
 
     Sending True stops the call. Its state may then be one chunk ahead of the progress, since that chunk was already
@@ -132,76 +213,36 @@ def drive(model: Model, prepared: PreparedCall, schedule: ChunkSchedule) -> Chun
     """
     max_time = math.inf if prepared.config.max_time is None else prepared.config.max_time
     waits = schedule.watched or max_time < math.inf
-    drop_programs_if_many()
-    started, compiled = time.monotonic(), compile_seconds()
-    weights = sum(each.nbytes for each in jax.tree.leaves(model))
-    sizes = cache_sizes(model, prepared, weights)
-    size, done = next(sizes), 0
-    # Without a count of steps, the state tells when the decode ends: steps with a full cache do nothing.
-    passes = prepared.forward_passes if prepared.call.strategy.columns == 1 else math.inf
-    state, progress = prefill(model, prepared.call, prepared.intermediates, size.slots)
-    compiling = compile_seconds() - compiled
+    started = time.monotonic()
+    run = Run(prepared)
     try:
-        unread = deque([(1, progress)])
-        steps = 1 if waits else schedule.first(weights)
+        unread = deque([(1, run.progress)])
+        steps = 1 if waits else schedule.first(run.weights)
         ahead = 0 if waits else 1  # 0: the first token is shown before the second program compiles
         before = 0.0
         while True:
-            while done < passes and len(unread) <= ahead:
-                compiled = compile_seconds()  # of this thread: each chunk of a stream can be read by another one
-                if passes < math.inf and done == size.steps_until_full:
-                    size = next(sizes)
-                    state = replace(state, cache=grow(state.cache, size.slots))
-                chunk = min(steps, size.steps_until_full - done) if passes < math.inf else steps
-                state, progress = advance(model, state, prepared.call.strategy, np.int32(chunk), prepared.intermediates)
-                compiling += compile_seconds() - compiled
-                unread.append((chunk, progress))
-                done += chunk
-            if not unread or not (done < passes or waits):
-                return state
+            while not run.over and len(unread) <= ahead:
+                unread.append(run.advance(steps))
+            if not unread or not (waits or not run.over):
+                return run.state
             chunk, progress = unread.popleft()
             read = jax.device_get(progress)
             if (yield read):
-                return _stopped(model, prepared, state, read)
-            now = time.monotonic() - started - compiling
+                return run.stopped(read)
+            now = time.monotonic() - started - run.compiling
             if not read.unfinished:
-                return state
+                return run.state
             if read.full:  # the chunks that are queued did nothing
-                compiled = compile_seconds()
-                state = _with_room(state, prepared.call.strategy, sizes)
-                compiling += compile_seconds() - compiled
+                run.make_room()
             if now > max_time and read.length > prepared.prompt_length:  # at least one token, however short the limit
-                return _stopped(model, prepared, state, read)
+                return run.stopped(read)
             steps = schedule.next(steps, (now - before) / chunk, max_time - now)
             before = now
             if max_time == math.inf:  # with a limit nothing is queued ahead, since it could not be cancelled
                 ahead = 1
     except BaseException:
-        # Arrays that were donated to an interrupted dispatch are deleted.
-        arrays = (each for each in jax.tree.leaves((state, progress)) if isinstance(each, jax.Array))
-        jax.block_until_ready([each for each in arrays if not each.is_deleted()])
+        run.wait()
         raise
-
-
-def _with_room(state: DecodeState, strategy: Strategy, sizes: Generator[CacheSize]) -> DecodeState:
-    """The state with its ragged caches squeezed, and grown if less than an eighth of a cache is free."""
-    caches: list[Any] = [state.cache, *strategy.caches(state.inner)]
-    if len(state.cache.valid) > 1:  # a single row has no holes
-        caches = [squeeze(cache) for cache in caches]
-    if any(int(cache.length) + strategy.columns + MORE_COLUMNS > cache.slots * 7 // 8 for cache in caches):
-        more = next(sizes).slots - state.cache.slots
-        caches = [grow(cache, cache.slots + more) for cache in caches]
-    cache, *others = caches
-    return replace(state, cache=cache, inner=strategy.with_caches(state.inner, tuple(others)))
-
-
-def _stopped(model: Model, prepared: PreparedCall, state: DecodeState, read: Progress) -> DecodeState:
-    """The state of a call that ends early. Beams take one more step, where a lower `max_length` finishes all."""
-    if read.text is not None:
-        return state
-    strategy: Any = prepared.call.strategy
-    strategy = replace(strategy, max_length=MaxLength(np.int32(read.length + 1)))
-    return advance(model, state, strategy, np.int32(1), prepared.intermediates)[0]
 
 
 def collect(chunks: Chunks, look: Callable[[Progress], bool | None] = lambda progress: None) -> DecodeState:
@@ -213,4 +254,7 @@ def collect(chunks: Chunks, look: Callable[[Progress], bool | None] = lambda pro
                 progress = chunks.send(stop)
             except StopIteration as ended:
                 return ended.value
-            stop = look(progress)
+            try:
+                stop = look(progress)
+            except BaseException as error:
+                chunks.throw(error)  # to other processes of the call, it says why the call ends

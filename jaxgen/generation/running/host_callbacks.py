@@ -90,6 +90,7 @@ class HostFunctions:
     def __init__(self) -> None:
         self._functions: dict[int, HostFunction] = {}
         self._error: BaseException | None = None
+        self._forgiving = False
 
     def __bool__(self) -> bool:
         return bool(self._functions)
@@ -112,14 +113,26 @@ class HostFunctions:
 
         def guarded(input_ids: np.ndarray, scores: np.ndarray | None, first_row: int = 0) -> np.ndarray:
             try:
+                self.check()
                 return function(input_ids, scores, first_row)
             except BaseException as error:
                 self._error = error
-                raise
+                if not self._forgiving:
+                    raise
+                return np.zeros(len(input_ids), bool) if scores is None else scores
 
         number = next(_numbers)
         self._functions[number] = guarded
         return np.int32(number)
+
+    def forgive(self) -> None:
+        """Makes an error wait for the next `check`: raised in a program, it would leave other processes waiting."""
+        self._forgiving = True
+
+    def check(self) -> None:
+        """Raises the error that a function has raised, if there is one."""
+        if self._error is not None:
+            raise self._error
 
     @contextmanager
     def registered(self) -> Iterator[None]:

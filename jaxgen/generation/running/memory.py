@@ -4,13 +4,12 @@ import os
 
 import jax
 
-from jaxgen.base import Model
 from jaxgen.generation.call import PreparedCall
 
 
-def check_memory(model: Model, prepared: PreparedCall) -> None:
+def check_memory(prepared: PreparedCall) -> None:
     """Raises ValueError if the arrays of a call exceed the memory. Called before anything is compiled."""
-    call, config, mode = prepared.call, prepared.config, prepared.mode
+    model, call, config, mode = prepared.model, prepared.call, prepared.config, prepared.mode
     prompt_slots, cache_slots = call.prompt_slots, prepared.cache_slots
     rows, steps = call.model_rows * call.strategy.copies, call.slots - call.prompt.input_ids.shape[1]
     needed = {

@@ -40,12 +40,12 @@ def test_the_weights_and_the_cache_of_an_assistant_count(
     cache = call.model_rows * ready.cache_slots * model.cache_bytes_per_token
     needed = weights + cache + call.strategy.bytes_of_caches(prompt, call.slots - prompt.input_ids.shape[1])
     monkeypatch.setattr(memory, "memory_bytes", lambda: needed)
-    memory.check_memory(model, ready)
+    memory.check_memory(ready)
     monkeypatch.setattr(memory, "memory_bytes", lambda: needed - 1)
     with pytest.raises(
         ValueError, match=r"GB for the weights, .* GB for the cache, .* GB for the cache of the assistant.*Lower"
     ):
-        memory.check_memory(model, ready)
+        memory.check_memory(ready)
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
@@ -56,7 +56,7 @@ def test_the_source_and_the_arrays_of_an_encoder_count(use_cache: bool, monkeypa
     state: Any = loop.prefill.eval_shape(model, ready.call, ready.intermediates)[0]
     monkeypatch.setattr(memory, "memory_bytes", lambda: 1)
     with pytest.raises(ValueError, match="GB for the source") as refused:
-        memory.check_memory(model, ready)
+        memory.check_memory(ready)
     sizes = dict(re.findall(r"[\d,.]+ GB for ((?:the \w+)|(?:`\w+`))()", str(refused.value)))
     assert sizes.keys() == {
         "the weights",

@@ -172,7 +172,7 @@ def test_a_cache_that_grows_while_the_text_does_gives_the_same_tokens(
 
 def test_a_cache_doubles_up_to_2048_slots_and_then_grows_by_less(model: Any) -> None:
     call = prepared(model, [[5, 6]], max_new_tokens=10_000, eos_token_id=None)
-    sizes = [*driver.cache_sizes(model, call, weights=0)]
+    sizes = [*driver.cache_sizes(call, weights=0)]
     assert [size.slots for size in sizes] == [256, 512, 1024, 2048, 3072, 4096, 6144, 8192, 12288]
     # Each is full but for one column, those of the prompt's bucket included.
     assert [size.steps_until_full for size in sizes[:-1]] == [size.slots - 17 for size in sizes[:-1]]
@@ -184,13 +184,13 @@ def test_slots_that_are_little_beside_the_weights_are_reserved_at_once(rows: int
     """The last size is up to half as large again as the one that it saves."""
     call = prepared(model, [[5, 6]] * rows, max_new_tokens=3000, eos_token_id=None)
     weights = 64 * 700 * model.cache_bytes_per_token  # a 64th of them, as 700 slots of one row are
-    assert [size.slots for size in driver.cache_sizes(model, call, weights)] == sizes
+    assert [size.slots for size in driver.cache_sizes(call, weights)] == sizes
 
 
 def test_a_cache_whose_attentions_are_asked_for_has_all_its_slots_from_the_start(model: Any) -> None:
     flags = {"output_attentions": True, "return_dict_in_generate": True}
     call = prepared(model, [[5, 6]], max_new_tokens=3000, eos_token_id=None, **flags)
-    assert [size.slots for size in driver.cache_sizes(model, call, weights=0)] == [3072]
+    assert [size.slots for size in driver.cache_sizes(call, weights=0)] == [3072]
 
 
 @pytest.mark.parametrize("way", [{}, {"num_beams": 4}, {"penalty_alpha": 0.5, "top_k": 4}], ids=str)
@@ -201,7 +201,7 @@ def test_a_cache_of_any_size_grows_until_the_call_is_done(way: dict[str, Any], c
         # As after a kept cache, which leaves the prompt's own columns few.
         read = np.zeros((1, columns))
         after = replace(call, call=replace(call.call, prefill=Prefill(read, read, read)))
-        sizes = [*itertools.islice(driver.cache_sizes(model, after, weights=0), 30)]
+        sizes = [*itertools.islice(driver.cache_sizes(after, weights=0), 30)]
         slots, passes = zip(*((size.slots, size.steps_until_full) for size in sizes), strict=True)
         assert [*slots] == sorted(set(slots))
         assert [*passes] == sorted(set(passes))

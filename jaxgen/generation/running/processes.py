@@ -1,0 +1,134 @@
+"""The processes that run a call together: who shares rows with whom, and how they exchange what they have to agree on.
+
+The rows of a call are spread over the mesh axis "data", so each process passes and gets back its own. Processes that
+hold parts of the same rows, as an axis "tensor" over several hosts makes them, are a group, and pass the same rows:
+
+```
+data            0          1          2          3
+tensor        0   1      0   1      0   1      0   1
+process       0   1      0   1      2   3      2   3        groups: processes 0 and 1, processes 2 and 3
+```
+
+The weights are whole in each group. So a group runs the programs of a single process on its part of the mesh, without
+waiting for other groups at every step: whatever a row's neighbours are, its tokens are those of a single process.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxgen.base import Model
+
+
+class Processes:
+    """The processes of a mesh.
+
+    Attributes:
+        mesh: of all processes.
+        own_mesh: the part of it that the group of this process has.
+        groups: the processes of each group.
+        group: the number of this process's group.
+        calls: the number of calls so far.
+    """
+
+    def __init__(self, mesh: Mesh):
+        self.mesh = mesh
+        parts = _groups(mesh)
+        self.groups = [processes for processes, _ in parts]
+        self.group = next(number for number, group in enumerate(self.groups) if jax.process_index() in group)
+        rows = parts[self.group][1]
+        self.own_mesh = mesh
+        if len(parts) > 1:
+            self.own_mesh = Mesh(np.take(mesh.devices, rows, axis=mesh.axis_names.index("data")), mesh.axis_names)
+        self._all_devices = Mesh(mesh.devices.reshape(-1), "device")
+        self.calls = 0
+
+    @functools.cached_property
+    def seed(self) -> int:
+        """A random number that is the same in all processes: the one of the first process."""
+        mine = np.random.SeedSequence().generate_state(1)
+        return int(next(iter(self.read(self.send(mine.view(np.int32))).values())).view(np.uint32)[0])
+
+    def entropy(self) -> int:
+        """A seed of 64 bits for the rows of this group in this call: the same in the group, and another in others."""
+        words = np.random.SeedSequence([self.seed, self.calls, self.group]).generate_state(1, np.uint64)
+        return int(words[0])
+
+    def send(self, values: np.ndarray) -> jax.Array:
+        """Sends int32 [X] to all processes, without waiting. All of them must call it, with the same X."""
+        mesh = self._all_devices
+        # A row per device, since the devices of a mesh may be spread unevenly over the processes.
+        sharding = NamedSharding(mesh, PartitionSpec("device"))
+        rows = jax.make_array_from_callback((mesh.size, len(values)), sharding, lambda index: values[None])
+        return _replicated(mesh)(rows)
+
+    def read(self, sent: jax.Array) -> dict[int, np.ndarray]:
+        """What each process has sent, int32 [X] by the number of the process."""
+        rows = jax.device_get(sent)
+        return {device.process_index: row for device, row in zip(self._all_devices.devices, rows, strict=True)}
+
+    def exchange(self, text: str) -> dict[int, str]:
+        """Sends a text to all processes, and returns that of each one. All of them must call it."""
+        data = text.encode()
+        lengths = {process: int(length[0]) for process, length in self.read(self.send(np.int32([len(data)]))).items()}
+        words = np.zeros(1 << (max(1, -(-max(lengths.values()) // 4)) - 1).bit_length(), np.int32)
+        words.view(np.uint8)[: len(data)] = np.frombuffer(data, np.uint8)
+        sent = self.read(self.send(words))
+        return {process: row.view(np.uint8)[: lengths[process]].tobytes().decode() for process, row in sent.items()}
+
+    def own(self, model: Model) -> Model:
+        """The model on the group's part of the mesh."""
+        return model if len(self.groups) == 1 else model.on(self.own_mesh)
+
+
+def processes_of(model: Model) -> Processes | None:
+    """The processes that hold a part of the model; None if this process has all of it."""
+    mesh = model.mesh
+    if mesh is None or all(device.process_index == jax.process_index() for device in mesh.devices.flat):
+        return None
+    return _processes(mesh)
+
+
+_processes = functools.lru_cache(maxsize=8)(Processes)
+
+
+def _groups(mesh: Mesh) -> list[tuple[set[int], list[int]]]:
+    """The groups of processes that share rows, and the indices along the axis "data" that each of them has."""
+    devices = mesh.devices[None]
+    if "data" in mesh.axis_names:
+        devices = np.moveaxis(mesh.devices, mesh.axis_names.index("data"), 0)
+    groups: list[tuple[set[int], list[int]]] = []
+    for index, row in enumerate(devices):
+        processes, rows = {device.process_index for device in row.flat}, [index]
+        for other in [group for group in groups if group[0] & processes]:
+            groups.remove(other)
+            processes, rows = processes | other[0], other[1] + rows
+        groups.append((processes, rows))
+    return groups
+
+
+@functools.lru_cache(maxsize=8)
+def _replicated(mesh: Mesh) -> Any:
+    return jax.jit(lambda arrays: arrays, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+
+def fetch(tree: Any) -> Any:
+    """A pytree with NumPy arrays in place of those of JAX, also where other processes hold a part of them.
+
+    Then all of these processes must call it.
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    spread = [
+        number
+        for number, leaf in enumerate(leaves)
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable and not leaf.is_fully_replicated
+    ]
+    if spread:
+        mesh: Any = leaves[spread[0]].sharding.mesh
+        for number, whole in zip(spread, _replicated(mesh)([leaves[number] for number in spread]), strict=True):
+            leaves[number] = whole
+    # `device_get` can be interrupted while the device runs, `np.asarray` cannot.
+    return treedef.unflatten(jax.device_get(leaves))
