@@ -98,13 +98,13 @@ def _report(failure: BaseException | None, facts: Mapping[str, Any]) -> str:
 def _described(failure: BaseException) -> str:
     if isinstance(failure, GeneratorExit):
         return "it closed its stream"
-    return f"{type(failure).__name__}: {failure}"
+    return ": ".join(part for part in (type(failure).__name__, str(failure)) if part)
 
 
 def _stopped_by(process: int, reason: str) -> RuntimeError:
     return RuntimeError(
-        f"process {process} stopped this call, which all processes run together: {reason}. Once that is mended, call "
-        "again in all processes."
+        f"process {process} stopped this call, which all processes run together: {reason.rstrip('.')}. All of them can "
+        "call again."
     )
 
 
