@@ -105,7 +105,7 @@ def _groups(mesh: Mesh) -> list[tuple[set[int], list[int]]]:
         processes, rows = {device.process_index for device in row.flat}, [index]
         for other in [group for group in groups if group[0] & processes]:
             groups.remove(other)
-            processes, rows = processes | other[0], other[1] + rows
+            processes, rows = processes | other[0], sorted(other[1] + rows)
         groups.append((processes, rows))
     return groups
 
