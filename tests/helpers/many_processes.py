@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from transformers import AutoTokenizer
 
 import jaxgen
 
@@ -58,6 +59,8 @@ def compare(alone: Any, together: Any, arguments: dict[str, Any]) -> None:
     options = {"max_new_tokens": 6 + 5 * (seed % 2), "return_dict_in_generate": True} | arguments
     if allowed:
         options["prefix_allowed_tokens_fn"] = lambda row, tokens: [5 + row, 6 + len(tokens) % 7, 20 + seed, 30]
+    if "stop_strings" in options:
+        options["tokenizer"] = AutoTokenizer.from_pretrained(jaxgen.BUNDLED_MODEL)
     if streamed:
         tokens = options | {"return_dict_in_generate": False}
         chunks = [np.concatenate([*jaxgen.stream(model, ids, attention_mask=mask, **tokens)], axis=1)
