@@ -113,7 +113,8 @@ def test_forty_faults_at_random_moments_leave_no_process_waiting(odd: bool, tmp_
 def mesh(axes: tuple[str, ...], processes: list[Any]) -> Any:
     """A stand-in for a mesh whose devices belong to these processes."""
     device = np.vectorize(lambda process: SimpleNamespace(process_index=process), otypes=[object])
-    return SimpleNamespace(axis_names=axes, devices=device(np.array(processes)))
+    devices = device(np.array(processes))
+    return SimpleNamespace(axis_names=axes, devices=devices, shape=dict(zip(axes, devices.shape, strict=True)))
 
 
 @pytest.mark.parametrize(

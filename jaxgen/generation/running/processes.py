@@ -80,13 +80,26 @@ class Processes:
         return {process: row.view(np.uint8)[: lengths[process]].tobytes().decode() for process, row in sent.items()}
 
     def own(self, model: Model) -> Model:
-        """The model on the group's part of the mesh."""
-        return model if len(self.groups) == 1 else model.on(self.own_mesh)
+        """The model on the group's part of the mesh, which gets all of the weights if it does not have them yet."""
+        if len(self.groups) == 1:
+            return model
+        leaves, treedef = jax.tree.flatten(model)
+        shardings = [_whole_in_each_group(leaf.sharding, self.mesh) for leaf in leaves]
+        apart = [number for number, leaf in enumerate(leaves) if leaf.sharding != shardings[number]]
+        if apart:
+            gather = jax.jit(lambda arrays: arrays, out_shardings=[shardings[number] for number in apart])
+            for number, whole in zip(apart, gather([leaves[number] for number in apart]), strict=True):
+                leaves[number] = whole
+        return treedef.unflatten(leaves).on(self.own_mesh)
 
 
 def processes_of(model: Model) -> Processes | None:
     """The processes that hold a part of the model; None if this process has all of it."""
-    mesh = model.mesh
+    if jax.process_count() == 1:
+        return None
+    mesh: Any = model.mesh
+    if mesh is None:  # unless the user has moved it to one
+        mesh = getattr(jax.tree.leaves(model)[0].sharding, "mesh", None)
     if mesh is None or all(device.process_index == jax.process_index() for device in mesh.devices.flat):
         return None
     return _processes(mesh)
@@ -97,17 +110,28 @@ _processes = functools.lru_cache(maxsize=8)(Processes)
 
 def _groups(mesh: Mesh) -> list[tuple[set[int], list[int]]]:
     """The groups of processes that share rows, and the indices along the axis "data" that each of them has."""
-    devices = mesh.devices[None]
+    devices = mesh.devices.reshape(1, -1)
     if "data" in mesh.axis_names:
-        devices = np.moveaxis(mesh.devices, mesh.axis_names.index("data"), 0)
+        devices = np.moveaxis(mesh.devices, mesh.axis_names.index("data"), 0).reshape(mesh.shape["data"], -1)
     groups: list[tuple[set[int], list[int]]] = []
     for index, row in enumerate(devices):
-        processes, rows = {device.process_index for device in row.flat}, [index]
+        processes, rows = {device.process_index for device in row}, [index]
         for other in [group for group in groups if group[0] & processes]:
             groups.remove(other)
             processes, rows = processes | other[0], sorted(other[1] + rows)
         groups.append((processes, rows))
     return groups
+
+
+def _whole_in_each_group(sharding: Any, mesh: Mesh) -> NamedSharding:
+    """As the sharding, but not over "data"; replicated if it is of another mesh."""
+    if sharding.mesh.axis_names != mesh.axis_names or (sharding.mesh.devices != mesh.devices).any():
+        return NamedSharding(mesh, PartitionSpec())
+    axes = [axis if isinstance(axis, tuple) else (axis,) for axis in sharding.spec]
+    spec = [tuple(name for name in each if name not in ("data", None)) or None for each in axes]
+    while spec and spec[-1] is None:
+        spec.pop()
+    return NamedSharding(mesh, PartitionSpec(*(each[0] if each and len(each) == 1 else each for each in spec)))
 
 
 @functools.lru_cache(maxsize=8)

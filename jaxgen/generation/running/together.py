@@ -55,11 +55,7 @@ def prepare_together(
     Raises:
         ValueError: if another process could not prepare its call, or if something differs that has to be the same.
     """
-    request = replace(
-        request,
-        entropy=processes.entropy(),
-        assistant_model=_own_assistant(processes, model, request.assistant_model),
-    )
+    request = replace(request, entropy=processes.entropy())
     prepared, failure, facts = None, None, {}
     with interrupts.held_back():
         try:
@@ -68,7 +64,8 @@ def prepare_together(
                     "`synced_gpus`=False asks every process to go on alone, but the processes of a mesh run a call "
                     "together. Leave it out, or load the model on a mesh of this process's own devices."
                 )
-            prepared = prepare(processes.own(model), request)
+            assistant = _own_assistant(processes, model, request.assistant_model)
+            prepared = prepare(processes.own(model), replace(request, assistant_model=assistant))
             facts = {"all": _facts_of_all(model, prepared), "group": _facts_of_group(prepared)}
         except BaseException as error:  # the others are waiting
             failure = error
@@ -88,7 +85,9 @@ def prepare_together(
 
 
 def _own_assistant(processes: Processes, model: Model, assistant: Any) -> Any:
-    return processes.own(assistant) if getattr(assistant, "mesh", None) == model.mesh else assistant
+    """An assistant that is on the mesh of the model, as `Processes.own`; others are left to the checks."""
+    is_model = not isinstance(assistant, type) and callable(getattr(assistant, "make_cache", None))
+    return processes.own(assistant) if is_model and assistant.mesh == model.mesh else assistant
 
 
 def _report(failure: BaseException | None, facts: Mapping[str, Any]) -> str:
