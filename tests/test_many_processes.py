@@ -47,6 +47,10 @@ MORE: list[tuple[int, int, dict[str, Any]]] = [
     (1, 4, {"prompt_lookup_num_tokens": 3}),
     (1, 4, {"output_logprobs": True, "rows": 2} | OUTPUTS),
     (1, 4, {"allowed": True}),
+    (2, 2, {"across": True, "rows": 5}),
+    (2, 2, {"across": True, "streamed": True, "rows": 4}),
+    (2, 2, {"across": True, "num_beams": 2, "output_scores": True, "rows": 4}),
+    (2, 2, {"across": True, "again": True, "rows": 2}),
     (1, 4, {"stop_strings": ["ab", "7"]}),
 ]
 FAULTS = ["interrupt", "stream", "streamer", "argument", "interrupt"]  # an odd number: rows of their own

@@ -20,6 +20,7 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxgen.base import (
     ENCODER_INTERMEDIATES,
@@ -357,7 +358,7 @@ def prefill(
     """The first program of a call: reads the prompt and chooses the first token. See `_prefill`."""
     _count("prefill")
     state = _prefill(model, call, intermediates, cache_slots)
-    return state, _progress(call.strategy, state)
+    return state, _progress(model, call.strategy, state)
 
 
 # Donated, so that XLA writes the cache and the buffers in place.
@@ -368,12 +369,16 @@ def advance(
     """The second program of a call: chooses up to `n_steps` more tokens. `state` is donated. See `_advance`."""
     _count("advance")
     state = _advance(model, state, strategy, n_steps, intermediates)
-    return state, _progress(strategy, state)
+    return state, _progress(model, strategy, state)
 
 
-def _progress(strategy: Strategy, state: DecodeState) -> Progress:
+def _progress(model: Model, strategy: Strategy, state: DecodeState) -> Progress:
     inner = state.inner
-    return Progress(inner.cur_len, strategy.unfinished(inner), strategy.text(inner), _full(strategy, state))
+    progress = Progress(inner.cur_len, strategy.unfinished(inner), strategy.text(inner), _full(strategy, state))
+    if model.mesh is None:
+        return progress
+    # Every process of the mesh can read it.
+    return lax.with_sharding_constraint(progress, NamedSharding(model.mesh, PartitionSpec()))
 
 
 @functools.partial(jax.jit, donate_argnums=0)

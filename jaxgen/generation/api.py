@@ -216,8 +216,19 @@ def prepare_stream(model: Model, request: Request) -> PreparedCall:
 def follow(prepared: PreparedCall) -> Generator[np.ndarray, None, None]:
     """The chunks of `stream`."""
     chunks = _chunks(prepared)
+    if prepared.processes is not None:
+        # A stream that has begun is closed when nobody holds it any more, and then other processes do not wait for it.
+        chunks = _begun(next(chunks, None), chunks)
     _unread.add(chunks)
     return chunks
+
+
+def _begun(
+    first: np.ndarray | None, chunks: Generator[np.ndarray, None, None]
+) -> Generator[np.ndarray, None, None]:
+    if first is not None:
+        yield first
+        yield from chunks
 
 
 # Unread streams are closed at exit, while the modules that closing needs still exist.
@@ -248,6 +259,8 @@ def prepare(
     `decode(model, call)` is a pure function, and the call is a pytree. Replace values that differ from run to run, for
     example `dataclasses.replace(call, strategy=dataclasses.replace(call.strategy, key=key))`; shapes stay as they are.
 
+    With a mesh over several processes, all of them pass the whole batch, as in any `jit` of JAX.
+
     Args:
         model: as in `generate`.
         inputs: as in `generate`.
@@ -258,7 +271,7 @@ def prepare(
         ValueError: as `generate`, and for arguments that run on the host.
     """
     request = Request.of(inputs, generation_config, kwargs)
-    prepared = prepare_call(model, request)
+    prepared = _prepare_alone(model, request)
     if request.streamer is not None or prepared.config.max_time is not None:
         raise ValueError(
             "`decode` is a pure function without a streamer or a clock. Leave out `streamer` and `max_time`."

@@ -25,13 +25,20 @@ def main(folder: Path, address: str, processes: int, process: int, cases: list[l
     jax.config.update("jax_default_matmul_precision", "highest")
     jax.distributed.initialize(address, processes, process)
     alone = jaxgen.load(folder)
-    models: dict[tuple[int, int], Any] = {}
+    models: dict[tuple[int, int, bool], Any] = {}
     for data, tensor, arguments in cases:
-        if (data, tensor) not in models:
+        across = arguments.pop("across", False)
+        if (data, tensor, across) not in models:
             devices = np.array(jax.devices()[: data * tensor]).reshape(data, tensor)
-            models[data, tensor] = jaxgen.load(folder, mesh=jax.sharding.Mesh(devices, ("data", "tensor")))
+            if across:  # the axis "tensor" runs over the processes, and "data" within each of them
+                devices = np.array(jax.devices()[: data * tensor]).reshape(tensor, data).T
+            mesh = jax.sharding.Mesh(devices, ("data", "tensor"))
+            models[data, tensor, across] = jaxgen.load(folder, mesh=mesh)
         started = time.monotonic()
-        compare(alone, models[data, tensor], dict(arguments))
+        compare(alone, models[data, tensor, across], dict(arguments))
+        before = jaxgen.compile_counts()
+        compare(alone, models[data, tensor, across], dict(arguments))
+        assert jaxgen.compile_counts() == before, (data, tensor, arguments)
         print(f"process {process}: {data} {tensor} {arguments}: {time.monotonic() - started:.1f} s", flush=True)
     jax.distributed.shutdown()
 

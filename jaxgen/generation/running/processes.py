@@ -63,7 +63,7 @@ class Processes:
         # A row per device, since the devices of a mesh may be spread unevenly over the processes.
         sharding = NamedSharding(mesh, PartitionSpec("device"))
         rows = jax.make_array_from_callback((mesh.size, len(values)), sharding, lambda index: values[None])
-        return _replicated(mesh)(rows)
+        return _moved(NamedSharding(mesh, PartitionSpec()))([rows])[0]
 
     def read(self, sent: jax.Array) -> dict[int, np.ndarray]:
         """What each process has sent, int32 [X] by the number of the process."""
@@ -87,8 +87,8 @@ class Processes:
         shardings = [_whole_in_each_group(leaf.sharding, self.mesh) for leaf in leaves]
         apart = [number for number, leaf in enumerate(leaves) if leaf.sharding != shardings[number]]
         if apart:
-            gather = jax.jit(lambda arrays: arrays, out_shardings=[shardings[number] for number in apart])
-            for number, whole in zip(apart, gather([leaves[number] for number in apart]), strict=True):
+            gathered = _moved(*(shardings[number] for number in apart))([leaves[number] for number in apart])
+            for number, whole in zip(apart, gathered, strict=True):
                 leaves[number] = whole
         return treedef.unflatten(leaves).on(self.own_mesh)
 
@@ -135,8 +135,9 @@ def _whole_in_each_group(sharding: Any, mesh: Mesh) -> NamedSharding:
 
 
 @functools.lru_cache(maxsize=8)
-def _replicated(mesh: Mesh) -> Any:
-    return jax.jit(lambda arrays: arrays, out_shardings=NamedSharding(mesh, PartitionSpec()))
+def _moved(*shardings: NamedSharding) -> Any:
+    """A function that moves as many arrays to these shardings."""
+    return jax.jit(lambda arrays: arrays, out_shardings=[*shardings])
 
 
 def fetch(tree: Any) -> Any:
@@ -152,7 +153,8 @@ def fetch(tree: Any) -> Any:
     ]
     if spread:
         mesh: Any = leaves[spread[0]].sharding.mesh
-        for number, whole in zip(spread, _replicated(mesh)([leaves[number] for number in spread]), strict=True):
+        everywhere = [NamedSharding(mesh, PartitionSpec())] * len(spread)
+        for number, whole in zip(spread, _moved(*everywhere)([leaves[number] for number in spread]), strict=True):
             leaves[number] = whole
     # `device_get` can be interrupted while the device runs, `np.asarray` cannot.
     return treedef.unflatten(jax.device_get(leaves))

@@ -118,6 +118,8 @@ def _facts_of_group(prepared: PreparedCall) -> dict[str, object]:
     facts: dict[str, object] = {f"`{name}`": repr(value) for name, value in settings.items()}
     leaves, structure = jax.tree_util.tree_flatten_with_path(prepared.call)
     for path, leaf in leaves:
+        if jax.tree_util.keystr(path).endswith(".number"):
+            continue  # of a function of the first process, which runs for all; see `host_callbacks`
         data = str(leaf.aval) if isinstance(leaf, jax.Array) else np.asarray(leaf)
         shape = "" if isinstance(data, str) else f"{data.dtype}{[*data.shape]}"
         facts[f"`call{jax.tree_util.keystr(path)}`"] = f"{shape} {_digest(data)}"
@@ -156,6 +158,8 @@ def run_call(prepared: PreparedCall, schedule: ChunkSchedule) -> Chunks:
 
 def drive_together(prepared: PreparedCall, schedule: ChunkSchedule) -> Chunks:
     """As `drive`, in all processes. If one of them stops, for whatever reason, all end at the next chunk.
+
+    Ctrl-C is held back until then, also while the reader of a stream has a chunk.
 
     Raises:
         RuntimeError: if another process failed, was interrupted or closed its stream. The next call works.
