@@ -1,5 +1,6 @@
 """Norms, products and attention: each form gives the numbers of the plain one, and has derivatives."""
 
+import functools
 from typing import Any
 
 import jax
@@ -141,6 +142,36 @@ def test_attention_over_any_number_of_columns_is_that_of_the_formula(columns: in
     expected = raised / np.maximum(raised.sum(axis=-1, keepdims=True), 1e-30)
     np.testing.assert_allclose(weights, expected, atol=1e-6)
     np.testing.assert_allclose(attended, np.einsum("nkgts,nksh->nkgth", expected, values), atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 300])
+def test_a_long_prompt_reads_only_the_parts_of_the_slots_that_its_columns_attend_to(window: int | None) -> None:
+    """384 columns behind 500 slots, in blocks of 128 columns and parts of 256 slots, the rest of which holds NaN."""
+    rng = np.random.default_rng(0)
+    columns, before, slots = 384, 500, 1280
+    queries, keys, values = (
+        jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((1, 2, 3, columns, 8), *[(2, slots, 8)] * 2)
+    )
+    slot, last = np.arange(slots), np.arange(columns)[:, None] + before
+    mask = (slot <= last) & (slot > last - (window or slots)) & (rng.random((1, 1, slots)) < 0.9)
+    mask[0, 7] = False
+
+    def squares(keys: jax.Array, values: jax.Array, attend: Any) -> jax.Array:
+        return (attend(queries, keys, values, jnp.asarray(mask))[0] ** 2).sum()
+
+    at_once = functools.partial(layers._attend_at_once, scale=8**-0.5, bias=None)
+    expected = at_once(queries, keys, values, jnp.asarray(mask))[0]
+    holed = (jnp.where(slot[:, None] >= 1024, np.nan, each) for each in (keys, values))
+    np.testing.assert_allclose(jax.jit(attend_only)(queries, *holed, mask), expected, atol=1e-5)
+    ours, theirs = (
+        jax.jit(jax.grad(functools.partial(squares, attend=each), (0, 1)))(keys, values) for each in (attend, at_once)
+    )
+    for one, other in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4)
+
+
+def attend_only(*arrays: Any) -> Any:
+    return attend(*arrays)[0]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.__name__)

@@ -42,6 +42,7 @@ REAL = "tests/test_real_sizes.py::test_"
 DRAWN = f"{REAL}draws_from_fifty_thousand_tokens_equal_transformers_with_the_same_noise"
 GREEDY = f"{REAL}greedy_tokens_after_long_prompts_equal_transformers"
 ATTENTION = "tests/models/test_layers.py::test_attention_over_any_number_of_columns_is_that_of_the_formula"
+PARTS = "tests/models/test_layers.py::test_a_long_prompt_reads_only_the_parts_of_the_slots_that_its_columns_attend_to"
 PRODUCT = "tests/models/test_layers.py::test_a_product_is_the_plain_one_rounded_once_for_any_number_of_rows"
 GROUPED = "tests/models/test_layers.py::test_the_rows_of_a_group_are_multiplied_one_by_one_or_together_with_one_result"
 KEEPS = "tests/processors/test_logits_process.py::test_large_vocabularies_keep_what_transformers_keeps"
@@ -86,6 +87,27 @@ MUTANTS = [
         "return _attend_at_once(queries, keys, values, mask, factor, bias and bias(0, columns))[1]()",
         "return 0 * _attend_at_once(queries, keys, values, mask, factor, bias and bias(0, columns))[1]()",
         f"{REAL}attentions_and_hidden_states_of_a_long_prompt_equal_transformers",
+    ),
+    Mutant(
+        LAYERS,
+        "_attend_in_parts, parts that no column attends to",
+        "lax.cond(used[part], with_part",
+        "lax.cond(used[part] | True, with_part",
+        f"{PARTS}[None]",
+    ),
+    Mutant(
+        LAYERS,
+        "_attend_in_parts, parts that a column attends to",
+        "lax.cond(used[part], with_part",
+        "lax.cond(used[part] & (part < 3), with_part",
+        f"{PARTS}[None]",
+    ),
+    Mutant(
+        LAYERS,
+        "_attend_in_parts, the sums of the parts before",
+        "total * before + more * now",
+        "total + more * now",
+        f"{PARTS}[300]",
     ),
     Mutant(
         LAYERS,
