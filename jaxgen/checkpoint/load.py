@@ -28,6 +28,7 @@ from jaxgen.checkpoint.source import (
     Part,
     abstract_model,
     automatic_mesh,
+    local_parts,
     named_leaves,
     open_checkpoint,
     parse_config,
@@ -38,7 +39,7 @@ from jaxgen.checkpoint.source import (
 )
 from jaxgen.models import FAMILIES, LoadedModel
 from jaxgen.models.family import Config, Family
-from jaxgen.models.int8 import Int8, quantised
+from jaxgen.models.int8 import Array, Int8, quantised
 
 if TYPE_CHECKING:
     from jaxgen.lazy import PreTrainedConfig
@@ -87,13 +88,16 @@ def load(
     for message in source.warnings:
         warnings.warn(message, stacklevel=2)
     target = source.dtype if dtype in (None, "auto") else weights_dtype(dtype)
-    treedef = jax.tree.structure(source.abstract)
+    abstract_leaves, treedef = jax.tree.flatten(source.abstract)
+    spread = shardings(source.family, source.abstract)
     # The outlier columns of int8 are chosen by all rows of a matrix, and the scales by all columns.
-    parts = source.parts(whole=quantize is not None)
+    parts = [
+        local_parts(leaf.shape, None if quantize else each) for leaf, each in zip(abstract_leaves, spread, strict=True)
+    ]
     total = sum(map(_size, parts)) * target.itemsize
     with tqdm(total=total, unit="B", unit_scale=True, desc="loading weights", delay=2) as bar:
         leaves = []
-        for array, read, sharding in zip(source.parameters(target, parts), parts, source.shardings(), strict=True):
+        for array, read, sharding in zip(source.parameters(target, parts), parts, spread, strict=True):
             bar.update(_size(read) * array.itemsize)
             parameter = quantised(array) if quantize else array
             leaves.append(_placed(parameter, sharding))
@@ -104,7 +108,7 @@ def _size(parts: list[Part]) -> int:
     return sum(math.prod(axis.stop - axis.start for axis in part) for part in parts)
 
 
-def _placed(parameter: np.ndarray | Int8, sharding: NamedSharding | None) -> jax.Array | Int8:
+def _placed(parameter: Array | Int8, sharding: NamedSharding | None) -> jax.Array | Int8:
     """A parameter on the devices of this process that hold it, or without a sharding on JAX's default device.
 
     Unlike `jax.device_put` it takes every process at its word that all have the same values, so none waits for another.
@@ -112,7 +116,7 @@ def _placed(parameter: np.ndarray | Int8, sharding: NamedSharding | None) -> jax
     if sharding is None:
         return jax.device_put(parameter)
 
-    def place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    def place(array: Array, sharding: NamedSharding) -> jax.Array:
         return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
 
     return jax.tree.map(place, parameter, _of_parts(parameter, sharding))
@@ -157,11 +161,9 @@ def from_config(
     arguments = family, parsed, weights_dtype(dtype), quantize is not None, mesh
     with no_mesh():
         key = jax.random.key(key) if isinstance(key, int) else key
-        make = functools.partial(jax.jit, _random_model, static_argnums=range(len(arguments)))
-        if mesh is None:
-            model = make()(*arguments, key)
-        else:
-            model = make(out_shardings=_shardings_of_random(*arguments))(*arguments, key)
+        of_arguments = range(len(arguments))
+        make = jax.jit(_random_model, static_argnums=of_arguments, out_shardings=_random_shardings(*arguments))
+        model = make(*arguments, key)
     model.generation_config = generation_config
     return model
 
@@ -207,14 +209,21 @@ def _in_shards(stacked: jax.Array, sources: Mapping[str, int], mesh: Mesh | None
     return jnp.concatenate([piece for _, piece in sorted(pieces, key=itemgetter(0))])
 
 
-def _shardings_of_random(family: Family, config: Config, dtype: np.dtype, quantize: bool, mesh: Mesh) -> LoadedModel:
-    """The shardings of what `_random_model` returns, as the same pytree."""
+def _random_shardings(
+    family: Family, config: Config, dtype: np.dtype, quantize: bool, mesh: Mesh | None
+) -> LoadedModel | None:
+    """The shardings of what `_random_model` returns, as the same pytree; None without a mesh."""
+    if mesh is None:
+        return None
     abstract = jax.eval_shape(
         functools.partial(_random_model, family, config, dtype, quantize, mesh), jax.random.key(0)
     )
-    parameters, treedef = jax.tree.flatten(abstract, is_leaf=lambda leaf: isinstance(leaf, Int8))
-    plain = shardings(family, nnx.eval_shape(lambda: family.build(config, nnx.Rngs(0), None, mesh)))
-    return treedef.unflatten(_of_parts(leaf, each) for leaf, each in zip(parameters, plain, strict=True))
+    leaves, treedef = jax.tree.flatten(abstract, is_leaf=lambda leaf: isinstance(leaf, Int8))
+    spec = family.partition(config, mesh)
+    paths = (path for path, _ in named_leaves(treedef.unflatten(range(len(leaves)))))
+    return treedef.unflatten(
+        _of_parts(leaf, NamedSharding(mesh, spec(path))) for leaf, path in zip(leaves, paths, strict=True)
+    )
 
 
 def to_int8(model: LoadedModel) -> LoadedModel:
@@ -279,29 +288,31 @@ def save(model: LoadedModel, path: str | Path) -> None:
     if not (config["tie_word_embeddings"] or family.head_may_differ):
         # transformers 5 then ties nothing to the embedding, and draws its copies at random if they are missing.
         written += [(family.embedding, {alias: model.config.vocab_size}) for alias in family.aliases]
-    own, sizes = processes.index(jax.process_index()), [0] * len(files)
-    owners: list[int] = []  # of each parameter in `written`: a place in `files`
-    for path, _ in written:
-        owners.append(sizes.index(min(sizes)))
-        sizes[owners[-1]] += parameters[path].nbytes
+    own, shares = processes.index(jax.process_index()), _shares(written, parameters, len(files))
     # A parameter is split into the tensors that it is made of, in the order of the header.
-    headers: list[dict[str, tuple[np.dtype, tuple[int, ...]]]] = [{} for _ in files]
-    for owner, (path, sources) in zip(owners, written, strict=True):
-        for name, rows in sources.items():
-            headers[owner][name] = np.dtype(parameters[path].dtype), (rows, *parameters[path].shape[1:])
+    headers = [
+        {
+            name: (np.dtype(parameters[path].dtype), (rows, *parameters[path].shape[1:]))
+            for path, sources in share
+            for name, rows in sources.items()
+        }
+        for share in shares
+    ]
 
     def arrays() -> Iterator[np.ndarray]:
-        for owner, (path, sources) in zip(owners, written, strict=True):
-            parameter = gathered(parameters[path]) if len(files) > 1 else jax.device_get(parameters[path])
-            for slices in row_slices(sources, model.mesh) if owner == own else ():
-                yield np.concatenate([parameter[rows] for rows in slices])
+        for number, (path, sources) in ((number, each) for number, share in enumerate(shares) for each in share):
+            parameter = gathered(parameters[path], model.mesh)
+            if number == own:
+                values = jax.device_get(parameter)
+                for slices in row_slices(sources, model.mesh):
+                    yield np.concatenate([values[rows] for rows in slices])
 
     with together(model.mesh):
-        values = arrays()
+        own_arrays = arrays()
         try:
-            safetensors_file.write(folder / files[own], headers[own], values)
+            safetensors_file.write(folder / files[own], headers[own], own_arrays)
         finally:
-            for _ in values:  # the other processes wait for this one to gather the rest with them
+            for _ in own_arrays:  # the other processes wait for this one to gather the rest with them
                 pass
     with together(model.mesh):
         if own == 0:
@@ -310,5 +321,19 @@ def save(model: LoadedModel, path: str | Path) -> None:
             model.generation_config.to_json_file(folder / "generation_config.json")
         if own == 0 and len(files) > 1:
             listing = {name: file for file, header in zip(files, headers, strict=True) for name in header}
-            index = {"metadata": {"total_size": sum(sizes)}, "weight_map": listing}
+            total = sum(parameters[path].nbytes for path, _ in written)
+            index = {"metadata": {"total_size": total}, "weight_map": listing}
             (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _shares(
+    written: list[tuple[str, dict[str, int]]], parameters: Mapping[str, jax.Array], count: int
+) -> list[list[tuple[str, dict[str, int]]]]:
+    """What each of `count` processes writes: every parameter goes to the one that has the fewest bytes so far."""
+    shares: list[list[tuple[str, dict[str, int]]]] = [[] for _ in range(count)]
+    sizes = [0] * count
+    for path, sources in written:
+        least = sizes.index(min(sizes))
+        shares[least].append((path, sources))
+        sizes[least] += parameters[path].nbytes
+    return shares

@@ -20,13 +20,13 @@ def processes_of(mesh: Mesh | None) -> list[int]:
     return sorted({each.process_index for each in mesh.devices.flat}) if mesh else [jax.process_index()]
 
 
-def gathered(array: jax.Array) -> np.ndarray:
-    """All values of an array that may be sharded over several processes. Each device holds all of them for a moment."""
-    if not (array.is_fully_addressable or array.is_fully_replicated):
-        everywhere = NamedSharding(array.sharding.mesh, PartitionSpec())
+def gathered(array: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """An array on a mesh of several processes, with all of its values on each device."""
+    if mesh is not None and len(processes_of(mesh)) > 1:
         with no_mesh():
-            array = jax.jit(_identity, out_shardings=everywhere)(array)
-    return jax.device_get(array)
+            array = jax.jit(_identity, out_shardings=NamedSharding(mesh, PartitionSpec()))(array)
+        array.block_until_ready()  # or a process that needs none of the values would have many arrays under way
+    return array
 
 
 def _identity(array: jax.Array) -> jax.Array:
@@ -36,7 +36,7 @@ def _identity(array: jax.Array) -> jax.Array:
 @contextmanager
 def together(mesh: Mesh | None) -> Iterator[None]:
     """A step that ends in all processes at the same time. If it fails in some, the others raise an OSError."""
-    if len(processes_of(mesh)) == 1:
+    if mesh is None or len(processes_of(mesh)) == 1:
         yield
         return
     failure: Exception | None = None
@@ -44,13 +44,14 @@ def together(mesh: Mesh | None) -> Iterator[None]:
         yield
     except Exception as error:
         failure = error
-    assert mesh is not None
     # One row for each device, so that every process fills its own.
     row = np.zeros((1, _MOST), np.uint8)
     message = ("" if failure is None else f"{type(failure).__name__}: {failure}").encode()[:_MOST]
     row[0, : len(message)] = [*message]
     by_device = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-    rows = gathered(jax.make_array_from_callback((mesh.size, _MOST), by_device, lambda index: row))
+    rows = jax.device_get(
+        gathered(jax.make_array_from_callback((mesh.size, _MOST), by_device, lambda index: row), mesh)
+    )
     if failure is not None:
         raise failure
     for device, row in zip(mesh.devices.flat, rows, strict=True):

@@ -147,7 +147,7 @@ class StoredTensor(Tensor):
         offset = self._offset_of(start)
         with self.path.open("rb", buffering=0) as file:
             for run in runs:
-                if os.preadv(file.fileno(), [run], offset) < len(run):
+                if os.preadv(file.fileno(), [run.data], offset) < len(run):
                     self._read_in_parts(file.fileno(), run.data, offset)
                 offset += self.pitch or 0
 

@@ -143,18 +143,6 @@ class Source:
             table[path] = {name: replace(tensor, name=name) for name, tensor in zip(parts, pieces, strict=True)}
         return table
 
-    def parts(self, *, whole: bool) -> list[list[Part]]:
-        """What is read of each parameter: all of it, or what devices of this process hold."""
-        leaves = jax.tree.leaves(self.abstract)
-        return [
-            local_parts(leaf.shape, None if whole else sharding)
-            for leaf, sharding in zip(leaves, self.shardings(), strict=True)
-        ]
-
-    def shardings(self) -> list[NamedSharding | None]:
-        """See the function."""
-        return shardings(self.family, self.abstract)
-
 
 def shardings(family: Family, model: LoadedModel) -> list[NamedSharding | None]:
     """The sharding of each parameter, in the order of the model's leaves; None without a mesh.

@@ -102,10 +102,10 @@ def test_random_weights_on_a_mesh_are_those_of_one_device(found: list[dict[str, 
     assert [each["random"] for each in found] == [[True] * 2] * 2
 
 
-def test_each_process_writes_a_file_and_the_first_one_the_index(found: list[dict[str, Any]]) -> None:
+def test_each_process_writes_a_file_with_its_share_and_the_first_one_the_index(found: list[dict[str, Any]]) -> None:
     files = ["config.json", "generation_config.json", "model-00001-of-00002.safetensors"]
     files += ["model-00002-of-00002.safetensors", "model.safetensors.index.json"]
-    assert [each["save"] for each in found] == [{"files": files, "same": True}] * 2
+    assert [each["save"] for each in found] == [{"files": files, "even": True, "same": True}] * 2
 
 
 def test_if_one_process_cannot_write_all_say_so_and_which_one(found: list[dict[str, Any]]) -> None:
@@ -131,4 +131,9 @@ def test_four_processes_of_one_device_do_as_two_of_two(tmp_path: Path) -> None:
     for each in run(write_formats(tmp_path), 4, 1, *checks):
         assert all(each["formats"].values()) and all(each["meshes"]) and all(each["computed"].values())
         assert all(1 <= ratio <= 1.05 for ratio in each["reads"].values()), each["reads"]
-        assert all(each["random"] + each["random_int8"]) and each["save"]["same"] and len(each["save"]["files"]) == 7
+        assert (
+            all(each["random"] + each["random_int8"])
+            and each["save"]["same"]
+            and each["save"]["even"]
+            and len(each["save"]["files"]) == 7
+        )

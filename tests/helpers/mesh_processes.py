@@ -126,7 +126,9 @@ def save(folder: Path) -> dict[str, Any]:
     plain = jaxgen.load(folder / "file")
     jaxgen.save(jaxgen.load(folder / "converted", mesh=mesh_of()), folder / "saved")
     there = sorted(path.name for path in (folder / "saved").iterdir())
-    return {"files": there, "same": same_bits(jaxgen.load(folder / "saved"), plain)}
+    sizes = [path.stat().st_size for path in sorted((folder / "saved").glob("*.safetensors"))]
+    even = max(sizes) < 1.5 * min(sizes)
+    return {"files": there, "even": even, "same": same_bits(jaxgen.load(folder / "saved"), plain)}
 
 
 def same_bits(one: Any, other: Any) -> bool:
