@@ -33,6 +33,7 @@ from jaxgen.checkpoint.source import (
     open_checkpoint,
     parse_config,
     row_slices,
+    rows_are_sharded,
     shardings,
     unread_message,
     weights_dtype,
@@ -184,24 +185,25 @@ def _random_model(
     built = family.build(config, nnx.Rngs(key), None, mesh)
     stacks = family.weight_map(config)
     leaves = [
-        _in_shards(leaf, stacks[path], mesh).astype(family.dtype_of(path, dtype)) for path, leaf in named_leaves(built)
+        _in_shards(leaf, stacks[path], sharding).astype(family.dtype_of(path, dtype))
+        for (path, leaf), sharding in zip(named_leaves(built), shardings(family, built), strict=True)
     ]
     model = jax.tree.structure(built).unflatten(leaves)
     return jax.tree.map(quantised, model) if quantize else model
 
 
-def _in_shards(stacked: jax.Array, sources: Mapping[str, int], mesh: Mesh | None) -> jax.Array:
+def _in_shards(stacked: jax.Array, sources: Mapping[str, int], sharding: NamedSharding | None) -> jax.Array:
     """A parameter whose sources follow each other, with its rows in the order of `row_slices`."""
-    if mesh is None or len(sources) == 1:
+    if sharding is None or not rows_are_sharded(sharding) or len(sources) == 1:
         return stacked
-    if stacked.ndim == 2 and stacked.shape[1] % tensor_shards(mesh) == 0:
+    if stacked.ndim == 2 and stacked.shape[1] % tensor_shards(sharding.mesh) == 0:
         # Made by columns, its rows are reordered within a device. Made by rows, they would first be gathered.
-        by_columns = NamedSharding(mesh, PartitionSpec(None, *({"tensor"} & {*mesh.axis_names})))
+        by_columns = NamedSharding(sharding.mesh, PartitionSpec(None, "tensor"))
         stacked = jax.lax.with_sharding_constraint(stacked, by_columns)
     # Of each slice the start in the parameter, and its rows as they are now.
     pieces: list[tuple[int, jax.Array]] = []
     start = 0
-    for slices in row_slices(sources, mesh):
+    for slices in row_slices(sources, sharding):
         for rows in slices:
             stop = start + rows.stop - rows.start
             pieces.append((rows.start, stacked[start:stop]))
@@ -288,6 +290,7 @@ def save(model: LoadedModel, path: str | Path) -> None:
     if not (config["tie_word_embeddings"] or family.head_may_differ):
         # transformers 5 then ties nothing to the embedding, and draws its copies at random if they are missing.
         written += [(family.embedding, {alias: model.config.vocab_size}) for alias in family.aliases]
+    spread = dict(zip(parameters, shardings(family, model), strict=True))
     own, shares = processes.index(jax.process_index()), _shares(written, parameters, len(files))
     # A parameter is split into the tensors that it is made of, in the order of the header.
     headers = [
@@ -304,7 +307,7 @@ def save(model: LoadedModel, path: str | Path) -> None:
             parameter = gathered(parameters[path], model.mesh)
             if number == own:
                 values = jax.device_get(parameter)
-                for slices in row_slices(sources, model.mesh):
+                for slices in row_slices(sources, spread[path]):
                     yield np.concatenate([values[rows] for rows in slices])
 
     with together(model.mesh):

@@ -106,19 +106,20 @@ class Source:
             dtype: of the model.
             parts: for each parameter what is read of it; the rest of its array is undefined.
         """
-        for (path, leaf), of_parameter in zip(named_leaves(self.abstract), parts, strict=True):
+        leaves, spread = named_leaves(self.abstract), shardings(self.family, self.abstract)
+        for (path, leaf), sharding, of_parameter in zip(leaves, spread, parts, strict=True):
             # Only what is written takes memory.
             array = np.empty(leaf.shape, self.family.dtype_of(path, dtype))
             for part in of_parameter:
-                self._read_part(path, array, part)
+                self._read_part(path, sharding, array, part)
             yield array
 
-    def _read_part(self, path: str, array: np.ndarray, part: Part) -> None:
+    def _read_part(self, path: str, sharding: NamedSharding | None, array: np.ndarray, part: Part) -> None:
         """Reads a part of a parameter into its place in the whole array."""
         wanted, *columns = part
         tensors = self.sources[path]
         sources = {name: tensor.rows for name, tensor in tensors.items()}
-        for tensor, slices in zip(tensors.values(), row_slices(sources, self.abstract.mesh), strict=True):
+        for tensor, slices in zip(tensors.values(), row_slices(sources, sharding), strict=True):
             if columns and (columns[0].stop - columns[0].start < array.shape[1]):
                 tensor = tensor.of_columns(columns[0])
             start = 0  # of the slice, in the tensor
@@ -486,21 +487,27 @@ def named_leaves(model: object) -> Iterator[tuple[str, Any]]:
         yield ".".join(keys).removesuffix(".value"), leaf
 
 
-def row_slices(sources: Mapping[str, int], mesh: Mesh | None) -> Iterator[list[slice]]:
+def row_slices(sources: Mapping[str, int], sharding: NamedSharding | None) -> Iterator[list[slice]]:
     """For each source, {tensor: rows}, the rows of the parameter that it fills: one slice for each shard.
 
-    On a mesh every device has its share of each source, so that it multiplies whole heads or units. Queries of 4 rows,
-    keys of 2 and values of 2, without a mesh and over 2 devices:
+    If the rows are sharded, every device has its share of each source, so that it multiplies whole heads or units.
+    Queries of 4 rows, keys of 2 and values of 2, not sharded and over 2 devices:
 
         q q q q k k v v        q q k v | q q k v
     """
-    shards = tensor_shards(mesh) if len(sources) > 1 else 1
+    shards = 1
+    if sharding is not None and rows_are_sharded(sharding) and len(sources) > 1:
+        shards = tensor_shards(sharding.mesh)
     shard_rows = sum(sources.values()) // shards
     start = 0  # of the source within a shard
     for rows in sources.values():
         stop = start + rows // shards
         yield [slice(shard * shard_rows + start, shard * shard_rows + stop) for shard in range(shards)]
         start = stop
+
+
+def rows_are_sharded(sharding: NamedSharding) -> bool:
+    return sharding.spec[:1] == ("tensor",)
 
 
 def local_parts(shape: tuple[int, ...], sharding: NamedSharding | None) -> list[Part]:
