@@ -131,9 +131,4 @@ def test_four_processes_of_one_device_do_as_two_of_two(tmp_path: Path) -> None:
     for each in run(write_formats(tmp_path), 4, 1, *checks):
         assert all(each["formats"].values()) and all(each["meshes"]) and all(each["computed"].values())
         assert all(1 <= ratio <= 1.05 for ratio in each["reads"].values()), each["reads"]
-        assert (
-            all(each["random"] + each["random_int8"])
-            and each["save"]["same"]
-            and each["save"]["even"]
-            and len(each["save"]["files"]) == 7
-        )
+        assert all(each["random"] + each["random_int8"]) and each["save"]["same"] and len(each["save"]["files"]) == 7
