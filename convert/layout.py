@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
 
@@ -113,17 +112,8 @@ def hugging_face_files(source: Source, manifest: Json, shard_bytes: int | None) 
 def hugging_face_tensors(source: Source, manifest: Json) -> dict[str, Tensor]:
     """The tensors of a converted folder under their original names."""
     tensors: dict[str, Tensor] = dict(source.buffers)
-    for path, parts in source.family.weight_map(source.abstract.config).items():
-        stored = cast(list[StoredTensor], source.pieces[path])
-        if len(stored) > 1:  # parts of different dtypes, which are separate tensors
-            tensors |= {
-                name: tensor.part(name, 0, rows) for (name, rows), tensor in zip(parts.items(), stored, strict=True)
-            }
-            continue
-        start = 0  # the parts are rows of one tensor, one after the other
-        for name, rows in parts.items():
-            tensors[name] = stored[0].part(name, start, rows)
-            start += rows
+    for sources in source.sources.values():
+        tensors |= sources
     if unknown := sorted(set(manifest["copies"].values()) - set(tensors)):
         raise CheckpointError(
             f"{source.folder / MANIFEST} is damaged: it lacks {listed(unknown)}. Convert the original again."

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxgen.base import rows_axis
+from jaxgen.base import rows_axis, tensor_shards
 from jaxgen.memory import Memory, without_ones
 from jaxgen.pytree import pytree
 
@@ -85,9 +85,10 @@ class KVCache:
         )
 
     def placed(self, mesh: Mesh, rows: int, heads: int) -> Self:
-        """The cache sharded over a mesh: rows over its axis "data", heads over "tensor"."""
+        """The cache sharded over a mesh: rows over its axis "data", heads over "tensor" if it divides them."""
         # One axis per dimension that the arrays have: N and K of size 1 are left out of them.
-        axes = [axis for axis, size in zip((rows_axis(mesh, rows), "tensor"), (rows, heads), strict=True) if size > 1]
+        heads_axis = "tensor" if heads % tensor_shards(mesh) == 0 else None
+        axes = [axis for axis, size in zip((rows_axis(mesh, rows), heads_axis), (rows, heads), strict=True) if size > 1]
         spec = [axis if axis in mesh.shape else None for axis in axes]
         sharding = NamedSharding(mesh, PartitionSpec(*spec))
         return replace(self, layers=lax.with_sharding_constraint(self.layers, sharding))

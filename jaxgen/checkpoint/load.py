@@ -2,37 +2,45 @@
 
 import functools
 import json
+import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from jaxgen.base import no_mesh
+from jaxgen.base import no_mesh, tensor_shards
 from jaxgen.checkpoint import safetensors_file
 from jaxgen.checkpoint.files import Json
 from jaxgen.checkpoint.folder import INDEX, SINGLE_FILE, listed
 from jaxgen.checkpoint.hub import local_path
+from jaxgen.checkpoint.processes import gathered, processes_of, together
 from jaxgen.checkpoint.source import (
     MANIFEST,
+    Part,
     abstract_model,
     automatic_mesh,
+    local_parts,
     named_leaves,
     open_checkpoint,
     parse_config,
     row_slices,
+    rows_are_sharded,
+    shardings,
     unread_message,
     weights_dtype,
 )
 from jaxgen.models import FAMILIES, LoadedModel
 from jaxgen.models.family import Config, Family
-from jaxgen.models.int8 import Int8, quantised
+from jaxgen.models.int8 import Array, Int8, quantised
 
 if TYPE_CHECKING:
     from jaxgen.lazy import PreTrainedConfig
@@ -59,9 +67,11 @@ def load(
             else the embedding's. Quantised blocks of GGUF are dequantised and count as float32.
         mesh: devices to shard the model over, with the axes "tensor" (attention heads, MLP units, the vocabulary),
             "data" (rows of a batch) or both, as `jax.make_mesh((2, 4), ("data", "tensor"))`. Each parameter is put on
-            its devices directly.
+            its devices directly. The devices may belong to several processes, which all call `load`: each one reads
+            only what its own devices hold. It reads whole rows where those are computed, of GGUF and of 8-bit floats.
         quantize: "int8" to store every matrix as one byte per weight and a float32 scale per row, except for a few of
-            its columns, which stay in `dtype`. Activations and the cache have that dtype too.
+            its columns, which stay in `dtype`. Activations and the cache have that dtype too. These columns are chosen
+            by all weights of a matrix, so every process reads all of it.
         follow_links: also read files outside the folder that its links lead to. Links from a snapshot to the blobs of
             the Hugging Face hub's cache are always followed.
         revision: the branch, tag or commit of a model on the hub; "main" by default.
@@ -79,21 +89,48 @@ def load(
     for message in source.warnings:
         warnings.warn(message, stacklevel=2)
     target = source.dtype if dtype in (None, "auto") else weights_dtype(dtype)
-    shardings = source.shardings()
-    leaves, treedef = jax.tree.flatten(source.abstract)
-    total = sum(leaf.size for leaf in leaves) * target.itemsize
+    abstract_leaves, treedef = jax.tree.flatten(source.abstract)
+    spread = shardings(source.family, source.abstract)
+    # The outlier columns of int8 are chosen by all rows of a matrix, and the scales by all columns.
+    parts = [
+        local_parts(leaf.shape, None if quantize else each) for leaf, each in zip(abstract_leaves, spread, strict=True)
+    ]
+    total = sum(map(_size, parts)) * target.itemsize
     with tqdm(total=total, unit="B", unit_scale=True, desc="loading weights", delay=2) as bar:
-        arrays = []
-        for array, sharding in zip(source.parameters(target), shardings, strict=True):
-            bar.update(array.nbytes)
+        leaves = []
+        for array, read, sharding in zip(source.parameters(target, parts), parts, spread, strict=True):
+            bar.update(_size(read) * array.itemsize)
             parameter = quantised(array) if quantize else array
-            if isinstance(parameter, Int8) and sharding is not None:
-                # values [out, in] are sharded as the matrix would be, scales and outliers as its first axis
-                by_row = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:1]))
-                everywhere = NamedSharding(sharding.mesh, PartitionSpec())
-                sharding = replace(parameter, values=sharding, scales=by_row, columns=everywhere, outliers=by_row)
-            arrays.append(jax.device_put(parameter, sharding))
-    return jax.tree.unflatten(treedef, arrays)
+            leaves.append(_placed(parameter, sharding))
+    return jax.tree.unflatten(treedef, leaves)
+
+
+def _size(parts: list[Part]) -> int:
+    return sum(math.prod(axis.stop - axis.start for axis in part) for part in parts)
+
+
+def _placed(parameter: Array | Int8, sharding: NamedSharding | None) -> jax.Array | Int8:
+    """A parameter on the devices of this process that hold it, or without a sharding on JAX's default device.
+
+    Unlike `jax.device_put` it takes every process at its word that all have the same values, so none waits for another.
+    """
+    if sharding is None:
+        return jax.device_put(parameter)
+
+    def place(array: Array, sharding: NamedSharding) -> jax.Array:
+        return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
+
+    return jax.tree.map(place, parameter, _of_parts(parameter, sharding))
+
+
+def _of_parts(parameter: Any, sharding: NamedSharding) -> "NamedSharding | Int8":
+    """The sharding of a parameter, or if that is `Int8` of each of its arrays."""
+    if not isinstance(parameter, Int8):
+        return sharding
+    # Values [out, in] are sharded as the matrix would be, scales and outliers as its first axis.
+    by_row = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:1]))
+    everywhere = NamedSharding(sharding.mesh, PartitionSpec())
+    return replace(parameter, values=sharding, scales=by_row, columns=everywhere, outliers=by_row)
 
 
 def from_config(
@@ -101,6 +138,7 @@ def from_config(
     key: jax.Array | int = 0,
     dtype: jax.typing.DTypeLike = "float32",
     quantize: str | None = None,
+    mesh: Mesh | None = None,
 ) -> LoadedModel:
     """A model with random weights, normal with the config's `initializer_range`.
 
@@ -109,15 +147,24 @@ def from_config(
         key: a `jax.random` key or a seed.
         dtype: the dtype of the weights: float32, bfloat16 or float16.
         quantize: see `load`.
+        mesh: see `load`. Each device makes its own shards, with the values that the model has without a mesh. All
+            processes of the mesh call this function, with the same key.
+
+    Raises:
+        ValueError: for a mesh, `dtype` or `quantize` that `load` refuses, or a config that is not supported.
     """
     check_quantize(quantize)
+    mesh = None if mesh is None else automatic_mesh(mesh)
     raw = config if isinstance(config, Mapping) else config.to_dict()
     family, parsed, generation_config = parse_config(raw, None)
     for message in unread_message(family, raw):
         warnings.warn(message, stacklevel=2)
+    arguments = family, parsed, weights_dtype(dtype), quantize is not None, mesh
     with no_mesh():
         key = jax.random.key(key) if isinstance(key, int) else key
-        model = _random_model(family, parsed, weights_dtype(dtype), quantize is not None, key)
+        of_arguments = range(len(arguments))
+        make = jax.jit(_random_model, static_argnums=of_arguments, out_shardings=_random_shardings(*arguments))
+        model = make(*arguments, key)
     model.generation_config = generation_config
     return model
 
@@ -132,13 +179,53 @@ def abstract(config: Json, mesh: Mesh | None = None) -> LoadedModel:
     return abstract_model(*parse_config(config, None), None if mesh is None else automatic_mesh(mesh))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _random_model(family: Family, config: Config, dtype: np.dtype, quantize: bool, key: jax.Array) -> LoadedModel:
-    built = family.build(config, nnx.Rngs(key))
-    leaves, treedef = jax.tree.flatten(built)
-    dtypes = [family.dtype_of(path, dtype) for path, _ in named_leaves(built)]
-    model = treedef.unflatten(leaf.astype(each) for leaf, each in zip(leaves, dtypes, strict=True))
+def _random_model(
+    family: Family, config: Config, dtype: np.dtype, quantize: bool, mesh: Mesh | None, key: jax.Array
+) -> LoadedModel:
+    built = family.build(config, nnx.Rngs(key), None, mesh)
+    stacks = family.weight_map(config)
+    leaves = [
+        _in_shards(leaf, stacks[path], sharding).astype(family.dtype_of(path, dtype))
+        for (path, leaf), sharding in zip(named_leaves(built), shardings(family, built), strict=True)
+    ]
+    model = jax.tree.structure(built).unflatten(leaves)
     return jax.tree.map(quantised, model) if quantize else model
+
+
+def _in_shards(stacked: jax.Array, sources: Mapping[str, int], sharding: NamedSharding | None) -> jax.Array:
+    """A parameter whose sources follow each other, with its rows in the order of `row_slices`."""
+    if sharding is None or not rows_are_sharded(sharding) or len(sources) == 1:
+        return stacked
+    if stacked.ndim == 2 and stacked.shape[1] % tensor_shards(sharding.mesh) == 0:
+        # Made by columns, its rows are reordered within a device. Made by rows, they would first be gathered.
+        by_columns = NamedSharding(sharding.mesh, PartitionSpec(None, "tensor"))
+        stacked = jax.lax.with_sharding_constraint(stacked, by_columns)
+    # Of each slice the start in the parameter, and its rows as they are now.
+    pieces: list[tuple[int, jax.Array]] = []
+    start = 0
+    for slices in row_slices(sources, sharding):
+        for rows in slices:
+            stop = start + rows.stop - rows.start
+            pieces.append((rows.start, stacked[start:stop]))
+            start = stop
+    return jnp.concatenate([piece for _, piece in sorted(pieces, key=itemgetter(0))])
+
+
+def _random_shardings(
+    family: Family, config: Config, dtype: np.dtype, quantize: bool, mesh: Mesh | None
+) -> LoadedModel | None:
+    """The shardings of what `_random_model` returns, as the same pytree; None without a mesh."""
+    if mesh is None:
+        return None
+    abstract = jax.eval_shape(
+        functools.partial(_random_model, family, config, dtype, quantize, mesh), jax.random.key(0)
+    )
+    leaves, treedef = jax.tree.flatten(abstract, is_leaf=lambda leaf: isinstance(leaf, Int8))
+    spec = family.partition(config, mesh)
+    paths = (path for path, _ in named_leaves(treedef.unflatten(range(len(leaves)))))
+    return treedef.unflatten(
+        _of_parts(leaf, NamedSharding(mesh, spec(path))) for leaf, path in zip(leaves, paths, strict=True)
+    )
 
 
 def to_int8(model: LoadedModel) -> LoadedModel:
@@ -163,6 +250,10 @@ def check_quantize(quantize: object) -> None:
 def save(model: LoadedModel, path: str | Path) -> None:
     """Writes a Hugging Face folder: config.json, generation_config.json and model.safetensors.
 
+    If the devices of the model belong to several processes, all of them call `save` with the same folder, on a file
+    system that all share. Each process writes a file with its share of the tensors, and the first one also their index.
+    Parameters are gathered one after the other, and for that moment every device holds a whole one.
+
     Args:
         model: the model, not quantised, with exactly the parameters of its family.
         path: the folder, which is created if needed; files of these names in it are replaced.
@@ -170,6 +261,7 @@ def save(model: LoadedModel, path: str | Path) -> None:
     Raises:
         ValueError: if the folder holds a checkpoint in another layout, which would be loaded instead of the new files;
             if the model is quantised or has other parameters than its family.
+        OSError: if a file cannot be written, or if another process fails. Then there is no index.
     """
     if any(isinstance(leaf, Int8) for leaf in jax.tree.leaves(model, is_leaf=lambda leaf: isinstance(leaf, Int8))):
         raise ValueError(
@@ -183,30 +275,68 @@ def save(model: LoadedModel, path: str | Path) -> None:
             "layer is an `nnx.LoRA`, add the product to its weights, `lora.base_module.weight[...] += "
             "(lora.lora_a[...] @ lora.lora_b[...]).T`, and put the base module back in its place."
         )
-    folder = Path(path)
-    if taken := [name for name in (INDEX, MANIFEST) if (folder / name).exists()]:
-        raise ValueError(f"{folder} holds a checkpoint in another layout ({taken}). Choose an empty folder.")
-    folder.mkdir(parents=True, exist_ok=True)
+    processes, folder = processes_of(model.mesh), Path(path)
+    files = [f"model-{number:05}-of-{len(processes):05}.safetensors" for number in range(1, len(processes) + 1)]
+    files = files if len(files) > 1 else [SINGLE_FILE]
+    with together(model.mesh):
+        others = {INDEX, MANIFEST, SINGLE_FILE} - {*files}
+        if taken := sorted(name for name in others if (folder / name).exists()):
+            raise ValueError(f"{folder} holds a checkpoint in another layout ({taken}). Choose an empty folder.")
+        folder.mkdir(parents=True, exist_ok=True)
     config = {**model.config.to_json(), "dtype": str(model.dtype)}
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         config[key] = getattr(model.generation_config, key)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    # Not `save_pretrained`: it refuses sampling fields without `do_sample`, which many checkpoints have.
-    model.generation_config.to_json_file(folder / "generation_config.json")
     written = [*stacks.items()]
     if not (config["tie_word_embeddings"] or family.head_may_differ):
         # transformers 5 then ties nothing to the embedding, and draws its copies at random if they are missing.
         written += [(family.embedding, {alias: model.config.vocab_size}) for alias in family.aliases]
+    spread = dict(zip(parameters, shardings(family, model), strict=True))
+    own, shares = processes.index(jax.process_index()), _shares(written, parameters, len(files))
     # A parameter is split into the tensors that it is made of, in the order of the header.
-    header = {
-        name: (np.dtype(parameters[path].dtype), (rows, *parameters[path].shape[1:]))
-        for path, sources in written
-        for name, rows in sources.items()
-    }
-    arrays = (
-        np.concatenate([parameter[rows] for rows in slices])
-        for path, sources in written
-        for parameter in [jax.device_get(parameters[path])]
-        for slices in row_slices(sources, model.mesh)
-    )
-    safetensors_file.write(folder / SINGLE_FILE, header, arrays)
+    headers = [
+        {
+            name: (np.dtype(parameters[path].dtype), (rows, *parameters[path].shape[1:]))
+            for path, sources in share
+            for name, rows in sources.items()
+        }
+        for share in shares
+    ]
+
+    def arrays() -> Iterator[np.ndarray]:
+        for number, (path, sources) in ((number, each) for number, share in enumerate(shares) for each in share):
+            parameter = gathered(parameters[path], model.mesh)
+            if number == own:
+                values = jax.device_get(parameter)
+                for slices in row_slices(sources, spread[path]):
+                    yield np.concatenate([values[rows] for rows in slices])
+
+    with together(model.mesh):
+        own_arrays = arrays()
+        try:
+            safetensors_file.write(folder / files[own], headers[own], own_arrays)
+        finally:
+            for _ in own_arrays:  # the other processes wait for this one to gather the rest with them
+                pass
+    with together(model.mesh):
+        if own == 0:
+            (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+            # Not `save_pretrained`: it refuses sampling fields without `do_sample`, which many checkpoints have.
+            model.generation_config.to_json_file(folder / "generation_config.json")
+        if own == 0 and len(files) > 1:
+            listing = {name: file for file, header in zip(files, headers, strict=True) for name in header}
+            total = sum(parameters[path].nbytes for path, _ in written)
+            index = {"metadata": {"total_size": total}, "weight_map": listing}
+            (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _shares(
+    written: list[tuple[str, dict[str, int]]], parameters: Mapping[str, jax.Array], count: int
+) -> list[list[tuple[str, dict[str, int]]]]:
+    """What each of `count` processes writes: every parameter goes to the one that has the fewest bytes so far."""
+    shares: list[list[tuple[str, dict[str, int]]]] = [[] for _ in range(count)]
+    sizes = [0] * count
+    for path, sources in written:
+        least = sizes.index(min(sizes))
+        shares[least].append((path, sources))
+        sizes[least] += parameters[path].nbytes
+    return shares

@@ -1,7 +1,7 @@
 """Reading and writing safetensors a few rows at a time.
 
 The `safetensors` package only validates a file here. Its readers map the whole file into memory, which counts as a
-second copy of the model; so the bytes are read with plain `readinto`, straight into the array that keeps them.
+second copy of the model; so the bytes are read with plain `preadv`, straight into the array that keeps them.
 
     8 bytes          length bytes                              the rest
     length (uint64)  {"NAME": {"dtype", "shape", "data_offsets": [start, stop]}, ...}   data
@@ -9,9 +9,10 @@ second copy of the model; so the bytes are read with plain `readinto`, straight 
 
 import json
 import math
+import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import ml_dtypes
@@ -67,8 +68,15 @@ class Tensor:
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
+    def of_columns(self, columns: slice) -> "Tensor":
+        """Some columns of a matrix as a tensor of their own. Its rows are read or computed whole, and then cut."""
+        return _Columns(self.name, self.dtype, (self.rows, columns.stop - columns.start), self, columns)
+
     def read_into(self, out: np.ndarray, start: int = 0) -> None:
-        """Fills a C-contiguous array [rows, ...] with the rows from `start` on, cast to the array's dtype."""
+        """Fills an array [rows, ...] with the rows from `start` on, cast to the array's dtype.
+
+        The array is C-contiguous, or for `of_columns` each of its rows is.
+        """
         if out.dtype == self.dtype:
             self.read(out, start)
             return
@@ -95,6 +103,21 @@ class Tensor:
             yield block
 
 
+@dataclass(frozen=True)
+class _Columns(Tensor):
+    """See `Tensor.of_columns`."""
+
+    whole: Tensor
+    columns: slice
+
+    def read_into(self, out: np.ndarray, start: int = 0) -> None:
+        """See `Tensor.read_into`."""
+        done = 0
+        for block in self.whole.blocks(start, start + len(out), out.dtype):
+            out[done : done + len(block)] = block[:, self.columns]
+            done += len(block)
+
+
 class ComputedTensor(Tensor):
     """A tensor whose values are computed in float32, and rounded once to the dtype of the array that they fill."""
 
@@ -110,29 +133,43 @@ class StoredTensor(Tensor):
 
     Attributes:
         offset: bytes from the start of the file.
+        pitch: bytes from one row to the next; None if the rows follow each other.
     """
 
     path: Path
     offset: int
+    pitch: int | None = None
 
     def read(self, out: np.ndarray, start: int) -> None:
         """See `Tensor.read`."""
-        # As bytes: arrays of bfloat16 have no buffer that `readinto` could fill.
-        view = out.reshape(-1).view(np.uint8).data
+        # As bytes: arrays of bfloat16 have no buffer that `preadv` could fill. Rows that follow each other are one run.
+        runs = out.reshape(1, -1).view(np.uint8) if self.pitch is None else out.view(np.uint8)
+        offset = self._offset_of(start)
         with self.path.open("rb", buffering=0) as file:
-            file.seek(self._offset_of(start))
-            # Linux reads at most 2 GiB at a time; 0 bytes is the end of the file.
-            while view and (count := file.readinto(view)):
-                view = view[count:]
-        if view:
+            for run in runs:
+                if os.preadv(file.fileno(), [run.data], offset) < len(run):
+                    self._read_in_parts(file.fileno(), run.data, offset)
+                offset += self.pitch or 0
+
+    def _read_in_parts(self, file: int, run: memoryview, offset: int) -> None:
+        """Linux reads at most 2 GiB at a time; 0 bytes is the end of the file."""
+        while run and (count := os.preadv(file, [run], offset)):
+            run, offset = run[count:], offset + count
+        if run:
             raise CheckpointError(f"{self.path} ended while `{self.name}` was read. Download it again.")
+
+    def of_columns(self, columns: slice) -> "StoredTensor":
+        """See `Tensor.of_columns`; only these columns are read, row by row."""
+        shape = (self.rows, columns.stop - columns.start)
+        offset = self.offset + columns.start * self.dtype.itemsize
+        return replace(self, shape=shape, offset=offset, pitch=self.nbytes // max(1, self.rows))
 
     def part(self, name: str, start: int, rows: int) -> "StoredTensor":
         """The rows [start, start + rows) as a tensor with a name of its own."""
         return StoredTensor(name, self.dtype, (rows, *self.shape[1:]), self.path, self._offset_of(start))
 
     def _offset_of(self, row: int) -> int:
-        return self.offset + row * (self.nbytes // max(1, self.rows))
+        return self.offset + row * (self.pitch or self.nbytes // max(1, self.rows))
 
 
 def read_header(folder: Path, name: str) -> dict[str, StoredTensor]:

@@ -2,15 +2,17 @@
 
 Loading takes two passes. The first reads only names and shapes and accounts for everything: each tensor is used once,
 each parameter is filled once, and every shape matches, or nothing is loaded. The second reads one parameter at a time,
-and each tensor straight into its rows of the parameter, so the host holds one parameter besides the model.
+and each tensor straight into its rows of the parameter, so the host holds one parameter besides the model. On a mesh
+of several processes each one reads only what its own devices hold.
 """
 
 import functools
+import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +25,7 @@ from jaxgen.base import tensor_shards
 from jaxgen.checkpoint import float8, gguf_file
 from jaxgen.checkpoint.files import MOST_LAYERS, CheckpointError, Json, checkpoint_folder, holds, read_json
 from jaxgen.checkpoint.folder import listed, read_configs, read_tensors
-from jaxgen.checkpoint.safetensors_file import DTYPES, STORED, Tensor
+from jaxgen.checkpoint.safetensors_file import DTYPES, STORED, StoredTensor, Tensor
 from jaxgen.models import FAMILIES, LoadedModel
 from jaxgen.models.family import Config, Family
 
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 
 MANIFEST = "jaxgen.json"
 NATIVE_FORMAT = 2
+# A part of an array: a slice for each of its axes.
+Part = tuple[slice, ...]
 # Name parts that wrappers add to tensor names -> the wrapper, and how to save the model itself.
 _WRAPPERS = {
     "_orig_mod": "torch.compile (`model._orig_mod.save_pretrained(...)`)",
@@ -95,29 +99,63 @@ class Source:
         """The dtype that can hold all tensors of a parameter without loss."""
         return functools.reduce(jnp.promote_types, [tensor.dtype for tensor in self.pieces[path]])
 
-    def parameters(self, dtype: np.dtype) -> Iterator[np.ndarray]:
-        """The values, one parameter at a time in the order of the model's leaves."""
-        for path, leaf in named_leaves(self.abstract):
+    def parameters(self, dtype: np.dtype, parts: list[list[Part]]) -> Iterator[np.ndarray]:
+        """The values, one parameter at a time in the order of the model's leaves.
+
+        Args:
+            dtype: of the model.
+            parts: for each parameter what is read of it; the rest of its array is undefined.
+        """
+        leaves, spread = named_leaves(self.abstract), shardings(self.family, self.abstract)
+        for (path, leaf), sharding, of_parameter in zip(leaves, spread, parts, strict=True):
+            # Only what is written takes memory.
             array = np.empty(leaf.shape, self.family.dtype_of(path, dtype))
-            sources = {tensor.name: tensor.rows for tensor in self.pieces[path]}
-            for tensor, slices in zip(self.pieces[path], row_slices(sources, self.abstract.mesh), strict=True):
-                start = 0
-                for rows in slices:
-                    tensor.read_into(array[rows], start)
-                    start += rows.stop - rows.start
+            for part in of_parameter:
+                self._read_part(path, sharding, array, part)
             yield array
 
-    def shardings(self) -> list[NamedSharding | None]:
-        """The sharding of each parameter, in the order of the model's leaves; None without a mesh.
+    def _read_part(self, path: str, sharding: NamedSharding | None, array: np.ndarray, part: Part) -> None:
+        """Reads a part of a parameter into its place in the whole array."""
+        wanted, *columns = part
+        tensors = self.sources[path]
+        sources = {name: tensor.rows for name, tensor in tensors.items()}
+        for tensor, slices in zip(tensors.values(), row_slices(sources, sharding), strict=True):
+            if columns and (columns[0].stop - columns[0].start < array.shape[1]):
+                tensor = tensor.of_columns(columns[0])
+            start = 0  # of the slice, in the tensor
+            for rows in slices:
+                first, last = max(rows.start, wanted.start), min(rows.stop, wanted.stop)
+                if first < last:
+                    tensor.read_into(array[(slice(first, last), *columns)], start + first - rows.start)
+                start += rows.stop - rows.start
 
-        Raises:
-            ValueError: see `load`.
-        """
-        mesh, paths = self.abstract.mesh, [path for path, _ in named_leaves(self.abstract)]
-        if mesh is None:
-            return [None] * len(paths)
-        spec = self.family.partition(self.abstract.config, mesh)
-        return [NamedSharding(mesh, spec(path)) for path in paths]
+    @functools.cached_property
+    def sources(self) -> dict[str, dict[str, Tensor]]:
+        """Parameter path -> the tensors of a Hugging Face folder that it is made of, by their names."""
+        table: dict[str, dict[str, Tensor]] = {}
+        for path, parts in self.family.weight_map(self.abstract.config).items():
+            pieces = self.pieces[path]
+            if len(pieces) != len(parts):  # in a converted folder they are rows of one tensor, one after the other
+                stored, stops = cast(StoredTensor, pieces[0]), itertools.accumulate(parts.values())
+                pieces = [
+                    stored.part(name, stop - rows, rows)
+                    for (name, rows), stop in zip(parts.items(), stops, strict=True)
+                ]
+            table[path] = {name: replace(tensor, name=name) for name, tensor in zip(parts, pieces, strict=True)}
+        return table
+
+
+def shardings(family: Family, model: LoadedModel) -> list[NamedSharding | None]:
+    """The sharding of each parameter, in the order of the model's leaves; None without a mesh.
+
+    Raises:
+        ValueError: see `load`.
+    """
+    paths = [path for path, _ in named_leaves(model)]
+    if model.mesh is None:
+        return [None] * len(paths)
+    spec = family.partition(model.config, model.mesh)
+    return [NamedSharding(model.mesh, spec(path)) for path in paths]
 
 
 def open_checkpoint(path: str | Path, mesh: Mesh | None = None, follow_links: bool = False) -> Source:
@@ -449,15 +487,17 @@ def named_leaves(model: object) -> Iterator[tuple[str, Any]]:
         yield ".".join(keys).removesuffix(".value"), leaf
 
 
-def row_slices(sources: Mapping[str, int], mesh: Mesh | None) -> Iterator[list[slice]]:
+def row_slices(sources: Mapping[str, int], sharding: NamedSharding | None) -> Iterator[list[slice]]:
     """For each source, {tensor: rows}, the rows of the parameter that it fills: one slice for each shard.
 
-    On a mesh every device has its share of each source, so that it multiplies whole heads or units. Queries of 4 rows,
-    keys of 2 and values of 2, without a mesh and over 2 devices:
+    If the rows are sharded, every device has its share of each source, so that it multiplies whole heads or units.
+    Queries of 4 rows, keys of 2 and values of 2, not sharded and over 2 devices:
 
         q q q q k k v v        q q k v | q q k v
     """
-    shards = tensor_shards(mesh) if len(sources) > 1 else 1
+    shards = 1
+    if sharding is not None and rows_are_sharded(sharding) and len(sources) > 1:
+        shards = tensor_shards(sharding.mesh)
     shard_rows = sum(sources.values()) // shards
     start = 0  # of the source within a shard
     for rows in sources.values():
@@ -466,12 +506,43 @@ def row_slices(sources: Mapping[str, int], mesh: Mesh | None) -> Iterator[list[s
         start = stop
 
 
+def rows_are_sharded(sharding: NamedSharding) -> bool:
+    return sharding.spec[:1] == ("tensor",)
+
+
+def local_parts(shape: tuple[int, ...], sharding: NamedSharding | None) -> list[Part]:
+    """The parts of an array that devices of this process hold, joined where they touch; all of it without a sharding.
+
+    Only one axis of an array is sharded, so each axis can be looked at by itself.
+    """
+    if sharding is None:
+        return [tuple(slice(0, size) for size in shape)]
+    indices = sharding.addressable_devices_indices_map(shape).values()
+    axes = [_joined(slices, size) for slices, size in zip(zip(*indices, strict=True), shape, strict=True)]
+    return list(itertools.product(*axes))
+
+
+def _joined(slices: Iterable[slice], size: int) -> list[slice]:
+    """Equal or disjoint slices of an axis, in order and without those that begin where another ends."""
+    joined: list[slice] = []
+    for start, stop in sorted({each.indices(size)[:2] for each in slices}):
+        if joined and joined[-1].stop == start:
+            start = joined.pop().start
+        joined.append(slice(start, stop))
+    return joined
+
+
 def automatic_mesh(mesh: Mesh) -> Mesh:
     """The mesh with `Auto` axes, so that XLA chooses the shardings of activations."""
     if not mesh.axis_names or {*mesh.axis_names} - {"data", "tensor"}:
         raise ValueError(
             f"`mesh` has the axes {mesh.axis_names}, but must have 'data', 'tensor' or both, and no others. Rename its "
             "axes."
+        )
+    if not mesh.local_devices:
+        raise ValueError(
+            f"`mesh` has none of the devices of process {jax.process_index()}, {jax.local_devices()}. Only processes "
+            "with a device on the mesh may use it."
         )
     return Mesh(mesh.devices, mesh.axis_names)
 

@@ -94,6 +94,7 @@ class Family(Generic[AnyConfig]):
             whose values do not matter. `checkpoint` does not load them, and warns if one has other values.
         partition: config, mesh -> (parameter path -> PartitionSpec), or a ValueError if the mesh does not fit.
             `planning` suggests only meshes that fit.
+        cache_shards: config, devices on the axis "tensor" -> the number of them that the cache is sharded over.
         activation_bytes: config, forward pass -> bytes of activations at the peak on each device. Weights, cache and
             logits are not included; `planning` counts them itself.
         describe: config -> its sizes in one line, for `jaxgen inspect`.
@@ -123,6 +124,7 @@ class Family(Generic[AnyConfig]):
     of_source: Callable[[str], bool] = lambda path: False
     optional: Mapping[str, str] = field(default_factory=dict)
     wide: tuple[str, ...] = ()
+    cache_shards: Callable[[AnyConfig, int], int] = lambda config, shards: shards
 
     def dtype_of(self, path: str, dtype: np.dtype) -> np.dtype:
         """The dtype of a parameter in a model of this dtype."""

@@ -248,12 +248,17 @@ def _check_geometry(settings: Mapping[str, Any]) -> None:
         raise ValueError(f"`hidden_act`={act!r} is not supported; it may be one of {[*ACTIVATIONS]}.")
 
 
+def attention_shards(config: LlamaConfig, shards: int) -> int:
+    """The devices that heads are spread over, of `shards`: just one if there are too few key-value heads for all."""
+    return shards if config.num_key_value_heads % shards == 0 else 1
+
+
 class Attention(nnx.Module):
     """Same as transformers 5.24 `LlamaAttention` or `Qwen3Attention`, with the projections of q, k and v fused."""
 
     def __init__(self, config: LlamaConfig, rngs: nnx.Rngs, shards: int = 1):
         self.config = config
-        self.shards = shards
+        self.shards = attention_shards(config, shards)
         inner = config.num_attention_heads * config.head_dim
         fused = inner + 2 * config.num_key_value_heads * config.head_dim
         options = {"std": config.initializer_range, "rngs": rngs}
@@ -343,7 +348,7 @@ def _run(
 class Llama(LanguageModel):
     """A causal Llama: a pytree of weights in one dtype, with Hugging Face's attribute names except for fused weights.
 
-    On a mesh, heads, MLP units and, if divisible, vocabulary entries are sharded over the axis "tensor", rows over
+    On a mesh, MLP units and, if divisible, heads and vocabulary entries are sharded over the axis "tensor", rows over
     "data".
     """
 

@@ -9,7 +9,7 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxgen.base import tensor_shards
 from jaxgen.models.family import Family, ForwardPass, Gguf
 from jaxgen.models.layers import columns_at_once
-from jaxgen.models.llama import Dialect, Llama, LlamaConfig, unread_keys
+from jaxgen.models.llama import Dialect, Llama, LlamaConfig, attention_shards, unread_keys
 from jaxgen.models.partition import partition_of
 
 # Memory at the peak of attention, in units of the prompt's float32 scores. A CPU also holds their exponentials; a TPU
@@ -34,6 +34,7 @@ def like_llama(dialect: Dialect, gguf: Gguf[LlamaConfig] | None = None) -> Famil
             ".self_attn.masked_bias": None,
         },
         partition=partition,
+        cache_shards=attention_shards,
         activation_bytes=activation_bytes,
         describe=describe,
         gguf=gguf,
@@ -60,15 +61,19 @@ def partition(config: LlamaConfig, mesh: Mesh | AbstractMesh) -> Callable[[str],
     """How each parameter, by its path, is sharded over the mesh axis "tensor".
 
     Weights [out, in] that produce heads or MLP units, and the embedding and the head [V, D], are sharded by rows.
-    Weights that consume heads or units are sharded by columns. All others are replicated.
+    Weights that consume heads or units are sharded by columns. All others are replicated, and so is attention if the
+    axis does not divide the key-value heads.
 
     Raises:
-        ValueError: if the axis does not divide the heads or the units.
+        ValueError: if the axis does not divide the units.
     """
-    by_rows = [f"{path}.{kind}" for path in ("self_attn.qkv_proj", "mlp.gate_up_proj") for kind in ("weight", "bias")]
-    by_rows += ["embed_tokens.weight", "lm_head.weight"] if config.vocab_size % tensor_shards(mesh) == 0 else []
-    sizes = {key: getattr(config, key) for key in ("num_key_value_heads", "intermediate_size")}
-    return partition_of(sizes, by_rows, ("self_attn.o_proj.weight", "mlp.down_proj.weight"), mesh)
+    shards = tensor_shards(mesh)
+    spread = attention_shards(config, shards) == shards
+    products = (*(("self_attn.qkv_proj",) if spread else ()), "mlp.gate_up_proj")
+    by_rows = [f"{path}.{kind}" for path in products for kind in ("weight", "bias")]
+    by_rows += ["embed_tokens.weight", "lm_head.weight"] if config.vocab_size % shards == 0 else []
+    by_columns = (*(("self_attn.o_proj.weight",) if spread else ()), "mlp.down_proj.weight")
+    return partition_of({"intermediate_size": config.intermediate_size}, by_rows, by_columns, mesh)
 
 
 def _layer_weights(config: LlamaConfig) -> list[tuple[str, dict[str, int], bool]]:
@@ -96,13 +101,14 @@ def _inverse_frequencies(config: LlamaConfig) -> np.ndarray:
 def activation_bytes(config: LlamaConfig, forward: ForwardPass) -> int:
     """See `Family.activation_bytes`: the larger of attention and MLP of a layer, plus the residual stream."""
     rows, columns, item, platform = forward.rows, forward.columns, forward.itemsize, forward.platform
+    head_shards = attention_shards(config, forward.shards)
     if columns < forward.slots:  # a step, in which everything but the scores is negligible
-        return 2 * (4 * rows * config.num_attention_heads // forward.shards * columns * forward.slots)
+        return 2 * (4 * rows * config.num_attention_heads // head_shards * columns * forward.slots)
     # Sharded, XLA:GPU allocates the scores of all heads on each device.
-    shards = 1 if platform == "gpu" else forward.shards
+    shards = 1 if platform == "gpu" else head_shards
     scores = 4 * rows * config.num_attention_heads // shards * columns_at_once(columns) * columns
     heads = config.num_attention_heads + 2 * config.num_key_value_heads
-    qkv = item * rows * columns * heads * config.head_dim // forward.shards
+    qkv = item * rows * columns * heads * config.head_dim // head_shards
     hidden = item * rows * columns * config.hidden_size
     units = item * rows * columns * config.intermediate_size // forward.shards
     # Gate and up, and their product, the input of down.

@@ -415,8 +415,10 @@ class _Call:
         weights, read = self._weights(quantize, tensor)
         prompt_rows = row_bucket(data, batch) * self.prompt_rows // data  # on each device, like `rows`
         rows = prompt_rows * self.copies
-        cache = rows * self.slots * self.slot_bytes // tensor
-        source = prompt_rows * self.sources * self.slot_bytes // tensor  # which the rows of a prompt share
+        cache = rows * self.slots * self.slot_bytes // self._cache_shards(tensor)
+        source = (
+            prompt_rows * self.sources * self.slot_bytes // self._cache_shards(tensor)
+        )  # which the rows of a prompt share
         prefill = self._prefill_temporaries(prompt_rows, tensor, device.platform)
         decode = self._decode_temporaries(rows, tensor, device.platform)
         if device.platform == "cpu" and self.dtype == np.float16:
@@ -427,11 +429,13 @@ class _Call:
         if self.assistant is not None:
             call, quantized = self.assistant.call, self.assistant.quantize
             drafts["assistant_weights"] = call._weights(quantized, tensor)[0]
-            drafts["assistant_cache"] = (rows * call.slots + prompt_rows * call.sources) * call.slot_bytes // tensor
+            drafts["assistant_cache"] = (
+                (rows * call.slots + prompt_rows * call.sources) * call.slot_bytes // call._cache_shards(tensor)
+            )
         elif device.bandwidth is not None:
             # The prompts on a device without bucket padding, and the slots that hold tokens by then.
             slots = self.copies * self.tokens + min(self.sources, self.plan.keywords["prompt_tokens"])
-            valid = -(-batch // data) * self.prompt_rows * slots * self.slot_bytes // tensor
+            valid = -(-batch // data) * self.prompt_rows * slots * self.slot_bytes // self._cache_shards(tensor)
             seconds = (read + valid) / device.bandwidth
         return self.plan(
             quantize=quantize,
@@ -482,6 +486,9 @@ class _Call:
             return False
         return True
 
+    def _cache_shards(self, tensor: int) -> int:
+        return self.family.cache_shards(self.config, tensor)
+
     def _elements(self, tensor: int) -> int:
         return sum(math.prod(shape) // math.prod(share) for _, shape, share in self._shares(tensor))
 
@@ -497,7 +504,7 @@ class _Call:
         # The keys and values of all layers exist before the cache grows to all its slots, on a GPU in two copies. A CPU
         # grows one layer after the other.
         copies = {"cpu": 0, "tpu": 1, "gpu": 2}[platform]
-        short_cache = copies * rows * self.columns * self.slot_bytes // tensor
+        short_cache = copies * rows * self.columns * self.slot_bytes // self._cache_shards(tensor)
         logits = 4 * rows * self.config.vocab_size
         decoder = self._activations(rows, self.columns, max(self.columns, self.sources), tensor, platform)
         encoder = self._activations(rows, self.sources, self.sources, tensor, platform) if self.sources else 0

@@ -79,7 +79,8 @@ def check_places(model: Any, tensor: int) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(model):
         name = jax.tree_util.keystr(path)
         share = leaf.addressable_shards[0].data.size
-        whole = any(part in name for part in WHOLE)
+        few = getattr(model.config, "num_key_value_heads", tensor) % tensor
+        whole = any(part in name for part in (*WHOLE, *(("self_attn",) if few else ())))
         assert share == leaf.size // (1 if whole else tensor), (name, share, leaf.size)
         assert leaf.sharding.mesh == model.mesh
 
