@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from encoder_decoders import COUNT, ROWS, VOCAB, encoder_decoder, pair, random_call, torch_generate
 from random_calls import PROCESSORS, some
+from removed_modes import CASES_OF_SOURCES, ENCODER_DECODERS, diverse_of_source, recorded
 from shared_noise import in_jaxgen, in_torch
 
 import jaxgen
@@ -105,7 +106,7 @@ def assert_close(found: np.ndarray, expected: np.ndarray, told: str) -> None:
 
 # ---- The source ----
 
-T5_SEED, BART_SEED = 4, 3  # a UMT5 and an mBART, whose tokens vary
+T5_SEED, BART_SEED = ENCODER_DECODERS  # a UMT5 and an mBART, whose tokens vary
 
 
 @pytest.fixture(scope="module")
@@ -505,7 +506,7 @@ def test_an_assistant_with_an_encoder_reads_the_source_and_changes_no_token(mode
     np.testing.assert_array_equal(assisted.sequences, plain.sequences)
     # The model drafts for itself: all of its tokens are right, if its encoder has read the same source.
     assert (assisted.rounds == 4).all() and (assisted.accepted == assisted.drafted).all()
-    if ours.config.model_type == "t5":
+    if ours.config.model_type == "umt5":
         with pytest.raises(ValueError, match="Pass `input_ids` too"):
             jaxgen.generate(ours, encoder_outputs=ours.encode(jnp.asarray(IDS)), **arguments, **drafts)
 
@@ -556,6 +557,31 @@ def test_with_the_same_noise_every_sampled_token_equals_transformers(
         found = generate(models[0], key=0, **options)
     with in_torch():
         np.testing.assert_array_equal(found, expected(models[1], **options))
+
+
+def test_groups_of_beams_are_those_of_transformers_4_41(models: tuple[Any, Any]) -> None:
+    of_bart = models[0].config.model_type == "mbart"
+    for case in range(of_bart, CASES_OF_SOURCES, 2):
+        call, wanted = diverse_of_source(case), recorded()["diverse_of_source"][case]
+        out = jaxgen.generate(models[0], **call, return_dict_in_generate=True, output_scores=True)
+        np.testing.assert_array_equal(out.sequences, wanted["sequences"], err_msg=str(call))
+        np.testing.assert_allclose(out.sequences_scores, wanted["sequences_scores"], rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("watermark", "beams"),
+    [({"bias": 5.0}, {"num_beams": 3}), ({"ngram_len": 3, "keys": [11, 7, 5, 3]}, {})],
+    ids=["green list, beams", "SynthID, greedy"],
+)
+def test_watermarked_texts_are_those_of_transformers(
+    watermark: dict[str, Any], beams: dict[str, Any], models: tuple[Any, Any]
+) -> None:
+    from transformers import SynthIDTextWatermarkingConfig, WatermarkingConfig
+
+    config = (SynthIDTextWatermarkingConfig if "keys" in watermark else WatermarkingConfig)(**watermark)
+    found = generate(models[0], watermarking_config=config, **beams)
+    np.testing.assert_array_equal(found, expected(models[1], watermarking_config=config, **beams))
+    assert (found != generate(models[0], **beams)).any()
 
 
 @pytest.mark.parametrize("kind", [{}, {"num_beams": 3, "num_return_sequences": 2}], ids=["greedy", "beams"])
