@@ -170,7 +170,7 @@ def test_a_drafter_of_the_callers_own(model: Any) -> None:
 # ---- Functions on the host ----
 
 
-@pytest.mark.parametrize("copies", [1, 2])
+@pytest.mark.parametrize("copies", [pytest.param(1, marks=pytest.mark.sweep), 2])
 def test_functions_on_the_host_see_each_token_with_the_text_before_it(copies: int, model: Any) -> None:
     """An even token is followed by an odd one, by a function of NumPy; and a criterion ends texts at their length."""
     prompts = np.array([[5, 9, 17], [0, 7, 12], [6, 13, 8]])
