@@ -22,7 +22,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxgen.base import rows_axis, tensor_shards
-from jaxgen.memory import Memory, without_ones
+from jaxgen.encoder_memory import Memory, without_ones
 from jaxgen.pytree import pytree
 
 _FREE = -(1 << 30)  # in `columns`: a slot without a column; so low that no `skip` raises it to a real column

@@ -46,7 +46,16 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "oracle: compares with transformers on torch, which must be installed")
 
 
+# Files that take more than half a minute. They come first, or the last one would keep one of two processes waiting.
+LONG = """
+test_docs test_encoder_decoder test_assisted_mode test_assistant test_jax_settings test_beam_search test_custom
+test_logits_process test_sampling test_t5 test_stop_strings test_api test_streaming test_compile_cache test_examples
+test_pickles test_speller test_assisted test_mesh test_bench test_chat_command test_parity test_real_sizes test_bart
+""".split()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
     if not HAS_TORCH:
         for item in items:
             if item.get_closest_marker("oracle"):

@@ -128,7 +128,11 @@ def tokens(folder: Path, model: Any, bundled: Any, tokenizer: Any) -> Callable[[
     return run
 
 
-@pytest.mark.parametrize("way", WAYS)
+# Sampled beams are both.
+@pytest.mark.parametrize(
+    "way",
+    [pytest.param(way, marks=[pytest.mark.sweep] if way in ("sampling", "beams") else []) for way in WAYS],
+)
 def test_no_setting_changes_a_token(way: str, tokens: Callable[[str], np.ndarray]) -> None:
     expected = tokens(way)
     for name, entered in (EVERY_WAY | (ONE_WAY if way == "sampled beams" else {})).items():

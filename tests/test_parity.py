@@ -14,8 +14,8 @@ from oracle import live, recorded, torch_logits, torch_model
 
 import jaxgen
 
-# Six layouts of heads by eleven ropes: 22 of them have each rope twice, the others are for sweeps.
-USUAL = 22
+# Six layouts of heads by eleven ropes: the first 11 have each rope once, the others are for sweeps.
+USUAL = 11
 CASES = [
     pytest.param(each, id=each.name, marks=[pytest.mark.sweep] if each.seed >= USUAL else []) for each in ARCHITECTURES
 ]
@@ -45,7 +45,13 @@ def test_there_are_enough_architectures_and_none_of_them_degenerates() -> None:
         assert len(np.unique(continuation)) >= 4, name
 
 
-@pytest.mark.parametrize("seed", RECORDED_SEEDS, ids=lambda seed: encoder_decoder(seed).name)
+@pytest.mark.parametrize(
+    "seed",
+    [
+        pytest.param(seed, id=encoder_decoder(seed).name, marks=[] if seed in (0, 1, 7, 9) else [pytest.mark.sweep])
+        for seed in RECORDED_SEEDS
+    ],
+)
 def test_texts_of_encoder_decoder_models_are_the_recorded_ones_of_transformers(seed: int, tmp_path: Path) -> None:
     architecture, answers = encoder_decoder(seed), json.loads(RECORD.read_text())
     model = jaxgen.load(architecture.write(tmp_path))

@@ -21,6 +21,12 @@ def speller() -> Any:
 
 
 @pytest.fixture(scope="module")
+def twin() -> Any:
+    """The same model in torch."""
+    return torch_model(jaxgen.BUNDLED_SPELLER)
+
+
+@pytest.fixture(scope="module")
 def tokenizer() -> Any:
     return jaxgen.load_tokenizer(jaxgen.BUNDLED_SPELLER)
 
@@ -39,17 +45,30 @@ def test_it_corrects_sentences(beams: int, speller: Any, tokenizer: Any) -> None
 @pytest.mark.oracle
 @pytest.mark.parametrize("arguments", [{}, {"num_beams": 4, "num_return_sequences": 3}], ids=["greedy", "beams"])
 def test_its_corrections_are_those_of_transformers(
-    arguments: dict[str, Any], speller: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+    arguments: dict[str, Any], speller: Any, twin: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(EXAMPLES))
     import train_speller  # pyright: ignore
 
-    twin = torch_model(jaxgen.BUNDLED_SPELLER)
     wrong = [source for source, _ in itertools.islice(train_speller.pairs(9), 60)]
     for start in range(0, 60, 20):
         sources = dict(tokenizer(wrong[start : start + 20], return_tensors="np", padding="max_length", max_length=48))
         ours = jaxgen.generate(speller, **sources, max_new_tokens=24, **arguments)
         np.testing.assert_array_equal(ours, torch_generate(twin, **sources, max_new_tokens=24, **arguments))
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("beams", [1, 4])
+def test_a_stop_string_ends_a_correction_where_it_does_in_transformers(
+    beams: int, speller: Any, twin: Any, tokenizer: Any
+) -> None:
+    sources = tokenizer(WRONG, return_tensors="np", padding=True)
+    plain = jaxgen.generate(speller, **sources, num_beams=beams, max_new_tokens=30)
+    for strings in ("walk on", ["ilo c", "orning", "not there"]):
+        arguments = {"num_beams": beams, "max_new_tokens": 30, "stop_strings": strings, "tokenizer": tokenizer}
+        ours = jaxgen.generate(speller, **sources, **arguments)
+        np.testing.assert_array_equal(ours, torch_generate(twin, **sources, **arguments))
+        assert ours.shape != plain.shape or (ours != plain).any()
 
 
 def test_the_script_that_trains_it_lowers_the_loss_and_counts_what_is_corrected(

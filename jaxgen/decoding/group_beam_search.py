@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxgen.base import (
     EosCriterion,
@@ -33,6 +34,8 @@ from jaxgen.processors.logits_process import process, reorder
 from jaxgen.processors.stopping_criteria import any_of
 from jaxgen.processors.top_k import blocked_top_k
 from jaxgen.pytree import Bool, Float32, Int32, pytree
+
+_LOWEST = float(np.finfo(np.float32).min)  # finite, for users of `jax_debug_infs`
 
 
 @pytree
@@ -141,7 +144,7 @@ class GroupBeamSearch(Strategy[GroupState]):
             # All beams start as copies of the prompt. Only the first one may win, or all would choose the same tokens.
             running=replace(beams, scores=beams.scores.at[:, 1:].set(NEVER)),
             # transformers 4.41 starts without finished beams, so these placeholders lose against any score.
-            finished=replace(beams, scores=jnp.full_like(beams.scores, -jnp.inf)),
+            finished=replace(beams, scores=jnp.full_like(beams.scores, _LOWEST)),
             done=jnp.arange(rows) >= prompt.rows,
             processors=tuple(processor.init(repeated, vocab_size) for processor in self.processors),
         )
@@ -240,9 +243,9 @@ class GroupBeamSearch(Strategy[GroupState]):
         return _GroupStep(following, next_tokens, first + parents, scores, invalid & ~group.done)
 
     def _scored(self, beams: Beams, finished: jax.Array, new_tokens: jax.Array) -> Beams:
-        """The beams with their scores as finished beams, or -inf where they are not `finished`."""
+        """The beams with their scores as finished beams, or `_LOWEST` where they are not `finished`."""
         scores = beams.scores / new_tokens.astype(jnp.float32) ** self.length_penalty
-        return replace(beams, scores=jnp.where(finished, scores, -jnp.inf), finished=finished)
+        return replace(beams, scores=jnp.where(finished, scores, _LOWEST), finished=finished)
 
     def _new_tokens(self, state: GroupState) -> jax.Array:
         """int32 []: the number of tokens at which a running beam is compared with the finished ones."""

@@ -1,18 +1,21 @@
-"""What the models of all families share: their sizes, dtype, mesh and generation config."""
+"""What the models of all families share: their sizes, mesh, generation config, and a pass that ends with the head."""
 
 from typing import Any, NoReturn, Self
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxgen.base import Intermediates, rows_axis
+from jaxgen.kv_cache import KVCache
 from jaxgen.models.family import Config
 from jaxgen.models.layers import HostOnly
 
 
 class LanguageModel(nnx.Module):
-    """A pytree of weights in one dtype, with its configuration.
+    """A pytree of weights in one dtype, with its configuration. A family adds `dtype`, `hidden_states` and `logits`.
 
     Attributes:
         config: the architecture, part of the compile key.
@@ -45,6 +48,41 @@ class LanguageModel(nnx.Module):
     @property
     def dtype(self) -> jnp.dtype:
         raise NotImplementedError
+
+    def hidden_states(
+        self,
+        cache: KVCache,
+        input_ids: jax.Array,
+        attention_mask: jax.Array,
+        position_ids: jax.Array | None = None,
+        intermediates: tuple[str, ...] = (),
+    ) -> tuple[jax.Array, KVCache, Intermediates]:
+        """As `extend`, but float [N, T, D] after the final norm in place of logits."""
+        raise NotImplementedError
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """[..., D] -> float32 [..., V], rounded to the model's dtype as in transformers."""
+        raise NotImplementedError
+
+    def extend(
+        self,
+        cache: KVCache,
+        input_ids: jax.Array,
+        attention_mask: jax.Array,
+        position_ids: jax.Array | None = None,
+        intermediates: tuple[str, ...] = (),
+        logits_to_keep: int = 1,
+    ) -> tuple[jax.Array, KVCache, Intermediates]:
+        """See `base.Model.extend`. The head runs only on the columns whose logits are returned."""
+        hidden, cache, computed = self.hidden_states(cache, input_ids, attention_mask, position_ids, intermediates)
+        last = hidden[:, -logits_to_keep * cache.branches :].reshape(-1, hidden.shape[-1])
+        return self.logits(last), cache, computed
+
+    def sharded_by_rows(self, x: jax.Array) -> jax.Array:
+        """The same array [N, ...], on a mesh with its rows over the axis "data"."""
+        if self.mesh is None:
+            return x
+        return lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(rows_axis(self.mesh, len(x)))))
 
     @property
     def generation_config(self) -> Any:

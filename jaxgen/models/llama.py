@@ -12,10 +12,9 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
-from jaxgen.base import Intermediates, no_mesh, rows_axis, tensor_shards
+from jaxgen.base import Intermediates, no_mesh, tensor_shards
 from jaxgen.kv_cache import KVCache
 from jaxgen.models import config_keys, rope
 from jaxgen.models.language_model import LanguageModel
@@ -397,8 +396,8 @@ class Llama(LanguageModel):
             attention_mask = jnp.ones_like(input_ids, bool)
         with no_mesh():
             cache = self.make_cache(*input_ids.shape)
-            hidden, _, _ = self._hidden_states(cache, input_ids, attention_mask.astype(bool))
-            return self._logits(hidden)
+            hidden, _, _ = self.hidden_states(cache, input_ids, attention_mask.astype(bool))
+            return self.logits(hidden)
 
     def first_layers(self, count: int) -> Self:
         """See `base.Model.first_layers`. The weights are shared."""
@@ -416,21 +415,7 @@ class Llama(LanguageModel):
         cache = KVCache.zeros(config.num_hidden_layers, rows, slots, heads, config.head_dim, self.dtype, windowed)
         return cache if self.mesh is None else cache.placed(self.mesh, rows, heads)
 
-    def extend(
-        self,
-        cache: KVCache,
-        input_ids: jax.Array,
-        attention_mask: jax.Array,
-        position_ids: jax.Array | None = None,
-        intermediates: tuple[str, ...] = (),
-        logits_to_keep: int = 1,
-    ) -> tuple[jax.Array, KVCache, Intermediates]:
-        """See `base.Model.extend`. The head runs only on the columns whose logits are returned."""
-        hidden, cache, computed = self._hidden_states(cache, input_ids, attention_mask, position_ids, intermediates)
-        last = hidden[:, -logits_to_keep * cache.branches :].reshape(-1, hidden.shape[-1])
-        return self._logits(last), cache, computed
-
-    def _hidden_states(
+    def hidden_states(
         self,
         cache: KVCache,
         input_ids: jax.Array,
@@ -438,10 +423,8 @@ class Llama(LanguageModel):
         position_ids: jax.Array | None = None,
         intermediates: tuple[str, ...] = (),
     ) -> tuple[jax.Array, KVCache, Intermediates]:
-        """float [N, T, D] after the final norm, the cache T columns longer, and the intermediates asked for."""
         x = self.embed_tokens(input_ids) if input_ids.ndim == 2 else input_ids.astype(self.dtype)
-        if self.mesh is not None:
-            x = lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(rows_axis(self.mesh, len(x)))))
+        x = self.sharded_by_rows(x)
         cache, positions, mask = cache.extend(attention_mask, position_ids)
         # One mask for each kind of layer, and not for each layer.
         masks = {FULL: mask}
@@ -462,7 +445,6 @@ class Llama(LanguageModel):
         computed = {"hidden_states": (*hidden_states[:-1], x), "attentions": tuple(attentions)}
         return x, cache, {name: computed[name] for name in intermediates}
 
-    def _logits(self, hidden: jax.Array) -> jax.Array:
-        """[..., D] -> float32 [..., V], rounded to the model's dtype as in transformers."""
+    def logits(self, hidden: jax.Array) -> jax.Array:
         logits = self.embed_tokens.attend(hidden) if self.lm_head is None else self.lm_head(hidden)
         return logits.astype(jnp.float32)

@@ -33,20 +33,16 @@ def converted(source: Path) -> Any:
     return jaxgen.load(report.folder)
 
 
-@pytest.mark.parametrize("shards", [1, 2])
-def test_the_bin_files_of_transformers_are_read(shards: int, tmp_path: Path) -> None:
+def test_the_bin_files_of_transformers_are_read(tmp_path: Path) -> None:
     tensors = random_tensors()
     source = tmp_path / "source"
     source.mkdir()
     write_json(source / "config.json", CONFIG)
     (source / "tokenizer.json").write_text("{}")
-    if shards == 1:
-        save_pickle(source / "pytorch_model.bin", tensors)
-    else:
-        index = {name: f"pytorch_model-0000{1 + i % 2}-of-00002.bin" for i, name in enumerate(tensors)}
-        for file in set(index.values()):
-            save_pickle(source / file, {name: tensors[name] for name, owner in index.items() if owner == file})
-        write_json(source / "pytorch_model.bin.index.json", {"weight_map": index})
+    index = {name: f"pytorch_model-0000{1 + i % 2}-of-00002.bin" for i, name in enumerate(tensors)}
+    for file in set(index.values()):
+        save_pickle(source / file, {name: tensors[name] for name, owner in index.items() if owner == file})
+    write_json(source / "pytorch_model.bin.index.json", {"weight_map": index})
     plain = write_checkpoint(tmp_path / "plain", tensors=tensors)
     assert_same_bits(converted(source), jaxgen.load(plain))
     convert.convert_to_hugging_face(tmp_path / "converted", tmp_path / "back")
@@ -58,7 +54,7 @@ def test_the_bin_files_of_transformers_are_read(shards: int, tmp_path: Path) -> 
     assert_same_bits(jaxgen.load(tmp_path / "back"), jaxgen.load(plain))
 
 
-def test_a_tied_head_that_shares_its_memory_is_read(tmp_path: Path) -> None:
+def test_a_single_bin_file_whose_tied_head_shares_its_memory_is_read(tmp_path: Path) -> None:
     import torch
 
     tensors = {name: torch.tensor(array) for name, array in random_tensors(TIED).items()}
@@ -120,9 +116,13 @@ def to_meta(tensors: Tensors, heads: dict[str, int], pieces: int, embedding_by_r
     return parts
 
 
-@pytest.mark.parametrize(("pieces", "kv_heads", "embedding_by_rows"), [(1, 4, True), (2, 2, True), (2, 2, False)])
+@pytest.mark.parametrize(
+    ("pieces", "kv_heads", "embedding_by_rows", "scaled_rope"),
+    [(1, 4, True, True), (2, 2, True, False), (2, 2, False, False)],
+    ids=["one piece, Llama 3.1", "Llama 3", "Llama 2"],
+)
 def test_the_checkpoint_of_meta_is_turned_and_joined(
-    pieces: int, kv_heads: int, embedding_by_rows: bool, tmp_path: Path
+    pieces: int, kv_heads: int, embedding_by_rows: bool, scaled_rope: bool, tmp_path: Path
 ) -> None:
     config = CONFIG | {"num_key_value_heads": kv_heads}
     tensors = random_tensors(config)
@@ -132,6 +132,7 @@ def test_the_checkpoint_of_meta_is_turned_and_joined(
     for number, part in enumerate(to_meta(tensors, heads, pieces, embedding_by_rows)):
         save_pickle(source / f"consolidated.{number:02}.pth", part)
     params = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": kv_heads, "norm_eps": 1e-5, "vocab_size": -1}
+    params |= {"use_scaled_rope": True, "rope_theta": 500000.0} if scaled_rope else {}
     write_json(source / "params.json", params)
     with pytest.raises(CheckpointError, match=r"as Meta distributes it.*--allow-pickle"):
         jaxgen.load(source)
@@ -141,6 +142,9 @@ def test_the_checkpoint_of_meta_is_turned_and_joined(
         assert np.asarray(ours).tobytes() == np.asarray(expected).tobytes()
     assert (model.config.num_key_value_heads, model.config.vocab_size) == (kv_heads, 48)
     assert model.generation_config.eos_token_id == 2
+    if scaled_rope:
+        assert model.config.rope.factor == 8.0
+        assert json.loads((tmp_path / "converted" / "config.json").read_text())["max_position_embeddings"] == 131_072
 
 
 @pytest.mark.parametrize(
@@ -159,17 +163,6 @@ def test_what_meta_does_not_say_follows_from_the_sizes_of_the_model(rows: int, l
     config = pickles._meta_config(params, shapes)
     factor = config.get("rope_scaling", {}).get("factor")
     assert (config["max_position_embeddings"], config["eos_token_id"], factor) == expected
-
-
-def test_the_scaled_rotation_of_llama_3_1_is_in_its_config(tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    source.mkdir()
-    for number, part in enumerate(to_meta(random_tensors(), {"self_attn.q_proj": 4, "self_attn.k_proj": 2}, 1, True)):
-        save_pickle(source / f"consolidated.{number:02}.pth", part)
-    params = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "norm_eps": 1e-5}
-    write_json(source / "params.json", params | {"use_scaled_rope": True, "rope_theta": 500000.0})
-    assert converted(source).config.rope.factor == 8.0
-    assert json.loads((tmp_path / "converted" / "config.json").read_text())["max_position_embeddings"] == 131_072
 
 
 # What a pickle may not do

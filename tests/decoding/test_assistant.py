@@ -323,7 +323,7 @@ def padded(texts: list[np.ndarray], columns: int) -> tuple[np.ndarray, np.ndarra
     return ids, np.array([np.arange(columns) >= columns - len(text) for text in texts])
 
 
-@pytest.mark.parametrize(("share", "rows"), [(0.9, 1), (0.4, 3)])
+@pytest.mark.parametrize(("share", "rows"), [pytest.param(0.9, 1, marks=pytest.mark.sweep), (0.4, 3)])
 def test_an_assistant_drafts_after_it_has_read_every_piece_of_the_text(
     share: float, rows: int, model: Any, tiny_caches: None
 ) -> None:
@@ -379,7 +379,9 @@ def test_its_cache_continues_as_that_of_the_plain_call_does(model: Any, tiny_cac
         np.testing.assert_array_equal(jaxgen.generate(model, more, cache=cache, **call, **assisted), expected)
 
 
-@pytest.mark.parametrize(("model_type", "seed", "chunk"), [("mistral", 2, 4), ("qwen2", 4, None)])
+@pytest.mark.parametrize(
+    ("model_type", "seed", "chunk"), [("mistral", 2, 4), pytest.param("qwen2", 4, None, marks=pytest.mark.sweep)]
+)
 def test_an_assistant_with_windows(
     model_type: str, seed: int, chunk: int | None, tmp_path: Path, tiny_caches: None
 ) -> None:
@@ -444,10 +446,11 @@ def test_settings_come_from_the_call_and_then_from_the_assistant(model: Any) -> 
 
 
 @pytest.mark.oracle
+@pytest.mark.parametrize("calls", [20, pytest.param(60, marks=pytest.mark.sweep)])
 def test_greedy_tokens_equal_the_assisted_calls_of_transformers(
-    model: Any, twin: Any, garbage: Any, tmp_path: Path
+    calls: int, model: Any, twin: Any, garbage: Any, tmp_path: Path
 ) -> None:
-    """Of one row, as transformers decodes it, on 60 calls."""
+    """Of one row, as transformers decodes it."""
     import torch
     from oracle import torch_model
 
@@ -462,7 +465,7 @@ def test_greedy_tokens_equal_the_assisted_calls_of_transformers(
         {"min_new_tokens": 8},
         {"suppress_tokens": [5]},
     ]
-    for number in range(60):
+    for number in range(calls):
         rng = np.random.default_rng(number)
         ours, theirs = pairs[number % 2]
         ids = rng.integers(3, 97, (1, 1 + number % 7))

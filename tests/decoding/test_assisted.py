@@ -151,7 +151,9 @@ def test_its_cache_continues_as_that_of_the_plain_call_does(model: Any, tiny_cac
     np.testing.assert_array_equal(again, expected)
 
 
-@pytest.mark.parametrize(("model_type", "seed", "chunk"), [("mistral", 2, 4), ("qwen2", 4, None)])
+@pytest.mark.parametrize(
+    ("model_type", "seed", "chunk"), [pytest.param("mistral", 2, 4, marks=pytest.mark.sweep), ("qwen2", 4, None)]
+)
 def test_windows_count_the_columns_of_the_text_and_not_the_holes(
     model_type: str, seed: int, chunk: int | None, tmp_path: Path, tiny_caches: None
 ) -> None:

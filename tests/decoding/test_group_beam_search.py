@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from removed_modes import CASES, PROGRAMS, diverse, recorded
@@ -71,6 +72,13 @@ def test_a_criterion_that_finishes_all_beams_at_once_ends_the_search(model: Any)
     out = beams(model, stopping_criteria=[lambda input_ids, scores, cur_len: cur_len >= 6])
     assert out.sequences.shape == (12, 6)
     np.testing.assert_array_equal(out.scores, beams(model).scores[:3])
+
+
+def test_groups_start_with_finite_scores_for_users_who_debug_infinities(model: Any) -> None:
+    call = jaxgen.prepare(model, IDS, num_beams=4, num_beam_groups=2, diversity_penalty=1.0, max_new_tokens=8)
+    with jax.debug_infs(True):
+        state = call.strategy.init(call.prompt, call.slots, model.vocab_size)
+    assert all(np.isfinite(group.finished.scores).all() for group in state.groups)
 
 
 @pytest.mark.parametrize(

@@ -168,7 +168,13 @@ MADE_ANEW: dict[str, tuple[str, Any, str]] = {
 }
 
 
-@pytest.mark.parametrize("kind", MADE_ANEW)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=[pytest.mark.sweep] if kind in ("a jitted lambda", "a partial") else [])
+        for kind in MADE_ANEW
+    ],
+)
 def test_a_jax_function_made_anew_for_each_call_is_announced_once(
     kind: str, model: Any, caplog: pytest.LogCaptureFixture
 ) -> None:

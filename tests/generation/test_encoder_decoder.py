@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 from encoder_decoders import COUNT, ROWS, VOCAB, encoder_decoder, pair, random_call, torch_generate
 from random_calls import PROCESSORS, some
+from removed_modes import CASES_OF_SOURCES, ENCODER_DECODERS, diverse_of_source, recorded
 from shared_noise import in_jaxgen, in_torch
 
 import jaxgen
 from jaxgen.decoding import loop
 
 CALLS_EACH = 4
-USUAL = 10  # architectures; the others are for sweeps
+USUAL = (0, 1, 2, 3, 4, 5, 7, 9)  # one architecture of each family; the others are for sweeps
 KINDS = ("greedy", "beams")
 OF_STEPS = ("decoder_attentions", "cross_attentions", "decoder_hidden_states")
 OF_SOURCE = ("encoder_attentions", "encoder_hidden_states")
@@ -36,7 +37,7 @@ def combinations() -> list[Any]:
         pytest.param(seed, kind, id=f"{encoder_decoder(seed).name}-{kind}", marks=[] if usual else [pytest.mark.sweep])
         for seed in range(COUNT)
         for kind in KINDS
-        for usual in [seed < USUAL and KINDS.index(kind) == seed // 2 % 2]
+        for usual in [seed in USUAL and KINDS.index(kind) == seed // 2 % 2]
     ]
 
 
@@ -105,7 +106,7 @@ def assert_close(found: np.ndarray, expected: np.ndarray, told: str) -> None:
 
 # ---- The source ----
 
-T5_SEED, BART_SEED = 4, 3  # a UMT5 and an mBART, whose tokens vary
+T5_SEED, BART_SEED = ENCODER_DECODERS  # a UMT5 and an mBART, whose tokens vary
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +122,22 @@ def bart(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
 @pytest.fixture(params=["t5", "bart"])
 def models(request: pytest.FixtureRequest) -> tuple[Any, Any]:
     return request.getfixturevalue(request.param)
+
+
+usually_of_t5 = pytest.mark.parametrize("models", ["t5", pytest.param("bart", marks=pytest.mark.sweep)], indirect=True)
+usually_of_bart = pytest.mark.parametrize(
+    "models", ["bart", pytest.param("t5", marks=pytest.mark.sweep)], indirect=True
+)
+
+
+def in_turn(name: str, values: dict[str, Any]) -> pytest.MarkDecorator:
+    """Each value with one of the two models, and with the other one in sweeps."""
+    params = [
+        pytest.param(model, value, id=f"{model}-{told}", marks=[] if number % 2 == index else [pytest.mark.sweep])
+        for number, (told, value) in enumerate(values.items())
+        for index, model in enumerate(("t5", "bart"))
+    ]
+    return pytest.mark.parametrize(("models", name), params, indirect=["models"])
 
 
 IDS = np.random.default_rng(0).integers(3, VOCAB - 1, (ROWS, 6))
@@ -180,7 +197,7 @@ def test_a_row_depends_neither_on_its_neighbours_nor_on_padding_nor_on_the_bucke
         np.testing.assert_array_equal(alone[0], together.sequences[row])
 
 
-@pytest.mark.parametrize("beams", [{}, {"num_beams": 3, "num_return_sequences": 2}], ids=["greedy", "beams"])
+@in_turn("beams", {"greedy": {}, "beams": {"num_beams": 3, "num_return_sequences": 2}})
 def test_the_encoders_output_takes_the_place_of_its_input_and_is_never_changed(
     beams: dict[str, Any], models: tuple[Any, Any]
 ) -> None:
@@ -201,6 +218,7 @@ def test_the_encoders_output_takes_the_place_of_its_input_and_is_never_changed(
         assert kept.tobytes() == np.asarray(encoded).tobytes()
 
 
+@usually_of_bart
 def test_the_encoders_output_without_a_mask_is_attended_in_all_columns(models: tuple[Any, Any]) -> None:
     import torch
     from transformers.modeling_outputs import BaseModelOutput
@@ -293,7 +311,7 @@ def test_the_start_token_is_put_before_the_decoders_tokens_unless_a_row_begins_w
     assert found.shape[1] == added + ids.shape[1] + PLAIN["max_new_tokens"]
 
 
-@pytest.mark.parametrize("beams", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+@in_turn("beams", {"beams": {"num_beams": 3}, "greedy": {}})
 def test_every_row_may_have_a_start_token_of_its_own(beams: dict[str, Any], models: tuple[Any, Any]) -> None:
     ours, theirs = models
     found = generate(ours, decoder_start_token_id=[7, 8, 9], **beams)
@@ -326,16 +344,15 @@ def test_masked_columns_before_a_barts_text_count_as_in_transformers(bart: tuple
     np.testing.assert_array_equal(generate(bart[0], **arguments), expected(bart[1], **arguments))
 
 
-@pytest.mark.parametrize(
+@in_turn(
     "lengths",
-    [
-        {"max_new_tokens": None},
-        {"max_new_tokens": None, "max_length": 5},
-        {"max_new_tokens": 3},
-        {"max_new_tokens": None, "max_length": 9, "min_length": 6, "eos_token_id": [*range(3, 40)]},
-        {"min_new_tokens": 6, "eos_token_id": [*range(3, 40)]},
-    ],
-    ids=str,
+    {
+        "by default": {"max_new_tokens": None},
+        "max_length": {"max_new_tokens": None, "max_length": 5},
+        "max_new_tokens": {"max_new_tokens": 3},
+        "min_length": {"max_new_tokens": None, "max_length": 9, "min_length": 6, "eos_token_id": [*range(3, 40)]},
+        "min_new_tokens": {"min_new_tokens": 6, "eos_token_id": [*range(3, 40)]},
+    },
 )
 def test_lengths_count_the_decoders_tokens(lengths: dict[str, Any], models: tuple[Any, Any]) -> None:
     found = generate(models[0], **lengths)
@@ -346,6 +363,7 @@ def test_lengths_count_the_decoders_tokens(lengths: dict[str, Any], models: tupl
         assert found.shape == (ROWS, 21)
 
 
+@usually_of_bart
 def test_forced_tokens_are_the_first_after_a_lone_start_token_and_the_last(models: tuple[Any, Any]) -> None:
     ours, theirs = models
     forced = {"forced_bos_token_id": 33, "forced_eos_token_id": 44, "begin_suppress_tokens": [5, 6, 7, 8]}
@@ -358,6 +376,7 @@ def test_forced_tokens_are_the_first_after_a_lone_start_token_and_the_last(model
     assert not (found[:, 3] == 33).all()
 
 
+@usually_of_t5
 def test_a_start_token_that_ends_texts_ends_none(models: tuple[Any, Any]) -> None:
     start = start_of(models[1])
     found = generate(models[0], eos_token_id=start)
@@ -365,6 +384,7 @@ def test_a_start_token_that_ends_texts_ends_none(models: tuple[Any, Any]) -> Non
     assert found.shape[1] > 2
 
 
+@usually_of_t5
 def test_penalties_of_repetition_are_about_the_text_and_those_of_the_encoder_about_the_source(
     models: tuple[Any, Any],
 ) -> None:
@@ -489,6 +509,7 @@ def test_the_beams_of_a_cache_go_on_as_samples_of_their_sources(t5: tuple[Any, A
 # ---- Other ways to decode ----
 
 
+@usually_of_bart
 def test_drafts_change_no_token_of_ragged_rows(models: tuple[Any, Any]) -> None:
     ours = models[0]
     arguments = {"max_new_tokens": 14, "eos_token_id": [*range(20, 24)], "pad_token_id": 0}
@@ -496,6 +517,7 @@ def test_drafts_change_no_token_of_ragged_rows(models: tuple[Any, Any]) -> None:
     np.testing.assert_array_equal(generate(ours, prompt_lookup_num_tokens=3, **arguments), plain)
 
 
+@usually_of_t5
 def test_an_assistant_with_an_encoder_reads_the_source_and_changes_no_token(models: tuple[Any, Any]) -> None:
     ours = models[0]
     arguments = {"max_new_tokens": 13, "return_dict_in_generate": True, "eos_token_id": None}
@@ -505,11 +527,12 @@ def test_an_assistant_with_an_encoder_reads_the_source_and_changes_no_token(mode
     np.testing.assert_array_equal(assisted.sequences, plain.sequences)
     # The model drafts for itself: all of its tokens are right, if its encoder has read the same source.
     assert (assisted.rounds == 4).all() and (assisted.accepted == assisted.drafted).all()
-    if ours.config.model_type == "t5":
+    if ours.config.model_type == "umt5":
         with pytest.raises(ValueError, match="Pass `input_ids` too"):
             jaxgen.generate(ours, encoder_outputs=ours.encode(jnp.asarray(IDS)), **arguments, **drafts)
 
 
+@usually_of_bart
 def test_a_stream_brings_the_new_tokens_and_a_streamer_the_start_token_first(models: tuple[Any, Any]) -> None:
     ours = models[0]
     plain = generate(ours, IDS[:1], attention_mask=MASK[:1])
@@ -529,6 +552,7 @@ def test_a_stream_brings_the_new_tokens_and_a_streamer_the_start_token_first(mod
     assert put == [[token] for token in plain[0].tolist()] + [[-1]]
 
 
+@usually_of_t5
 def test_samples_share_their_source_and_depend_on_the_key_alone(models: tuple[Any, Any]) -> None:
     ours = models[0]
     options = {"do_sample": True, "top_k": 0, "temperature": 1.5}
@@ -546,7 +570,7 @@ def test_samples_share_their_source_and_depend_on_the_key_alone(models: tuple[An
         np.testing.assert_array_equal(alone, three[3 * row : 3 * row + 3])
 
 
-@pytest.mark.parametrize("beams", [{}, {"num_beams": 3}, {"num_return_sequences": 2}], ids=str)
+@in_turn("beams", {"alone": {}, "beams": {"num_beams": 3}, "two of each": {"num_return_sequences": 2}})
 def test_with_the_same_noise_every_sampled_token_equals_transformers(
     beams: dict[str, Any], models: tuple[Any, Any]
 ) -> None:
@@ -558,7 +582,34 @@ def test_with_the_same_noise_every_sampled_token_equals_transformers(
         np.testing.assert_array_equal(found, expected(models[1], **options))
 
 
-@pytest.mark.parametrize("kind", [{}, {"num_beams": 3, "num_return_sequences": 2}], ids=["greedy", "beams"])
+def test_groups_of_beams_are_those_of_transformers_4_41(models: tuple[Any, Any]) -> None:
+    of_bart = models[0].config.model_type == "mbart"
+    for case in range(of_bart, CASES_OF_SOURCES, 2):
+        call, wanted = diverse_of_source(case), recorded()["diverse_of_source"][case]
+        out = jaxgen.generate(models[0], **call, return_dict_in_generate=True, output_scores=True)
+        np.testing.assert_array_equal(out.sequences, wanted["sequences"], err_msg=str(call))
+        np.testing.assert_allclose(out.sequences_scores, wanted["sequences_scores"], rtol=1e-3)
+
+
+@in_turn(
+    "how",
+    {
+        "SynthID, greedy": {"ngram_len": 3, "keys": [11, 7, 5, 3]},
+        "green list, beams": {"bias": 5.0, "num_beams": 3},
+    },
+)
+def test_watermarked_texts_are_those_of_transformers(how: dict[str, Any], models: tuple[Any, Any]) -> None:
+    from transformers import SynthIDTextWatermarkingConfig, WatermarkingConfig
+
+    beams = {name: how[name] for name in how if name == "num_beams"}
+    watermark = {name: how[name] for name in how if name != "num_beams"}
+    config = (SynthIDTextWatermarkingConfig if "keys" in watermark else WatermarkingConfig)(**watermark)
+    found = generate(models[0], watermarking_config=config, **beams)
+    np.testing.assert_array_equal(found, expected(models[1], watermarking_config=config, **beams))
+    assert (found != generate(models[0], **beams)).any()
+
+
+@in_turn("kind", {"greedy": {}, "beams": {"num_beams": 3, "num_return_sequences": 2}})
 def test_without_a_cache_tokens_and_states_are_those_of_transformers(
     kind: dict[str, Any], models: tuple[Any, Any]
 ) -> None:
@@ -586,7 +637,7 @@ def test_decode_goes_into_the_callers_jit_and_vmap(t5: tuple[Any, Any]) -> None:
 # ---- Programs ----
 
 
-@pytest.mark.parametrize("kind", ["greedy", "beams", "samples"])
+@in_turn("kind", {"greedy": "greedy", "beams": "beams", "samples": "samples"})
 def test_another_source_of_the_same_bucket_compiles_nothing(kind: str, models: tuple[Any, Any]) -> None:
     ours = models[0]
     kinds = {"beams": {"num_beams": 3}, "samples": {"do_sample": True, "num_return_sequences": 2, "key": 0}}
@@ -603,7 +654,7 @@ def test_another_source_of_the_same_bucket_compiles_nothing(kind: str, models: t
     assert jaxgen.compile_counts() == before
 
 
-@pytest.mark.parametrize("rows", [1, 3])
+@in_turn("rows", {"1": 1, "3": 3})
 def test_the_beams_of_a_source_read_one_copy_of_its_memory(rows: int, models: tuple[Any, Any]) -> None:
     """No array of the program that goes on, and none of the first, has it once for each beam."""
     ours, columns, beams = models[0], 112, 5

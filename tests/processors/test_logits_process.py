@@ -624,10 +624,10 @@ def numbers(least: float, most: float) -> Any:
 
 
 def random_cases(**given_arguments: Any) -> Callable[[Any], Any]:
-    """A test of 300 random cases, always the same ones."""
+    """A test of 100 random cases, always the same ones."""
 
     def decorate(test: Any) -> Any:
-        every = settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+        every = settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
         return pytest.mark.oracle(every(given(**given_arguments)(test)))
 
     return decorate

@@ -370,7 +370,7 @@ MUTANTS = [
         "tests/decoding/test_loop.py::test_growing_a_cache_frees_each_layer_of_the_old_one",
     ),
     Mutant(
-        "jaxgen/memory.py",
+        "jaxgen/encoder_memory.py",
         "without_ones",
         "tuple(size for size in sizes if size > 1)",
         "sizes",
@@ -437,7 +437,7 @@ MUTANTS = [
     ),
     # ---- Encoder-decoder models ----
     Mutant(
-        "jaxgen/memory.py",
+        "jaxgen/encoder_memory.py",
         "take, rows that share a source",
         "sources, batch = rows // (of // len(self.mask)), len(self.mask)",
         "sources, batch = rows, len(self.mask)",

@@ -4,8 +4,7 @@ mBART, Pegasus, Marian and M2M100 (which NLLB is too) are a BART with other posi
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import jax
@@ -17,7 +16,13 @@ from jax.sharding import Mesh
 from jaxgen.base import Intermediates, tensor_shards
 from jaxgen.kv_cache import KVCache
 from jaxgen.models import config_keys
-from jaxgen.models.encoder_decoder.model import CrossAttention, EncoderDecoder, EncoderDecoderConfig, SelfAttention
+from jaxgen.models.encoder_decoder.model import (
+    CrossAttention,
+    EncoderDecoder,
+    EncoderDecoderConfig,
+    SelfAttention,
+    run_layers,
+)
 from jaxgen.models.layers import ACTIVATIONS, Embed, LayerNorm, Linear
 
 # Where the embedding of a position comes from: a table in the checkpoint, sines and cosines of a column, or of a token
@@ -145,14 +150,6 @@ class BartConfig(EncoderDecoderConfig):
     has_logits_bias: bool = False
 
     @property
-    def model_type(self) -> str:
-        return self.dialect.model_type
-
-    @property
-    def hidden_size(self) -> int:
-        return self.d_model
-
-    @property
     def heads(self) -> tuple[int, int]:
         return self.encoder_attention_heads, self.decoder_attention_heads
 
@@ -254,14 +251,14 @@ class Layer(nnx.Module):
         self.final_layer_norm = LayerNorm(width)
 
     def __call__(
-        self, x: jax.Array, mask: jax.Array, cache: KVCache | None
+        self, x: jax.Array, cache: KVCache | None, mask: jax.Array
     ) -> tuple[jax.Array, KVCache | None, list[Callable[[], jax.Array]]]:
         """[N, T, D] -> [N, T, D], the cache, and functions that compute the weights of self- and cross-attention.
 
         Args:
             x: [N, T, D].
-            mask: bool [N, T, S]; of the encoder [N, T, T].
             cache: of this layer only, with its memory; None in the encoder.
+            mask: bool [N, T, S]; of the encoder [N, T, T].
         """
         first = self.config.dialect.norm_first
         normed = self.self_attn_layer_norm(x) if first else x
@@ -321,22 +318,8 @@ class Stack(nnx.Module):
         """
         x = x + self._embedded(positions).astype(x.dtype)
         x = x if self.layernorm_embedding is None else self.layernorm_embedding(x)
-        hidden_states, attentions, cross_attentions, pairs = [x], [], [], []
-        with_weights = any(name.endswith("attentions") for name in intermediates)
-        for number, layer in enumerate(self.layers):
-            x, layer_cache, weights = _run(layer, x, mask, cache and cache.of_layer(number), with_weights)
-            pairs += [] if layer_cache is None else layer_cache.layers
-            hidden_states.append(x)
-            attentions += weights[:1]
-            cross_attentions += weights[1:]
-        x = x if self.layer_norm is None else self.layer_norm(x)
-        computed = {
-            # As in transformers, the last one is after the final norm.
-            "hidden_states": (*hidden_states[:-1], x),
-            "attentions": tuple(attentions),
-            "cross_attentions": tuple(cross_attentions),
-        }
-        return x, cache and replace(cache, layers=tuple(pairs)), {name: computed[name] for name in intermediates}
+        layers = ((layer, (mask,)) for layer in self.layers)
+        return run_layers(layers, x, cache, self.layer_norm, intermediates)
 
     def _embedded(self, positions: jax.Array) -> jax.Array:
         """The embeddings of int32 [N, T] positions, [N, T, D]."""
@@ -351,15 +334,6 @@ class Stack(nnx.Module):
         angles = positions.astype(jnp.float32)[..., None] * frequencies[None, None]
         embedded = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
         return jnp.where((positions < 0)[..., None], 0, jnp.pad(embedded, ((0, 0), (0, 0), (0, width % 2))))
-
-
-# Jitted and inlined as the layers of a Llama.
-@partial(jax.jit, static_argnames="with_weights", inline=True)
-def _run(
-    layer: Layer, x: jax.Array, mask: jax.Array, cache: KVCache | None, with_weights: bool
-) -> tuple[jax.Array, KVCache | None, list[jax.Array]]:
-    x, cache, weights = layer(x, mask, cache)
-    return x, cache, [each() for each in weights] if with_weights else []
 
 
 class Bart(EncoderDecoder):

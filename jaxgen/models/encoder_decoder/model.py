@@ -8,25 +8,35 @@ text   [N, T] -> extend -> logits, with the text's own keys and values in the ca
 The decoder is a causal language model with a short prompt, so the decode loop treats it as one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import ClassVar, NoReturn
+from functools import partial
+from typing import Any, ClassVar, NoReturn
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxgen.base import Intermediates, Source, no_mesh, rows_axis
+from jaxgen.base import Intermediates, Source, no_mesh
+from jaxgen.encoder_memory import Memory
 from jaxgen.kv_cache import KVCache
-from jaxgen.memory import Memory
 from jaxgen.models.language_model import LanguageModel
 from jaxgen.models.layers import Bias, Linear, attend, unfuse
 
 
 class EncoderDecoderConfig:
     """What the config of an encoder-decoder family has besides the fields of its `config.json`."""
+
+    dialect: Any
+    d_model: int
+
+    @property
+    def model_type(self) -> str:
+        return self.dialect.model_type
+
+    @property
+    def hidden_size(self) -> int:
+        return self.d_model
 
     @property
     def heads(self) -> tuple[int, int]:
@@ -49,8 +59,10 @@ class EncoderDecoderConfig:
         raise NotImplementedError
 
 
-class SelfAttention(nnx.Module):
-    """Attention of columns to each other, with the projections of q, k and v fused."""
+class _Attention(nnx.Module):
+    """The weights of an attention."""
+
+    projections: ClassVar[dict[str, int]]  # {attribute: how many of q, k and v it computes}
 
     def __init__(
         self,
@@ -65,8 +77,16 @@ class SelfAttention(nnx.Module):
         shards: int,
     ):
         self.heads, self.head_dim, self.scale, self.shards = heads, head_dim, scale, shards
-        self.qkv_proj = Linear(width, 3 * heads * head_dim, bias=bias, std=std, rngs=rngs)
+        for name, count in self.projections.items():
+            setattr(self, name, Linear(width, count * heads * head_dim, bias=bias, std=std, rngs=rngs))
         self.o_proj = Linear(heads * head_dim, width, bias=bias, std=std, rngs=rngs)
+
+
+class SelfAttention(_Attention):
+    """Attention of columns to each other, with the projections of q, k and v fused."""
+
+    projections: ClassVar = {"qkv_proj": 3}
+    qkv_proj: Linear
 
     def __call__(
         self, x: jax.Array, mask: jax.Array, bias: Bias | None, cache: KVCache | None
@@ -91,25 +111,12 @@ class SelfAttention(nnx.Module):
         return self.o_proj(attended), cache, lambda: weights().reshape(rows, self.heads, columns, -1)
 
 
-class CrossAttention(nnx.Module):
+class CrossAttention(_Attention):
     """Attention of the decoder's columns to the source, with the projections of k and v fused."""
 
-    def __init__(
-        self,
-        width: int,
-        heads: int,
-        head_dim: int,
-        *,
-        bias: bool,
-        scale: float | None,
-        std: float,
-        rngs: nnx.Rngs,
-        shards: int,
-    ):
-        self.heads, self.head_dim, self.scale, self.shards = heads, head_dim, scale, shards
-        self.q_proj = Linear(width, heads * head_dim, bias=bias, std=std, rngs=rngs)
-        self.kv_proj = Linear(width, 2 * heads * head_dim, bias=bias, std=std, rngs=rngs)
-        self.o_proj = Linear(heads * head_dim, width, bias=bias, std=std, rngs=rngs)
+    projections: ClassVar = {"q_proj": 1, "kv_proj": 2}
+    q_proj: Linear
+    kv_proj: Linear
 
     def keys_and_values(self, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The encoder's output [B, X, D] -> keys and values, each [B, K, X, H]."""
@@ -142,6 +149,50 @@ class CrossAttention(nnx.Module):
             return apart.transpose(0, 2, 1, 3, 4).reshape(rows, self.heads, columns, width)
 
         return self.o_proj(attended), by_row
+
+
+def run_layers(
+    layers: Iterable[tuple[nnx.Module, tuple[Any, ...]]],
+    x: jax.Array,
+    cache: KVCache | None,
+    norm: Callable[[jax.Array], jax.Array] | None,
+    intermediates: tuple[str, ...],
+) -> tuple[jax.Array, KVCache | None, Intermediates]:
+    """The layers of an encoder or a decoder: [N, T, D], the cache with these columns, and the intermediates asked for.
+
+    Args:
+        layers: each with its arguments besides `x` and `cache`. A layer returns [N, T, D], the cache, and functions
+            that compute the weights of self- and cross-attention.
+        x: [N, T, D], embeddings.
+        cache: after `extend`, with the memory; None in an encoder.
+        norm: after the last layer.
+        intermediates: of "hidden_states", "attentions", "cross_attentions".
+    """
+    hidden_states, attentions, cross_attentions, pairs = [x], [], [], []
+    with_weights = any(name.endswith("attentions") for name in intermediates)
+    for number, (layer, arguments) in enumerate(layers):
+        x, layer_cache, weights = _run(layer, x, cache and cache.of_layer(number), arguments, with_weights)
+        pairs += [] if layer_cache is None else layer_cache.layers
+        hidden_states.append(x)
+        attentions += weights[:1]
+        cross_attentions += weights[1:]
+    x = x if norm is None else norm(x)
+    computed = {
+        # As in transformers, the last one is after the final norm.
+        "hidden_states": (*hidden_states[:-1], x),
+        "attentions": tuple(attentions),
+        "cross_attentions": tuple(cross_attentions),
+    }
+    return x, cache and replace(cache, layers=tuple(pairs)), {name: computed[name] for name in intermediates}
+
+
+# Jitted and inlined as the layers of a Llama.
+@partial(jax.jit, static_argnames="with_weights", inline=True)
+def _run(
+    layer: Any, x: jax.Array, cache: KVCache | None, arguments: tuple[Any, ...], with_weights: bool
+) -> tuple[jax.Array, KVCache | None, list[jax.Array]]:
+    x, cache, weights = layer(x, cache, *arguments)
+    return x, cache, [each() for each in weights] if with_weights else []
 
 
 class EncoderDecoder(LanguageModel):
@@ -197,10 +248,6 @@ class EncoderDecoder(LanguageModel):
         Returns:
             [N, T, D], the cache with these columns, and the intermediates.
         """
-        raise NotImplementedError
-
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        """[..., D] -> float32 [..., V], rounded to the model's dtype as in transformers."""
         raise NotImplementedError
 
     # What all share.
@@ -279,7 +326,7 @@ class EncoderDecoder(LanguageModel):
                 jnp.arange(decoder_input_ids.shape[1], dtype=jnp.int32)[None], decoder_input_ids.shape
             )
             mask = decoder_attention_mask.astype(bool)
-            hidden, _, _ = self._hidden_states(cache, decoder_input_ids, mask, positions, ())
+            hidden, _, _ = self.hidden_states(cache, decoder_input_ids, mask, positions)
             return self.logits(hidden)
 
     def read(
@@ -296,36 +343,16 @@ class EncoderDecoder(LanguageModel):
         if source.encoded:
             return inputs.astype(self.dtype), {}
         x, ids = (self.embed(inputs), inputs) if inputs.ndim == 2 else (inputs.astype(self.dtype), None)
-        return self.encode_layers(self._by_rows(x), ids, source.attention_mask.astype(bool), intermediates)
+        return self.encode_layers(self.sharded_by_rows(x), ids, source.attention_mask.astype(bool), intermediates)
 
-    def extend(
+    def hidden_states(
         self,
         cache: KVCache,
         input_ids: jax.Array,
         attention_mask: jax.Array,
         position_ids: jax.Array | None = None,
         intermediates: tuple[str, ...] = (),
-        logits_to_keep: int = 1,
-    ) -> tuple[jax.Array, KVCache, Intermediates]:
-        """See `base.Model.extend`. The head runs only on the columns whose logits are returned."""
-        hidden, cache, computed = self._hidden_states(cache, input_ids, attention_mask, position_ids, intermediates)
-        last = hidden[:, -logits_to_keep * cache.branches :].reshape(-1, hidden.shape[-1])
-        return self.logits(last), cache, computed
-
-    def _hidden_states(
-        self,
-        cache: KVCache,
-        input_ids: jax.Array,
-        attention_mask: jax.Array,
-        position_ids: jax.Array | None,
-        intermediates: tuple[str, ...],
     ) -> tuple[jax.Array, KVCache, Intermediates]:
         x, ids = (self.embed(input_ids), input_ids) if input_ids.ndim == 2 else (input_ids.astype(self.dtype), None)
         cache, positions, mask = cache.extend(attention_mask, position_ids)
-        return self.decode_layers(self._by_rows(x), ids, positions, mask, cache, intermediates)
-
-    def _by_rows(self, x: jax.Array) -> jax.Array:
-        """The same array, on a mesh sharded by rows."""
-        if self.mesh is None:
-            return x
-        return lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(rows_axis(self.mesh, len(x)))))
+        return self.decode_layers(self.sharded_by_rows(x), ids, positions, mask, cache, intermediates)

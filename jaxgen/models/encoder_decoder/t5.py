@@ -6,8 +6,7 @@ get a learned bias for the distance between two columns in place of embeddings o
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
-from functools import partial
+from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
 import jax
@@ -19,7 +18,13 @@ from jax.sharding import Mesh
 from jaxgen.base import Intermediates, tensor_shards
 from jaxgen.kv_cache import KVCache
 from jaxgen.models import config_keys
-from jaxgen.models.encoder_decoder.model import CrossAttention, EncoderDecoder, EncoderDecoderConfig, SelfAttention
+from jaxgen.models.encoder_decoder.model import (
+    CrossAttention,
+    EncoderDecoder,
+    EncoderDecoderConfig,
+    SelfAttention,
+    run_layers,
+)
 from jaxgen.models.layers import ACTIVATIONS, Embed, Linear, RMSNorm, columns_at_once, unfuse
 from jaxgen.pytree import pytree
 
@@ -131,14 +136,6 @@ class T5Config(EncoderDecoderConfig):
     feed_forward_proj: str
     scale_decoder_outputs: bool
     tie_word_embeddings: bool = True
-
-    @property
-    def model_type(self) -> str:
-        return self.dialect.model_type
-
-    @property
-    def hidden_size(self) -> int:
-        return self.d_model
 
     @property
     def head_dim(self) -> int:
@@ -319,15 +316,15 @@ class Block(nnx.Module):
         self.mlp = MLP(config, rngs, shards)
 
     def __call__(
-        self, x: jax.Array, mask: jax.Array, bias: "DistanceBias | jax.Array", cache: KVCache | None
+        self, x: jax.Array, cache: KVCache | None, mask: jax.Array, bias: DistanceBias | jax.Array
     ) -> tuple[jax.Array, KVCache | None, list[Callable[[], jax.Array]]]:
         """[N, T, D] -> [N, T, D], the cache, and functions that compute the weights of self- and cross-attention.
 
         Args:
             x: [N, T, D].
+            cache: of this layer only, with its memory; None in the encoder.
             mask: bool [N, T, S]; of the encoder [N, T, T].
             bias: float32 [N, K, G, T, S], or a function that gives it by columns.
-            cache: of this layer only, with its memory; None in the encoder.
         """
         by_columns = bias if isinstance(bias, DistanceBias) else lambda start, count: bias
         attended, cache, weights = self.self_attention(self.self_attention_norm(x), mask, by_columns, cache)
@@ -386,45 +383,23 @@ class Stack(nnx.Module):
             cache: after `extend`, with the memory; None in the encoder.
             intermediates: of "hidden_states", "attentions", "cross_attentions".
         """
-        buckets = distance_buckets(self.config, bidirectional=not self.decoder)
-        hidden_states, attentions, cross_attentions, pairs = [x], [], [], []
-        bias = None
-        for number, block in enumerate(self.block):
-            if block.relative_attention_bias is not None:
-                # [buckets, Q] -> [Q, distances]
-                table = block.relative_attention_bias(jnp.asarray(buckets)).T.astype(jnp.float32)
-                bias = DistanceBias(table, *columns)
-                if columns_at_once(x.shape[1]) == x.shape[1]:  # computed once for all layers
-                    bias = bias(0, x.shape[1])
-            layer_cache = cache and cache.of_layer(number)
-            with_weights = any(name.endswith("attentions") for name in intermediates)
-            x, layer_cache, weights = _run(block, x, mask, bias, layer_cache, with_weights)
-            pairs += [] if layer_cache is None else layer_cache.layers
-            hidden_states.append(x)
-            attentions += weights[:1]
-            cross_attentions += weights[1:]
-        x = self.final_layer_norm(x)
-        computed = {
-            # As in transformers, the last one is after the final norm.
-            "hidden_states": (*hidden_states[:-1], x),
-            "attentions": tuple(attentions),
-            "cross_attentions": tuple(cross_attentions),
-        }
-        return x, cache and replace(cache, layers=tuple(pairs)), {name: computed[name] for name in intermediates}
+        biases = self._biases(columns)
+        layers = ((block, (mask, bias)) for block, bias in zip(self.block, biases, strict=True))
+        return run_layers(layers, x, cache, self.final_layer_norm, intermediates)
 
-
-# Jitted and inlined as the layers of a Llama.
-@partial(jax.jit, static_argnames="with_weights", inline=True)
-def _run(
-    block: Block,
-    x: jax.Array,
-    mask: jax.Array,
-    bias: DistanceBias | jax.Array,
-    cache: KVCache | None,
-    with_weights: bool,
-) -> tuple[jax.Array, KVCache | None, list[jax.Array]]:
-    x, cache, weights = block(x, mask, bias, cache)
-    return x, cache, [each() for each in weights] if with_weights else []
+    def _biases(self, columns: tuple[jax.Array, jax.Array]) -> list[DistanceBias | jax.Array]:
+        """The `bias` of each block: the last one that it or a block before it has."""
+        buckets = jnp.asarray(distance_buckets(self.config, bidirectional=not self.decoder))
+        count, biases = columns[0].shape[1], []
+        for block in self.block:
+            if block.relative_attention_bias is None:
+                biases.append(biases[-1])
+                continue
+            # [buckets, Q] -> [Q, distances]
+            bias = DistanceBias(block.relative_attention_bias(buckets).T.astype(jnp.float32), *columns)
+            # Computed once for all blocks, unless attention asks for a part at a time.
+            biases.append(bias(0, count) if columns_at_once(count) == count else bias)
+        return biases
 
 
 class T5Model(EncoderDecoder):

@@ -113,11 +113,10 @@ def test_an_assistant_with_another_vocabulary_is_refused_and_one_that_is_padded_
     other = jaxgen.from_config({**config, "vocab_size": config["vocab_size"] * 2})
     with pytest.raises(ValueError, match="has a vocabulary of 194 tokens, but the model has 97"):
         jaxgen.generate(model, PROMPT, assistant_model=other, max_new_tokens=4)
-    expected = jaxgen.generate(model, PROMPT, max_new_tokens=9, do_sample=True, key=0)
-    for size in (config["vocab_size"] + 7, config["vocab_size"] - 7):
+    for size, arguments in ((config["vocab_size"] + 7, {}), (config["vocab_size"] - 7, {"do_sample": True, "key": 0})):
         padded = jaxgen.from_config({**config, "vocab_size": size})
-        ours = jaxgen.generate(model, PROMPT, assistant_model=padded, max_new_tokens=9, do_sample=True, key=0)
-        np.testing.assert_array_equal(ours, expected)
+        ours = jaxgen.generate(model, PROMPT, assistant_model=padded, max_new_tokens=9, **arguments)
+        np.testing.assert_array_equal(ours, jaxgen.generate(model, PROMPT, max_new_tokens=9, **arguments))
 
 
 def test_of_several_drafters_the_first_counts_and_the_others_are_named(
@@ -170,7 +169,7 @@ def test_a_drafter_of_the_callers_own(model: Any) -> None:
 # ---- Functions on the host ----
 
 
-@pytest.mark.parametrize("copies", [1, 2])
+@pytest.mark.parametrize("copies", [pytest.param(1, marks=pytest.mark.sweep), 2])
 def test_functions_on_the_host_see_each_token_with_the_text_before_it(copies: int, model: Any) -> None:
     """An even token is followed by an odd one, by a function of NumPy; and a criterion ends texts at their length."""
     prompts = np.array([[5, 9, 17], [0, 7, 12], [6, 13, 8]])
@@ -292,11 +291,11 @@ def test_functions_that_hold_numbers_for_each_row_are_refused(model: Any) -> Non
             jaxgen.generate(model, prompts, **keywords, **more)
 
 
-def test_drafts_for_a_model_with_an_encoder_come_from_the_text_or_from_another_such_model(model: Any) -> None:
+def test_any_drafter_drafts_for_a_model_with_an_encoder_but_a_model_without_one(model: Any) -> None:
     speller, ids = jaxgen.from_config(encoder_decoder(0).config, key=0), [[5, 6, 7, 8]]
     plain = jaxgen.generate(speller, ids, max_new_tokens=8)
-    for drafts in ({"prompt_lookup_num_tokens": 2}, {"assistant_model": Bad(np.array([7, 8, 9], np.int32), 3)}):
-        np.testing.assert_array_equal(jaxgen.generate(speller, ids, max_new_tokens=8, **drafts), plain)
+    drafter = Bad(np.array([7, 8, 9], np.int32), 3)
+    np.testing.assert_array_equal(jaxgen.generate(speller, ids, max_new_tokens=8, assistant_model=drafter), plain)
     with pytest.raises(ValueError, match=r"`assistant_early_exit`=1: .* is for models without an encoder"):
         jaxgen.generate(speller, ids, max_new_tokens=8, assistant_early_exit=1)
     for one, other in ((model, speller), (speller, model)):
