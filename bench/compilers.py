@@ -10,7 +10,9 @@ twice. The compiler for a GPU does not refuse programs that are too large; their
 
 `step ms` is the TPU compiler's own estimate of a decode step: the cycles it expects of the loop's instructions, over
 the clock. It is a cost model, not a measurement, but it ranks the forms of a program. `floor` is its ratio to the time
-that the memory takes to deliver the weights and the filled cache, by the data sheet.
+that the memory takes to deliver the weights and the filled cache, by the data sheet. `sends` are the collectives of a
+step, their bytes, and the time that the links take for these bytes. Processes with other rows of a batch have programs
+of their own, so an axis "data" over them sends nothing: `8b` on 32x8 devices is 32 times `8b` on 1x8.
 """
 
 import argparse
@@ -58,6 +60,9 @@ TOPOLOGIES = {
 }
 # Cycles per second.
 CLOCKS = {"v5e": 1.5e9, "v5p": 1.75e9, "v6e": 1.75e9}
+# Bytes per second that a device can send to its neighbours, by the data sheets: half of ICI's and NVLink's figures for
+# both directions.
+LINKS = {"v5e": 200e9, "v5p": 600e9, "v6e": 400e9, "h200": 450e9}
 
 
 @dataclass(frozen=True)
@@ -90,12 +95,14 @@ CASES = [
     Case("v5p", "8b", (1, 1), 16, 1024, 1024),
     Case("v5p", "70b", (1, 4), 16, 512, 512),
     Case("v5p", "405b", (1, 8), 16, 512, 512),
+    Case("v5p", "405b", (1, 16), 16, 512, 512),
     Case("h200", "1b", (1, 1), 16, 1024, 1024),
     Case("h200", "8b", (1, 1), 1, 1024, 1024),
     Case("h200", "8b", (1, 1), 16, 1024, 1024),
     Case("h200", "8b", (2, 4), 64, 1024, 1024),
     Case("h200", "70b", (1, 4), 16, 512, 512),
     Case("h200", "405b", (1, 8), 16, 512, 512),
+    Case("h200", "405b", (1, 16), 16, 512, 512),
 ]
 
 
@@ -108,7 +115,7 @@ def main() -> None:
     arguments = parser.parse_args()
     print(
         f"{'target':6} {'shape':5} {'mesh':>5} {'batch':>5} {'columns':>11} {'compile s':>11} {'weights':>8} "
-        f"{'cache GB':>8} {'temporaries MB':>15} {'plan':>5} {'moves':>5} {'sends':>12} {'tokens/s':>9} {'step ms':>8} "
+        f"{'cache GB':>8} {'temporaries MB':>15} {'plan':>5} {'moves':>5} {'sends':>21} {'tokens/s':>9} {'step ms':>8} "
         f"{'floor':>5}"
     )
     for case in CASES:
@@ -183,6 +190,7 @@ def examine(case: Case, found: Any) -> dict[str, Any]:
         "moves": moves(body, min(*matrices, shares[0] // 2)),
         "collectives": sum(each.operation.removesuffix("-start") in COLLECTIVES for each in body),
         "collective_bytes": sum(each.sent for each in body),
+        "collective_ms": sum(each.sent_around(case.mesh[1]) for each in body) / LINKS[case.target] * 1e3,
     }
     cost = (advance.cost_analysis() or {}).get("bytes accessed")
     figures["bytes_accessed_of_floor"] = None if cost is None else cost / (sum(weights) * 2 + sum(shares))
@@ -256,6 +264,12 @@ class Instruction:
         return sum(sizes) if name == "all-reduce" else max(sizes)
 
 
+    def sent_around(self, devices: int) -> float:
+        """Bytes that a device of a ring sends: an all-reduce is a reduce-scatter and an all-gather."""
+        rounds = 2 if self.operation.removesuffix("-start") == "all-reduce" else 1
+        return rounds * self.sent * (devices - 1) / devices
+
+
 def loop_body(text: str) -> list[Instruction]:
     """Everything that the body of the program's loop runs, fusions included."""
     computations: dict[str, list[str]] = {}
@@ -320,12 +334,12 @@ def row(case: Case, figures: dict[str, Any]) -> str:
     if figures["refused"]:
         said = "fits" if figures["plan_fits"] else "does not fit, either"
         return f"{name} refused for lack of memory; plan: {said}: {figures['plan_bytes'] / 1e9:.1f} GB"
-    sends = f"{figures['collectives']}, {figures['collective_bytes'] / 1e6:.1f} MB"
+    sends = f"{figures['collectives']}, {figures['collective_bytes'] / 1e6:.1f} MB, {figures['collective_ms']:.2f} ms"
     return (
         f"{name} {figures['prefill_compile_s']:5.1f} {figures['decode_compile_s']:5.1f} "
         f"{figures['weights_bytes'] / 1e9:8.2f} {figures['cache_bytes'] / 1e9:8.2f} "
         f"{figures['prefill_temp_bytes'] / 1e6:8.0f} {figures['decode_temp_bytes'] / 1e6:6.0f} "
-        f"{figures['plan_ratio']:5.2f} {len(figures['moves']):5} {sends:>12} {figures['roofline_tokens_per_s']:9,.0f}"
+        f"{figures['plan_ratio']:5.2f} {len(figures['moves']):5} {sends:>21} {figures['roofline_tokens_per_s']:9,.0f}"
         + (
             f" {figures['estimated_step_ms']:8.2f} {figures['estimated_of_floor']:5.2f}"
             if "estimated_step_ms" in figures
