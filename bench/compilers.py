@@ -263,7 +263,6 @@ class Instruction:
         sizes = [elements(shape) * _BYTES.get(shape[: shape.index("[")], 8) for shape, _ in self.arrays]
         return sum(sizes) if name == "all-reduce" else max(sizes)
 
-
     def sent_around(self, devices: int) -> float:
         """Bytes that a device of a ring sends: an all-reduce is a reduce-scatter and an all-gather."""
         rounds = 2 if self.operation.removesuffix("-start") == "all-reduce" else 1
