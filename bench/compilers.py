@@ -37,6 +37,7 @@ from jaxgen.decoding import loop
 from jaxgen.generation.build import build_call, read_request
 from jaxgen.generation.request import Request
 from jaxgen.models import FAMILIES
+from jaxgen.models.int8 import quantised
 from jaxgen.planning.plan import plan
 from jaxgen.planning.shapes import SHAPES
 
@@ -80,12 +81,15 @@ class Case:
     prompt_tokens: int
     new_tokens: int
     num_beams: int = 1
+    quantize: str | None = None
 
 
 CASES = [
     Case("v5e", "1b", (1, 1), 1, 1024, 1024),
     Case("v5e", "1b", (1, 1), 16, 1024, 1024),
     Case("v5e", "8b", (1, 1), 1, 128, 128),
+    Case("v5e", "8b", (1, 1), 1, 128, 128, quantize="int8"),
+    Case("v5e", "8b", (1, 1), 8, 128, 128, quantize="int8"),
     Case("v5e", "8b", (1, 8), 16, 1024, 1024),
     Case("v5e", "8b", (32, 8), 512, 1024, 1024),
     Case("v6e", "8b", (1, 1), 1, 512, 512),
@@ -111,6 +115,7 @@ def main() -> None:
     parser.add_argument("--target", nargs="+", choices=(*TOPOLOGIES, "h200"), required=True)
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=[*SHAPES])
     parser.add_argument("--batch", type=int, nargs="+", help="of the cases, those with such a batch")
+    parser.add_argument("--quantize", choices=["int8"], help="of the cases, those that are quantised")
     parser.add_argument("--json", type=Path, help="append the figures to this file, one JSON object per line")
     arguments = parser.parse_args()
     print(
@@ -120,6 +125,8 @@ def main() -> None:
     )
     for case in CASES:
         if arguments.batch is not None and case.batch not in arguments.batch:
+            continue
+        if arguments.quantize not in (None, case.quantize):
             continue
         if case.target in arguments.target and case.shape in arguments.shape:
             figures = examine(case, devices(case.target, math.prod(case.mesh)))
@@ -147,6 +154,7 @@ def examine(case: Case, found: Any) -> dict[str, Any]:
         dtype="bfloat16",
         device=case.target,
         mesh=case.mesh,
+        quantize=case.quantize,
     )
     figures: dict[str, Any] = {
         "dtype": "bfloat16",
@@ -174,8 +182,9 @@ def examine(case: Case, found: Any) -> dict[str, Any]:
         return figures
     memory = advance.memory_analysis()
     weights = [math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(model)]
+    weights_bytes = sum(size * leaf.dtype.itemsize for size, leaf in zip(weights, jax.tree.leaves(model), strict=True))
     figures |= {
-        "weights_bytes": sum(weights) * 2,
+        "weights_bytes": weights_bytes,
         "cache_bytes": sum(shares),
         "decode_temp_bytes": memory.temp_size_in_bytes,
     }
@@ -193,7 +202,7 @@ def examine(case: Case, found: Any) -> dict[str, Any]:
         "collective_ms": sum(each.sent_around(case.mesh[1]) for each in body) / LINKS[case.target] * 1e3,
     }
     cost = (advance.cost_analysis() or {}).get("bytes accessed")
-    figures["bytes_accessed_of_floor"] = None if cost is None else cost / (sum(weights) * 2 + sum(shares))
+    figures["bytes_accessed_of_floor"] = None if cost is None else cost / (weights_bytes + sum(shares))
     if cycles := sum(each.cycles for each in body):  # a GPU's compiler gives none
         figures["estimated_step_ms"] = cycles / CLOCKS[case.target] * 1e3
         figures["estimated_of_floor"] = figures["estimated_step_ms"] / planned.step_ms
@@ -212,6 +221,9 @@ def programs(case: Case, found: Any) -> tuple[Any, Call, NamedSharding]:
         for path, leaf in named_leaves(model)
     ]
     model = jax.tree.unflatten(jax.tree.structure(model), leaves)
+    if case.quantize is not None:  # on one device
+        small = jax.eval_shape(lambda model: jax.tree.map(quantised, model), model)
+        model = jax.tree.map(lambda leaf: placed(leaf, everywhere), small)
     options = {"max_new_tokens": case.new_tokens, "num_beams": case.num_beams}
     calls = []
 

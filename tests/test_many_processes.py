@@ -53,7 +53,7 @@ MORE: list[tuple[int, int, dict[str, Any]]] = [
     (2, 2, {"across": True, "again": True, "rows": 2}),
     (1, 4, {"stop_strings": ["ab", "7"]}),
 ]
-FAULTS = ["interrupt", "stream", "argument"]  # an odd number: rows of their own
+FAULTS = ["interrupt", "stream", "difference"]  # an odd number: rows of their own
 
 
 def run(script: str, folder: Path, processes: int, cases: object, seconds: float) -> None:
@@ -110,7 +110,7 @@ def test_every_way_of_decoding_gives_the_same_tokens_over_four_processes(data: i
 @pytest.mark.sweep
 @pytest.mark.parametrize("odd", [False, True], ids=["the same rows", "rows of their own"])
 def test_forty_faults_at_random_moments_leave_no_process_waiting(odd: bool, tmp_path: Path) -> None:
-    faults = ["interrupt"] * 20 + ["stream"] * 10 + ["streamer"] * 5 + ["processor"] * 5 + ["argument"] * (4 + odd)
+    faults = ["interrupt"] * 20 + ["stream"] * 10 + ["streamer"] * 5 + ["processor"] * 5 + ["argument"] * 2 + ["difference"] * (2 + odd)
     run("interrupted_processes.py", tmp_path, 2, np.random.default_rng(0).permutation(faults).tolist(), seconds=900)
 
 

@@ -2,7 +2,7 @@
 
     python tests/helpers/interrupted_processes.py FOLDER ADDRESS PROCESSES PROCESS FAULTS
 
-FAULTS is a JSON list of "interrupt", "stream", "streamer", "processor" and "argument". After each fault a call must give
+FAULTS is a JSON list of "interrupt", "stream", "streamer", "processor", "argument" and "difference". After each fault a call must give
 the right tokens.
 """
 
@@ -74,7 +74,9 @@ def main(folder: Path, address: str, processes: int, process: int, faults: list[
         seconds = time.monotonic() - started
         print(f"process {process}, {number}: {fault} in {victim}, after {seconds:.1f} s: {outcome:.150}", flush=True)
         assert seconds < SECONDS, (fault, seconds)
-        if process == victim:
+        if fault == "difference":
+            assert outcome.startswith("ValueError: `max_time` is "), outcome
+        elif process == victim:
             wanted = {"interrupt": "KeyboardInterrupt", "stream": "whole", "argument": "ValueError"}.get(fault, "Broken")
             assert outcome.startswith(wanted), (fault, outcome)
         else:
@@ -99,6 +101,8 @@ def start_fault(fault: str, model: Any, ids: Any, long: dict[str, Any], moment: 
         jaxgen.generate(model, ids, streamer=BrokenStreamer(int(moment * 300)), **long)
     elif fault == "processor":
         jaxgen.generate(model, ids, prefix_allowed_tokens_fn=breaking(int(moment * 100)), **long)
+    elif fault == "difference":
+        jaxgen.generate(model, ids, max_time=60.0, **long)
     else:
         jaxgen.generate(model, ids, temperature=-1.0, do_sample=True, **long)
 

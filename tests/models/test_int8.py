@@ -77,7 +77,7 @@ def test_a_row_of_zeros_stays_zero_and_a_nan_stays_in_its_row() -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 70])
-@pytest.mark.parametrize("form", ["_product", "_product_on_cpu"])
+@pytest.mark.parametrize("form", ["_product", "_product_of_bytes"])
 def test_a_product_is_that_of_the_wide_weights(rows: int, form: str) -> None:
     weight = quantised(jnp.asarray(matrix()))
     x = RNG.standard_normal((rows, 64)).astype(np.float32) * RNG.uniform(1e-3, 1e3, (rows, 1)).astype(np.float32)
@@ -89,7 +89,7 @@ def test_a_product_is_that_of_the_wide_weights(rows: int, form: str) -> None:
 
 
 def test_a_product_with_nothing_but_zeros_is_zero() -> None:
-    assert not np.asarray(quantised(jnp.asarray(matrix()))._product_on_cpu(jnp.zeros((2, 64)))).any()
+    assert not np.asarray(quantised(jnp.asarray(matrix()))._product_of_bytes(jnp.zeros((2, 64)))).any()
 
 
 def test_a_loaded_model_holds_a_byte_per_weight_and_gives_nearly_the_same_distributions() -> None:

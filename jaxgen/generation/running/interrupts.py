@@ -20,24 +20,30 @@ class Interrupts:
         self._before: Any = None
 
     @contextlib.contextmanager
-    def held_back(self) -> Iterator[None]:
+    def held_back(self, passed_on: bool = False) -> Iterator[None]:
         """Raises what was held back at the end of the outermost context, unless another error is on its way.
 
         Signals reach the main thread only, so in other threads it does nothing.
+
+        Args:
+            passed_on: leaves what was held back to the next context, which begins soon.
         """
         if threading.current_thread() is not threading.main_thread() or not callable(signal.getsignal(signal.SIGINT)):
             yield
             return
         self._depth += 1
         if self._depth == 1:
-            self.pending, self._before = False, signal.signal(signal.SIGINT, self._hold)
+            self._before = signal.signal(signal.SIGINT, self._hold)
         try:
             yield
+        except BaseException:
+            self.pending = False
+            raise
         finally:
             self._depth -= 1
             if self._depth == 0:
                 signal.signal(signal.SIGINT, self._before)
-        if self._depth == 0:
+        if self._depth == 0 and not passed_on:
             self.raise_pending()
 
     def raise_pending(self) -> None:

@@ -53,11 +53,12 @@ def prepare_together(
     """The call of this process, once all processes have prepared theirs and found that they fit together.
 
     Raises:
-        ValueError: if another process could not prepare its call, or if something differs that has to be the same.
+        ValueError: if something differs that has to be the same.
+        RuntimeError: if another process could not prepare its call.
     """
     request = replace(request, entropy=processes.entropy())
     prepared, failure, facts = None, None, {}
-    with interrupts.held_back():
+    with interrupts.held_back(passed_on=True):  # to the run of the call, which the others begin
         try:
             if request.synced_gpus is False:
                 raise ValueError(
@@ -67,6 +68,7 @@ def prepare_together(
             assistant = _own_assistant(processes, model, request.assistant_model)
             prepared = prepare(processes.own(model), replace(request, assistant_model=assistant))
             facts = {"all": _facts_of_all(model, prepared), "group": _facts_of_group(prepared)}
+            interrupts.raise_pending()
         except BaseException as error:  # the others are waiting
             failure = error
         processes.calls += 1
