@@ -26,6 +26,8 @@ CALLS: list[tuple[int, int, dict[str, Any]]] = [
 ]
 OUTPUTS = {"output_scores": True, "output_logits": True, "output_attentions": True, "output_hidden_states": True}
 MORE: list[tuple[int, int, dict[str, Any]]] = [
+    (2, 2, {"no key": True}),
+    (1, 4, {"no key": True}),
     (2, 2, {"streamed": True}),
     (1, 4, {"do_sample": True, "key": 3, "output_attentions": True, "rows": 2}),
     (4, 1, {"do_sample": True, "key": 3}),

@@ -2,8 +2,8 @@
 
     python tests/helpers/interrupted_processes.py FOLDER ADDRESS PROCESSES PROCESS FAULTS
 
-FAULTS is a JSON list of "interrupt", "stream", "streamer", "processor", "argument" and "difference". After each fault a call must give
-the right tokens.
+FAULTS is a JSON list of "interrupt", "stream", "streamer", "processor", "argument" and "difference". After each fault a
+call must give the right tokens.
 """
 
 import json
@@ -54,7 +54,7 @@ def main(folder: Path, address: str, processes: int, process: int, faults: list[
     expected = jaxgen.generate(alone, ids, max_new_tokens=8)
     np.testing.assert_array_equal(jaxgen.generate(model, ids, max_new_tokens=8), expected)
     jaxgen.generate(model, ids, **long)  # compiles
-    allowed = lambda row, tokens: list(range(3, 60))  # noqa: E731
+    allowed = lambda row, tokens: list(range(3, 60))
     rng = np.random.default_rng(len(faults))
     ended = 0
     for number, fault in enumerate(faults):
@@ -77,7 +77,9 @@ def main(folder: Path, address: str, processes: int, process: int, faults: list[
         if fault == "difference":
             assert outcome.startswith("ValueError: `max_time` is "), outcome
         elif process == victim:
-            wanted = {"interrupt": "KeyboardInterrupt", "stream": "whole", "argument": "ValueError"}.get(fault, "Broken")
+            wanted = {"interrupt": "KeyboardInterrupt", "stream": "whole", "argument": "ValueError"}.get(
+                fault, "Broken"
+            )
             assert outcome.startswith(wanted), (fault, outcome)
         else:
             assert f"process {victim} stopped this call" in outcome, (fault, outcome)

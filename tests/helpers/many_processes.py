@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.multihost_utils import process_allgather
 from transformers import AutoTokenizer
 
 import jaxgen
@@ -35,6 +36,9 @@ def main(folder: Path, address: str, processes: int, process: int, cases: list[l
             mesh = jax.sharding.Mesh(devices, ("data", "tensor"))
             models[data, tensor, across] = jaxgen.load(folder, mesh=mesh)
         started = time.monotonic()
+        if arguments.pop("no key", False):
+            sample_without_key(models[data, tensor, across])
+            continue
         compare(alone, models[data, tensor, across], dict(arguments))
         before = jaxgen.compile_counts()
         compare(alone, models[data, tensor, across], dict(arguments))
@@ -70,8 +74,10 @@ def compare(alone: Any, together: Any, arguments: dict[str, Any]) -> None:
         options["tokenizer"] = AutoTokenizer.from_pretrained(jaxgen.BUNDLED_MODEL)
     if streamed:
         tokens = options | {"return_dict_in_generate": False}
-        chunks = [np.concatenate([*jaxgen.stream(model, ids, attention_mask=mask, **tokens)], axis=1)
-                  for model in (alone, together)]
+        chunks = [
+            np.concatenate([*jaxgen.stream(model, ids, attention_mask=mask, **tokens)], axis=1)
+            for model in (alone, together)
+        ]
         np.testing.assert_array_equal(*chunks)
         return
     outputs = []
@@ -86,9 +92,22 @@ def compare(alone: Any, together: Any, arguments: dict[str, Any]) -> None:
         outputs.append(output)
     one, other = outputs
     np.testing.assert_array_equal(one.sequences, other.sequences, err_msg=str(arguments))
-    for name in one.keys():
+    for name in one:
         if name not in ("sequences", "cache", "past_key_values"):
             equal_outputs(one[name], other[name], f"{name} {arguments}")
+
+
+def sample_without_key(model: Any) -> None:
+    """Processes with the same rows draw the same tokens, and others draw other tokens, in each call again."""
+    calls = [
+        jaxgen.generate(model, [[5, 6, 7]], max_new_tokens=20, do_sample=True, eos_token_id=None, top_k=0)
+        for _ in range(2)
+    ]
+    assert (calls[0] != calls[1]).any()
+    drawn = process_allgather(np.concatenate([*calls, [[group(model)]]], axis=1))[:, 0]
+    for one in drawn:
+        for other in drawn:
+            assert (one[:-1] == other[:-1]).all() == (one[-1] == other[-1]), drawn
 
 
 def equal_outputs(one: Any, other: Any, message: str) -> None:
