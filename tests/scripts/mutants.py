@@ -416,8 +416,8 @@ MUTANTS = [
     ),
     Mutant(
         DRIVER,
-        "drive, a chunk up to where a size is full",
-        "chunk = min(steps, size.steps_until_full - done)",
+        "Run.advance, a chunk up to where a size is full",
+        "chunk = min(steps, self._size.steps_until_full - self._done)",
         "chunk = steps",
         f"{REAL}a_cache_that_grows_behind_a_long_prompt_gives_the_same_tokens",
     ),
