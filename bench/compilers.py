@@ -194,7 +194,11 @@ def examine(case: Case, found: Any) -> dict[str, Any]:
     figures["plan_ratio"] = planned.total / figures["total_bytes"]
     figures["fits"] = figures["total_bytes"] <= planned.available
     body = loop_body(advance.as_text())
-    matrices = [size for size, leaf in zip(weights, jax.tree.leaves(model), strict=True) if leaf.ndim == 2]
+    matrices = [
+        size
+        for size, leaf in zip(weights, jax.tree.leaves(model), strict=True)
+        if leaf.ndim == 2 and min(leaf.shape) > 16
+    ]
     figures |= {
         "moves": moves(body, min(*matrices, shares[0] // 2)),
         "collectives": sum(each.operation.removesuffix("-start") in COLLECTIVES for each in body),
