@@ -21,6 +21,11 @@ SAID = ["hello there", "and then", "who was it"]
 
 
 @pytest.fixture(scope="module")
+def bundled(one_layer: Path) -> Any:
+    return jaxgen.load(one_layer)
+
+
+@pytest.fixture(scope="module")
 def chat_tokenizer(chat_folder: Path) -> Any:
     from transformers import AutoTokenizer
 
@@ -83,7 +88,7 @@ def test_a_full_cache_doubles_between_turns_and_within_an_answer(
     monkeypatch.setattr(chat, "_SLOTS", 64)
     monkeypatch.setattr(prompts, "_RESERVED_ANSWER", 4)
     conversation, decode, sizes = Conversation(bundled, chat_tokenizer), Decode(bundled), []
-    for text in [*SAID, "a fox " * 40, "go on"]:
+    for text in [*SAID, "a fox " * 20, "go on"]:
         ids = rendered(chat_tokenizer, [*conversation.messages, {"role": "user", "content": text}])
         turn = conversation.ask(text, {**ARGUMENTS, "max_new_tokens": 40}, decode)
         assert (

@@ -1,16 +1,13 @@
 """The pages of docs/ are true: their Python prints what they say, their commands run, what they name exists."""
 
 import importlib.util
-import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from safetensors.numpy import load_file, save_file
 from snippets import blocks, commands, run_command, run_python, without_blocks_not_run
 
 import jaxgen
@@ -21,19 +18,6 @@ PAGES = {str(page.relative_to(DOCS)): page for page in sorted(DOCS.rglob("*.md")
 TEXTS = {name: page.read_text() for name, page in PAGES.items()}
 # Its stories are those of the trained model.
 WITH_THE_WHOLE_MODEL = {"index.md"}
-
-
-@pytest.fixture(scope="session")
-def one_layer(chat_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The first layer of the story model: its programs compile in half the time, and shapes are the same."""
-    copy = tmp_path_factory.mktemp("one layer") / "stories"
-    shutil.copytree(chat_folder, copy)
-    config = json.loads((copy / "config.json").read_text()) | {"num_hidden_layers": 1}
-    (copy / "config.json").write_text(json.dumps(config))
-    tensors = load_file(copy / "model.safetensors")
-    first = {name: tensor for name, tensor in tensors.items() if re.match(r"(?!model\.layers\.[1-9])", name)}
-    save_file(first, copy / "model.safetensors", {"format": "pt"})
-    return copy
 
 
 @pytest.mark.parametrize("name", [name for name in PAGES if any(blocks(TEXTS[name], "python"))])

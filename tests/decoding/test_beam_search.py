@@ -16,7 +16,7 @@ from jaxgen.decoding import loop
 
 COMBINATIONS, CALLS_EACH = 16, 13
 SAMPLED = 7  # combinations
-USUAL, USUAL_SAMPLED = 6, 3  # the others are for sweeps
+USUAL, USUAL_SAMPLED = 4, 2  # the others are for sweeps
 FLAGS = {"return_dict_in_generate": True, "output_scores": True}
 IDS = np.array([[0, 0, 5, 6, 7], [8, 9, 10, 11, 12], [3, 4, 5, 6, 7]])
 MASK = np.array([[0, 0, 1, 1, 1], [1] * 5, [1] * 5])

@@ -17,20 +17,25 @@ MASK = np.array([[0, 0, 1, 1, 1], [1] * 5, [1] * 5])
 ARGUMENTS: dict[str, Any] = {"attention_mask": MASK, "max_new_tokens": 6, "eos_token_id": None}
 
 
+@jax.jit
+def extend(model: Any, cache: Any, input_ids: Any, attention_mask: Any, position_ids: Any = None) -> Any:
+    return model.extend(cache, input_ids, attention_mask, position_ids)
+
+
 def greedy(
     model: Any, input_ids: Any, logits_processor: Any, stopping_criteria: Any, generation_config: Any, cache: Any,
     attention_mask: Any, position_ids: Any, **model_kwargs: Any,
 ) -> Any:  # fmt: skip
     """Greedy decoding as transformers' own loop has it, but for padding after the end of a row."""
     fresh = position_ids.shape[1]
-    logits, cache, _ = model.extend(cache, input_ids[:, -fresh:], attention_mask[:, -fresh:], position_ids)
+    logits, cache, _ = extend(model, cache, input_ids[:, -fresh:], attention_mask[:, -fresh:], position_ids)
     while True:
         scores = logits_processor(input_ids, logits)
         tokens = scores.argmax(axis=1)[:, None]
         input_ids = jnp.concatenate([input_ids, tokens], axis=1)
         if stopping_criteria(input_ids, scores).all():
             return input_ids
-        logits, cache, _ = model.extend(cache, tokens, jnp.ones_like(tokens, bool))
+        logits, cache, _ = extend(model, cache, tokens, jnp.ones_like(tokens, bool))
 
 
 def compiled(
