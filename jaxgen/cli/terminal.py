@@ -61,9 +61,7 @@ def open_model(arguments: argparse.Namespace) -> tuple[Model, "PreTrainedTokeniz
     elif folder != Path(arguments.model):
         say(f"{arguments.model} at commit {folder.name}")
     with waiting("loading the model ..."):
-        model = load(
-            folder, arguments.dtype, mesh, quantize=arguments.quantize, follow_links=arguments.follow_links
-        )
+        model = load(folder, arguments.dtype, mesh, quantize=arguments.quantize, follow_links=arguments.follow_links)
         return model, open_tokenizer(folder)
 
 
