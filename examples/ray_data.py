@@ -20,6 +20,10 @@ ANIMALS = ["fox", "bear", "rabbit", "cat", "dog", "mouse"]
 OPENINGS = ["One day, a small", "Once upon a time, there was a", "Near a river lived a"]
 
 
+def prompts() -> list[str]:
+    return [f"{opening} {animal}" for opening in OPENINGS for animal in ANIMALS]
+
+
 class Worker:
     """Holds a model, and continues the prompts of one batch after the other."""
 
@@ -29,18 +33,18 @@ class Worker:
         self.new_tokens = new_tokens
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        prompts = self.tokenizer([*batch["prompt"]], padding=True, return_tensors="np")
+        inputs = self.tokenizer([*batch["prompt"]], padding=True, return_tensors="np")
         # A key per prompt: its text does not depend on the worker, nor on the batch.
         output = jaxgen.generate(
-            self.model, **prompts, max_new_tokens=self.new_tokens, do_sample=True, key=batch["number"]
+            self.model, **inputs, max_new_tokens=self.new_tokens, do_sample=True, key=batch["number"]
         )
         texts = self.tokenizer.batch_decode(output, skip_special_tokens=True)
         return {**batch, "text": np.array(texts, dtype=object)}
 
 
-def continued(prompts: list[str], model: str, new_tokens: int, workers: int, gpus: int) -> list[str]:
-    """The texts of the prompts, in their order."""
-    rows = ray.data.from_items([{"number": number, "prompt": prompt} for number, prompt in enumerate(prompts)])
+def continued(texts: list[str], model: str, new_tokens: int, workers: int, gpus: int) -> list[str]:
+    """The texts with their continuations, in the same order."""
+    rows = ray.data.from_items([{"number": number, "prompt": text} for number, text in enumerate(texts)])
     results = rows.map_batches(
         Worker,
         fn_constructor_args=(model, new_tokens),
@@ -58,8 +62,7 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, default=0, help="of each worker (default: 0)")
     parser.add_argument("--new-tokens", type=int, default=20)
     arguments = parser.parse_args()
-    prompts = [f"{opening} {animal}" for opening in OPENINGS for animal in ANIMALS]
-    for text in continued(prompts, str(arguments.model), arguments.new_tokens, arguments.workers, arguments.gpus):
+    for text in continued(prompts(), str(arguments.model), arguments.new_tokens, arguments.workers, arguments.gpus):
         print(text)
 
 

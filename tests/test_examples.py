@@ -101,14 +101,14 @@ def test_the_job_of_kubernetes_has_what_jax_asks_for(monkeypatch: pytest.MonkeyP
     }
 
 
-def test_ray_gives_every_prompt_to_one_of_two_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_workers_of_ray_continue_every_prompt_as_one_alone_would(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("ray.data", reason="needs ray[data]")
     monkeypatch.syspath_prepend(str(EXAMPLES))
     import ray_data  # pyright: ignore
 
-    prompts = [f"One day, a small {animal}" for animal in ray_data.ANIMALS * 2]
-    texts = ray_data.continued(prompts, str(jaxgen.BUNDLED_MODEL), new_tokens=4, workers=2, gpus=0)
-    assert [text[: len(prompt)] for prompt, text in zip(prompts, texts, strict=True)] == prompts
+    command = [sys.executable, str(EXAMPLES / "ray_data.py"), "--new-tokens", "4"]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300).stdout.splitlines()
+    prompts = ray_data.prompts()
+    assert [text[: len(prompt)] for prompt, text in zip(prompts, printed, strict=True)] == prompts
     alone = ray_data.Worker(str(jaxgen.BUNDLED_MODEL), new_tokens=4)
-    last = {"number": np.array([11]), "prompt": np.array(prompts[11:])}
-    assert [*alone(last)["text"]] == texts[11:]
+    assert [*alone({"number": np.arange(len(prompts)), "prompt": np.array(prompts)})["text"]] == printed
