@@ -33,12 +33,11 @@ def test_two_processes_print_the_text_of_one_and_only_the_first_says_anything() 
     assert together.stderr.count("programs ready in") == 1 and together.stderr.count("no --model given") == 1
 
 
-def test_a_mesh_in_one_process_changes_no_text(capsys: pytest.CaptureFixture[str]) -> None:
-    texts = []
-    for mesh in [[], ["--mesh", "data=1"]]:
-        assert main(["generate", "Once", "--max-tokens", "4", "--num-return-sequences", "2", "--seed", "0", *mesh]) == 0
-        texts.append(capsys.readouterr().out)
-    assert texts[0] and texts[0] == texts[1]
+def test_without_other_processes_there_is_a_mesh_only_if_one_is_given() -> None:
+    assert mesh_of(argparse.Namespace(mesh=None, distributed=False)) is None
+    for mesh, distributed in [("data=1", False), (None, True)]:
+        found = mesh_of(argparse.Namespace(mesh=mesh, distributed=distributed))
+        assert found is not None and dict(found.shape) == {"data": 1, "tensor": jax.device_count()}
 
 
 @pytest.mark.parametrize(
