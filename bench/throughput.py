@@ -21,7 +21,6 @@ import argparse
 import itertools
 import math
 import statistics
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -126,11 +125,7 @@ def make(name: str, dtype: str, quantize: str | None, mesh: Mesh | None) -> Any:
     """The model of a folder, or one of random weights; there is never a second copy of the weights."""
     if name not in SHAPES:
         return jaxgen.load(name, dtype=dtype, mesh=mesh, quantize=quantize)
-    if mesh is None:
-        return jaxgen.from_config(varied(name), dtype=dtype, quantize=quantize)
-    with tempfile.TemporaryDirectory() as folder:
-        jaxgen.save(jaxgen.from_config(varied(name), dtype=dtype), folder)
-        return jaxgen.load(folder, dtype=dtype, mesh=mesh, quantize=quantize)
+    return jaxgen.from_config(varied(name), dtype=dtype, quantize=quantize, mesh=mesh)
 
 
 def measure(
