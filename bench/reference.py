@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from common import DECODES
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxgen
 
@@ -47,11 +48,11 @@ class Reference:
     def __init__(self, model: Any):
         self.of = "jaxgen"
         self._dtype = model.dtype
-        forward = jax.jit(lambda model, ids: model(ids)[0])
+        forward = jax.jit(lambda model, ids: model(ids)[0], out_shardings=everywhere(model.mesh))
         self._logits: Callable[[np.ndarray], Any] = lambda ids: forward(model, ids)
         sizes = sum(leaf.size for leaf in jax.tree.leaves(model))
         whole = all(leaf.dtype == model.dtype for leaf in jax.tree.leaves(model))  # and not quantised
-        if whole and sizes < _MOST_PARAMETERS and importlib.util.find_spec("torch"):
+        if whole and jax.process_count() == 1 and sizes < _MOST_PARAMETERS and importlib.util.find_spec("torch"):
             self.of = "transformers"
             self._logits = _twin(model)
 
@@ -75,6 +76,11 @@ class Reference:
                 ties += int(((behind > 0) & (behind <= allowed)).sum())
             log_p.append(float(own.sum()))
         return Verdict(wrong, ties, np.array(log_p), furthest, tolerance)
+
+
+def everywhere(mesh: Mesh | None) -> NamedSharding | None:
+    """The sharding of an output that every process of the mesh reads; None without a mesh."""
+    return None if mesh is None else NamedSharding(mesh, PartitionSpec())
 
 
 def rounding(dtype: Any) -> float:

@@ -2,6 +2,7 @@
 
     python bench/throughput.py --model 135m --batch 1 8 --decode greedy sampling beams
     python bench/throughput.py --model 8b --dtype bfloat16 --batch 1 8 64 --prompt-tokens 512 --new-tokens 128
+    srun python bench/throughput.py --model FOLDER --dtype bfloat16 --distributed       on all devices of a job
 
 A named shape gets random weights. The first call of a case is cold: what it takes beyond a warm one is compiling. A
 call for one token is the time to the first one, and the rest of a whole call, by the number of further tokens, is a
@@ -18,8 +19,8 @@ that they say. Anything else ends the run.
 
 import argparse
 import itertools
+import math
 import statistics
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from common import DECODES, bandwidth, continued, positive, random_prompts, record, seconds, varied
 from jax.sharding import Mesh
-from reference import Reference
+from reference import Reference, everywhere
 
 import jaxgen
 from jaxgen.planning.shapes import SHAPES
@@ -46,7 +47,12 @@ def main() -> None:
     parser.add_argument("--decode", nargs="+", choices=DECODES, default=["greedy"])
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--quantize", choices=["int8"], help="hold the weights in 8 bits")
-    parser.add_argument("--mesh", type=_mesh, metavar="DATAxTENSOR", help="spread the model over devices, such as 1x4")
+    parser.add_argument("--mesh", metavar="DATAxTENSOR", help="spread the model over devices, such as 1x4")
+    parser.add_argument(
+        "--distributed",
+        action="store_true",
+        help="run in all processes of a job, with the model over the devices of all of them; the first one writes",
+    )
     parser.add_argument("--repeats", type=positive, default=5, help="timed calls of each (default: 5)")
     parser.add_argument("--json", type=Path, help="append the figures to this file, one JSON object per line")
     arguments = parser.parse_args()
@@ -54,35 +60,43 @@ def main() -> None:
         parser.error("--new-tokens must be at least 2: a step is what a call takes beyond its first token.")
     if arguments.model not in SHAPES and not Path(arguments.model).is_dir():
         parser.error(f"--model {arguments.model} is neither a folder nor one of {[*SHAPES]}.")
-    rate = bandwidth(arguments.mesh)  # before there is a model, whose peak memory its array would count to
-    model = make(arguments.model, arguments.dtype, arguments.quantize, arguments.mesh)
+    if arguments.distributed:
+        jax.distributed.initialize()
+    try:
+        mesh = _mesh(arguments.mesh, arguments.distributed)
+    except ValueError as error:
+        parser.error(f"--mesh {arguments.mesh} is not a mesh of these {jax.device_count()} devices: {error}")
+    first = jax.process_index() == 0
+    rate = bandwidth(mesh)  # before there is a model, whose peak memory its array would count to
+    model = make(arguments.model, arguments.dtype, arguments.quantize, mesh)
     reference = Reference(model)
     common = {
         "model": Path(arguments.model).name,
         "dtype": arguments.dtype,
         "quantize": arguments.quantize,
-        "mesh": None if arguments.mesh is None else dict(arguments.mesh.shape),
+        "mesh": None if mesh is None else dict(mesh.shape),
         "weight_bytes": sum(_bytes(leaf) for leaf in jax.tree.leaves(model)),
         "reference": reference.of,
     }
-    print(
+    say = print if first else lambda *_, **__: None
+    say(
         f"{common['model']}, {arguments.dtype}{f', {arguments.quantize}' if arguments.quantize else ''}: "
         f"{common['weight_bytes'] / 1e9:.2f} GB of weights, {rate / 1e9:,.1f} GB/s, checked by {reference.of}"
     )
-    print(
+    say(
         f"{'batch':>5} {'prompt':>6} {'new':>5} {'decode':8} {'compile s':>9} {'warm s':>7} {'first ms':>9} "
         f"{'prefill/s':>10} {'ms/step':>9} {'(range)':>17} {'tokens/s':>9} {'MBU':>5} {'MB':>7} {'ties':>4}"
     )
     cases = itertools.product(arguments.decode, arguments.prompt_tokens, arguments.new_tokens, arguments.batch)
     for decode, prompt_tokens, new_tokens, batch in cases:
         if jax.default_backend() == "cpu":  # whose neighbours come and go
-            rate = bandwidth(arguments.mesh)
+            rate = bandwidth(mesh)
         figures = measure(model, reference, decode, batch, prompt_tokens, new_tokens, arguments.repeats)
         bytes_per_step = step_bytes(model, decode, batch, prompt_tokens, new_tokens)
         figures |= {"bytes_per_step": bytes_per_step, "bandwidth": rate}
         figures["mbu"] = bytes_per_step / (figures["step_ms"] / 1e3) / rate
         megabytes = "-" if figures["memory_bytes"] is None else f"{figures['memory_bytes'] / 1e6:,.0f}"
-        print(
+        say(
             f"{batch:5} {prompt_tokens:6} {new_tokens:5} {decode:8} {figures['compile_s']:9.2f} "
             f"{figures['warm_s']:7.3f} {figures['first_token_ms']:9.2f} {figures['prefill_tokens_per_s']:10,.0f} "
             f"{figures['step_ms']:9.3f} {'({:.3f} - {:.3f})'.format(*figures['step_ms_range']):>17} "
@@ -90,28 +104,28 @@ def main() -> None:
             f"{figures['ties']:4}",
             flush=True,
         )
-        record(arguments.json, common | figures)
+        record(arguments.json if first else None, common | figures)
 
 
-def _mesh(text: str) -> Mesh:
-    try:
-        data, tensor = map(int, text.split("x"))
-        return jax.make_mesh((data, tensor), ("data", "tensor"))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a mesh of these {jax.device_count()} devices: {error}"
-        ) from error
+def _mesh(text: str | None, distributed: bool) -> Mesh | None:
+    """The mesh of --mesh, and with --distributed of all devices.
+
+    Raises:
+        ValueError: if it does not fit the devices.
+    """
+    if text is None and not distributed:
+        return None
+    data, tensor = (1, jax.device_count()) if text is None else map(int, text.split("x"))
+    if distributed and (data, tensor) != (1, jax.device_count()):
+        raise ValueError(f"the processes time the same rows, so it must be 1x{jax.device_count()}.")
+    return jax.make_mesh((data, tensor), ("data", "tensor"))
 
 
 def make(name: str, dtype: str, quantize: str | None, mesh: Mesh | None) -> Any:
     """The model of a folder, or one of random weights; there is never a second copy of the weights."""
     if name not in SHAPES:
         return jaxgen.load(name, dtype=dtype, mesh=mesh, quantize=quantize)
-    if mesh is None:
-        return jaxgen.from_config(varied(name), dtype=dtype, quantize=quantize)
-    with tempfile.TemporaryDirectory() as folder:
-        jaxgen.save(jaxgen.from_config(varied(name), dtype=dtype), folder)
-        return jaxgen.load(folder, dtype=dtype, mesh=mesh, quantize=quantize)
+    return jaxgen.from_config(varied(name), dtype=dtype, quantize=quantize, mesh=mesh)
 
 
 def measure(
@@ -220,7 +234,7 @@ def scored_beams(model: Any, prompts: np.ndarray, new_tokens: int) -> tuple[np.n
         eos_token_id=None,
         **DECODES["beams"],
     )
-    outputs = jax.jit(lambda model: jaxgen.decode(model, call))(model)
+    outputs = jax.jit(lambda model: jaxgen.decode(model, call), out_shardings=everywhere(model.mesh))(model)
     best, scores = (np.asarray(outputs[name])[: len(prompts), 0] for name in ("sequences", "sequences_scores"))
     return best[:, : prompts.shape[1] + new_tokens], scores
 
@@ -238,7 +252,7 @@ def step_bytes(model: Any, decode: str, batch: int, prompt_tokens: int, new_toke
 
 def _bytes(leaf: jax.Array) -> int:
     """Of all devices together: an array on several of them is read by each."""
-    return sum(shard.data.nbytes for shard in leaf.addressable_shards)
+    return len(leaf.sharding.device_set) * math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
 
 def memory_beside(model: Any) -> Callable[[], int | None]:

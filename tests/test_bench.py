@@ -2,7 +2,9 @@
 
 import importlib
 import json
+import os
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -138,6 +140,25 @@ def test_throughput_checks_the_tokens_that_it_times(run: Any) -> None:
         assert each["reference"] == "transformers" and each["ties"] == 0
         assert each["mbu"] == pytest.approx(each["bytes_per_step"] / each["step_ms"] * 1e3 / each["bandwidth"])
         assert each["compile_s"] == pytest.approx(each["cold_s"] - each["warm_s"])
+
+
+@pytest.mark.sweep
+def test_throughput_of_two_processes_is_printed_and_recorded_by_the_first(tmp_path: Path) -> None:
+    options = ["--model", "2-layer", "--new-tokens", "4", "--repeats", "1", "--decode", "greedy", "beams"]
+    srun, record = BENCH.parent / "tests" / "helpers" / "srun.py", tmp_path / "figures.jsonl"
+    command = [sys.executable, str(srun), sys.executable, str(BENCH / "throughput.py"), *options]
+    done = subprocess.run(
+        [*command, "--distributed", "--json", str(record)],
+        env=os.environ | {"SLURM_NTASKS": "2"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    figures = [json.loads(line) for line in record.read_text().splitlines()]
+    assert [(each["decode"], each["mesh"]) for each in figures] == [
+        (decode, {"data": 1, "tensor": 2}) for decode in ("greedy", "beams")
+    ]
+    assert done.stdout.count("GB of weights") == 1
 
 
 @pytest.mark.parametrize("of", ["transformers", "jaxgen"])

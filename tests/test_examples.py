@@ -1,15 +1,19 @@
 """The examples run."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import yaml
 
 import jaxgen
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+ROOT = Path(__file__).parent.parent
+EXAMPLES, HELPERS = ROOT / "examples", ROOT / "tests" / "helpers"
 
 
 def test_the_training_script_makes_a_checkpoint_that_generates(tmp_path: Path) -> None:
@@ -47,3 +51,64 @@ def test_the_script_moved_from_flax_models_tells_stories(monkeypatch: pytest.Mon
     for texts in (greedy, samples):
         assert [text.startswith(prompt) for text, prompt in zip(texts, from_flax.PROMPTS, strict=True)] == [True] * 3
     assert greedy != samples and all(len(text) > 100 for text in greedy + samples)
+
+
+def in_a_job(tmp_path: Path, *command: str) -> list[str]:
+    """Runs a command in a job of two processes, as Slurm would; the lines that it prints."""
+    for name, program in {"srun": f"{sys.executable} {HELPERS}/srun.py", "python": sys.executable}.items():
+        (tmp_path / name).write_text(f'#!/bin/sh\nexec {program} "$@"\n')
+        (tmp_path / name).chmod(0o700)
+    job = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "SLURM_NTASKS": "2"}
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | job, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return [line for line in done.stdout.splitlines() if "[Gloo]" not in line]
+
+
+def test_the_job_of_slurm_continues_all_prompts_each_in_one_of_the_processes(tmp_path: Path) -> None:
+    lines = sorted(in_a_job(tmp_path, "bash", "examples/slurm.sbatch"))
+    assert [line[: len("process 0")] for line in lines] == ["process 0"] * 3 + ["process 1"] * 2
+
+
+@pytest.mark.sweep
+def test_processes_that_hold_a_copy_together_have_the_same_prompts(tmp_path: Path) -> None:
+    script = ("bash", "examples/slurm.sbatch", "python", "examples/many_processes.py")
+    alone = in_a_job(tmp_path, "python", "examples/many_processes.py")
+    together = in_a_job(tmp_path, *script, "--distributed", "--processes-per-copy", "2")
+    assert len(alone) == 5 and together == alone
+
+
+def test_the_job_of_kubernetes_has_what_jax_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    from jax._src.clusters.k8s_cluster import K8sCluster
+
+    objects = {each["kind"]: each for each in yaml.safe_load_all((EXAMPLES / "kubernetes.yaml").read_text())}
+    spec = objects["Job"]["spec"]
+    pod, service = spec["template"]["spec"], objects["Service"]
+    metadata = SimpleNamespace(**objects["Job"]["metadata"])
+    job = SimpleNamespace(metadata=metadata, spec=SimpleNamespace(parallelism=spec["parallelism"]))
+    monkeypatch.setattr(K8sCluster, "_controller", lambda: SimpleNamespace(kind="Job"))
+    monkeypatch.setattr(K8sCluster, "_job", lambda: job)
+    monkeypatch.setattr(K8sCluster, "_pod", lambda: SimpleNamespace(spec=SimpleNamespace(**pod)))
+    monkeypatch.setenv("JOB_COMPLETION_INDEX", "1")
+    assert K8sCluster.get_coordinator_address(None, None).startswith("jaxgen-0.jaxgen:")
+    assert K8sCluster.get_process_count() == spec["completions"] == 2 and spec["completionMode"] == "Indexed"
+    # The names that refer to each other.
+    assert service["spec"]["clusterIP"] == "None" and service["metadata"]["name"] == pod["subdomain"]
+    assert service["spec"]["selector"] == {"job-name": metadata.name}
+    assert pod["serviceAccountName"] == objects["ServiceAccount"]["metadata"]["name"]
+    assert objects["RoleBinding"]["subjects"][0]["name"] == pod["serviceAccountName"]
+    assert {mount["name"] for mount in pod["containers"][0]["volumeMounts"]} == {
+        volume["name"] for volume in pod["volumes"]
+    }
+
+
+def test_the_workers_of_ray_continue_every_prompt_as_one_alone_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray.data", reason="needs ray[data]")
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import ray_data  # pyright: ignore
+
+    command = [sys.executable, str(EXAMPLES / "ray_data.py"), "--new-tokens", "4"]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300).stdout.splitlines()
+    prompts = ray_data.prompts()
+    assert [text[: len(prompt)] for prompt, text in zip(prompts, printed, strict=True)] == prompts
+    alone = ray_data.Worker(str(jaxgen.BUNDLED_MODEL), new_tokens=4)
+    assert [*alone({"number": np.arange(len(prompts)), "prompt": np.array(prompts)})["text"]] == printed

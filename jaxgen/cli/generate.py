@@ -7,16 +7,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import jax
 import numpy as np
 
 from jaxgen.base import Model
 from jaxgen.chat import check_template, render
 from jaxgen.cli import compile_cache
+from jaxgen.cli.devices import first_process_speaks, join_processes
 from jaxgen.cli.options import decoding_arguments
 from jaxgen.cli.terminal import Times, checked_text, counted, decode, open_assistant, open_model, say
 from jaxgen.decoding.loop import compile_counts
 from jaxgen.generation.api import prepare_call
 from jaxgen.generation.request import Request
+from jaxgen.generation.running.processes import processes_of
 from jaxgen.generation.text_stream import TextPieces
 
 if TYPE_CHECKING:
@@ -26,8 +29,18 @@ _NEW_TOKENS = 200
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if not arguments.distributed:
+        return _generate(arguments)
+    join_processes()
+    with first_process_speaks():
+        return _generate(arguments)
+
+
+def _generate(arguments: argparse.Namespace) -> int:
     text = _text(arguments)
     model, tokenizer = open_model(arguments)
+    if (processes := processes_of(model)) is not None:
+        text = processes.exchange(text)[0]  # mpirun has a standard input for the first process alone
     assistant, own = open_assistant(arguments, model, tokenizer)
     request = replace(_request(arguments, model, tokenizer, text), assistant_model=assistant, assistant_tokenizer=own)
     prepared = prepare_call(model, request)
@@ -121,9 +134,11 @@ def _text(arguments: argparse.Namespace) -> str:
 
 
 def _from_file(arguments: argparse.Namespace) -> str:
-    """The content of the file, or of standard input."""
+    """The content of the file, or of standard input, which the first process reads for all."""
     if arguments.file not in (None, "-"):
         return checked_text(Path(arguments.file).read_text(encoding="utf-8", errors="surrogateescape"), arguments.file)
+    if arguments.distributed and jax.process_index() > 0:
+        return ""
     if sys.stdin is None or (arguments.file is None and sys.stdin.isatty()):
         raise ValueError("there is no text to continue. Give TEXT or --file FILE, or pipe a text in.")
     return checked_text(sys.stdin.read(), "standard input")

@@ -145,11 +145,23 @@ def _add_generate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--negative-prompt", metavar="TEXT", help="a text to steer away from, together with --guidance-scale"
     )
+    parser.add_argument(
+        "--mesh",
+        metavar="SIZES",
+        help="spread the model over devices, as tensor=8, or data=2,tensor=4 for several sequences of a prompt",
+    )
+    parser.add_argument(
+        "--distributed",
+        action="store_true",
+        help="run together with the other processes of a job of Slurm, Open MPI, Kubernetes or a TPU pod, over the "
+        "devices of all of them; the first one prints the text",
+    )
     _add_model_options(parser)
     add_decoding_options(parser)
 
 
 def _add_chat_options(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(mesh=None, distributed=False)
     parser.add_argument("--system", metavar="TEXT", help="the system message")
     parser.add_argument(
         "--load", metavar="FILE", help="continue the messages of a JSON file, as written by /save or other tools"
@@ -189,7 +201,10 @@ def _add_plan_options(parser: argparse.ArgumentParser) -> None:
         "--device", metavar="KIND", help="v5e, v6e, v5p, h100, h200, a100-80g, a100-40g or l4; default: the local one"
     )
     parser.add_argument(
-        "--mesh", default="1x1", metavar="DATAxTENSOR", help="devices for rows, and for heads and MLP units"
+        "--mesh",
+        default="1x1",
+        metavar="SIZES",
+        help="devices for rows, and for heads and MLP units, as 2x4 or data=2,tensor=4",
     )
     _add_source_options(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the text")

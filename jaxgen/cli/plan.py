@@ -3,16 +3,13 @@
 import argparse
 import dataclasses
 import json
-import re
 
+from jaxgen.cli.devices import mesh_sizes
 from jaxgen.cli.terminal import byte_count, counted
 from jaxgen.planning.plan import Plan, fraction_variable, plan
 
 
 def run(arguments: argparse.Namespace) -> int:
-    mesh = re.fullmatch(r"(\d+)x(\d+)", arguments.mesh)
-    if mesh is None:
-        raise ValueError(f"--mesh {arguments.mesh} must be two numbers of devices, such as 1x8.")
     planned = plan(
         arguments.model,
         arguments.batch,
@@ -23,7 +20,7 @@ def run(arguments: argparse.Namespace) -> int:
         dtype=arguments.dtype,
         quantize=arguments.quantize,
         device=arguments.device,
-        mesh=(int(mesh[1]), int(mesh[2])),
+        mesh=mesh_sizes(arguments.mesh),
         follow_links=arguments.follow_links,
         revision=arguments.revision,
         assistant_model=arguments.assistant,

@@ -17,6 +17,7 @@ from jaxgen.checkpoint.hub import local_path
 from jaxgen.checkpoint.load import BUNDLED_MODEL, load, to_int8
 from jaxgen.checkpoint.tokenizer import load_tokenizer
 from jaxgen.cli import compile_cache
+from jaxgen.cli.devices import check_devices, mesh_of
 from jaxgen.cli.note import waiting
 from jaxgen.decoding.loop import Progress
 from jaxgen.generation.call import PreparedCall
@@ -52,17 +53,15 @@ def counted(number: int, thing: str) -> str:
 def open_model(arguments: argparse.Namespace) -> tuple[Model, "PreTrainedTokenizerBase"]:
     """The model and its tokenizer, with compiled programs kept where the arguments say."""
     compile_cache.enable(arguments.compile_cache)
-    try:
-        jax.local_devices()
-    except (RuntimeError, AssertionError) as error:  # JAX raises either, depending on what is missing
-        raise ValueError(f"JAX finds no device to run on ({error}). Run `jaxgen doctor` to learn more.") from error
+    check_devices()
+    mesh = mesh_of(arguments)
     folder = local_path(BUNDLED_MODEL if arguments.model is None else arguments.model, arguments.revision)
     if arguments.model is None:
         say(f"no --model given: using the small story model that comes with jaxgen ({folder})")
     elif folder != Path(arguments.model):
         say(f"{arguments.model} at commit {folder.name}")
     with waiting("loading the model ..."):
-        model = load(folder, arguments.dtype, quantize=arguments.quantize, follow_links=arguments.follow_links)
+        model = load(folder, arguments.dtype, mesh, quantize=arguments.quantize, follow_links=arguments.follow_links)
         return model, open_tokenizer(folder)
 
 
@@ -84,7 +83,7 @@ def open_assistant(
                 )
             return to_int8(model), None
         folder = local_path(arguments.assistant, None)
-        assistant = load(folder, arguments.dtype, follow_links=arguments.follow_links)
+        assistant = load(folder, arguments.dtype, model.mesh, follow_links=arguments.follow_links)
     padded = differ_by_padding((model.vocab_size, assistant.vocab_size))
     try:
         own = load_tokenizer(folder)

@@ -248,10 +248,13 @@ def test_the_command_prints_one_json_object(capsys: pytest.CaptureFixture[str]) 
     assert [each["total"] for each in printed["suggestions"]] == [each.total for each in found.suggestions]
 
 
-@pytest.mark.parametrize("mesh", ["8", "1x", "axb", "1x2x3"])
-def test_a_mesh_is_two_numbers(mesh: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("mesh", ["8", "1x", "axb", "1x2x3", "0x1", "tensor=", "pipe=2", "data=2,data=2"])
+def test_a_mesh_is_numbers_of_devices(mesh: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "8b", "--mesh", mesh]) == 1
-    assert f"--mesh {mesh} must be two numbers of devices, such as 1x8" in capsys.readouterr().err
+    assert (
+        f"--mesh {mesh} must be numbers of devices, at least 1, such as tensor=8, data=2,tensor=4 or 2x4"
+        in capsys.readouterr().err
+    )
 
 
 def test_the_help_names_every_device(capsys: pytest.CaptureFixture[str]) -> None:
