@@ -50,9 +50,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 # Files that take more than half a minute. They come first, or the last one would keep one of two processes waiting.
 LONG = """
-test_docs test_encoder_decoder test_assisted_mode test_assistant test_jax_settings test_beam_search test_custom
+test_docs test_many_processes test_encoder_decoder test_assisted_mode test_assistant test_jax_settings test_beam_search test_custom
 test_logits_process test_sampling test_t5 test_stop_strings test_api test_streaming test_compile_cache test_examples
 test_pickles test_speller test_assisted test_mesh test_bench test_chat_command test_parity test_real_sizes test_bart
+test_mesh_processes test_devices
 """.split()
 
 

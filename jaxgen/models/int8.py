@@ -53,8 +53,8 @@ class Int8:
             return self
 
         def rows(ids: jax.Array) -> jax.Array:
-            values = (jnp.asarray(self.values)[ids].astype(jnp.float32) * self.scales[ids][..., None]).astype(self.dtype)
-            return values.at[..., self.columns].set(self.outliers[ids])
+            values = jnp.asarray(self.values)[ids].astype(jnp.float32) * self.scales[ids][..., None]
+            return values.astype(self.dtype).at[..., self.columns].set(self.outliers[ids])
 
         def on_tpu(ids: jax.Array) -> jax.Array:
             # For a single row the compiler copies the whole matrix into another layout (1.05 GB per step of an 8B).

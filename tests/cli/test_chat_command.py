@@ -68,7 +68,7 @@ def test_an_interrupt_while_it_compiles_gives_the_prompt_back_at_once(
 ) -> None:
     events, asked_again, decodes = [], threading.Event(), []
 
-    def decode(model: Any, call: Any, show: Any, stop: Any, on_compile: Any) -> Any:
+    def decode(call: Any, show: Any, stop: Any, on_compile: Any) -> Any:
         decodes.append(call)
         if len(decodes) == 1:
             on_compile()
@@ -77,7 +77,7 @@ def test_an_interrupt_while_it_compiles_gives_the_prompt_back_at_once(
             events.append("compiled")
             assert stop()
             show(np.array([5, 6, 7]))
-        return chat_command.decode_for_real(model, call, show, stop, on_compile)
+        return chat_command.decode_for_real(call, show, stop, on_compile)
 
     class Keyboard(io.StringIO):
         def readline(self, *_: Any) -> str:
@@ -181,7 +181,7 @@ def test_answers_are_sampled_unless_the_checkpoint_or_the_person_says_otherwise(
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 2, "max_new_tokens": 5, **settings}))
     calls = []
 
-    def decode(model: Any, call: Any, *_: Any) -> Any:
+    def decode(call: Any, *_: Any) -> Any:
         calls.append(call)
         raise ValueError("seen")
 
@@ -256,9 +256,9 @@ def test_options_are_changed_in_a_chat_and_a_new_temperature_compiles_nothing(
 ) -> None:
     temperatures, counts = [], []
 
-    def decode(model: Any, call: Any, *rest: Any) -> Any:
+    def decode(call: Any, *rest: Any) -> Any:
         temperatures.append(call.config.merged.temperature)
-        answer = chat_command.decode_for_real(model, call, *rest)
+        answer = chat_command.decode_for_real(call, *rest)
         counts.append(jaxgen.compile_counts())
         return answer
 
