@@ -21,11 +21,12 @@ import jaxgen.base
 
 ROOT = Path(__file__).parent.parent
 STRATEGIES = {"sampling", "assisted", "beam_search", "group_beam_search", "contrastive_search"}
-GROUND_FLOOR = {"base", "buckets", "lazy", "pytree", "version"}
+GROUND_FLOOR = {"base", "buckets", "exchange", "lazy", "pytree", "version"}
 # What each part of the package imports besides the ground floor. Nobody imports who stands below.
 MAY_IMPORT: dict[str, set[str]] = {
     "base": {"pytree"},
     "buckets": set(),
+    "exchange": set(),
     "lazy": set(),
     "pytree": set(),
     "version": set(),

@@ -17,9 +17,9 @@ from jaxgen.cli.devices import first_process_speaks, join_processes
 from jaxgen.cli.options import decoding_arguments
 from jaxgen.cli.terminal import Times, checked_text, counted, decode, open_assistant, open_model, say
 from jaxgen.decoding.loop import compile_counts
+from jaxgen.exchange import exchange
 from jaxgen.generation.api import prepare_call
 from jaxgen.generation.request import Request
-from jaxgen.generation.running.processes import processes_of
 from jaxgen.generation.text_stream import TextPieces
 
 if TYPE_CHECKING:
@@ -39,8 +39,8 @@ def run(arguments: argparse.Namespace) -> int:
 def _generate(arguments: argparse.Namespace) -> int:
     text = _text(arguments)
     model, tokenizer = open_model(arguments)
-    if (processes := processes_of(model)) is not None:
-        text = processes.exchange(text)[0]  # mpirun has a standard input for the first process alone
+    if arguments.distributed and model.mesh is not None:
+        text = exchange(model.mesh, text)[0]  # mpirun has a standard input for the first process alone
     assistant, own = open_assistant(arguments, model, tokenizer)
     request = replace(_request(arguments, model, tokenizer, text), assistant_model=assistant, assistant_tokenizer=own)
     prepared = prepare_call(model, request)

@@ -8,11 +8,11 @@ import numpy as np
 
 from jaxgen.base import ENCODER_INTERMEDIATES
 from jaxgen.decoding.loop import DecodeState, finalize
+from jaxgen.exchange import fetch
 from jaxgen.generation.call import PreparedCall
 from jaxgen.generation.outputs import GenerateOutput
 from jaxgen.generation.prompt.checks import refuse_tracer
 from jaxgen.generation.prompt.past_key_values import PastKeyValues
-from jaxgen.generation.running.processes import fetch
 
 logger = logging.getLogger(__name__)
 

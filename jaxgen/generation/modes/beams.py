@@ -7,10 +7,10 @@ import numpy as np
 
 from jaxgen.base import Cache
 from jaxgen.buckets import bucket
+from jaxgen.exchange import fetch
 from jaxgen.generation.config.validators import number, positive
 from jaxgen.generation.modes.base import Mode, Parts
 from jaxgen.generation.outputs import GenerateBeamDecoderOnlyOutput, GenerateBeamEncoderDecoderOutput
-from jaxgen.generation.running.processes import fetch
 
 if TYPE_CHECKING:
     from jaxgen.lazy import GenerationConfig

@@ -1,4 +1,4 @@
-"""The processes that run a call together: who shares rows with whom, and how they exchange what they have to agree on.
+"""The processes that run a call together: who shares rows with whom, and the part of the model that each has.
 
 The rows of a call are spread over the mesh axis "data", so each process passes and gets back its own. Processes that
 hold parts of the same rows, as an axis "tensor" over several hosts makes them, are a group, and pass the same rows:
@@ -21,6 +21,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxgen.base import Model
+from jaxgen.exchange import moved, received, send
 
 
 class Processes:
@@ -43,41 +44,18 @@ class Processes:
         self.own_mesh = mesh
         if len(parts) > 1:
             self.own_mesh = Mesh(np.take(mesh.devices, rows, axis=mesh.axis_names.index("data")), mesh.axis_names)
-        self._all_devices = Mesh(mesh.devices.reshape(-1), "device")
         self.calls = 0
 
     @functools.cached_property
     def seed(self) -> int:
         """A random number that is the same in all processes: the one of the first process."""
-        mine = np.random.SeedSequence().generate_state(1)
-        return int(next(iter(self.read(self.send(mine.view(np.int32))).values())).view(np.uint32)[0])
+        mine = np.random.SeedSequence().generate_state(1).view(np.int32)
+        return int(next(iter(received(self.mesh, send(self.mesh, mine)).values())).view(np.uint32)[0])
 
     def entropy(self) -> int:
         """A seed of 64 bits for the rows of this group in this call: the same in the group, and another in others."""
         words = np.random.SeedSequence([self.seed, self.calls, self.group]).generate_state(1, np.uint64)
         return int(words[0])
-
-    def send(self, values: np.ndarray) -> jax.Array:
-        """Sends int32 [X] to all processes, without waiting. All of them must call it, with the same X."""
-        mesh = self._all_devices
-        # A row per device, since the devices of a mesh may be spread unevenly over the processes.
-        sharding = NamedSharding(mesh, PartitionSpec("device"))
-        rows = jax.make_array_from_callback((mesh.size, len(values)), sharding, lambda index: values[None])
-        return _moved(NamedSharding(mesh, PartitionSpec()))([rows])[0]
-
-    def read(self, sent: jax.Array) -> dict[int, np.ndarray]:
-        """What each process has sent, int32 [X] by the number of the process."""
-        rows = jax.device_get(sent)
-        return {device.process_index: row for device, row in zip(self._all_devices.devices, rows, strict=True)}
-
-    def exchange(self, text: str) -> dict[int, str]:
-        """Sends a text to all processes, and returns that of each one. All of them must call it."""
-        data = text.encode()
-        lengths = {process: int(length[0]) for process, length in self.read(self.send(np.int32([len(data)]))).items()}
-        words = np.zeros(1 << (max(1, -(-max(lengths.values()) // 4)) - 1).bit_length(), np.int32)
-        words.view(np.uint8)[: len(data)] = np.frombuffer(data, np.uint8)
-        sent = self.read(self.send(words))
-        return {process: row.view(np.uint8)[: lengths[process]].tobytes().decode() for process, row in sent.items()}
 
     def own(self, model: Model) -> Model:
         """The model on the group's part of the mesh, which gets all of the weights if it does not have them yet."""
@@ -87,7 +65,7 @@ class Processes:
         shardings = [_whole_in_each_group(leaf.sharding, self.mesh) for leaf in leaves]
         apart = [number for number, leaf in enumerate(leaves) if leaf.sharding != shardings[number]]
         if apart:
-            gathered = _moved(*(shardings[number] for number in apart))([leaves[number] for number in apart])
+            gathered = moved(*(shardings[number] for number in apart))([leaves[number] for number in apart])
             for number, whole in zip(apart, gathered, strict=True):
                 leaves[number] = whole
         return treedef.unflatten(leaves).on(self.own_mesh)
@@ -132,29 +110,3 @@ def _whole_in_each_group(sharding: Any, mesh: Mesh) -> NamedSharding:
     while spec and spec[-1] is None:
         spec.pop()
     return NamedSharding(mesh, PartitionSpec(*(each[0] if each and len(each) == 1 else each for each in spec)))
-
-
-@functools.lru_cache(maxsize=8)
-def _moved(*shardings: NamedSharding) -> Any:
-    """A function that moves as many arrays to these shardings."""
-    return jax.jit(lambda arrays: arrays, out_shardings=[*shardings])
-
-
-def fetch(tree: Any) -> Any:
-    """A pytree with NumPy arrays in place of those of JAX, also where other processes hold a part of them.
-
-    Then all of these processes must call it.
-    """
-    leaves, treedef = jax.tree.flatten(tree)
-    spread = [
-        number
-        for number, leaf in enumerate(leaves)
-        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable and not leaf.is_fully_replicated
-    ]
-    if spread:
-        mesh: Any = leaves[spread[0]].sharding.mesh
-        everywhere = [NamedSharding(mesh, PartitionSpec())] * len(spread)
-        for number, whole in zip(spread, _moved(*everywhere)([leaves[number] for number in spread]), strict=True):
-            leaves[number] = whole
-    # `device_get` can be interrupted while the device runs, `np.asarray` cannot.
-    return treedef.unflatten(jax.device_get(leaves))

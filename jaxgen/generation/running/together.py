@@ -23,6 +23,7 @@ import numpy as np
 
 from jaxgen.base import Model
 from jaxgen.decoding.loop import Progress
+from jaxgen.exchange import exchange, received, send
 from jaxgen.generation.call import PreparedCall
 from jaxgen.generation.request import Request
 from jaxgen.generation.running.driver import Chunks, ChunkSchedule, Run, drive
@@ -72,7 +73,8 @@ def prepare_together(
         except BaseException as error:  # the others are waiting
             failure = error
         processes.calls += 1
-        reports = {process: json.loads(text) for process, text in processes.exchange(_report(failure, facts)).items()}
+        texts = exchange(processes.mesh, _report(failure, facts))
+    reports = {process: json.loads(text) for process, text in texts.items()}
     if failure is not None:
         raise failure
     assert prepared is not None
@@ -184,7 +186,7 @@ def _drive_together(prepared: PreparedCall, schedule: ChunkSchedule) -> Chunks:
     while True:
         chunk, progress, sent = unread.popleft()
         read = read if progress is None else jax.device_get(progress)
-        ballots = [_Ballot(*map(int, row)) for row in processes.read(sent).values()]
+        ballots = [_Ballot(*map(int, row)) for row in received(processes.mesh, sent).values()]
         verdict = max(each.verdict for each in ballots)
         if verdict == _FAILED:
             break
@@ -220,7 +222,7 @@ def _drive_together(prepared: PreparedCall, schedule: ChunkSchedule) -> Chunks:
             over = ballot.finished or run.over
             chunk, progress = (0, None) if over else run.advance(steps)
             unread.append((chunk, progress, _send(processes, ballot)))
-    reasons = processes.exchange("" if failure is None else _described(failure))
+    reasons = exchange(processes.mesh, "" if failure is None else _described(failure))
     run.wait()
     if failure is not None:
         raise failure
@@ -228,4 +230,4 @@ def _drive_together(prepared: PreparedCall, schedule: ChunkSchedule) -> Chunks:
 
 
 def _send(processes: Processes, ballot: _Ballot) -> jax.Array:
-    return processes.send(np.array(ballot, np.int32))
+    return send(processes.mesh, np.array(ballot, np.int32))
