@@ -124,7 +124,7 @@ def test_the_tokenizer_comes_with_the_model_in_one_round_of_requests(
     hub: Hub, capsys: pytest.CaptureFixture[str]
 ) -> None:
     commit = hub.add(NAME, contents(jaxgen.BUNDLED_MODEL))
-    options = argparse.Namespace(model=NAME, revision=None, dtype=None, quantize=None, follow_links=False)
+    options = argparse.Namespace(model=NAME, revision=None, dtype=None, quantize=None, follow_links=False, mesh=None, distributed=False)
     options.compile_cache = "off"
     _, tokenizer = open_model(options)
     assert tokenizer("Once upon a time")["input_ids"]

@@ -96,10 +96,10 @@ def test_inspect_counts_both_stacks_and_names_the_end(
     t5_folder: Path, bart_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found: dict[str, dict[str, str]] = {}
-    for folder in (t5_folder, bart_folder):
+    for name, folder in (("t5", t5_folder), ("bart", bart_folder)):
         assert main(["inspect", str(folder)]) == 0
         lines = capsys.readouterr().out.splitlines()
-        found[folder.parent.name.rstrip("0")] = {line[:12].strip(): line[12:] for line in lines}
+        found[name] = {line[:12].strip(): line[12:] for line in lines}
     t5, bart = found["t5"], found["bart"]
     assert t5["family"] == "t5, 3 + 2 layers of 32, 2 heads of 8, relu MLP of 24"
     assert t5["context"] == "without a limit"

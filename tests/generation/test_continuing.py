@@ -414,7 +414,7 @@ def test_chunks_on_a_cache_with_every_output_equal_transformers(folder: Path, mo
 
 
 def test_chunks_bound_the_memory_of_a_long_prompt(model: Any) -> None:
-    prompt = RNG.integers(3, 97, (2, 1536))
+    prompt = RNG.integers(3, 97, (2, 8192))
 
     def temporaries(**kwargs: Any) -> int:
         program = loop.prefill.lower(model, jaxgen.prepare(model, prompt, **PLAIN, **kwargs))
@@ -423,7 +423,7 @@ def test_chunks_bound_the_memory_of_a_long_prompt(model: Any) -> None:
     whole = temporaries()
     assert temporaries(prefill_chunk_size=128) < 0.8 * whole
     # At once, only some columns' scores are in memory; those of all would be 2 rows of 4 heads or more.
-    assert whole < 4 * 2 * 4 * 1536**2
+    assert whole < 4 * 2 * 4 * 8192**2
 
 
 def test_a_continued_call_streams_and_is_a_pure_function_too(model: Any) -> None:

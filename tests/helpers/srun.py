@@ -2,13 +2,15 @@
 
     SLURM_NTASKS=2 python tests/helpers/srun.py [--option ...] COMMAND ...
 
-As under mpirun, only the first process has the standard input. A process that fails ends the others.
+As under mpirun, only the first process has the standard input. A process that fails ends the others. What they print
+comes at the end, one process after the other, so that their lines are whole.
 """
 
 import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 
 
@@ -21,13 +23,15 @@ def main(command: list[str]) -> int:
     # From a job's id JAX would choose a port that may be taken on this machine.
     job = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "localhost", "JAX_COORDINATOR_PORT": str(port)}
     processes = int(os.environ["SLURM_NTASKS"])
+    printed = [tempfile.TemporaryFile() for _ in range(processes)]
     started = [
         subprocess.Popen(
             command,
             env=os.environ | job | {"SLURM_PROCID": str(number), "SLURM_LOCALID": str(number)},
             stdin=subprocess.DEVNULL if number else None,
+            stdout=file,
         )
-        for number in range(processes)
+        for number, file in enumerate(printed)
     ]
     try:
         while any(process.poll() is None for process in started):
@@ -38,6 +42,9 @@ def main(command: list[str]) -> int:
         for process in started:
             process.kill()
             process.wait()
+    for file in printed:
+        file.seek(0)
+        sys.stdout.write(file.read().decode())
     return max(abs(process.returncode) for process in started)
 
 
