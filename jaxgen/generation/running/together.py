@@ -176,11 +176,11 @@ def _drive_together(prepared: PreparedCall, schedule: ChunkSchedule) -> Chunks:
     processes = prepared.processes
     assert processes is not None
     max_time = math.inf if prepared.config.max_time is None else prepared.config.max_time
-    waits = schedule.watched or max_time < math.inf
     started = time.monotonic()
     run = Run(prepared)
     failure: BaseException | None = None
-    ballot = _Ballot(_GO_ON, finished=False, steps=1 if waits else schedule.first(run.weights))
+    # Chunks double from one step on. A guess that is too long for one of the processes would keep all of them waiting.
+    ballot = _Ballot(_GO_ON, finished=False, steps=1)
     unread: deque[tuple[int, Progress | None, jax.Array]] = deque([(1, run.progress, _send(processes, ballot))])
     read, steps, before = None, ballot.steps, 0.0
     while True:
