@@ -30,7 +30,8 @@ def received(mesh: Mesh, sent: jax.Array) -> dict[int, np.ndarray]:
 def exchange(mesh: Mesh, text: str) -> dict[int, str]:
     """Sends a text to all processes, and returns that of each one."""
     data = text.encode()
-    lengths = {process: int(length[0]) for process, length in received(mesh, send(mesh, np.int32([len(data)]))).items()}
+    lengths_sent = received(mesh, send(mesh, np.array([len(data)], np.int32)))
+    lengths = {process: int(length[0]) for process, length in lengths_sent.items()}
     words = np.zeros(1 << (max(1, -(-max(lengths.values()) // 4)) - 1).bit_length(), np.int32)
     words.view(np.uint8)[: len(data)] = np.frombuffer(data, np.uint8)
     texts = received(mesh, send(mesh, words))

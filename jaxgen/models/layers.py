@@ -196,11 +196,11 @@ def attend(
         block_mask = lax.dynamic_slice_in_dim(mask, start, block, axis=1)
         block_bias = bias and bias(start, block)
 
-        def at_once(*arrays: jax.Array) -> jax.Array:
-            return _attend_at_once(*arrays, factor, block_bias)[0]
+        def at_once(queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array) -> jax.Array:
+            return _attend_at_once(queries, keys, values, mask, factor, block_bias)[0]
 
-        def in_parts(*arrays: jax.Array) -> jax.Array:
-            return _attend_in_parts(*arrays, factor, block_bias)
+        def in_parts(queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array) -> jax.Array:
+            return _attend_in_parts(queries, keys, values, mask, factor, block_bias)
 
         return lax.platform_dependent(block_queries, keys, values, block_mask, cpu=in_parts, default=at_once)
 

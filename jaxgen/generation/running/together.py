@@ -90,8 +90,9 @@ def prepare_together(
 
 def _own_assistant(processes: Processes, model: Model, assistant: Any) -> Any:
     """An assistant that is on the mesh of the model, as `Processes.own`; others are left to the checks."""
-    is_model = not isinstance(assistant, type) and callable(getattr(assistant, "make_cache", None))
-    return processes.own(assistant) if is_model and assistant.mesh == model.mesh else assistant
+    if isinstance(assistant, type) or not callable(getattr(assistant, "make_cache", None)):
+        return assistant
+    return processes.own(assistant) if assistant.mesh == model.mesh else assistant
 
 
 def _report(failure: BaseException | None, facts: Mapping[str, Any]) -> str:
@@ -186,7 +187,7 @@ def _drive_together(prepared: PreparedCall, schedule: ChunkSchedule) -> Chunks:
     while True:
         chunk, progress, sent = unread.popleft()
         read = read if progress is None else jax.device_get(progress)
-        ballots = [_Ballot(*map(int, row)) for row in received(processes.mesh, sent).values()]
+        ballots = [_Ballot(*row.tolist()) for row in received(processes.mesh, sent).values()]
         verdict = max(each.verdict for each in ballots)
         if verdict == _FAILED:
             break
