@@ -77,7 +77,7 @@ class Int8:
         """Multiplies bytes by bytes. Otherwise XLA:CPU would cast the weights in memory, which is 10 times slower.
 
         A TPU has a unit for such products. With casts, a single row goes to the vector unit instead (8B on a v5e,
-        estimated: 64 -> 12 ms a step).
+        estimated: 64 -> 13 ms a step).
 
         Each row of `x` becomes two rows of bytes, a coarse and a fine one. XLA:CPU also multiplies two rows faster than
         one. The coarse row is in units of 1/127 of the largest entry, and the fine row is the remainder in 1/254 of
