@@ -5,6 +5,7 @@ same order.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ def send(mesh: Mesh, values: np.ndarray) -> jax.Array:
     # A row per device, since the devices of a mesh may be spread unevenly over the processes.
     sharding = NamedSharding(devices, PartitionSpec("device"))
     rows = jax.make_array_from_callback((mesh.size, len(values)), sharding, lambda index: values[None])
-    return moved(NamedSharding(devices, PartitionSpec()))([rows])[0]
+    return moved([rows], [NamedSharding(devices, PartitionSpec())])[0]
 
 
 def received(mesh: Mesh, sent: jax.Array) -> dict[int, np.ndarray]:
@@ -40,24 +41,31 @@ def exchange(mesh: Mesh, text: str) -> dict[int, str]:
 
 def fetch(tree: Any) -> Any:
     """A pytree with NumPy arrays in place of those of JAX, also where other processes hold a part of them."""
+
+    def whole(leaf: Any) -> NamedSharding | None:
+        if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
+            return None
+        mesh: Any = getattr(leaf.sharding, "mesh", None)
+        return NamedSharding(mesh, PartitionSpec())
+
     leaves, treedef = jax.tree.flatten(tree)
-    spread = [
-        number
-        for number, leaf in enumerate(leaves)
-        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable and not leaf.is_fully_replicated
-    ]
-    if spread:
-        mesh: Any = leaves[spread[0]].sharding.mesh
-        everywhere = [NamedSharding(mesh, PartitionSpec())] * len(spread)
-        for number, whole in zip(spread, moved(*everywhere)([leaves[number] for number in spread]), strict=True):
-            leaves[number] = whole
     # `device_get` can be interrupted while the device runs, `np.asarray` cannot.
-    return treedef.unflatten(jax.device_get(leaves))
+    return treedef.unflatten(jax.device_get(moved(leaves, [whole(leaf) for leaf in leaves])))
+
+
+def moved(arrays: Sequence[Any], shardings: Sequence[NamedSharding | None]) -> list[Any]:
+    """The arrays, each with its sharding, and those without one as they are."""
+    moving = [number for number, sharding in enumerate(shardings) if sharding is not None]
+    results = [*arrays]
+    if moving:
+        move = _program(*(shardings[number] for number in moving))
+        for number, result in zip(moving, move([arrays[number] for number in moving]), strict=True):
+            results[number] = result
+    return results
 
 
 @functools.lru_cache(maxsize=64)
-def moved(*shardings: NamedSharding) -> Any:
-    """A function that moves as many arrays to these shardings."""
+def _program(*shardings: NamedSharding | None) -> Any:
     return jax.jit(lambda arrays: arrays, out_shardings=[*shardings])
 
 

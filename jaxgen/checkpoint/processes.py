@@ -22,7 +22,7 @@ def gathered(array: jax.Array, mesh: Mesh | None) -> jax.Array:
     """An array on a mesh of several processes, with all of its values on each device."""
     if mesh is not None and len(processes_of(mesh)) > 1:
         with no_mesh():
-            array = moved(NamedSharding(mesh, PartitionSpec()))([array])[0]
+            array = moved([array], [NamedSharding(mesh, PartitionSpec())])[0]
         array.block_until_ready()  # or a process that needs none of the values would have many arrays under way
     return array
 

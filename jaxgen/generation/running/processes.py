@@ -63,12 +63,8 @@ class Processes:
             return model
         leaves, treedef = jax.tree.flatten(model)
         shardings = [_whole_in_each_group(leaf.sharding, self.mesh) for leaf in leaves]
-        apart = [number for number, leaf in enumerate(leaves) if leaf.sharding != shardings[number]]
-        if apart:
-            gathered = moved(*(shardings[number] for number in apart))([leaves[number] for number in apart])
-            for number, whole in zip(apart, gathered, strict=True):
-                leaves[number] = whole
-        return treedef.unflatten(leaves).on(self.own_mesh)
+        apart = [None if leaf.sharding == whole else whole for leaf, whole in zip(leaves, shardings, strict=True)]
+        return treedef.unflatten(moved(leaves, apart)).on(self.own_mesh)
 
 
 def processes_of(model: Model) -> Processes | None:
