@@ -261,7 +261,7 @@ def save(model: LoadedModel, path: str | Path) -> None:
     Raises:
         ValueError: if the folder holds a checkpoint in another layout, which would be loaded instead of the new files;
             if the model is quantised or has other parameters than its family.
-        OSError: if a file cannot be written, or if another process fails. Then there is no index.
+        OSError: if a file cannot be written, or if another process fails. The index is then not written.
     """
     if any(isinstance(leaf, Int8) for leaf in jax.tree.leaves(model, is_leaf=lambda leaf: isinstance(leaf, Int8))):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The devices of a command: `--mesh`, and `--distributed` for those of several processes."""
+"""The devices of a command: `--mesh`, and `--distributed` for the devices of several processes."""
 
 import argparse
 import contextlib
@@ -50,7 +50,7 @@ def _number(name: str) -> int | None:
 
 @contextlib.contextmanager
 def first_process_speaks() -> Iterator[None]:
-    """Discards what the other processes print. Errors leave the body, so those of any process can be shown.
+    """Discards what the other processes print. Errors leave the body, so every process can show its own.
 
     Standard output then holds only the text: Gloo, which connects CPUs, writes to its file descriptor, so that is
     standard error meanwhile.

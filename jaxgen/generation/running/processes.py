@@ -10,7 +10,7 @@ process       0   1      0   1      2   3      2   3        groups: processes 0 
 ```
 
 The weights are whole in each group. So a group runs the programs of a single process on its part of the mesh, without
-waiting for other groups at every step: whatever a row's neighbours are, its tokens are those of a single process.
+waiting for other groups at every step: whatever a row's neighbours are, it gets the tokens that a single process gives.
 """
 
 import functools

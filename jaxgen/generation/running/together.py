@@ -1,6 +1,6 @@
 """Runs a call that several processes run together: all of them agree that it can begin, go on and end.
 
-While it runs, every process sends a ballot with each chunk of steps, and reads those of all processes with the chunk's
+While it runs, every process sends a ballot with each chunk of steps, and reads the ballots of all with the chunk's
 progress. So nobody waits for a ballot, and what is decided is the same everywhere:
 
     process 0   | prefill  ballot | chunk  ballot | chunk  ballot | ...
@@ -129,7 +129,7 @@ def _facts_of_group(prepared: PreparedCall) -> dict[str, object]:
         shape = "" if isinstance(data, str) else f"{data.dtype}{[*data.shape]}"
         facts[f"`call{jax.tree_util.keystr(path)}`"] = f"{shape} {_digest(data)}"
     facts["the outputs"] = str(prepared.intermediates)
-    # Addresses of objects are those of one process.
+    # Addresses of objects differ between processes.
     facts["the structure of the call"] = _digest(re.sub(r" at 0x\w+", "", str(structure)))
     return facts
 
