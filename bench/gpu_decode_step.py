@@ -1,18 +1,20 @@
-"""Where the time of a decode step goes on a GPU, and which options of its compiler pay: one run of about five minutes.
+"""Where the time of a decode step goes on a GPU, and which options of its compiler pay: one run of about six minutes.
 
-    PYTHONPATH=. XLA_PYTHON_CLIENT_MEM_FRACTION=0.92 python bench/gpu_decode_step.py OUT --seconds 300
+    PYTHONPATH=. XLA_PYTHON_CLIENT_MEM_FRACTION=0.6 python bench/gpu_decode_step.py OUT --seconds 300
     PYTHONPATH=. python bench/gpu_decode_step.py OUT --shape 2-layer --steps 4 --columns 128 --slots 256   # rehearsal
 
-Makes the weights on the device, and states as after a prompt of `--columns` tokens, so that no prefill is compiled;
-then it times `advance` itself, with the compiler options of each variant, the most telling variants first, and among
-them whole calls of `generate`, one with a `max_time`. Each figure is appended to OUT/figures.jsonl at once: a
-variant that fails, or a run that is cut off, costs nothing else. Shares are those of the bandwidth measured in the same
-run; `dispatch_share` is how much of the time of a chunk passes before its dispatch returns; `same_tokens` compares with
-the first variant of that batch (random weights in bfloat16: a few may differ).
+Makes the weights on the device, and states as after a prompt of `--columns` tokens, so that no prefill is compiled.
+Then it times `advance` itself, with the compiler options of each variant, the most telling variants first; among them
+whole calls of `generate`, one with a `max_time`; and at the end calls of transformers on torch, if both are installed.
+Each figure is appended to OUT/figures.jsonl at once: a variant that fails, or a run that is cut off, costs nothing else.
+Shares are those of the bandwidth measured in the same run; `dispatch_share` is how much of the time of a chunk passes
+before its dispatch returns; `same_tokens` compares with the first variant of that batch (random weights in bfloat16: a
+few may differ).
 """
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import json
 import statistics
@@ -22,6 +24,7 @@ import time
 import zlib
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -32,27 +35,35 @@ import jaxgen
 from jaxgen.decoding import loop
 from jaxgen.generation.build import build_call, read_request
 from jaxgen.generation.request import Request
+from jaxgen.models import layers
 from jaxgen.models.int8 import quantised
 from jaxgen.planning.shapes import SHAPES
 
-_GRAPH = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION"
+# Beside those that `advance` has.
 OPTIONS: dict[str, dict[str, Any]] = {
     "default": {},
-    "one graph": {"xla_gpu_enable_command_buffer": f"{_GRAPH},CONDITIONAL,WHILE"},
-    "no graph": {"xla_gpu_enable_command_buffer": ""},
+    "attention of XLA": {},
+    "no split": {"xla_gpu_experimental_force_split_k": 1},
+    "graph of the body": {"xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN"},
     "cublas": {"xla_gpu_enable_triton_gemm": False},
+    "no graph": {"xla_gpu_enable_command_buffer": ""},
 }
 # Weights, batch, options: the most telling first, and int8 last, since there is not always room for both weights.
 # `whole_calls` come after the first few, so that a short run has them too.
-VARIANTS_BEFORE_CALLS = 3
+VARIANTS_BEFORE_CALLS = 6
 VARIANTS = [
-    ("bfloat16", 1, "default"),
     ("bfloat16", 64, "default"),
-    ("bfloat16", 1, "one graph"),
+    ("bfloat16", 64, "attention of XLA"),
+    ("bfloat16", 1, "default"),
+    ("bfloat16", 1, "attention of XLA"),
+    ("bfloat16", 64, "no split"),
     ("bfloat16", 8, "default"),
-    ("bfloat16", 64, "one graph"),
-    ("bfloat16", 1, "cublas"),
+    ("bfloat16", 1, "no split"),
+    ("bfloat16", 8, "attention of XLA"),
+    ("bfloat16", 8, "no split"),
     ("bfloat16", 64, "cublas"),
+    ("bfloat16", 1, "graph of the body"),
+    ("bfloat16", 1, "cublas"),
     ("bfloat16", 1, "no graph"),
     ("int8", 1, "default"),
     ("int8", 64, "default"),
@@ -86,7 +97,7 @@ def main() -> None:
             break
         figures = {"shape": arguments.shape, "weights": kind, "batch": batch, "options": options}
         try:
-            step = timed_step(arguments, model, batch, OPTIONS[options], (kind, batch, options) in PROFILED)
+            step = timed_step(arguments, model, batch, options, (kind, batch, options) in PROFILED)
         except Exception as error:  # of XLA, which does not take every option in every version
             say(arguments, what="failed", **figures, error=f"{type(error).__name__}: {str(error)[:400]}")
             continue
@@ -101,6 +112,7 @@ def main() -> None:
             share_of_bandwidth=floor_ms / step["step_ms"],
             same_tokens=float((tokens == first_tokens.setdefault(batch, tokens)).mean()),
         )
+    transformers_calls(arguments, until)
 
 
 def say(arguments: argparse.Namespace, **figures: Any) -> None:
@@ -122,18 +134,22 @@ def step_bytes(model: Any) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(model)) - table
 
 
-def timed_step(
-    arguments: argparse.Namespace, model: Any, batch: int, options: dict[str, Any], profiled: bool
-) -> dict[str, Any]:
+def timed_step(arguments: argparse.Namespace, model: Any, batch: int, options: str, profiled: bool) -> dict[str, Any]:
     """The figures of one program; chunks are timed four times, after two short ones that warm it up."""
+    on_gpu = jax.default_backend() == "gpu"
     strategy, state = started(model, batch, arguments)
     step = jax.jit(
         lambda model, state, strategy, steps: loop._advance(model, state, strategy, steps),
         donate_argnums=1,
-        compiler_options=options if jax.default_backend() == "gpu" and options else None,
+        compiler_options={**(loop.COMPILER_OPTIONS or {}), **(OPTIONS[options] if on_gpu else {})},
     )
     began = time.perf_counter()
-    compiled = step.lower(model, state, strategy, np.int32(1)).compile()
+    with contextlib.ExitStack() as without:
+        if options == "attention of XLA":
+            jax.clear_caches()  # or layers that are traced already would be used
+            without.enter_context(mock.patch.object(layers, "fits", lambda *sizes: False))
+            without.callback(jax.clear_caches)
+        compiled = step.lower(model, state, strategy, np.int32(1)).compile()
     compile_s = time.perf_counter() - began
 
     def run(steps: int) -> None:
@@ -248,6 +264,51 @@ def whole_calls(arguments: argparse.Namespace, model: Any, until: float) -> None
             max_time_took_s=time.perf_counter() - start,
             max_time_new_tokens=ended.shape[1] - arguments.columns,
         )
+
+
+def transformers_calls(arguments: argparse.Namespace, until: float, new_tokens: int = 128) -> None:
+    """Seconds of greedy calls of transformers on torch, with random weights of the same shape and dtype.
+
+    It computes step by step, so a call shorter than ours tells its time per token.
+    """
+    try:
+        import torch
+        from transformers import LlamaConfig, LlamaForCausalLM
+    except ImportError:
+        return
+    if time.monotonic() > until:
+        return
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device(device):
+        model = LlamaForCausalLM(LlamaConfig(**varied(arguments.shape))).eval()
+    torch.set_default_dtype(before)
+    for batch in (1, 8, 64):
+        prompts = torch.tensor(random_prompts(model.config.vocab_size, batch, arguments.columns), device=device)
+
+        def call(length: int, model: Any = model, prompts: Any = prompts) -> float:
+            start = time.perf_counter()
+            options = {"max_new_tokens": length, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+            model.generate(prompts, attention_mask=torch.ones_like(prompts), **options)[:, -1].cpu()
+            return time.perf_counter() - start
+
+        call(2)
+        prefill_s, call_s = call(1), call(new_tokens)
+        say(
+            arguments,
+            what="call of transformers",
+            shape=arguments.shape,
+            batch=batch,
+            columns=arguments.columns,
+            new_tokens=new_tokens,
+            prefill_s=prefill_s,
+            call_s=call_s,
+            step_ms=(call_s - prefill_s) / (new_tokens - 1) * 1e3,
+            tokens_per_s=batch * new_tokens / call_s,
+        )
+        if time.monotonic() > until:
+            return
 
 
 if __name__ == "__main__":

@@ -392,6 +392,11 @@ class Model(Protocol[AnyCache]):
         """Bytes per row of the intermediates `name` of `extend`, for T columns that attend to S slots."""
         ...
 
+    @property
+    def slots_per_block(self) -> int | None:
+        """If attention reads the slots in use only, block by block, the size of a block; None if it reads all slots."""
+        ...
+
     def first_layers(self, count: int) -> "Model[AnyCache]":
         """A draft model: the first `count` layers of this model, with the same embeddings, final norm and head.
 

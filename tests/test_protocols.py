@@ -100,6 +100,10 @@ class Recurrent:
     def generation_config(self) -> GenerationConfig:
         return GenerationConfig()
 
+    @property
+    def slots_per_block(self) -> int | None:
+        return None
+
     def intermediates_bytes(self, name: str, columns: int, slots: int) -> int:
         del name, columns, slots
         return 0

@@ -11,6 +11,7 @@ reads all slots, so a cache with room for the longest text would make every step
 
 import functools
 import logging
+import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -361,8 +362,15 @@ def prefill(
     return state, _progress(model, call.strategy, state)
 
 
+# By default XLA makes a CUDA graph of the loop's body, and the host reads the condition after every step. With these
+# kinds of commands the loop itself is part of the graph, and dispatch returns at once. Other devices have no graphs.
+_GRAPH = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
+_OPTION = "xla_gpu_enable_command_buffer"
+COMPILER_OPTIONS = None if _OPTION in os.environ.get("XLA_FLAGS", "") else {_OPTION: _GRAPH}
+
+
 # Donated, so that XLA writes the cache and the buffers in place.
-@functools.partial(jax.jit, static_argnums=4, donate_argnums=1)
+@functools.partial(jax.jit, static_argnums=4, donate_argnums=1, compiler_options=COMPILER_OPTIONS)
 def advance(
     model: Model, state: DecodeState, strategy: Strategy, n_steps: jax.Array, intermediates: tuple[str, ...] = ()
 ) -> tuple[DecodeState, Progress]:

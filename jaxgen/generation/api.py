@@ -223,9 +223,7 @@ def follow(prepared: PreparedCall) -> Generator[np.ndarray, None, None]:
     return chunks
 
 
-def _begun(
-    first: np.ndarray | None, chunks: Generator[np.ndarray, None, None]
-) -> Generator[np.ndarray, None, None]:
+def _begun(first: np.ndarray | None, chunks: Generator[np.ndarray, None, None]) -> Generator[np.ndarray, None, None]:
     if first is not None:
         yield first
         yield from chunks

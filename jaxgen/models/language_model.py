@@ -46,6 +46,11 @@ class LanguageModel(nnx.Module):
         return False
 
     @property
+    def slots_per_block(self) -> int | None:
+        """See `base.Model.slots_per_block`."""
+        return None
+
+    @property
     def dtype(self) -> jnp.dtype:
         raise NotImplementedError
 

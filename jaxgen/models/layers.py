@@ -15,6 +15,7 @@ from flax import nnx
 from jax import lax
 
 from jaxgen.base import as_last
+from jaxgen.models.decode_attention import decode_attention, fits
 from jaxgen.models.int8 import Int8
 
 # By their names in a config.json.
@@ -169,6 +170,7 @@ def attend(
     mask: jax.Array,
     scale: float | None = None,
     bias: Bias | None = None,
+    kernel: bool = False,
 ) -> tuple[jax.Array, Callable[[], jax.Array]]:
     """Grouped-query attention with float32 scores and softmax. A long prompt is computed in blocks of columns.
 
@@ -181,6 +183,8 @@ def attend(
         mask: bool [N, T, S]. A column that attends to no slot gets zeros, as in torch's scaled_dot_product_attention.
         scale: of the products of queries and keys, by default H ** -0.5.
         bias: added to the scores.
+        kernel: whether few columns may be computed by `decode_attention`, where that fits. It would gather arrays that
+            are sharded.
 
     Returns:
         [N, K, G, T, H], and a function that computes the attention weights, [N, K, G, T, S].
@@ -188,7 +192,17 @@ def attend(
     factor = float(queries.shape[-1] ** -0.5) if scale is None else scale
     columns, block = queries.shape[3], columns_at_once(queries.shape[3])
     if block == columns:
-        return _attend_at_once(queries, keys, values, mask, factor, bias and bias(0, columns))
+        attended, weights = _attend_at_once(queries, keys, values, mask, factor, bias and bias(0, columns))
+        rows, heads, group, _, _ = queries.shape
+        slots, head_dim = keys.shape[-2:]
+        if kernel and bias is None and fits(group * columns, slots, head_dim, keys.dtype):
+
+            def by_kernel(keys: jax.Array, values: jax.Array) -> jax.Array:
+                whole = (rows, heads, slots, head_dim)
+                return decode_attention(queries, keys.reshape(whole), values.reshape(whole), mask, factor)
+
+            attended = lax.platform_dependent(keys, values, cuda=by_kernel, default=lambda *_: attended)
+        return attended, weights
 
     # Blocks of queries, each with all keys: memory for the scores of 128 columns instead of T.
     def attend_block(start: jax.Array) -> jax.Array:

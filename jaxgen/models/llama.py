@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from jaxgen.base import Intermediates, no_mesh, tensor_shards
 from jaxgen.kv_cache import KVCache
 from jaxgen.models import config_keys, rope
+from jaxgen.models.decode_attention import BLOCK, fits
 from jaxgen.models.language_model import LanguageModel
 from jaxgen.models.layers import ACTIVATIONS, Embed, Linear, RMSNorm, attend, unfuse
 from jaxgen.models.rope import Rope
@@ -268,7 +269,7 @@ class Attention(nnx.Module):
         )
 
     def __call__(
-        self, x: jax.Array, cos: jax.Array, sin: jax.Array, mask: jax.Array, cache: KVCache
+        self, x: jax.Array, cos: jax.Array, sin: jax.Array, mask: jax.Array, cache: KVCache, one_device: bool
     ) -> tuple[jax.Array, KVCache, Callable[[], jax.Array]]:
         """[N, T, D] -> [N, T, D], the cache, and a function that computes the attention weights [N, Q, T, S].
 
@@ -277,6 +278,7 @@ class Attention(nnx.Module):
             cos, sin: [N, T, H].
             mask: bool [N, T, S].
             cache: the cache of this layer only.
+            one_device: whether nothing is sharded.
         """
         rows, columns, _ = x.shape
         kv_heads, head_dim = self.config.num_key_value_heads, self.config.head_dim
@@ -290,7 +292,7 @@ class Attention(nnx.Module):
         cache, keys, values = cache.update(0, keys, values)
         # Query head g of group k is head k * G + g: [N, Q, T, H] -> [N, K, G, T, H] -> [N, T, Q * H].
         queries = queries.reshape(rows, kv_heads, heads // kv_heads, columns, head_dim)
-        attended, weights = attend(queries, keys, values, mask)
+        attended, weights = attend(queries, keys, values, mask, kernel=one_device)
         attended = attended.transpose(0, 3, 1, 2, 4).reshape(rows, columns, -1)
         return self.o_proj(attended), cache, lambda: weights().reshape(rows, heads, columns, -1)
 
@@ -324,10 +326,10 @@ class Layer(nnx.Module):
         self.mlp = MLP(config, rngs, shards)
 
     def __call__(
-        self, x: jax.Array, cos: jax.Array, sin: jax.Array, mask: jax.Array, cache: KVCache
+        self, x: jax.Array, cos: jax.Array, sin: jax.Array, mask: jax.Array, cache: KVCache, one_device: bool
     ) -> tuple[jax.Array, KVCache, Callable[[], jax.Array]]:
         """As `Attention`."""
-        attended, cache, weights = self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
+        attended, cache, weights = self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, one_device)
         x = x + attended
         return x + self.mlp(self.post_attention_layernorm(x)), cache, weights
 
@@ -335,12 +337,19 @@ class Layer(nnx.Module):
 # Jitted, so that it is traced once and not for each layer. With a compiled program in the cache, tracing is most of the
 # time to the first token (135M: 0.7 -> 0.1 s). Inlined, since XLA:CPU takes 1.5 times as long to compile a program that
 # calls a function 30 times.
-@partial(jax.jit, static_argnames="with_weights", inline=True)
+@partial(jax.jit, static_argnames=("one_device", "with_weights"), inline=True)
 def _run(
-    layer: Layer, x: jax.Array, cos: jax.Array, sin: jax.Array, mask: jax.Array, cache: KVCache, with_weights: bool
+    layer: Layer,
+    x: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    mask: jax.Array,
+    cache: KVCache,
+    one_device: bool,
+    with_weights: bool,
 ) -> tuple[jax.Array, KVCache, jax.Array | None]:
     """A layer, with its attention weights [N, Q, T, S] if `with_weights`."""
-    x, cache, weights = layer(x, cos, sin, mask, cache)
+    x, cache, weights = layer(x, cos, sin, mask, cache, one_device)
     return x, cache, weights() if with_weights else None
 
 
@@ -399,6 +408,13 @@ class Llama(LanguageModel):
             hidden, _, _ = self.hidden_states(cache, input_ids, attention_mask.astype(bool))
             return self.logits(hidden)
 
+    @property
+    def slots_per_block(self) -> int | None:
+        """See `base.Model.slots_per_block`. None without the kernel of `decode_attention`."""
+        group = self.config.num_attention_heads // self.config.num_key_value_heads
+        kernel = jax.default_backend() == "gpu" and self.mesh is None
+        return BLOCK if kernel and fits(group, BLOCK, self.config.head_dim, self.dtype) else None
+
     def first_layers(self, count: int) -> Self:
         """See `base.Model.first_layers`. The weights are shared."""
         layers = self.config.num_hidden_layers
@@ -435,7 +451,9 @@ class Llama(LanguageModel):
         for number, (layer, kind) in enumerate(zip(self.layers, self.config.layer_types, strict=True)):
             # A cache of one layer, so that all layers have the same types and `_run` is traced once.
             layer_cache = cache.of_layer(number)
-            x, layer_cache, weights = _run(layer, x, cos, sin, masks[kind], layer_cache, "attentions" in intermediates)
+            x, layer_cache, weights = _run(
+                *(layer, x, cos, sin, masks[kind], layer_cache, self.mesh is None, "attentions" in intermediates)
+            )
             pairs += layer_cache.layers
             hidden_states.append(x)
             attentions.append(weights)

@@ -68,6 +68,10 @@ class Average(nnx.Module):
             name, value = "host", HostOnly(value)
         super().__setattr__(name, value)
 
+    @property
+    def slots_per_block(self) -> int | None:
+        return None
+
     def intermediates_bytes(self, name: str, columns: int, slots: int) -> int:
         raise NotImplementedError
 

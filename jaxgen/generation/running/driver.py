@@ -87,7 +87,8 @@ def cache_sizes(prepared: PreparedCall, weights: int) -> Generator[CacheSize]:
     Every step reads the whole cache, so a size is at most 2x the slots in use, and beyond 2048 at most 1.5x. Two
     exceptions: the first size has all the slots that take few bytes compared to the weights, and the last size may be
     1.5x as large as needed if that saves one more size. Each size costs a compile, which only pays off with a long
-    text: 3072 slots instead of 4096 save 6 ms per step for a thousand steps (135M on a CPU, batch 1).
+    text: 3072 slots instead of 4096 save 6 ms per step for a thousand steps (135M on a CPU, batch 1). A model whose
+    attention reads the slots in use only has all its slots from the start.
     """
     model, strategy, prompt_slots = prepared.model, prepared.call.strategy, prepared.call.prompt_slots
     max_size = prepared.cache_slots
@@ -104,6 +105,9 @@ def cache_sizes(prepared: PreparedCall, weights: int) -> Generator[CacheSize]:
             yield CacheSize(size, size - used - 1)
             size *= 2
         yield CacheSize(size, max_passes)
+        return
+    if (block := model.slots_per_block) is not None:
+        yield CacheSize(max_size + -max_size % block, max_passes)
         return
     enough = min(max_size, strategy.cache_slots(prompt_slots, max_passes + 1))
     rows = prepared.call.model_rows * strategy.copies
