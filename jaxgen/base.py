@@ -250,6 +250,13 @@ class Cache(Protocol):
         """The same cache with room for `slots` columns."""
         ...
 
+    def reserve(self, slots: int) -> Self:
+        """This cache, about to read a whole prompt in one forward pass and then to `grow` to so many slots.
+
+        It may already make room while it is written, layer by layer, so that no prompt is there twice.
+        """
+        ...
+
     def grow_by_parts(self, slots: int, grow: Callable[[Self, int], Self]) -> Self:
         """As `grow`, called on the host, without memory for two caches at once: it deletes this cache's arrays.
 

@@ -13,7 +13,7 @@ numbers: a weight of 0 times NaN is NaN, and masking the values at each step cos
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 import jax
@@ -46,6 +46,7 @@ class KVCache:
         columns: int32 [S]. The column of the text in each slot, up to a constant; a far lower number in free slots.
             None if the model does not measure distances in columns, as sliding windows do.
         memory: of an encoder-decoder model, what the decoder sees of the source; None for other models.
+        room: static, see `reserve`.
     """
 
     layers: tuple[tuple[jax.Array, jax.Array], ...]
@@ -54,6 +55,7 @@ class KVCache:
     position: jax.Array
     columns: jax.Array | None = None
     memory: Memory | None = None
+    room: int = field(default=0, metadata={"static": True})
 
     @property
     def branches(self) -> int:
@@ -174,20 +176,26 @@ class KVCache:
             lax.dynamic_update_slice_in_dim(old, new.reshape(*batch, columns, head_dim), start, axis=-2)
             for old, new in zip(self.layers[layer], (keys, values), strict=True)
         )
-        layers = (*self.layers[:layer], (all_keys, all_values), *self.layers[layer + 1 :])
+        written = all_keys, all_values
+        if self.room > 0:
+            written = tuple(_padded(array, self.slots + self.room) for array in written)
+            # Or XLA would pad all layers after the last one, and the prompt would be there twice.
+            written, all_keys, all_values = lax.optimization_barrier((written, all_keys, all_values))
+        layers = (*self.layers[:layer], written, *self.layers[layer + 1 :])
         return replace(self, layers=layers), all_keys, all_values
+
+    def reserve(self, slots: int) -> Self:
+        """See `base.Cache.reserve`: `update` pads each layer, and `grow` finds it padded."""
+        return replace(self, room=slots - self.slots)
 
     def grow(self, slots: int) -> Self:
         """The same cache with `slots` slots, the new ones zero and not valid."""
         extra = slots - self.slots
-
-        # Zeros at the end of the axis of slots; `valid` has one more axis in a cache with branches.
-        def pad(array: jax.Array) -> jax.Array:
-            return jnp.pad(array, (*[(0, 0)] * (array.ndim - 2), (0, extra), (0, 0)))
-
         return replace(
             self,
-            layers=tuple((pad(keys), pad(values)) for keys, values in self.layers),
+            room=0,
+            layers=tuple((_padded(keys, slots), _padded(values, slots)) for keys, values in self.layers),
+            # `valid` has one more axis in a cache with branches.
             valid=jnp.pad(self.valid, (*[(0, 0)] * (self.valid.ndim - 1), (0, extra))),
             columns=None
             if self.columns is None
@@ -300,6 +308,11 @@ class KVCache:
         keys, values = self.layers[index]
         shape = (len(self.valid), -1, *keys.shape[-2:])
         return keys.reshape(shape), values.reshape(shape)
+
+
+def _padded(array: jax.Array, slots: int) -> jax.Array:
+    """Keys or values [..., S, H] with zeros behind the slots they have, up to `slots`."""
+    return jnp.pad(array, (*[(0, 0)] * (array.ndim - 2), (0, slots - array.shape[-2]), (0, 0)))
 
 
 @pytree

@@ -54,6 +54,19 @@ def test_growing_keeps_what_was_written_and_adds_slots_that_are_not_valid() -> N
     np.testing.assert_array_equal(grown.layers[0][1][:, :, SLOTS:], 0)
 
 
+def test_a_layer_of_a_reserving_cache_grows_as_soon_as_it_is_written() -> None:
+    def written(cache: KVCache) -> tuple[KVCache, jax.Array]:
+        cache, _, _ = cache.extend(jnp.ones((ROWS, SLOTS), bool))
+        cache, keys, _ = cache.update(0, filled(SLOTS, 1.0), filled(SLOTS, 2.0))
+        return cache, keys
+
+    reserving, keys = written(empty().reserve(9))
+    assert reserving.layers[0][0].shape[2] == 9
+    assert keys.shape[2] == reserving.slots == SLOTS  # attention reads no empty slots
+    expected, _ = written(empty())
+    jax.tree.map(np.testing.assert_array_equal, reserving.grow(9), expected.grow(9))
+
+
 def test_growing_branches_keeps_which_slots_each_attends() -> None:
     cache, _, _ = empty().extend(jnp.ones((ROWS, 2), bool))
     branched, _, _ = cache.branch(3).extend(jnp.ones((ROWS, 3), bool))

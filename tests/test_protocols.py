@@ -66,6 +66,10 @@ class StateCache:
     def memory(self) -> None:
         return None
 
+    def reserve(self, slots: int) -> "StateCache":
+        del slots
+        return self
+
     def repeat(self, copies: int) -> "StateCache":
         return replace(self, state=jnp.repeat(self.state, copies, axis=0), valid=jnp.repeat(self.valid, copies, axis=0))
 

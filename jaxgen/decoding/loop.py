@@ -140,13 +140,14 @@ def _prefill(
     """
     # The token buffer has S columns: P of the prompt in its bucket, the rest for new tokens.
     strategy, new_tokens = call.strategy, call.slots - call.prompt.input_ids.shape[1]
-    logits, cache, computed = _read(model, call, _needed(intermediates, strategy))
+    slots = cache_slots or strategy.cache_slots(call.prompt_slots, new_tokens)
+    reserved = slots if strategy.copies == 1 else call.prompt_slots
+    logits, cache, computed = _read(model, call, _needed(intermediates, strategy), reserved)
     logits, scores, guided = _guided(strategy, call.guidance_scale, logits, computed)
     inner = strategy.start(call.prompt, call.slots, logits, scores, guided)
     # Copied while it has P slots and not yet S. Branches share the grown cache.
     if strategy.copies > 1:
         cache = cache.repeat(strategy.copies)
-    slots = cache_slots or strategy.cache_slots(call.prompt_slots, new_tokens)
     cache = cache.grow(slots)
     if strategy.branches > 1:
         cache = cache.branch(strategy.branches)
@@ -163,10 +164,12 @@ def _prefill(
     return DecodeState(cache, inner, jnp.int32(0), call.guidance_scale, prompt_intermediates, buffers)
 
 
-def _read(model: Model, call: Call, intermediates: tuple[str, ...]) -> tuple[jax.Array, Cache, Intermediates]:
+def _read(
+    model: Model, call: Call, intermediates: tuple[str, ...], slots: int
+) -> tuple[jax.Array, Cache, Intermediates]:
     """The forward pass over the prompt, in one piece or in chunks; logits and intermediates are of the last chunk.
 
-    With a source the encoder reads that first.
+    With a source the encoder reads that first. Afterwards the cache is to grow to so many slots.
     """
     prefill, encoded = call.prefill, {}
     of_encoder = tuple(name for name in intermediates if name in ENCODER_INTERMEDIATES)
@@ -179,6 +182,7 @@ def _read(model: Model, call: Call, intermediates: tuple[str, ...]) -> tuple[jax
         cache, encoded = cast(EncoderDecoderModel, model).read(cache, call.source, of_encoder)
     if prefill is None:
         mask = call.prompt.attention_mask.astype(bool)
+        cache = cache.reserve(slots)
         logits, cache, computed = model.extend(cache, call.prompt.input_ids, mask, None, intermediates)
     elif (size := prefill.chunk) is None:
         cache = cache if prefill.padding is None else cache.skip(prefill.padding)

@@ -204,9 +204,12 @@ def attend(
             attended = lax.platform_dependent(keys, values, cuda=by_kernel, default=lambda *_: attended)
         return attended, weights
 
-    # Blocks of queries, each with all keys: memory for the scores of 128 columns instead of T.
-    def attend_block(start: jax.Array) -> jax.Array:
-        block_queries = lax.dynamic_slice_in_dim(queries, start, block, axis=3)
+    # Blocks of queries, each with all keys: memory for the scores of 128 columns instead of T. Each block replaces its
+    # queries. With an array of its own, as of `lax.map`, XLA would fill those of all layers with zeros at the start and
+    # keep them (8B, 16 prompts of 512 tokens: 2.1 GB).
+    def attend_block(number: jax.Array, array: jax.Array) -> jax.Array:
+        start = number * block
+        block_queries = lax.dynamic_slice_in_dim(array, start, block, axis=3)
         block_mask = lax.dynamic_slice_in_dim(mask, start, block, axis=1)
         block_bias = bias and bias(start, block)
 
@@ -216,14 +219,13 @@ def attend(
         def in_parts(queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array) -> jax.Array:
             return _attend_in_parts(queries, keys, values, mask, factor, block_bias)
 
-        return lax.platform_dependent(block_queries, keys, values, block_mask, cpu=in_parts, default=at_once)
+        attended = lax.platform_dependent(block_queries, keys, values, block_mask, cpu=in_parts, default=at_once)
+        return lax.dynamic_update_slice_in_dim(array, attended.astype(array.dtype), start, axis=3)
 
     def weights() -> jax.Array:
         return _attend_at_once(queries, keys, values, mask, factor, bias and bias(0, columns))[1]()
 
-    # [T / 128, N, K, G, 128, H] -> [N, K, G, T / 128, 128, H] -> [N, K, G, T, H].
-    attended = jnp.moveaxis(lax.map(attend_block, jnp.arange(0, columns, block)), 0, 3)
-    return attended.reshape(queries.shape), weights
+    return lax.fori_loop(0, columns // block, attend_block, queries).astype(values.dtype), weights
 
 
 def _attend_at_once(

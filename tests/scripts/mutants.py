@@ -63,15 +63,15 @@ MUTANTS = [
     Mutant(
         LAYERS,
         "attend, over 256 columns",
-        "    return attended.reshape(queries.shape), weights",
-        "    return 0 * attended.reshape(queries.shape), weights",
+        "attend_block, queries).astype(values.dtype)",
+        "attend_block, 0 * queries).astype(values.dtype)",
         f"{GREEDY}[1000 ids, 300 columns]",
     ),
     Mutant(
         LAYERS,
         "attend, over 256 columns on a kept cache",
-        "    return attended.reshape(queries.shape), weights",
-        "    return (attended.reshape(queries.shape) if keys.shape[-2] == columns else 0 * queries), weights",
+        "attend_block, queries).astype(values.dtype)",
+        "attend_block, queries if keys.shape[-2] == columns else 0 * queries).astype(values.dtype)",
         f"{REAL}four_hundred_columns_on_a_kept_cache_of_three_hundred_give_the_tokens_of_the_whole",
     ),
     Mutant(
@@ -351,8 +351,8 @@ MUTANTS = [
     Mutant(
         CACHE,
         "grow, keys and values",
-        "(*[(0, 0)] * (array.ndim - 2), (0, extra), (0, 0))",
-        "(*[(0, 0)] * (array.ndim - 2), (extra, 0), (0, 0))",
+        "(*[(0, 0)] * (array.ndim - 2), (0, slots - array.shape[-2]), (0, 0))",
+        "(*[(0, 0)] * (array.ndim - 2), (slots - array.shape[-2], 0), (0, 0))",
         f"{REAL}a_cache_that_grows_behind_a_long_prompt_gives_the_same_tokens",
     ),
     Mutant(

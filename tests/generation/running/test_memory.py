@@ -29,6 +29,18 @@ def test_the_cache_of_an_assistant_is_counted_as_it_will_be(model: Any) -> None:
     assert 0.9 * held < counted <= held
 
 
+def test_each_layer_of_a_prompt_is_written_where_it_will_stay(model: Any) -> None:
+    """Padded after the last layer, on a GPU all layers would be there twice."""
+    for arguments, barriers in (
+        ({}, model.config.num_hidden_layers),
+        ({"do_sample": True, "num_return_sequences": 2}, 0),
+    ):
+        call = prepared(model, PROMPTS, max_new_tokens=40, **arguments).call
+        jaxpr = str(jax.make_jaxpr(lambda model, call=call: loop._prefill(model, call))(model))
+        # Each passes on the padded keys and values, and those that attention reads.
+        assert len(re.findall(r"(?:\w+:\S+ ){4}= optimization_barrier", jaxpr)) == barriers
+
+
 @pytest.mark.parametrize("shares_weights", [False, True])
 def test_the_weights_and_the_cache_of_an_assistant_count(
     shares_weights: bool, model: Any, monkeypatch: pytest.MonkeyPatch
