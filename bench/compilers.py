@@ -312,15 +312,19 @@ def loop_body(text: str) -> list[Instruction]:
         if name not in reached:
             reached.add(name)
             pending += re.findall(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)", "\n".join(computations[name]))
+    # A fusion in a fusion, such as one that reads a weight in another layout, has no memory of its own.
+    nested = {
+        name for each in inner for name in re.findall(r"calls=%?([\w.\-]+)", "\n".join(computations.get(each, [])))
+    }
     found = []
-    for line in (line for name in reached for line in computations[name]):
+    for place, line in ((name, line) for name in reached for line in computations[name]):
         if match := re.match(r"(?:ROOT )?%?[\w.\-]+ = (.*?) ([a-z][\w\-]*)\(%?[\w.\-]*", line):
             arrays = re.findall(r"(\w+\[[\d,]*\])(\{[^}]*\})?", match[1])
             cycles = re.search(r'"estimated_cycles":"(\d+)"', line)
             found.append(
                 Instruction(
                     match[2],
-                    tuple((shape, "S(" not in layout) for shape, layout in arrays),
+                    tuple((shape, "S(" not in layout and place not in nested) for shape, layout in arrays),
                     int(cycles[1]) if cycles else 0,
                 )
             )
