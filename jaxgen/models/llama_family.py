@@ -61,8 +61,9 @@ def partition(config: LlamaConfig, mesh: Mesh | AbstractMesh) -> Callable[[str],
     """How each parameter, by its path, is sharded over the mesh axis "tensor".
 
     Weights [out, in] that produce heads or MLP units, and the embedding and the head [V, D], are sharded by rows.
-    Weights that consume heads or units are sharded by columns. All others are replicated, and so is attention if the
-    axis does not divide the key-value heads.
+    Weights that consume heads or units are sharded by columns. All others are replicated. If the axis does not divide
+    the key-value heads, every device computes all heads and holds the whole cache, but of the weights of attention it
+    still holds a share, of their columns: those of a 405B are 144 GB.
 
     Raises:
         ValueError: if the axis does not divide the units.
@@ -72,7 +73,10 @@ def partition(config: LlamaConfig, mesh: Mesh | AbstractMesh) -> Callable[[str],
     products = (*(("self_attn.qkv_proj",) if spread else ()), "mlp.gate_up_proj")
     by_rows = [f"{path}.{kind}" for path in products for kind in ("weight", "bias")]
     by_rows += ["embed_tokens.weight", "lm_head.weight"] if config.vocab_size % shards == 0 else []
-    by_columns = (*(("self_attn.o_proj.weight",) if spread else ()), "mlp.down_proj.weight")
+    inner = config.num_attention_heads * config.head_dim
+    by_columns = ["mlp.down_proj.weight"]
+    by_columns += ["self_attn.o_proj.weight"] if inner % shards == 0 else []
+    by_columns += ["self_attn.qkv_proj.weight"] if not spread and config.hidden_size % shards == 0 else []
     return partition_of({"intermediate_size": config.intermediate_size}, by_rows, by_columns, mesh)
 
 
