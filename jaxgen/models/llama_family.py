@@ -103,7 +103,10 @@ def _inverse_frequencies(config: LlamaConfig) -> np.ndarray:
 
 
 def activation_bytes(config: LlamaConfig, forward: ForwardPass) -> int:
-    """See `Family.activation_bytes`: the larger of attention and MLP of a layer, plus the residual stream."""
+    """See `Family.activation_bytes`: the larger of attention and MLP of a layer, plus the residual stream.
+
+    On several devices it is also what they add up, and the sum.
+    """
     rows, columns, item, platform = forward.rows, forward.columns, forward.itemsize, forward.platform
     head_shards = attention_shards(config, forward.shards)
     if columns < forward.slots:  # a step, in which everything but the scores is negligible
@@ -118,7 +121,7 @@ def activation_bytes(config: LlamaConfig, forward: ForwardPass) -> int:
     # Gate and up, and their product, the input of down.
     mlp = 3 * units
     attention = int(_SCORE_BUFFERS[platform] * scores) + (0 if platform == "cpu" else qkv)
-    return max(attention + hidden, mlp) + hidden
+    return max(attention + hidden, mlp) + (1 if forward.shards == 1 else 3) * hidden
 
 
 def describe(config: LlamaConfig) -> str:
