@@ -94,12 +94,14 @@ CASES = [
     Case("v5e", "8b", (32, 8), 512, 1024, 1024),
     Case("v6e", "8b", (1, 1), 1, 512, 512),
     Case("v6e", "8b", (1, 1), 16, 1024, 1024),
+    Case("v6e", "8b", (1, 1), 64, 512, 512),
     Case("v6e", "8b", (1, 1), 4, 1024, 256, num_beams=4),
     Case("v6e", "70b", (1, 8), 16, 512, 512),
     Case("v5p", "8b", (1, 1), 16, 1024, 1024),
     Case("v5p", "70b", (1, 4), 16, 512, 512),
     Case("v5p", "405b", (1, 8), 16, 512, 512),
     Case("v5p", "405b", (1, 16), 16, 512, 512),
+    Case("v5p", "405b", (16, 16), 256, 512, 512),
     Case("h200", "1b", (1, 1), 16, 1024, 1024),
     Case("h200", "8b", (1, 1), 1, 1024, 1024),
     Case("h200", "8b", (1, 1), 16, 1024, 1024),
@@ -312,15 +314,19 @@ def loop_body(text: str) -> list[Instruction]:
         if name not in reached:
             reached.add(name)
             pending += re.findall(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)", "\n".join(computations[name]))
+    # A fusion in a fusion, such as one that reads a weight in another layout, has no memory of its own.
+    nested = {
+        name for each in inner for name in re.findall(r"calls=%?([\w.\-]+)", "\n".join(computations.get(each, [])))
+    }
     found = []
-    for line in (line for name in reached for line in computations[name]):
+    for place, line in ((name, line) for name in reached for line in computations[name]):
         if match := re.match(r"(?:ROOT )?%?[\w.\-]+ = (.*?) ([a-z][\w\-]*)\(%?[\w.\-]*", line):
             arrays = re.findall(r"(\w+\[[\d,]*\])(\{[^}]*\})?", match[1])
             cycles = re.search(r'"estimated_cycles":"(\d+)"', line)
             found.append(
                 Instruction(
                     match[2],
-                    tuple((shape, "S(" not in layout) for shape, layout in arrays),
+                    tuple((shape, "S(" not in layout and place not in nested) for shape, layout in arrays),
                     int(cycles[1]) if cycles else 0,
                 )
             )

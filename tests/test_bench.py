@@ -297,8 +297,14 @@ HloModule jit_advance
   ROOT %total = f32[] add(%a, %a)
 }
 
+%in_another_layout (q: f32[4,8]) -> f32[4,8] {
+  %q = f32[4,8]{1,0} parameter(0)
+  ROOT %read = f32[4,8]{1,0} copy(%q)
+}
+
 %fused (p: f32[4,8]) -> f32[8,4] {
   %p = f32[4,8]{1,0} parameter(0)
+  %inner = f32[4,8]{1,0} fusion(%p), kind=kLoop, calls=%in_another_layout
   ROOT %turned = f32[8,4]{1,0} transpose(%p), dimensions={1,0}
 }
 
@@ -325,7 +331,8 @@ ENTRY %main (p: f32[4,8]) -> f32[4,8] {
 
 
 def test_what_a_loop_moves_is_read_from_its_text() -> None:
-    """Of weight size, in the device's own memory: not what is fetched on the chip, and not before the loop."""
+    """Of weight size, in the device's own memory: not what is fetched on the chip, read in another layout within a
+    fusion, or moved before the loop."""
     found = moves(loop_body(LOOP), 32)
     assert sorted(found) == ["copy-start f32[4,8]", "transpose f32[8,4]"]
     assert "copy f32[2]" in moves(loop_body(LOOP), 2)

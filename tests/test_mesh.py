@@ -123,7 +123,9 @@ def test_a_mesh_that_jax_made_is_taken(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("key_value_heads", [pytest.param(1, marks=pytest.mark.sweep), 2])
-def test_fewer_key_value_heads_than_devices_leave_attention_whole(key_value_heads: int, tmp_path: Path) -> None:
+def test_fewer_key_value_heads_than_devices_leave_the_cache_whole_and_no_weights(
+    key_value_heads: int, tmp_path: Path
+) -> None:
     calls: list[tuple[int, int, dict[str, Any]]] = [(1, 8, {}), (2, 4, {"num_beams": 3, "rows": 3}), (1, 2, {})]
     run(tmp_path, SPREAD | {"num_key_value_heads": key_value_heads}, [*calls, (2, 4, {"quantize": "int8"})])
 

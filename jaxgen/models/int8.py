@@ -95,8 +95,24 @@ class Int8:
 
     def _outlier_product(self, x: jax.Array) -> jax.Array:
         """The outlier columns' part of the product, [..., in] -> float32 [..., out]."""
+        return lax.platform_dependent(x, tpu=self._outlier_product_on_tpu, default=self._outlier_product_of_gathered)
+
+    def _outlier_product_of_gathered(self, x: jax.Array) -> jax.Array:
         outliers = self.outliers.astype(x.dtype)
         return jnp.einsum("...i,oi->...o", x[..., self.columns], outliers, preferred_element_type=jnp.float32)
+
+    def _outlier_product_on_tpu(self, x: jax.Array) -> jax.Array:
+        """Two products in the matrix unit, the first of which selects the columns.
+
+        A gather is three operations of about a microsecond each, and without padding a single row goes to the vector
+        unit (8B on a v5e, estimated: 13.1 -> 12.2 ms a step, and 13.6 -> 12.9 at batch 8).
+        """
+        rows = x.reshape(-1, x.shape[-1])
+        padded = jnp.pad(rows, ((0, max(8 - len(rows), 0)), (0, 0)))
+        selected = jnp.einsum("mi,ci->mc", padded, jax.nn.one_hot(self.columns, x.shape[-1], dtype=x.dtype))
+        outliers = self.outliers.astype(x.dtype)
+        y = jnp.einsum("mc,oc->mo", selected, outliers, preferred_element_type=jnp.float32)
+        return y[: len(rows)].reshape(*x.shape[:-1], -1)
 
 
 def outlier_columns(columns: int) -> int:

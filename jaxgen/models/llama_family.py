@@ -61,8 +61,9 @@ def partition(config: LlamaConfig, mesh: Mesh | AbstractMesh) -> Callable[[str],
     """How each parameter, by its path, is sharded over the mesh axis "tensor".
 
     Weights [out, in] that produce heads or MLP units, and the embedding and the head [V, D], are sharded by rows.
-    Weights that consume heads or units are sharded by columns. All others are replicated, and so is attention if the
-    axis does not divide the key-value heads.
+    Weights that consume heads or units are sharded by columns. All others are replicated. If the axis does not divide
+    the key-value heads, every device computes all heads and holds the whole cache, but of the weights of attention it
+    still holds a share, of their columns: those of a 405B are 144 GB.
 
     Raises:
         ValueError: if the axis does not divide the units.
@@ -72,7 +73,10 @@ def partition(config: LlamaConfig, mesh: Mesh | AbstractMesh) -> Callable[[str],
     products = (*(("self_attn.qkv_proj",) if spread else ()), "mlp.gate_up_proj")
     by_rows = [f"{path}.{kind}" for path in products for kind in ("weight", "bias")]
     by_rows += ["embed_tokens.weight", "lm_head.weight"] if config.vocab_size % shards == 0 else []
-    by_columns = (*(("self_attn.o_proj.weight",) if spread else ()), "mlp.down_proj.weight")
+    inner = config.num_attention_heads * config.head_dim
+    by_columns = ["mlp.down_proj.weight"]
+    by_columns += ["self_attn.o_proj.weight"] if inner % shards == 0 else []
+    by_columns += ["self_attn.qkv_proj.weight"] if not spread and config.hidden_size % shards == 0 else []
     return partition_of({"intermediate_size": config.intermediate_size}, by_rows, by_columns, mesh)
 
 
@@ -99,7 +103,10 @@ def _inverse_frequencies(config: LlamaConfig) -> np.ndarray:
 
 
 def activation_bytes(config: LlamaConfig, forward: ForwardPass) -> int:
-    """See `Family.activation_bytes`: the larger of attention and MLP of a layer, plus the residual stream."""
+    """See `Family.activation_bytes`: the larger of attention and MLP of a layer, plus the residual stream.
+
+    On several devices it is also what they add up, and the sum.
+    """
     rows, columns, item, platform = forward.rows, forward.columns, forward.itemsize, forward.platform
     head_shards = attention_shards(config, forward.shards)
     if columns < forward.slots:  # a step, in which everything but the scores is negligible
@@ -114,7 +121,7 @@ def activation_bytes(config: LlamaConfig, forward: ForwardPass) -> int:
     # Gate and up, and their product, the input of down.
     mlp = 3 * units
     attention = int(_SCORE_BUFFERS[platform] * scores) + (0 if platform == "cpu" else qkv)
-    return max(attention + hidden, mlp) + hidden
+    return max(attention + hidden, mlp) + (1 if forward.shards == 1 else 3) * hidden
 
 
 def describe(config: LlamaConfig) -> str:

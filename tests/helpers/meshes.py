@@ -80,7 +80,7 @@ def check_places(model: Any, tensor: int) -> None:
         name = jax.tree_util.keystr(path)
         share = leaf.addressable_shards[0].data.size
         few = getattr(model.config, "num_key_value_heads", tensor) % tensor
-        whole = any(part in name for part in (*WHOLE, *(("self_attn",) if few else ())))
+        whole = any(part in name for part in (*WHOLE, *(("qkv_proj.bias",) if few else ())))
         assert share == leaf.size // (1 if whole else tensor), (name, share, leaf.size)
         assert leaf.sharding.mesh == model.mesh
 

@@ -88,6 +88,14 @@ def test_a_product_is_that_of_the_wide_weights(rows: int, form: str) -> None:
     assert (np.abs(found - expected) <= bound).all()
 
 
+@pytest.mark.parametrize("shape", [(64,), (1, 1, 64), (3, 5, 64)], ids=str)
+def test_outlier_columns_are_multiplied_alike_on_all_platforms(shape: tuple[int, ...]) -> None:
+    weight, x = quantised(jnp.asarray(matrix())), jnp.asarray(RNG.standard_normal(shape), jnp.float32)
+    expected = np.asarray(x)[..., np.asarray(weight.columns)] @ np.asarray(weight.outliers).T
+    for form in (weight._outlier_product_on_tpu, weight._outlier_product_of_gathered):
+        np.testing.assert_allclose(form(x), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_a_product_with_nothing_but_zeros_is_zero() -> None:
     assert not np.asarray(quantised(jnp.asarray(matrix()))._product_of_bytes(jnp.zeros((2, 64)))).any()
 

@@ -92,6 +92,33 @@ def test_the_whole_is_what_the_compiler_says_within_15_percent(
     assert found.total - found.weights - found.cache > 0.1 * found.total, "temporaries must count here"
 
 
+def recorded() -> list[Any]:
+    """What the compilers of TPUs and GPUs said, by `bench/compilers.py`: the newest row of each case."""
+    rows = {}
+    for file in sorted((Path(__file__).parents[2] / "bench" / "results").glob("*-compilers.jsonl")):
+        for row in map(json.loads, file.read_text().splitlines()):
+            sizes = (row["batch"], row["prompt_tokens"], row["new_tokens"])
+            options = {"mesh": tuple(row["mesh"]), "num_beams": row["num_beams"], "quantize": row.get("quantize")}
+            rows[row["target"], row["shape"], sizes, *options.values()] = (
+                row["total_bytes"] if not row["refused"] else None
+            )
+    return [pytest.param(*case, total, id=" ".join(map(str, case))) for case, total in rows.items() if total]
+
+
+@pytest.mark.parametrize(("device", "shape", "sizes", "mesh", "num_beams", "quantize", "total"), recorded())
+def test_the_whole_on_accelerators_is_what_their_compilers_said_within_10_percent(
+    device: str,
+    shape: str,
+    sizes: tuple[int, int, int],
+    mesh: tuple[int, int],
+    num_beams: int,
+    quantize: str | None,
+    total: int,
+) -> None:
+    options: dict[str, Any] = {"num_beams": num_beams, "dtype": "bfloat16", "quantize": quantize}
+    assert plan(shape, *sizes, device=device, mesh=mesh, **options).total == pytest.approx(total, rel=0.1)
+
+
 def test_each_device_of_a_mesh_has_its_share() -> None:
     one, eight = plan("8b", 16, device="v5p"), plan("8b", 16, device="v5p", mesh=(1, 8))
     assert eight.cache * 8 == one.cache
@@ -195,9 +222,10 @@ def test_each_kind_of_change_is_suggested_once_and_the_smallest() -> None:
 
 
 def test_several_changes_are_suggested_only_if_none_is_enough() -> None:
-    found = plan("405b", 16, device="v5e")
-    (each,) = found.suggestions
-    assert (each.mesh, each.device, each.batch) == ((1, 8), "h200", 16)
+    found, asked = plan("405b", 32, device="v5e"), (32, None, (1, 1), "v5e")
+    suggested = [(each.batch, each.quantize, each.mesh, each.device) for each in found.suggestions]
+    assert (32, None, (1, 16), "v5p") in suggested
+    assert all(sum(one != other for one, other in zip(each, asked, strict=True)) == 2 for each in suggested)
 
 
 @pytest.mark.parametrize(
