@@ -60,13 +60,13 @@ class Int4(Int8):
         def multiplied(spec: str, halves: tuple[jax.Array, ...], values: jax.Array) -> jax.Array:
             low, high = (
                 jnp.einsum(spec, half, each.astype(rows.dtype), preferred_element_type=dtype)
-                for half, each in zip(halves, _unpacked(values, self.multipliers), strict=True)
+                for half, each in zip(halves, _unpacked(values, jnp.asarray(self.multipliers)), strict=True)
             )
             return low + high
 
         def at_once(grouped: jax.Array) -> jax.Array:
             # The compilers of TPUs and GPUs fuse the unpacking into the product.
-            return multiplied("jmg,jog->mo", (grouped[:, 0], grouped[:, 1]), self.values)
+            return multiplied("jmg,jog->mo", (grouped[:, 0], grouped[:, 1]), jnp.asarray(self.values))
 
         def slice_by_slice(grouped: jax.Array) -> jax.Array:
             # XLA:CPU unpacks in memory: so much at a time that it stays in the cache.
