@@ -52,7 +52,8 @@ class Int4(Int8):
         return values.reshape(*ids.shape, -1)[..., : self.inputs]
 
     def _multiply(self, rows: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-        groups = self.multipliers.shape[1]
+        multipliers = jnp.asarray(self.multipliers)
+        groups = multipliers.shape[1]
         padded = jnp.pad(rows, ((0, 0), (0, GROUP * groups - self.inputs)))
         # [rows, groups * 32] -> [16, 2, rows, groups].
         grouped = padded.reshape(len(rows), groups, 2, _HALF).transpose(3, 2, 0, 1)
@@ -60,13 +61,21 @@ class Int4(Int8):
         def multiplied(spec: str, halves: tuple[jax.Array, ...], values: jax.Array) -> jax.Array:
             low, high = (
                 jnp.einsum(spec, half, each.astype(rows.dtype), preferred_element_type=dtype)
-                for half, each in zip(halves, _unpacked(values, jnp.asarray(self.multipliers)), strict=True)
+                for half, each in zip(halves, _unpacked(values, multipliers), strict=True)
             )
             return low + high
 
         def at_once(grouped: jax.Array) -> jax.Array:
-            # The compilers of TPUs and GPUs fuse the unpacking into the product.
+            # The compiler for TPUs fuses the unpacking into the product.
             return multiplied("jmg,jog->mo", (grouped[:, 0], grouped[:, 1]), jnp.asarray(self.values))
+
+        def on_gpu(grouped: jax.Array) -> jax.Array:
+            # The compiler for GPUs fuses it into a sum, as of a single row. For a product it unpacks bytes in memory.
+            if len(rows) != 1:
+                return at_once(grouped)
+            low, high = (each.astype(dtype) for each in _unpacked(jnp.asarray(self.values), multipliers))
+            of_low, of_high = (each.astype(dtype) for each in (grouped[:, 0], grouped[:, 1]))  # [16, 1, groups]
+            return (low * of_low + high * of_high).sum(axis=(0, 2))[None]
 
         def slice_by_slice(grouped: jax.Array) -> jax.Array:
             # XLA:CPU unpacks in memory: so much at a time that it stays in the cache.
@@ -74,10 +83,10 @@ class Int4(Int8):
                 (low, high), values = part
                 return total + multiplied("mg,og->mo", (low, high), values), None
 
-            zeros = jnp.zeros((len(rows), len(self.multipliers)), dtype)
+            zeros = jnp.zeros((len(rows), len(multipliers)), dtype)
             return lax.scan(add, zeros, (grouped, jnp.asarray(self.values)))[0]
 
-        return lax.platform_dependent(grouped, cpu=slice_by_slice, default=at_once)
+        return lax.platform_dependent(grouped, cpu=slice_by_slice, tpu=at_once, default=on_gpu)
 
 
 def quantised(array: Array) -> Array | Int4:

@@ -124,11 +124,15 @@ def test_a_product_is_that_of_the_wide_weights_on_every_platform(rows: int, colu
     assert "while" not in on_a_gpu.mlir_module(), "the slices are for the caches of a CPU"
 
 
-def test_the_unpacking_at_once_is_the_one_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("platform", ["tpu", "default"])
+def test_the_forms_for_other_platforms_give_the_same_products(
+    platform: str, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     weight = quantised(jnp.asarray(matrix(columns=100)))
-    x = jnp.asarray(RNG.integers(-127, 128, (3, 100)), jnp.int8)
+    x = jnp.asarray(RNG.integers(-127, 128, (rows, 100)), jnp.int8)
     in_slices = weight._multiply(x, jnp.int32)
-    monkeypatch.setattr("jax.lax.platform_dependent", lambda *args, default, **_: default(*args))
+    monkeypatch.setattr("jax.lax.platform_dependent", lambda *args, **forms: forms[platform](*args))
     np.testing.assert_array_equal(weight._multiply(x, jnp.int32), in_slices)
 
 
