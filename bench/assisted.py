@@ -61,7 +61,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="135m", help="with random weights (default: 135m)")
     parser.add_argument("--model", help="a folder, a GGUF file or a name on the hub, instead of a shape")
-    parser.add_argument("--assistant", help="a shape, with --model a model, or int8: drafts instead of prompt lookup")
+    parser.add_argument(
+        "--assistant", help="a shape, with --model a model, int8 or int4: drafts instead of prompt lookup"
+    )
     parser.add_argument("--right", nargs="+", type=float, help="shares of the drafted tokens that are right")
     parser.add_argument("--question", help="with --model, asked about a passage, and answered with prompt lookup")
     parser.add_argument("--passage", type=Path, help="a file with the passage")
@@ -87,7 +89,8 @@ def main() -> None:
                 drafts = told(model, arguments.assistant, ids, call, num_tokens, arguments.right)
                 tasks |= {f"{share:.0%} right": (ids, call, {"assistant_model": each}) for share, each in drafts}
             elif arguments.assistant:
-                other = jaxgen.to_int8(model) if arguments.assistant == "int8" else jaxgen.load(arguments.assistant)
+                copied = {"int8": jaxgen.to_int8, "int4": jaxgen.to_int4}.get(arguments.assistant)
+                other = copied(model) if copied else jaxgen.load(arguments.assistant)
                 assistant = {"assistant_model": other, "num_assistant_tokens": num_tokens}
                 tasks["assistant"] = ids, call, assistant
             else:

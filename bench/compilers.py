@@ -31,13 +31,12 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxgen.base import Call
-from jaxgen.checkpoint.load import abstract
+from jaxgen.checkpoint.load import QUANTIZATIONS, abstract, quantised_model
 from jaxgen.checkpoint.source import named_leaves
 from jaxgen.decoding import loop
 from jaxgen.generation.build import build_call, read_request
 from jaxgen.generation.request import Request
 from jaxgen.models import FAMILIES
-from jaxgen.models.int8 import quantised
 from jaxgen.planning.plan import plan
 from jaxgen.planning.shapes import SHAPES
 
@@ -90,6 +89,8 @@ CASES = [
     Case("v5e", "8b", (1, 1), 1, 128, 128),
     Case("v5e", "8b", (1, 1), 1, 128, 128, quantize="int8"),
     Case("v5e", "8b", (1, 1), 8, 128, 128, quantize="int8"),
+    Case("v5e", "8b", (1, 1), 1, 128, 128, quantize="int4"),
+    Case("v5e", "8b", (1, 1), 8, 128, 128, quantize="int4"),
     Case("v5e", "8b", (1, 8), 16, 1024, 1024),
     Case("v5e", "8b", (32, 8), 512, 1024, 1024),
     Case("v6e", "8b", (1, 1), 1, 512, 512),
@@ -117,7 +118,7 @@ def main() -> None:
     parser.add_argument("--target", nargs="+", choices=(*TOPOLOGIES, "h200"), required=True)
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=[*SHAPES])
     parser.add_argument("--batch", type=int, nargs="+", help="of the cases, those with such a batch")
-    parser.add_argument("--quantize", choices=["int8"], help="of the cases, those that are quantised")
+    parser.add_argument("--quantize", choices=QUANTIZATIONS, help="of the cases, those that are quantised")
     parser.add_argument("--json", type=Path, help="append the figures to this file, one JSON object per line")
     arguments = parser.parse_args()
     print(
@@ -228,7 +229,7 @@ def programs(case: Case, found: Any) -> tuple[Any, Call, NamedSharding]:
     ]
     model = jax.tree.unflatten(jax.tree.structure(model), leaves)
     if case.quantize is not None:  # on one device
-        small = jax.eval_shape(lambda model: jax.tree.map(quantised, model), model)
+        small = jax.eval_shape(lambda model: quantised_model(model, case.quantize), model)
         model = jax.tree.map(lambda leaf: placed(leaf, everywhere), small)
     options = {"max_new_tokens": case.new_tokens, "num_beams": case.num_beams}
     calls = []

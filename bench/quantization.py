@@ -2,8 +2,9 @@
 
     python bench/quantization.py
 
-Models of the same random weights in float32, bfloat16 and int8 take turns; the time of a step is the time of a call of
-some steps minus that of a call of one, divided by their number, and its share of float32's is the median over turns.
+Models of the same random weights in float32, bfloat16, int8 and int4 take turns; the time of a step is the time of a
+call of some steps minus that of a call of one, divided by their number, and its share of float32's is the median over
+turns.
 The divergence is KL, in nats per token, from the float32 model of `--model` (by default the bundled one), over prose,
 code and answers that this one wrote, without the prompts; beside it, how often the top token differs. A small model
 trained on one kind of text says little about a real one.
@@ -28,6 +29,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "bfloat16": {"dtype": "bfloat16"},
     "int8": {"dtype": "float32", "quantize": "int8"},
     "int8, bfloat16": {"dtype": "bfloat16", "quantize": "int8"},
+    "int4": {"dtype": "float32", "quantize": "int4"},
+    "int4, bfloat16": {"dtype": "bfloat16", "quantize": "int4"},
 }
 PROMPT_TOKENS = 32
 # How texts begin; each is continued to TEXT_TOKENS twice. Questions are put into the model's chat template, if any.

@@ -8,7 +8,7 @@ from jaxgen.version import __version__
 if TYPE_CHECKING:
     from jaxgen.base import Call, LogitsProcessor, Model, Prompt, Strategy
     from jaxgen.checkpoint.files import CheckpointError
-    from jaxgen.checkpoint.load import BUNDLED_MODEL, BUNDLED_SPELLER, from_config, load, save, to_int8
+    from jaxgen.checkpoint.load import BUNDLED_MODEL, BUNDLED_SPELLER, from_config, load, save, to_int4, to_int8
     from jaxgen.checkpoint.tokenizer import load_tokenizer
     from jaxgen.decoding.beam_search import BeamSearch
     from jaxgen.decoding.contrastive_search import ContrastiveSearch
@@ -60,6 +60,7 @@ _HOMES = {
     "save": "checkpoint.load",
     "stream": "generation.api",
     "stream_text": "generation.text_stream",
+    "to_int4": "checkpoint.load",
     "to_int8": "checkpoint.load",
 }
 
@@ -93,6 +94,7 @@ __all__ = [
     "save",
     "stream",
     "stream_text",
+    "to_int4",
     "to_int8",
 ]
 

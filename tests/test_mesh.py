@@ -29,6 +29,7 @@ GREEDY: list[tuple[int, int, dict[str, Any]]] = [
     (2, 4, {"another mesh": True}),
     (2, 4, {"assisted": True, "rows": 3}),
     (2, 4, {"quantize": "int8"}),
+    (2, 2, {"quantize": "int4"}),
 ]
 MORE: list[tuple[int, int, dict[str, Any]]] = [
     *((1, tensor, {}) for tensor in (1, 4)),

@@ -192,9 +192,13 @@ def _add_plan_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-beams", type=int, default=1, metavar="N")
     parser.add_argument("--num-return-sequences", type=int, default=1, metavar="N")
     parser.add_argument("--dtype", choices=_DTYPES, help="default: the checkpoint's own")
-    parser.add_argument("--quantize", choices=("int8",), help="hold the weights in one byte each")
     parser.add_argument(
-        "--assistant", metavar="MODEL", help="like MODEL, what drafts tokens for it; or int8, for a copy of it in int8"
+        "--quantize", choices=("int8", "int4"), help="hold the weights in one byte each, or in half a byte"
+    )
+    parser.add_argument(
+        "--assistant",
+        metavar="MODEL",
+        help="like MODEL, what drafts tokens for it; or int8 or int4, for such a copy of it",
     )
     parser.add_argument("--num-assistant-tokens", type=int, metavar="N", help="tokens of a draft (default: 20)")
     parser.add_argument(
@@ -237,7 +241,9 @@ def _add_convert_options(parser: argparse.ArgumentParser) -> None:
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="MODEL", help=f"{_FOLDER}, or {_NAME}; the bundled story model by default")
     parser.add_argument("--dtype", choices=_DTYPES, help="default: the checkpoint's own")
-    parser.add_argument("--quantize", choices=("int8",), help="hold the weights in one byte each")
+    parser.add_argument(
+        "--quantize", choices=("int8", "int4"), help="hold the weights in one byte each, or in half a byte"
+    )
     _add_source_options(parser)
     _add_cache_option(parser)
 
@@ -246,8 +252,8 @@ def _add_assistant_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--assistant",
         metavar="MODEL",
-        help="a smaller model, best with the same tokenizer, which drafts tokens for the model to check; or int8, for "
-        "a copy of the model in int8. The text stays the same",
+        help="a smaller model, best with the same tokenizer, which drafts tokens for the model to check; or int8 or "
+        "int4, for such a copy of the model. The text stays the same",
     )
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from jaxgen.base import Model
 from jaxgen.checkpoint.files import CheckpointError
 from jaxgen.checkpoint.hub import local_path
-from jaxgen.checkpoint.load import BUNDLED_MODEL, load, to_int8
+from jaxgen.checkpoint.load import BUNDLED_MODEL, QUANTIZATIONS, load, quantised_model
 from jaxgen.checkpoint.tokenizer import load_tokenizer
 from jaxgen.cli import compile_cache
 from jaxgen.cli.devices import check_devices, mesh_of
@@ -68,20 +68,20 @@ def open_model(arguments: argparse.Namespace) -> tuple[Model, "PreTrainedTokeniz
 def open_assistant(
     arguments: argparse.Namespace, model: Any, tokenizer: "PreTrainedTokenizerBase"
 ) -> tuple[Model | None, "PreTrainedTokenizerBase | None"]:
-    """The assistant that the arguments ask for, another model or the model itself in int8.
+    """The assistant that the arguments ask for, another model or the model itself in int8 or int4.
 
     Its tokenizer is None if it is that of the model.
     """
     if arguments.assistant is None:
         return None, None
     with waiting("loading the assistant ..."):
-        if arguments.assistant == "int8":
-            if arguments.quantize == "int8":
+        if (kind := arguments.assistant) in QUANTIZATIONS:
+            if arguments.quantize is not None:
                 raise ValueError(
-                    "--assistant int8 is for a model that is not quantised itself. Leave out --quantize int8, or "
-                    "--assistant."
+                    f"--assistant {kind} is for a model that is not quantised itself. Leave out --quantize "
+                    f"{arguments.quantize}, or --assistant."
                 )
-            return to_int8(model), None
+            return quantised_model(model, kind), None
         folder = local_path(arguments.assistant, None)
         assistant = load(folder, arguments.dtype, model.mesh, follow_links=arguments.follow_links)
     padded = differ_by_padding((model.vocab_size, assistant.vocab_size))

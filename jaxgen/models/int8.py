@@ -45,7 +45,7 @@ class Int8:
 
     @property
     def nbytes(self) -> int:
-        return sum(each.nbytes for each in vars(self).values())
+        return sum(each.nbytes for each in jax.tree.leaves(self))
 
     def __getitem__(self, ids: jax.Array | EllipsisType) -> "Array | Int8":
         """Rows, int32 [...] -> [..., in]; or with `...` the matrix itself, as Flax reads a parameter: `param[...]`."""
@@ -53,7 +53,7 @@ class Int8:
             return self
 
         def rows(ids: jax.Array) -> jax.Array:
-            values = jnp.asarray(self.values)[ids].astype(jnp.float32) * self.scales[ids][..., None]
+            values = self._values_of_rows(ids).astype(jnp.float32) * self.scales[ids][..., None]
             return values.astype(self.dtype).at[..., self.columns].set(self.outliers[ids])
 
         def on_tpu(ids: jax.Array) -> jax.Array:
@@ -70,7 +70,7 @@ class Int8:
 
     def _product(self, x: jax.Array) -> jax.Array:
         # On a GPU the compiler fuses this cast into the product, so that memory traffic is in bytes.
-        y = jnp.einsum("...i,oi->...o", x, self.values.astype(x.dtype), preferred_element_type=jnp.float32)
+        y = self._multiply(x.reshape(-1, x.shape[-1]), jnp.float32).reshape(*x.shape[:-1], -1)
         return (y * as_last(self.scales, y) + self._outlier_product(x)).astype(x.dtype)
 
     def _product_of_bytes(self, x: jax.Array) -> jax.Array:
@@ -88,10 +88,18 @@ class Int8:
         coarse = jnp.round(rows / unit)
         fine = jnp.round((rows / unit - coarse) * 254)
         both = jnp.concatenate([coarse, fine]).astype(jnp.int8)
-        products = jnp.einsum("mi,oi->mo", both, self.values, preferred_element_type=jnp.int32).astype(jnp.float32)
+        products = self._multiply(both, jnp.int32).astype(jnp.float32)
         coarse_products, fine_products = jnp.split(products, 2)
         y = (coarse_products + fine_products / 254) * unit * self.scales[None]
         return (y.reshape(*x.shape[:-1], -1) + self._outlier_product(x)).astype(x.dtype)
+
+    def _values_of_rows(self, ids: jax.Array) -> jax.Array:
+        """int32 [...] -> int8 [..., in]."""
+        return jnp.asarray(self.values)[ids]
+
+    def _multiply(self, rows: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+        """rows @ values.T, [rows, in] -> [rows, out] in this dtype."""
+        return jnp.einsum("mi,oi->mo", rows, self.values.astype(rows.dtype), preferred_element_type=dtype)
 
     def _outlier_product(self, x: jax.Array) -> jax.Array:
         """The outlier columns' part of the product, [..., in] -> float32 [..., out]."""
@@ -125,16 +133,29 @@ def quantised(array: Array) -> Array | Int8:
 
     Other arrays are returned as they are, and so are matrices of one row.
     """
-    if array.ndim != 2 or len(array) == 1:
+    if not is_quantised(array.shape):
         return array
+    numpy, columns, parts = without_outliers(array)
+    values, scales = zip(*(_quantise(numpy, part) for part in parts), strict=True)
+    return Int8(numpy.concatenate(values), numpy.concatenate(scales), columns, array[:, columns])
+
+
+def is_quantised(shape: tuple[int, ...]) -> bool:
+    """Whether an array of this shape is a matrix of more than one row."""
+    return len(shape) == 2 and shape[0] > 1
+
+
+def without_outliers(array: Array) -> tuple[ModuleType, Array, Iterator[Array]]:
+    """`jax.numpy` for a JAX array, else NumPy; int32 [outliers], the outlier columns; and the matrix in float32, some
+    rows at a time, with zeros in these columns."""
     numpy, size = (jnp, len(array)) if isinstance(array, jax.Array) else (np, _ROWS)
 
     def parts() -> Iterator[Array]:
         return (array[start : start + size].astype(np.float32) for start in range(0, len(array), size))
 
     columns = _find_outliers(numpy, parts(), outlier_columns(array.shape[1]))
-    values, scales = zip(*(_quantise(numpy, part, columns) for part in parts()), strict=True)
-    return Int8(numpy.concatenate(values), numpy.concatenate(scales), columns, array[:, columns])
+    others = ~_among(numpy, columns, array.shape[1])[None]
+    return numpy, columns, (numpy.where(others, part, 0) for part in parts())
 
 
 def _find_outliers(numpy: ModuleType, parts: Iterator[Array], count: int) -> Array:
@@ -156,14 +177,8 @@ def _find_outliers(numpy: ModuleType, parts: Iterator[Array], count: int) -> Arr
     return numpy.concatenate([largest, smallest]).astype(np.int32)
 
 
-def _quantise(numpy: ModuleType, wide: Array, outliers: Array) -> tuple[Array, Array]:
-    """int8 [out, in] and float32 [out], with `numpy` or `jax.numpy`. Zeros have the scale 0; NaN shows in the scale.
-
-    Args:
-        wide: float32 [out, in].
-        outliers: int [outliers], the columns that become zeros.
-    """
-    wide = numpy.where(_among(numpy, outliers, wide.shape[1])[None], 0, wide)
+def _quantise(numpy: ModuleType, wide: Array) -> tuple[Array, Array]:
+    """float32 [out, in] -> int8 [out, in] and float32 [out]. Zeros have the scale 0; NaN shows in the scale."""
     scales = numpy.abs(wide).max(axis=1) / 127
     unit = numpy.where(scales > 0, scales, 1)[:, None]  # rows of zeros are not divided by 0
     return numpy.round(wide / unit).astype(np.int8), scales

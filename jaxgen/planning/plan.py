@@ -19,7 +19,7 @@ from jax.sharding import AbstractMesh
 
 from jaxgen.buckets import bucket, row_bucket
 from jaxgen.checkpoint.hub import local_path
-from jaxgen.checkpoint.load import abstract, check_quantize
+from jaxgen.checkpoint.load import QUANTIZATIONS, abstract, check_quantize
 from jaxgen.checkpoint.source import Source, named_leaves, open_checkpoint, weights_dtype
 from jaxgen.generation.build import build_call, read_request
 from jaxgen.generation.modes.assisted import MOST_DRAFTED, prompt_lookup
@@ -28,7 +28,8 @@ from jaxgen.generation.running.driver import cache_sizes
 from jaxgen.generation.running.memory import memory_bytes
 from jaxgen.models import FAMILIES, LoadedModel
 from jaxgen.models.family import Config, Family, ForwardPass
-from jaxgen.models.int8 import outlier_columns
+from jaxgen.models.int4 import GROUP, group_count
+from jaxgen.models.int8 import is_quantised, outlier_columns
 from jaxgen.planning.shapes import SHAPES
 
 _GIB = 1 << 30
@@ -95,7 +96,7 @@ class Plan:
         model: name or folder.
         parameters: number of parameters.
         dtype: the dtype of the cache, and of weights that are not quantised.
-        quantize: "int8" or None.
+        quantize: "int8", "int4" or None.
         batch: B, the prompts.
         prompt_tokens: tokens per prompt; of the source, if the model has an encoder.
         new_tokens: maximum number of new tokens per prompt.
@@ -116,7 +117,7 @@ class Plan:
         step_ms: lower bound of the last step's time: the bytes that it reads, divided by the bandwidth. None if that is
             not known, and with an assistant, whose drafts decide.
         tokens_per_s: upper bound for all rows together; None likewise.
-        assistant_model: name or folder of the assistant, or "int8"; None without one.
+        assistant_model: name or folder of the assistant, "int8" or "int4"; None without one.
         assistant_weights: bytes.
         assistant_cache: bytes, at about its full size, with what it keeps of the sources.
         suggestions: plans that would fit, if this one does not.
@@ -189,13 +190,13 @@ def plan(
         mesh: number of devices on the axes "data" and "tensor".
         follow_links: as in `load`.
         revision: as in `load`.
-        assistant_model: like `model`, what drafts tokens for it; or "int8", for a copy of it in int8.
+        assistant_model: like `model`, what drafts tokens for it; or "int8" or "int4", for a copy of it in that.
         num_assistant_tokens: as in `generate`; 20 by default.
 
     Returns:
         The memory and time of the call. If it does not fit, `suggestions` holds, for each kind of change that is enough
-        by itself (fewer prompts, int8, more devices, another device), the smallest such change; if none is enough,
-        combinations of two or three.
+        by itself (fewer prompts, int8 or int4, more devices, another device), the smallest such change; if none is
+        enough, combinations of two or three.
 
     Raises:
         ValueError: naming the argument, its value and the range.
@@ -229,10 +230,11 @@ def plan(
         return _Call.of(name, source, prompt_tokens, new_tokens, num_beams, num_return_sequences, dtype, drafted)
 
     call = sizes_of(str(model), source)
-    if assistant_model == "int8":
+    if assistant_model in QUANTIZATIONS:
+        kind = str(assistant_model)
         if quantize is not None:
-            raise ValueError("`assistant_model`='int8' drafts for a model in full. Leave out `quantize`.")
-        call = replace(call, assistant=_Assistant("int8", call, "int8"))
+            raise ValueError(f"`assistant_model`={kind!r} drafts for a model in full. Leave out `quantize`.")
+        call = replace(call, assistant=_Assistant(kind, call, kind))
     elif assistant_model is not None:
         name = str(assistant_model)
         drafting = sizes_of(name, _source(name, None, follow_links))
@@ -464,9 +466,13 @@ class _Call:
         total = read = 0
         for path, shape, share in self._shares(tensor):
             size = math.prod(shape) // math.prod(share)
-            if quantize is None or len(shape) == 1 or shape[0] == 1:
+            if quantize is None or not is_quantised(shape):
                 size *= self.dtype.itemsize
-            else:  # int8, a float32 scale per row of the matrix, and its outlier columns with their int32 numbers
+            else:  # a float32 scale per row of the matrix, and its outlier columns with their int32 numbers
+                if quantize == "int4" and path not in (self.family.embedding, self.family.head):
+                    groups = group_count(shape[1])  # of half a byte per weight, and a byte
+                    groups //= share[1] if groups % share[1] == 0 else 1
+                    size = (GROUP // 2 + 1) * groups * shape[0] // share[0]
                 outliers = outlier_columns(shape[1])
                 size += (4 + outliers * self.dtype.itemsize) * shape[0] // share[0] + 4 * outliers
             total += size
@@ -535,10 +541,12 @@ class _Assistant(NamedTuple):
 
 def _suggestions(call: _Call, setup: _Setup) -> Iterator[Plan]:
     """The smallest change of each kind that makes the call fit; if none does, of two kinds together, then of three."""
-    in_int8 = call.assistant is not None and call.assistant.quantize is not None  # which drafts for a model in full
+    # A quantised copy drafts for a model in full.
+    in_full = call.assistant is not None and call.assistant.quantize is not None
+    smaller = {None: QUANTIZATIONS, "int8": ("int4",), "int4": ()}[setup.quantize]
     changes: dict[str, Sequence[object]] = {
         "batch": _smaller_batches(setup.batch, setup.mesh[0]),
-        "quantize": ["int8"] if setup.quantize is None and not in_int8 else [],
+        "quantize": () if in_full else smaller,
         "mesh": _larger_meshes(call, setup.mesh),
         "device": [device for device in map(_usable, _DEVICES.values()) if device.memory > setup.device.memory],
     }

@@ -42,8 +42,8 @@ def main(folder: Path, calls: list[tuple[int, int, dict[str, Any]]]) -> None:
     plain = jaxgen.load(folder)
     spread: dict[tuple[int, int], Any] = {}
     for data, tensor, arguments in calls:
-        if arguments.pop("quantize", None):
-            small = (jaxgen.load(folder, quantize="int8", mesh=each) for each in (None, mesh(data, tensor)))
+        if kind := arguments.pop("quantize", None):
+            small = (jaxgen.load(folder, quantize=kind, mesh=each) for each in (None, mesh(data, tensor)))
             np.testing.assert_array_equal(*(jaxgen.generate(model, prompts(2)[0]) for model in small))
             continue
         if (data, tensor) not in spread:

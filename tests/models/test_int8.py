@@ -142,8 +142,8 @@ def test_no_program_holds_its_weights_wide() -> None:
 
 
 def test_other_kinds_and_saving_are_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="`quantize`='int4' is not supported"):
-        jaxgen.load(jaxgen.BUNDLED_MODEL, quantize="int4")
+    with pytest.raises(ValueError, match="`quantize`='int2' is not supported"):
+        jaxgen.load(jaxgen.BUNDLED_MODEL, quantize="int2")
     with pytest.raises(ValueError, match="`quantize`='fp8'"):
         jaxgen.from_config({}, quantize="fp8")
     with pytest.raises(ValueError, match="`model` is quantised"):

@@ -1,6 +1,7 @@
 """A plan's numbers are those of the programs, and what it suggests does fit."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import pytest
 from checkpoints import CONFIG, random_tensors, write_checkpoint
 
 import jaxgen
-from jaxgen.checkpoint.load import abstract
+from jaxgen.checkpoint.load import _random_shardings, abstract
+from jaxgen.checkpoint.source import parse_config
 from jaxgen.cli.main import main
 from jaxgen.decoding import loop
 from jaxgen.generation.build import build_call, read_request
@@ -139,6 +141,20 @@ def test_int8_is_a_byte_per_weight_a_scale_per_row_and_a_few_columns_in_full() -
     assert found.weights == matrices + 4 * rows + outliers + 4 * 5 * 64
 
 
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_int4_is_counted_as_each_device_of_a_mesh_holds_it(tensor: int) -> None:
+    found = plan("2-layer", quantize="int4", device="l4", mesh=(1, tensor))
+    mesh = jax.sharding.AbstractMesh((tensor,), ("tensor",))
+    config, (family, parsed, _) = SHAPES["2-layer"], parse_config(SHAPES["2-layer"], None)
+    model = jax.eval_shape(lambda: jaxgen.from_config(config, quantize="int4"))
+    shards = _random_shardings(family, parsed, np.dtype("float32"), "int4", mesh)
+    sizes = [
+        math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf, sharding in zip(jax.tree.leaves(model), jax.tree.leaves(shards), strict=True)
+    ]
+    assert found.weights == sum(sizes)
+
+
 def test_a_step_takes_at_least_as_long_as_its_reads() -> None:
     found = plan("8b", 16, 1024, 256, device="h200")
     embedding = 128256 * 4096 * 2
@@ -236,7 +252,7 @@ def test_several_changes_are_suggested_only_if_none_is_enough() -> None:
         ({"new_tokens": 2.5}, r"`new_tokens`=2.5 must be"),
         ({"num_beams": 0}, "`num_beams`=0 must be"),
         ({"device": "v7"}, r"`device`='v7' is not known; it may be one of \['v5e'"),
-        ({"quantize": "int4"}, "`quantize`='int4' is not supported"),
+        ({"quantize": "int2"}, "`quantize`='int2' is not supported"),
         ({"dtype": "int8"}, "`dtype`='int8' is not supported"),
         ({"mesh": (0, 1)}, r"`mesh`=\(0, 1\) must be two positive integers"),
         ({"mesh": (1, 7)}, "`intermediate_size`=[0-9]+ cannot be spread over the 7 devices"),
@@ -329,9 +345,10 @@ def test_an_assistant_counts_with_its_weights_and_its_cache(monkeypatch: pytest.
     assert found.step_ms is None
 
 
-def test_a_copy_in_int8_counts_as_an_assistant_of_its_size() -> None:
-    drafts = plan("2-layer", device="l4", assistant_model="int8")
-    assert drafts.assistant_weights == plan("2-layer", quantize="int8", device="l4").weights
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_quantised_copy_counts_as_an_assistant_of_its_size(kind: str) -> None:
+    drafts = plan("2-layer", device="l4", assistant_model=kind)
+    assert drafts.assistant_weights == plan("2-layer", quantize=kind, device="l4").weights
     assert drafts.assistant_cache == drafts.cache
 
 
