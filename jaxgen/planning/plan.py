@@ -507,12 +507,11 @@ class _Call:
 
     def _prefill_temporaries(self, rows: int, tensor: int, platform: str) -> int:
         """Activations, a cache for the prompt alone, and the logits."""
-        # The keys and values of all layers exist before the cache grows to all its slots, on a GPU in two copies, on
-        # GPUs that share a cache in one and a half. A CPU grows one layer after the other, and so does a TPU with a
-        # whole cache.
+        # Each layer's keys and values are written where they will stay, but on TPUs that share a cache they all exist
+        # before it grows to its slots.
         shards = self._cache_shards(tensor)
-        copies = {"cpu": 0, "tpu": 0 if shards == 1 else 1, "gpu": 2 if shards == 1 else 1.5}[platform]
-        short_cache = int(copies * rows * self.columns * self.slot_bytes) // shards
+        copies = 1 if platform == "tpu" and shards > 1 else 0
+        short_cache = copies * rows * self.columns * self.slot_bytes // shards
         logits = 4 * rows * self.config.vocab_size
         decoder = self._activations(rows, self.columns, max(self.columns, self.sources), tensor, platform)
         encoder = self._activations(rows, self.sources, self.sources, tensor, platform) if self.sources else 0
