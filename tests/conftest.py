@@ -1,5 +1,6 @@
 """What all tests share: exact float32 products, and small random Llamas with their transformers twins."""
 
+import gc
 import importlib.util
 import json
 import os
@@ -23,6 +24,7 @@ if "XLA_FLAGS" not in os.environ:  # which the workers of xdist get from the pro
         "--xla_cpu_parallel_codegen_split_count=1",
         "--xla_cpu_use_fusion_emitters=false",
     )
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # idle threads of torch spin, and the tests already run in parallel
 os.environ["JAXGEN_COMPILE_CACHE"] = "off"  # of commands; what a test compiles is not to come from a test before it
 
 from pathlib import Path
@@ -55,6 +57,13 @@ test_logits_process test_sampling test_t5 test_stop_strings test_api test_stream
 test_pickles test_speller test_assisted test_mesh test_bench test_chat_command test_parity test_real_sizes test_bart
 test_mesh_processes test_devices
 """.split()
+
+
+def pytest_collection_finish() -> None:
+    """Looking for garbage among what was imported, and as often as by default, takes a twentieth of the suite's time."""
+    gc.set_threshold(10_000, 20, 20)
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
