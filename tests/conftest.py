@@ -1,5 +1,6 @@
 """What all tests share: exact float32 products, and small random Llamas with their transformers twins."""
 
+import gc
 import importlib.util
 import json
 import os
@@ -23,6 +24,7 @@ if "XLA_FLAGS" not in os.environ:  # which the workers of xdist get from the pro
         "--xla_cpu_parallel_codegen_split_count=1",
         "--xla_cpu_use_fusion_emitters=false",
     )
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # idle threads of torch spin, and the tests already run in parallel
 os.environ["JAXGEN_COMPILE_CACHE"] = "off"  # of commands; what a test compiles is not to come from a test before it
 
 from pathlib import Path
@@ -50,11 +52,18 @@ def pytest_configure(config: pytest.Config) -> None:
 
 # Files that take more than half a minute. They come first, or the last one would keep one of two processes waiting.
 LONG = """
-test_docs test_many_processes test_encoder_decoder test_assisted_mode test_assistant test_jax_settings test_beam_search test_custom
-test_logits_process test_sampling test_t5 test_stop_strings test_api test_streaming test_compile_cache test_examples
-test_pickles test_speller test_assisted test_mesh test_bench test_chat_command test_parity test_real_sizes test_bart
-test_mesh_processes test_devices
+test_encoder_decoder test_jax_settings test_assisted_mode test_mesh test_assisted test_assistant test_examples test_custom
+test_beam_search test_many_processes test_sampling test_logits_process test_api test_parity test_t5 test_streaming
+test_continuing test_compile_cache test_chat_command test_generate_command test_pickles test_speller test_bench
+test_real_sizes test_bart test_mesh_processes
 """.split()
+
+
+def pytest_collection_finish() -> None:
+    """Looking for garbage among what was imported, and as often as by default, takes a twentieth of the suite's time."""
+    gc.set_threshold(10_000, 20, 20)
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -63,6 +72,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("oracle"):
                 item.add_marker(pytest.mark.skip(reason="torch is not installed; the recorded answers run instead"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def processes_without_torch() -> None:
+    """Here and not above, where the workers of xdist would be among them."""
+    helpers = Path(__file__).parent / "helpers"
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(helpers), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -91,14 +107,26 @@ def twin(folder: Path) -> Any:
 
 
 @pytest.fixture(scope="session")
-def bundled() -> Any:
-    """The story model that comes with the package."""
-    return jaxgen.load(jaxgen.BUNDLED_MODEL)
+def one_layer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first layer of the story model that comes with the package: its programs compile in a third of the time."""
+    copy = tmp_path_factory.mktemp("one layer") / "stories"
+    shutil.copytree(jaxgen.BUNDLED_MODEL, copy)
+    config = json.loads((copy / "config.json").read_text()) | {"num_hidden_layers": 1}
+    (copy / "config.json").write_text(json.dumps(config))
+    tensors = load_file(copy / "model.safetensors")
+    first = {name: tensor for name, tensor in tensors.items() if not re.match(r"model\.layers\.[1-9]", name)}
+    save_file(first, copy / "model.safetensors", {"format": "pt"})
+    return copy
+
+
+@pytest.fixture(scope="session")
+def bundled(one_layer: Path) -> Any:
+    return jaxgen.load(one_layer)
 
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
-    """That of `bundled`."""
+    """That of the story model."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(jaxgen.BUNDLED_MODEL)
@@ -111,30 +139,17 @@ TEMPLATE = (
 
 
 @pytest.fixture(scope="session")
-def chat_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The story model with a chat template, as a model made for conversations has it."""
+def chat_folder(one_layer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a chat template, as a model made for conversations has it."""
     copy = tmp_path_factory.mktemp("chat") / "model"
-    shutil.copytree(jaxgen.BUNDLED_MODEL, copy)
+    shutil.copytree(one_layer, copy)
     (copy / "chat_template.jinja").write_text(TEMPLATE)
     return copy
 
 
 @pytest.fixture(scope="session")
-def one_layer(chat_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of that, the first layer: its programs compile in half the time, and shapes are the same."""
-    copy = tmp_path_factory.mktemp("one layer") / "stories"
-    shutil.copytree(chat_folder, copy)
-    config = json.loads((copy / "config.json").read_text()) | {"num_hidden_layers": 1}
-    (copy / "config.json").write_text(json.dumps(config))
-    tensors = load_file(copy / "model.safetensors")
-    first = {name: tensor for name, tensor in tensors.items() if not re.match(r"model\.layers\.[1-9]", name)}
-    save_file(first, copy / "model.safetensors", {"format": "pt"})
-    return copy
-
-
-@pytest.fixture(scope="session")
 def renumbered_folder(bundled: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The story model with 100 tokens more, which come before its own."""
+    """The model `bundled` with 100 tokens more, which come before its own."""
     more, folder = 100, tmp_path_factory.mktemp("renumbered")
     config = bundled.config.to_json()
     renumbered = jaxgen.from_config({**config, "vocab_size": config["vocab_size"] + more})

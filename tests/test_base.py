@@ -62,8 +62,7 @@ def test_a_call_is_a_pytree_whose_slots_are_static() -> None:
     assert jax.tree.structure(replace(call, strategy=replace(STRATEGY, max_length=jaxgen.MaxLength(9)))) == structure
 
 
-def test_a_call_goes_into_a_jit_as_an_argument_and_other_numbers_compile_nothing() -> None:
-    model = jaxgen.load(jaxgen.BUNDLED_MODEL)
+def test_a_call_goes_into_a_jit_as_an_argument_and_other_numbers_compile_nothing(model: Any) -> None:
     compiled = []
 
     @jax.jit

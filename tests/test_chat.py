@@ -21,11 +21,6 @@ SAID = ["hello there", "and then", "who was it"]
 
 
 @pytest.fixture(scope="module")
-def bundled(one_layer: Path) -> Any:
-    return jaxgen.load(one_layer)
-
-
-@pytest.fixture(scope="module")
 def chat_tokenizer(chat_folder: Path) -> Any:
     from transformers import AutoTokenizer
 

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from snippets import blocks, commands, run_command, run_python, without_blocks_not_run
@@ -20,27 +21,32 @@ TEXTS = {name: page.read_text() for name, page in PAGES.items()}
 WITH_THE_WHOLE_MODEL = {"index.md"}
 
 
-@pytest.mark.parametrize("name", [name for name in PAGES if any(blocks(TEXTS[name], "python"))])
+def run_of(names: list[str]) -> list[Any]:
+    """These pages as parameters: the quick start runs in the suite, and the others beside it."""
+    return [pytest.param(name, marks=[] if name in WITH_THE_WHOLE_MODEL else [pytest.mark.pages]) for name in names]
+
+
+@pytest.mark.parametrize("name", run_of([name for name in PAGES if any(blocks(TEXTS[name], "python"))]))
 def test_the_python_of_a_page_prints_what_the_page_says(
-    name: str, one_layer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str, chat_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     if name not in WITH_THE_WHOLE_MODEL:
-        monkeypatch.setattr(jaxgen, "BUNDLED_MODEL", one_layer)
+        monkeypatch.setattr(jaxgen, "BUNDLED_MODEL", chat_folder)
     run_python(PAGES[name], capsys)
 
 
-@pytest.mark.parametrize("name", [name for name in PAGES if commands(TEXTS[name])])
+@pytest.mark.parametrize("name", run_of([name for name in PAGES if commands(TEXTS[name])]))
 def test_the_commands_of_a_page_run_one_after_the_other(
     name: str,
-    one_layer: Path,
+    chat_folder: Path,
     folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("jaxgen.cli.terminal.BUNDLED_MODEL", one_layer)
-    places = {"FOLDER": one_layer, "SRC": folder, "DST": tmp_path / "converted", "BACK": tmp_path / "back"}
+    monkeypatch.setattr("jaxgen.cli.terminal.BUNDLED_MODEL", chat_folder)
+    places = {"FOLDER": chat_folder, "SRC": folder, "DST": tmp_path / "converted", "BACK": tmp_path / "back"}
     for line in commands(TEXTS[name]):
         run_command(line, places, monkeypatch, capsys)
     if "BACK" in TEXTS[name]:

@@ -313,7 +313,8 @@ def test_code_that_comes_with_a_checkpoint_is_never_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("count", [1500, pytest.param(100_000, marks=pytest.mark.sweep)])
 def test_what_was_changed_at_random_loads_or_is_refused(count: int) -> None:
     command = [sys.executable, str(HELPERS / "mutations.py"), str(count), "1"]
-    environment = os.environ | {"PYTHONPATH": str(HELPERS.parents[1]), "TRANSFORMERS_VERBOSITY": "critical"}
+    paths = os.pathsep.join([str(HELPERS.parents[1]), str(HELPERS)])
+    environment = os.environ | {"PYTHONPATH": paths, "TRANSFORMERS_VERBOSITY": "critical"}
     ended = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr[-5000:]
     assert 0 < int(ended.stdout) < count / 2

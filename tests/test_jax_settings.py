@@ -89,9 +89,10 @@ def explicit_mesh(*axes: str) -> AbstractContextManager[Any]:
 STRICT = {"jax_numpy_rank_promotion": "raise", "jax_numpy_dtype_promotion": "strict"}
 EVERY_WAY: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "x64": together(jax_enable_x64=True, jax_numpy_dtype_promotion="standard"),
-    "strict promotion": together(**STRICT),
-    "no NaN, no infinity": together(jax_debug_nans=True, jax_debug_infs=True),
-    "transfer guard": partial(jax.transfer_guard, "disallow"),
+    # Each of them only refuses what the others allow.
+    "strict promotion, no NaN, no infinity, transfer guard": together(
+        **STRICT, jax_debug_nans=True, jax_debug_infs=True, jax_transfer_guard="disallow"
+    ),
 }
 ONE_WAY: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "no jit": jax.disable_jit,

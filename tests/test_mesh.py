@@ -21,7 +21,7 @@ WIDE = {"hidden_size": 64, "num_attention_heads": 16, "num_key_value_heads": 8, 
 SPREAD = CONFIG | WIDE | {"intermediate_size": 48, "num_hidden_layers": 1, "attention_bias": True, "mlp_bias": True}
 
 GREEDY: list[tuple[int, int, dict[str, Any]]] = [
-    *((1, tensor, {}) for tensor in (2, 8)),
+    (1, 8, {}),
     *((data, 1, {"rows": 5}) for data in (2, 8)),  # more rows than devices, and fewer
     (2, 4, {"rows": 3}),
     (4, 2, {"do_sample": True, "key": 3}),
@@ -32,7 +32,7 @@ GREEDY: list[tuple[int, int, dict[str, Any]]] = [
     (2, 2, {"quantize": "int4"}),
 ]
 MORE: list[tuple[int, int, dict[str, Any]]] = [
-    *((1, tensor, {}) for tensor in (1, 4)),
+    *((1, tensor, {}) for tensor in (1, 2, 4)),
     (4, 1, {"rows": 5}),
     (2, 2, {}),
     (2, 2, {"num_beams": 3, "rows": 3}),

@@ -45,9 +45,8 @@ def test_arrays_of_jax_and_what_takes_their_place_in_a_tree_stay_as_they_are() -
     assert jax.jit(lambda node: replace(node, count=node.count + 1).count)(Numbers(1, 2.0)) == 2
 
 
-def test_a_strategy_is_written_in_plain_numbers() -> None:
+def test_a_strategy_is_written_in_plain_numbers(model: Any) -> None:
     strategy = jaxgen.Sample(jaxgen.EosToken([2]), jaxgen.MaxLength(4), pad_token_id=0)
-    model = jaxgen.load(jaxgen.BUNDLED_MODEL)
     output = jaxgen.decode(model, jaxgen.Call(jaxgen.Prompt([[5, 6]], [[True, True]], 2, 1), strategy, 6))
     np.testing.assert_array_equal(
         output["sequences"][:, :4], jaxgen.generate(model, [[5, 6]], max_length=4, eos_token_id=2, pad_token_id=0)

@@ -9,6 +9,11 @@ from oracle import torch_generate, torch_model
 import jaxgen
 
 
+@pytest.fixture(scope="module")
+def bundled() -> Any:
+    return jaxgen.load(jaxgen.BUNDLED_MODEL)
+
+
 def test_it_takes_at_most_six_megabytes() -> None:
     assert sum(file.stat().st_size for file in jaxgen.BUNDLED_MODEL.iterdir()) <= 6_000_000
 

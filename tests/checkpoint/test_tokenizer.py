@@ -1,5 +1,6 @@
 """`load_tokenizer`: what `AutoTokenizer` reads from a folder or, with torch, from a GGUF file."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -106,5 +107,6 @@ def test_no_torch_is_imported(tmp_path: Path) -> None:
     program = (
         f"import sys, jaxgen; jaxgen.load_tokenizer({str(file('llama', tmp_path))!r}); print('torch' in sys.modules)"
     )
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    command, environment = [sys.executable, "-c", program], os.environ | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env=environment)
     assert result.stdout == "False\n"

@@ -294,16 +294,15 @@ def test_options_are_changed_in_a_chat_and_a_new_temperature_compiles_nothing(
     assert "eos_token_id 2 (the checkpoint's)" in out and "min_p" in out.split("not set: ")[1]
 
 
-def test_an_assistant_drafts_the_answers(
+def test_an_assistant_with_another_tokenizer_drafts_the_answers(
     chat_folder: Path, renumbered_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One of them has another tokenizer."""
     answers = []
-    for assistant in ([], ["--assistant", "int8"], ["--assistant", str(renumbered_folder)]):
+    for assistant in ([], ["--assistant", str(renumbered_folder)]):
         piped(monkeypatch, ["hello there", "and then"])
         options = ["--model", str(chat_folder), "--max-tokens", "12", "--temp", "0"]
         assert main(["chat", *options, *assistant]) == 0
         captured = capsys.readouterr()
         answers.append(captured.out)
         assert captured.err.count("drafted tokens were accepted") == (2 if assistant else 0)
-    assert answers[0] == answers[1] == answers[2] != ""
+    assert answers[0] == answers[1] != ""

@@ -12,8 +12,8 @@ from jaxgen.cli.main import main
 
 
 @pytest.fixture(scope="module")
-def stories(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(write_stories(tmp_path_factory.mktemp("stories") / "stories.gguf"))
+def stories(one_layer: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_stories(tmp_path_factory.mktemp("stories") / "stories.gguf", one_layer))
 
 
 def test_generate_tells_the_story_of_the_folder(stories: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -36,10 +36,10 @@ def test_chat_talks_by_the_template_of_the_file(
 def test_inspect_plan_and_verify_describe_it(stories: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", stories]) == 0
     said = capsys.readouterr().out
-    for part in ("stories.gguf (GGUF)", "1,115,520", "2 (<|eos|>)", "has a template", "stored: float32"):
+    for part in ("stories.gguf (GGUF)", "328,064", "2 (<|eos|>)", "has a template", "stored: float32"):
         assert part in said
     assert main(["plan", stories, "--device", "v5e"]) == 0
-    assert "1,115,520 parameters in float32" in capsys.readouterr().out
+    assert "328,064 parameters in float32" in capsys.readouterr().out
     assert main(["verify", stories]) == 0
     assert "verified" in capsys.readouterr().err
 

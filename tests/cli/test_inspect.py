@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from architectures import architecture
 
-import jaxgen
+from jaxgen.checkpoint.load import BUNDLED_MODEL
 from jaxgen.cli.main import main
 
 
@@ -15,7 +15,7 @@ def lines(capsys: pytest.CaptureFixture[str], folder: Path) -> dict[str, str]:
 
 
 def test_the_bundled_model_is_described_by_its_numbers(capsys: pytest.CaptureFixture[str]) -> None:
-    found = lines(capsys, jaxgen.BUNDLED_MODEL)
+    found = lines(capsys, BUNDLED_MODEL)
     assert found["parameters"] == "1,115,520" and found["weights"] == "4.5 MB"
     assert found["cache"].startswith("2.6 kB per token and row")  # 2 * 5 layers * 2 heads * 32 * 4 bytes
     assert found["stops at"] == "2 (<|eos|>)" and found["context"] == "512 tokens"

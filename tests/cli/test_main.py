@@ -102,8 +102,10 @@ def test_an_interrupt_ends_the_process_without_a_traceback(moment: str) -> None:
     process.stderr.close()
 
 
-def test_nobody_reading_on_ends_it_quietly_and_a_closed_output_does_not_pass_for_success() -> None:
-    command = f"{sys.executable} -m jaxgen generate 'Once upon a time' --max-tokens"
+def test_nobody_reading_on_ends_it_quietly_and_a_closed_output_does_not_pass_for_success(
+    one_layer: Path,
+) -> None:
+    command = f"{sys.executable} -m jaxgen generate 'Once upon a time' --model '{one_layer}' --max-tokens"
     bash = ["bash", "-c", f"{command} 9000 --eos-token-id=999 | head -c 5; echo ${{PIPESTATUS[0]}}"]
     ended = subprocess.run(bash, capture_output=True, text=True)
     assert ended.stdout == "Once 141\n" and "Traceback" not in ended.stderr and "Errno" not in ended.stderr

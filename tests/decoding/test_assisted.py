@@ -117,12 +117,12 @@ def test_rules_with_a_memory_forget_the_drafts_that_were_dropped(model: Any) -> 
 
 
 def test_a_criterion_or_stop_string_ends_a_row_within_a_draft(bundled: Any, tokenizer: Any) -> None:
-    def says_was(input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array) -> jax.Array:
-        return (jax.lax.dynamic_slice_in_dim(input_ids, cur_len - 1, 1, axis=1) == was)[:, 0]
+    def says_said(input_ids: jax.Array, scores: jax.Array, cur_len: jax.Array) -> jax.Array:
+        return (jax.lax.dynamic_slice_in_dim(input_ids, cur_len - 1, 1, axis=1) == said)[:, 0]
 
-    was = tokenizer(" was", add_special_tokens=False)["input_ids"][-1]
+    said = tokenizer(" said", add_special_tokens=False)["input_ids"][-1]
     prompts = tokenizer(["Once upon a time", "One day, a small fox"], padding=True, return_tensors="np")
-    for rule in ({"stop_strings": ["little", "the"], "tokenizer": tokenizer}, {"stopping_criteria": [says_was]}):
+    for rule in ({"stop_strings": ["morning", "toy"], "tokenizer": tokenizer}, {"stopping_criteria": [says_said]}):
         keywords = {**prompts, "max_new_tokens": 40, **rule}
         ids = keywords.pop("input_ids")
         free = jaxgen.generate(bundled, ids, attention_mask=keywords["attention_mask"], max_new_tokens=40)

@@ -10,7 +10,6 @@ import numpy as np
 from checkpoints import CONFIG, Tensors, random_tensors
 from safetensors.numpy import load_file
 
-import jaxgen
 from jaxgen.lazy import byte_characters
 
 Metadata = Mapping[str, Any]
@@ -145,9 +144,8 @@ def byte_level() -> dict[str, Any]:
     )
 
 
-def write_stories(path: Path) -> Path:
-    """The bundled model with its tokenizer and a chat template."""
-    folder = jaxgen.BUNDLED_MODEL
+def write_stories(path: Path, folder: Path) -> Path:
+    """The story model of a folder with its tokenizer and a chat template."""
     config, model = (json.loads((folder / name).read_text()) for name in ("config.json", "tokenizer.json"))
     tokens = dict.fromkeys(sorted(model["model"]["vocab"], key=model["model"]["vocab"].get), NORMAL)
     tokens |= {each["content"]: CONTROL for each in model["added_tokens"]}

@@ -116,8 +116,8 @@ def test_a_loaded_model_holds_a_byte_per_weight_and_gives_nearly_the_same_distri
     assert 0 < float(divergence.mean()) < 0.005
 
 
-def test_a_model_in_bfloat16_multiplies_and_caches_in_it() -> None:
-    small = jaxgen.load(jaxgen.BUNDLED_MODEL, dtype="bfloat16", quantize="int8")
+def test_a_model_in_bfloat16_multiplies_and_caches_in_it(one_layer: Path) -> None:
+    small = jaxgen.load(one_layer, dtype="bfloat16", quantize="int8")
     assert small.dtype == jnp.bfloat16
     assert small.make_cache(1, 4).layers[0][0].dtype == jnp.bfloat16
     assert jaxgen.generate(small, [[5, 6]], max_new_tokens=4, num_beams=2, eos_token_id=None).shape == (1, 6)

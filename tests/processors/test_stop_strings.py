@@ -1,5 +1,6 @@
 """Stop strings: what transformers' criterion finds, this one finds, over tokenizers of every kind."""
 
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -164,11 +165,11 @@ def test_strings_that_no_token_can_end_are_refused() -> None:
 @pytest.mark.parametrize(
     "more", [{}, {"num_beams": 3}, pytest.param({"eos_token_id": None}, marks=pytest.mark.sweep)], ids=str
 )
-def test_generated_texts_stop_as_in_transformers(more: Any, bundled: Any, tokenizer: Any) -> None:
+def test_generated_texts_stop_as_in_transformers(more: Any, bundled: Any, one_layer: Path, tokenizer: Any) -> None:
     import torch
     from oracle import torch_model
 
-    twin = torch_model(jaxgen.BUNDLED_MODEL)
+    twin = torch_model(one_layer)
     prompts = tokenizer(
         ["Once upon a time", "One day, a small fox", "Pip the mouse"], padding=True, return_tensors="np"
     )
@@ -216,10 +217,10 @@ def test_transformers_own_criterion_takes_the_place_of_the_strings(bundled: Any,
     prompt = tokenizer("Once upon a time", return_tensors="np")
     plain = jaxgen.generate(bundled, **prompt, max_new_tokens=30)
     out = jaxgen.generate(
-        bundled, **prompt, max_new_tokens=30, stop_strings=["there"], tokenizer=tokenizer,
-        stopping_criteria=[StopStringCriteria(tokenizer, ["rabbit"])],
+        bundled, **prompt, max_new_tokens=30, stop_strings=["flowers"], tokenizer=tokenizer,
+        stopping_criteria=[StopStringCriteria(tokenizer, ["morning"])],
     )  # fmt: skip
-    assert "there" in tokenizer.decode(out[0]) and tokenizer.decode(out[0]).endswith("rabbit")
+    assert "flowers" in tokenizer.decode(out[0]) and tokenizer.decode(out[0]).endswith("morning")
     np.testing.assert_array_equal(out[0], plain[0, : out.shape[1]])
 
 

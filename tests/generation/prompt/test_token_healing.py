@@ -1,5 +1,6 @@
 """Prompts cut within a word go on with a token that extends it, as in transformers."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,8 @@ CUT = ["Once upon a time ther", "The little bun", "Lil", "Once upon a ti", "fox"
 
 
 @pytest.fixture(scope="module")
-def twin() -> Any:
-    return torch_model(jaxgen.BUNDLED_MODEL)
+def twin(one_layer: Path) -> Any:
+    return torch_model(one_layer)
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +53,8 @@ def test_a_prompt_of_another_length_is_refused_beside_a_mask_with_padding(bundle
         jaxgen.generate(bundled, ids, attention_mask=mask, token_healing=True, tokenizer=healer, max_new_tokens=2)
 
 
-def test_a_key_decides_what_a_checkpoint_that_samples_heals(healer: Any) -> None:
-    model = jaxgen.load(jaxgen.BUNDLED_MODEL)
+def test_a_key_decides_what_a_checkpoint_that_samples_heals(one_layer: Path, healer: Any) -> None:
+    model = jaxgen.load(one_layer)
     model.generation_config.do_sample, model.generation_config.temperature = True, 8.0
     ids = np.repeat(healer(["b"], return_tensors="np")["input_ids"], 2, axis=0)
     arguments = {"token_healing": True, "tokenizer": healer, "max_new_tokens": 3}

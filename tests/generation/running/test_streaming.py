@@ -23,7 +23,7 @@ from jaxgen.base import Prefill
 from jaxgen.decoding.loop import Progress
 from jaxgen.generation.running import driver
 
-COMBINATIONS, CALLS_EACH = 4, 50
+COMBINATIONS, CALLS_EACH = 4, 15
 
 
 class Recorder:
