@@ -52,15 +52,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 # Files that take more than half a minute. They come first, or the last one would keep one of two processes waiting.
 LONG = """
-test_encoder_decoder test_jax_settings test_assisted_mode test_mesh test_assisted test_assistant test_examples test_custom
-test_beam_search test_many_processes test_sampling test_logits_process test_api test_parity test_t5 test_streaming
+test_encoder_decoder test_jax_settings test_assisted_mode test_mesh test_assisted test_assistant test_examples
+test_custom test_beam_search test_many_processes test_sampling test_logits_process test_api test_parity test_t5 test_streaming
 test_continuing test_compile_cache test_chat_command test_generate_command test_pickles test_speller test_bench
 test_real_sizes test_bart test_mesh_processes
 """.split()
 
 
 def pytest_collection_finish() -> None:
-    """Looking for garbage among what was imported, and as often as by default, takes a twentieth of the suite's time."""
+    """Looking for garbage among all that was imported, as often as by default, takes a twentieth of the time."""
     gc.set_threshold(10_000, 20, 20)
     gc.collect()
     gc.freeze()
@@ -76,9 +76,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def processes_without_torch() -> None:
-    """Here and not above, where the workers of xdist would be among them."""
+    """By `sitecustomize`. Here and not above, where the workers of xdist would be among them."""
+    os.environ["TESTS_WITHOUT_TORCH"] = "1"
     helpers = Path(__file__).parent / "helpers"
     os.environ["PYTHONPATH"] = os.pathsep.join([str(helpers), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+@pytest.fixture
+def processes_with_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TESTS_WITHOUT_TORCH")
 
 
 @pytest.fixture(autouse=True, scope="module")

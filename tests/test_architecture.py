@@ -6,7 +6,6 @@ import functools
 import importlib
 import io
 import itertools
-import os
 import pkgutil
 import re
 import subprocess
@@ -233,24 +232,23 @@ def test_the_facade_says_three_times_the_same() -> None:
         _ = jaxgen.nonsense  # type: ignore[attr-defined]
 
 
-def printed_where_torch_is_found(program: str) -> str:
-    command, environment = [sys.executable, "-c", program], os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env=environment).stdout
-
-
+@pytest.mark.usefixtures("processes_with_torch")
 def test_a_call_does_not_import_torch_where_it_is_installed(folder: Path) -> None:
     program = (
         f"import sys, jaxgen; model = jaxgen.load({str(folder)!r}); "
         "jaxgen.generate(model, [[5, 6]], max_new_tokens=2, do_sample=True, guidance_scale=2.0, num_beams=2); "
         "print('torch' in sys.modules)"
     )
-    assert printed_where_torch_is_found(program) == "False\n"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert result.stdout == "False\n"
 
 
+@pytest.mark.usefixtures("processes_with_torch")
 def test_importing_jaxgen_imports_nothing_heavy() -> None:
     heavy = "{'torch', 'transformers', 'huggingface_hub', 'jax', 'flax', 'numpy'}"
     program = f"import sys, jaxgen; print({heavy} & set(sys.modules))"
-    assert printed_where_torch_is_found(program) == "set()\n"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert result.stdout == "set()\n"
 
 
 # Dimension letters: "    B  prompts of a call" in the docstring of `base`, [B, P] or [N * C, P'] everywhere else.

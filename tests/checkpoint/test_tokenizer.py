@@ -1,6 +1,5 @@
 """`load_tokenizer`: what `AutoTokenizer` reads from a folder or, with torch, from a GGUF file."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -103,10 +102,10 @@ def test_versions_of_transformers_that_split_texts_in_another_way_are_refused(
         jaxgen.load_tokenizer(file("llama", tmp_path))
 
 
+@pytest.mark.usefixtures("processes_with_torch")
 def test_no_torch_is_imported(tmp_path: Path) -> None:
     program = (
         f"import sys, jaxgen; jaxgen.load_tokenizer({str(file('llama', tmp_path))!r}); print('torch' in sys.modules)"
     )
-    command, environment = [sys.executable, "-c", program], os.environ | {"PYTHONPATH": str(ROOT)}
-    result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env=environment)
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
     assert result.stdout == "False\n"

@@ -15,7 +15,7 @@ from jaxgen.convert import pickles
 import jaxgen
 from jaxgen import CheckpointError, convert
 
-pytestmark = pytest.mark.oracle
+pytestmark = [pytest.mark.oracle, pytest.mark.usefixtures("processes_with_torch")]
 
 TIED = CONFIG | {"tie_word_embeddings": True}
 
