@@ -38,6 +38,7 @@ RULES, DRIVER, CACHE = (
     "jaxgen/kv_cache.py",
 )
 TENSORS, WRITING = "jaxgen/checkpoint/safetensors_file.py", "convert/writing.py"
+KERNEL, KERNELS = "jaxgen/models/decode_attention.py", "tests/models/test_decode_attention.py::test_"
 REAL = "tests/test_real_sizes.py::test_"
 DRAWN = f"{REAL}draws_from_fifty_thousand_tokens_equal_transformers_with_the_same_noise"
 GREEDY = f"{REAL}greedy_tokens_after_long_prompts_equal_transformers"
@@ -347,6 +348,41 @@ MUTANTS = [
         "np.arange(batch) if self.batch_size > 1 else 0",
         "np.arange(batch)",
         "tests/generation/test_continuing.py::test_one_prefix_serves_every_prompt_and_its_columns_are_read_once",
+    ),
+    Mutant(
+        KERNEL,
+        "decode_attention, the last block",
+        "after_last - first, 0)",
+        "after_last - first - 1, 0)",
+        f"{KERNELS}the_kernel_computes_the_attention_of_other_devices[(3, 2, 4, 1, 256, 64)-ragged]",
+    ),
+    Mutant(
+        KERNEL,
+        "decode_attention, blocks before the first",
+        "start = first[row] + share * each",
+        "start = share * each",
+        f"{KERNELS}the_kernel_computes_the_attention_of_other_devices[(3, 2, 4, 1, 256, 64)-window]",
+    ),
+    Mutant(
+        KERNEL,
+        "decode_attention, the mask of each column",
+        "number % columns",
+        "number // columns",
+        f"{KERNELS}the_kernel_computes_the_attention_of_other_devices[(2, 1, 3, 5, 192, 32)-ragged]",
+    ),
+    Mutant(
+        KERNEL,
+        "decode_attention, shares relative to the highest score",
+        "jnp.exp(highest[:, :, share] - top)",
+        "jnp.exp(0 * top)",
+        f"{KERNELS}the_kernel_computes_the_attention_of_other_devices[(3, 2, 4, 1, 256, 64)-ragged]",
+    ),
+    Mutant(
+        "jaxgen/decoding/loop.py",
+        "_read, room for a prompt's layers",
+        "        cache = cache.reserve(slots)\n",
+        "",
+        "tests/generation/running/test_memory.py::test_each_layer_of_a_prompt_is_written_where_it_will_stay",
     ),
     Mutant(
         CACHE,
