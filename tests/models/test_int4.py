@@ -44,9 +44,7 @@ def groups(array: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("columns", [64, 41])
 @OF
-def test_a_weight_is_off_by_an_eighth_of_the_largest_of_its_group_and_a_120th_of_that_of_its_row(
-    columns: int, of: Any
-) -> None:
+def test_weights_are_off_by_half_an_eighth_of_the_largest_of_their_group_or_less(columns: int, of: Any) -> None:
     array = matrix(columns=columns)
     found = quantised(of(array))
     assert found.values.dtype == np.uint8 and found.values.shape == (16, 40, -(-columns // 32))
@@ -54,12 +52,18 @@ def test_a_weight_is_off_by_an_eighth_of_the_largest_of_its_group_and_a_120th_of
     rest = array.copy()
     rest[:, np.asarray(found.columns)] = 0
     peaks = np.abs(groups(rest)).max(axis=2, keepdims=True)
-    steps = peaks / 8 + peaks.max(axis=1, keepdims=True) / 120
-    assert (np.abs(groups(wide(found) - array)) <= 1.0001 * steps).all()
-    furthest = np.take_along_axis(
-        np.abs(groups(wide(found) - array)), np.abs(groups(rest)).argmax(axis=2)[..., None], 2
-    )
-    assert (furthest <= 0.5001 * steps).all(), "the entry furthest from zero is not clipped"
+    errors = np.sqrt((groups(wide(found) - array) ** 2).mean(axis=2, keepdims=True))
+    assert (errors <= peaks / 16 + peaks.max(axis=1, keepdims=True) / 240).all()
+
+
+@OF
+def test_the_multiplier_of_a_group_is_the_best_of_three(of: Any) -> None:
+    array = np.ones((2, 16), np.float32)  # too few columns for outliers
+    array[:, 0] = 15, -15
+    found = quantised(of(array))
+    np.testing.assert_allclose(found.scales, [0.125, 0.125], rtol=1e-6)
+    # In steps of 15, 14 and 13 eighths, 1 is off by 7, 6 and 5 eighths, and 15 by 0, 8 and 16.
+    np.testing.assert_array_equal(found.multipliers, [[-14], [14]])
 
 
 def test_numpy_and_jax_give_the_same_values() -> None:
@@ -155,31 +159,35 @@ def named(model: Any) -> Any:
     return zip(paths, leaves, strict=True)
 
 
-def test_generate_gives_the_tokens_of_the_dequantised_weights_near_those_of_the_full_model() -> None:
-    model, small = (jaxgen.load(jaxgen.BUNDLED_MODEL, dtype="float32", quantize=each) for each in (None, "int4"))
+def test_generate_gives_the_tokens_of_the_dequantised_weights() -> None:
+    small = jaxgen.load(jaxgen.BUNDLED_MODEL, dtype="float32", quantize="int4").first_layers(1)
     leaves = [jnp.asarray(wide(leaf), jnp.float32) if isinstance(leaf, Int8) else leaf for _, leaf in named(small)]
-    dequantised = jax.tree.unflatten(jax.tree.structure(model), leaves)
-    keywords = {"max_new_tokens": 60, "eos_token_id": None}
-    story = jaxgen.generate(model, [[1, 5, 6]], **keywords)
-    found, expected = (jaxgen.generate(each, [[1, 5, 6]], **keywords) for each in (small, dequantised))
-    np.testing.assert_array_equal(found, expected)
-    log_probabilities = jax.jit(lambda model: jax.nn.log_softmax(model(jnp.asarray(story))))
-    log_p, log_q = log_probabilities(model), log_probabilities(small)
-    assert 0 < float((jnp.exp(log_p) * (log_p - log_q)).sum(axis=-1).mean()) < 0.3
+    dequantised = jax.tree.unflatten(jax.tree.structure(small, is_leaf=lambda leaf: isinstance(leaf, Int8)), leaves)
+    tokens = [jaxgen.generate(each, [[1, 5, 6]], max_new_tokens=60, eos_token_id=None) for each in (small, dequantised)]
+    np.testing.assert_array_equal(*tokens)
+
+
+def test_the_distributions_stay_near_those_of_the_full_model(bundled: Any, tokenizer: Any) -> None:
+    text = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park with her dog."
+    ids = tokenizer(text, return_tensors="np")["input_ids"]
+    log_probabilities = jax.jit(lambda model: jax.nn.log_softmax(model(jnp.asarray(ids))))
+    small = jaxgen.load(jaxgen.BUNDLED_MODEL, dtype="float32", quantize="int4")
+    log_p, log_q = log_probabilities(bundled), log_probabilities(small)
+    divergence = float((jnp.exp(log_p) * (log_p - log_q)).sum(axis=-1).mean())
+    assert 0 < divergence < 0.1, divergence
 
 
 def test_a_copy_is_the_model_that_is_loaded_so_and_caches_in_its_dtype() -> None:
-    model, small = (jaxgen.load(jaxgen.BUNDLED_MODEL, dtype="bfloat16", quantize=each) for each in (None, "int4"))
+    load = functools.partial(jaxgen.load, jaxgen.BUNDLED_MODEL, dtype="bfloat16")
+    copy, small = jax.eval_shape(jaxgen.to_int4, load()), load(quantize="int4")
     assert small.dtype == jnp.bfloat16 and small.make_cache(1, 4).layers[0][0].dtype == jnp.bfloat16
-    copy = jaxgen.to_int4(model)
     assert jax.tree.structure(copy) == jax.tree.structure(small)
-    for (_, found), (_, expected) in zip(named(copy), named(small), strict=True):
-        if isinstance(found, Int8):  # XLA and NumPy may round halves of a step differently
-            assert np.abs(wide(found) - wide(expected)).mean() < 1e-3 * np.abs(wide(expected)).mean()
+    for found, expected in zip(jax.tree.leaves(copy), jax.tree.leaves(small), strict=True):
+        assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
 
 
 def test_no_program_holds_its_weights_wide() -> None:
-    config = CONFIG | {"vocab_size": 997, "hidden_size": 256, "intermediate_size": 512}
+    config = CONFIG | {"vocab_size": 997, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1}
     model = jaxgen.from_config(config, quantize="int4")
     call = jaxgen.prepare(model, np.ones((1, 20), int), max_new_tokens=20)
     state = jax.eval_shape(lambda: loop._prefill(model, call))
