@@ -167,12 +167,12 @@ def test_generate_gives_the_tokens_of_the_dequantised_weights() -> None:
     np.testing.assert_array_equal(*tokens)
 
 
-def test_the_distributions_stay_near_those_of_the_full_model(bundled: Any, tokenizer: Any) -> None:
+def test_the_distributions_stay_near_those_of_the_full_model(tokenizer: Any) -> None:
     text = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park with her dog."
     ids = tokenizer(text, return_tensors="np")["input_ids"]
     log_probabilities = jax.jit(lambda model: jax.nn.log_softmax(model(jnp.asarray(ids))))
-    small = jaxgen.load(jaxgen.BUNDLED_MODEL, dtype="float32", quantize="int4")
-    log_p, log_q = log_probabilities(bundled), log_probabilities(small)
+    model, small = (jaxgen.load(jaxgen.BUNDLED_MODEL, dtype="float32", quantize=each) for each in (None, "int4"))
+    log_p, log_q = log_probabilities(model), log_probabilities(small)
     divergence = float((jnp.exp(log_p) * (log_p - log_q)).sum(axis=-1).mean())
     assert 0 < divergence < 0.1, divergence
 
