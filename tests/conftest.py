@@ -1,7 +1,6 @@
 """What all tests share: exact float32 products, and small random Llamas with their transformers twins."""
 
 import gc
-import importlib.util
 import json
 import os
 import re
@@ -33,7 +32,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-from oracle import torch_model
+from oracle import HAS_TORCH, torch_model
 from random_calls import small_model
 from safetensors.numpy import load_file, save_file
 
@@ -42,8 +41,6 @@ import jaxgen
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_numpy_rank_promotion", "allow")
 jax.config.update("jax_traceback_in_locations_limit", 0)  # which programs do not need; a few percent of the suite
-
-HAS_TORCH = importlib.util.find_spec("torch") is not None
 
 
 def pytest_configure(config: pytest.Config) -> None:

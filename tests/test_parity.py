@@ -8,9 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from architectures import ARCHITECTURES, NEW_TOKENS, PROMPT_COLUMNS, REAL_SIZES, Architecture
-from conftest import HAS_TORCH
 from encoder_decoders import RECORD, RECORDED_CALLS, RECORDED_SEEDS, encoder_decoder, recorded_source
-from oracle import live, recorded, torch_logits, torch_model
+from oracle import HAS_TORCH, live, recorded, torch_logits, torch_model
 
 import jaxgen
 

@@ -12,8 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from architectures import LARGE, REAL_SIZES, SMALL, RealSize
-from conftest import HAS_TORCH
-from oracle import live, recorded, torch_generate, torch_model
+from oracle import HAS_TORCH, live, recorded, torch_generate, torch_model
 from shared_noise import in_jaxgen, in_torch
 
 import jaxgen

@@ -3,6 +3,7 @@
 `python tests/helpers/oracle.py` records the answers again.
 """
 
+import importlib.util
 import json
 import tempfile
 from functools import cache
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 from architectures import ARCHITECTURES, FAMILY_MEMBERS, REAL_SIZES, USUAL_MEMBERS, Architecture
 
+HAS_TORCH = importlib.util.find_spec("torch") is not None
 DATA = Path(__file__).parents[1] / "data"
 RECORDS = {
     "greedy.json": ARCHITECTURES,

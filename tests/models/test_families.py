@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from architectures import FAMILY_MEMBERS, NEW_TOKENS, USUAL_MEMBERS, Architecture, family_member
 from checkpoints import CONFIG
-from conftest import HAS_TORCH
-from oracle import live, recorded, torch_logits, torch_model
+from oracle import HAS_TORCH, live, recorded, torch_logits, torch_model
 from shared_noise import in_jaxgen, in_torch
 
 import jaxgen
