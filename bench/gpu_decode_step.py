@@ -6,7 +6,7 @@
 Makes the weights on the device, and states as after a prompt of `--columns` tokens, so that no prefill is compiled.
 Then it times `advance` itself, with the compiler options of each variant, the most telling variants first; among them
 whole calls of `generate`, one with a `max_time`; and at the end calls of transformers on torch, if both are installed.
-Each figure is appended to OUT/figures.jsonl at once: a variant that fails, or a run that ends early, costs nothing else.
+Each figure is appended to OUT/figures.jsonl at once: a variant that fails, or a run cut short, costs nothing else.
 Shares are those of the bandwidth measured in the same run; `dispatch_share` is how much of the time of a chunk passes
 before its dispatch returns; `same_tokens` compares with the first variant of that batch (random weights in bfloat16: a
 few may differ).
