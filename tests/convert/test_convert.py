@@ -200,6 +200,7 @@ def test_links_are_followed_within_the_folder_and_nowhere_else(source: Path, tmp
 
 
 @pytest.mark.filterwarnings("ignore:.*is read from pickles")
+@pytest.mark.usefixtures("processes_with_torch")
 @pytest.mark.parametrize("pickled", [False, True])
 def test_links_that_lead_elsewhere_are_followed_on_request(pickled: bool, source: Path, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
