@@ -11,7 +11,6 @@ from jaxgen.decoding.loop import DecodeState, finalize
 from jaxgen.exchange import fetch
 from jaxgen.generation.call import PreparedCall
 from jaxgen.generation.outputs import GenerateOutput
-from jaxgen.generation.prompt.checks import refuse_tracer
 from jaxgen.generation.prompt.past_key_values import PastKeyValues
 
 logger = logging.getLogger(__name__)
@@ -24,9 +23,7 @@ def to_output(prepared: PreparedCall, state: DecodeState) -> np.ndarray | Genera
 
     Its arrays are copies: they are writable, and do not keep the padded arrays alive.
     """
-    outputs = finalize(prepared.call.strategy, state)
-    refuse_tracer(outputs["length"])
-    fetched = fetch(dict(outputs))
+    fetched = fetch(dict(finalize(prepared.call.strategy, state)))
     if fetched["invalid"].any():
         logger.warning(
             "Rows %s produced NaN or infinite scores; their tokens are not meaningful. Check the weights, load as "

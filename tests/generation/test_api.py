@@ -206,6 +206,8 @@ def test_inside_a_transformation_the_error_points_to_decode(model: Any) -> None:
         jax.jit(lambda ids: jaxgen.prepare(model, ids, max_new_tokens=3))(jnp.array(PROMPT))
     with pytest.raises(ValueError, match=r"Use `jaxgen\.decode`"):
         jax.jit(lambda model: jaxgen.generate(model, PROMPT, max_new_tokens=3))(model)
+    with pytest.raises(ValueError, match=r"Use `jaxgen\.decode`"):
+        jax.jit(lambda: jaxgen.generate(model, PROMPT, max_new_tokens=3))()
 
 
 def test_a_model_says_where_generate_is(model: Any) -> None:

@@ -25,6 +25,7 @@ from jaxgen.base import MORE_COLUMNS, Strategy
 from jaxgen.buckets import bucket
 from jaxgen.decoding.loop import DecodeState, Progress, advance, drop_programs_if_many, grow, prefill, squeeze
 from jaxgen.generation.call import PreparedCall
+from jaxgen.generation.prompt.checks import refuse_tracer
 from jaxgen.generation.running.compile_clock import compile_seconds
 from jaxgen.processors.stopping_criteria import MaxLength
 
@@ -150,6 +151,7 @@ class Run:
         self.compiling = 0.0
         with self._compiling():
             self.state, self.progress = prefill(model, prepared.call, prepared.intermediates, self._size.slots)
+        refuse_tracer(self.progress.length)  # JAX's own error would be about the compiler options of `advance`
         self._latest = self.progress
 
     @property
