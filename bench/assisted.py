@@ -25,6 +25,7 @@ import numpy as np
 from common import positive, record
 
 import jaxgen
+from jaxgen.checkpoint.load import QUANTIZATIONS, quantised_model
 from jaxgen.decoding.assistant import Assistant, AssistantMemory
 from jaxgen.decoding.drafters import Choose, Chosen, Draft, Texts
 from jaxgen.planning.shapes import SHAPES
@@ -89,8 +90,8 @@ def main() -> None:
                 drafts = told(model, arguments.assistant, ids, call, num_tokens, arguments.right)
                 tasks |= {f"{share:.0%} right": (ids, call, {"assistant_model": each}) for share, each in drafts}
             elif arguments.assistant:
-                copied = {"int8": jaxgen.to_int8, "int4": jaxgen.to_int4}.get(arguments.assistant)
-                other = copied(model) if copied else jaxgen.load(arguments.assistant)
+                kind = arguments.assistant
+                other = quantised_model(model, kind) if kind in QUANTIZATIONS else jaxgen.load(kind)
                 assistant = {"assistant_model": other, "num_assistant_tokens": num_tokens}
                 tasks["assistant"] = ids, call, assistant
             else:

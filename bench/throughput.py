@@ -33,6 +33,7 @@ from jax.sharding import Mesh
 from reference import Reference, everywhere
 
 import jaxgen
+from jaxgen.checkpoint.load import QUANTIZATIONS
 from jaxgen.planning.shapes import SHAPES
 
 KEY = 0
@@ -46,7 +47,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", nargs="+", type=int, default=[128], help="at least 2 (default: 128)")
     parser.add_argument("--decode", nargs="+", choices=DECODES, default=["greedy"])
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    parser.add_argument("--quantize", choices=["int8", "int4"], help="hold the weights in 8 or 4 bits")
+    parser.add_argument("--quantize", choices=QUANTIZATIONS, help="hold the weights in 8 or 4 bits")
     parser.add_argument("--mesh", metavar="DATAxTENSOR", help="spread the model over devices, such as 1x4")
     parser.add_argument(
         "--distributed",

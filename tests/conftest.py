@@ -50,9 +50,9 @@ def pytest_configure(config: pytest.Config) -> None:
 # Files that take more than half a minute. They come first, or the last one would keep one of two processes waiting.
 LONG = """
 test_encoder_decoder test_jax_settings test_assisted_mode test_mesh test_assisted test_assistant test_examples
-test_custom test_beam_search test_many_processes test_sampling test_logits_process test_api test_parity test_t5 test_streaming
-test_continuing test_compile_cache test_chat_command test_generate_command test_pickles test_speller test_bench
-test_real_sizes test_bart test_mesh_processes
+test_custom test_beam_search test_many_processes test_sampling test_logits_process test_api test_parity test_t5
+test_streaming test_continuing test_compile_cache test_chat_command test_generate_command test_pickles test_speller
+test_bench test_real_sizes test_bart test_mesh_processes
 """.split()
 
 

@@ -191,10 +191,7 @@ def _add_plan_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--num-beams", type=int, default=1, metavar="N")
     parser.add_argument("--num-return-sequences", type=int, default=1, metavar="N")
-    parser.add_argument("--dtype", choices=_DTYPES, help="default: the checkpoint's own")
-    parser.add_argument(
-        "--quantize", choices=("int8", "int4"), help="hold the weights in one byte each, or in half a byte"
-    )
+    _add_weight_options(parser)
     parser.add_argument(
         "--assistant",
         metavar="MODEL",
@@ -238,12 +235,16 @@ def _add_convert_options(parser: argparse.ArgumentParser) -> None:
     _add_source_options(parser)
 
 
-def _add_model_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", metavar="MODEL", help=f"{_FOLDER}, or {_NAME}; the bundled story model by default")
+def _add_weight_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=_DTYPES, help="default: the checkpoint's own")
     parser.add_argument(
         "--quantize", choices=("int8", "int4"), help="hold the weights in one byte each, or in half a byte"
     )
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", metavar="MODEL", help=f"{_FOLDER}, or {_NAME}; the bundled story model by default")
+    _add_weight_options(parser)
     _add_source_options(parser)
     _add_cache_option(parser)
 

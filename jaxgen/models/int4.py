@@ -112,9 +112,9 @@ def group_count(columns: int) -> int:
 def _quantise(numpy: ModuleType, wide: Array) -> tuple[Array, Array, Array]:
     """`values`, `multipliers` and `scales` of a float32 [out, in]. Zeros have the scale 0; NaN shows in the scale.
 
-    The entry of a group that is furthest from zero becomes about -8, of which there is no positive counterpart. Its
-    multiplier is the best of three, the largest of which leaves that entry in range: smaller ones cut it and round the
-    others less. That takes a quarter of the squared error away (SmolLM2-135M).
+    The entry of a group that is furthest from zero becomes about -8, since the range ends at 7 on the other side. Three
+    multipliers are tried and the best is taken: the largest leaves that entry in range, the other two cut it and round
+    the rest less. That takes a quarter of the squared error away (SmolLM2-135M).
     """
     out, columns = wide.shape
     groups = group_count(columns)

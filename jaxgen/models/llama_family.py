@@ -62,8 +62,8 @@ def partition(config: LlamaConfig, mesh: Mesh | AbstractMesh) -> Callable[[str],
 
     Weights [out, in] that produce heads or MLP units, and the embedding and the head [V, D], are sharded by rows.
     Weights that consume heads or units are sharded by columns. All others are replicated. If the axis does not divide
-    the key-value heads, every device computes all heads and holds the whole cache, but of the weights of attention it
-    still holds a share, of their columns: those of a 405B are 144 GB.
+    the key-value heads, every device computes all heads and holds the whole cache, but only a share of the columns of
+    attention's weights, which take 144 GB in a 405B.
 
     Raises:
         ValueError: if the axis does not divide the units.

@@ -75,7 +75,7 @@ def test_numpy_and_jax_give_the_same_values() -> None:
 
 def test_a_matrix_of_many_rows_is_quantised_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     array = matrix()
-    array[:7, 3], array[:, 5] = 0, array[:, 5] / 10  # the smallest column of the first part, and that of the whole
+    array[:7, 3], array[:, 5] = 0, array[:, 5] / 10  # column 3 is the smallest of the first part, 5 of all
     whole = quantised(array)
     monkeypatch.setattr("jaxgen.models.int8._ROWS", 7)
     for found, expected in zip(jax.tree.leaves(quantised(array)), jax.tree.leaves(whole), strict=True):

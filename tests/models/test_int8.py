@@ -36,7 +36,7 @@ def test_every_weight_is_off_by_half_a_127th_of_the_largest_of_its_row_at_most(o
 
 def test_a_matrix_of_many_rows_is_quantised_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     array = matrix()
-    array[:7, 3], array[:, 5] = 0, array[:, 5] / 10  # the smallest column of the first part, and that of the whole
+    array[:7, 3], array[:, 5] = 0, array[:, 5] / 10  # column 3 is the smallest of the first part, 5 of all
     whole = quantised(array)
     monkeypatch.setattr("jaxgen.models.int8._ROWS", 7)
     in_parts = quantised(array)
