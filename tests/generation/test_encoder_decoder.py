@@ -191,7 +191,7 @@ def test_a_row_depends_neither_on_its_neighbours_nor_on_padding_nor_on_the_bucke
     ids, mask = (np.pad(array, ((0, 0), (0, 27))) for array in (IDS, MASK))
     wider = generate(ours, ids, attention_mask=mask, output_scores=True, return_dict_in_generate=True)
     np.testing.assert_array_equal(wider.sequences, together.sequences)
-    np.testing.assert_allclose(wider.scores, together.scores, rtol=1e-3, atol=1e-4)
+    assert_close(wider.scores, together.scores, "scores")
     for row, length in enumerate(LENGTHS):
         alone = generate(ours, IDS[row : row + 1, :length], attention_mask=None)
         np.testing.assert_array_equal(alone[0], together.sequences[row])
