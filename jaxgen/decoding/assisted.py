@@ -100,8 +100,8 @@ class Assisted(Strategy[AssistedState]):
     Processors and criteria are called for one row at a time, with that row's own length.
 
     Attributes:
-        eos, max_length, pad_token_id, key, processors, stopping_criteria, num_return_sequences, outputs: as in
-            `Sample`.
+        eos, max_length, pad_token_id, key, processors, stopping_criteria, num_return_sequences, outputs, vocab_shards:
+            as in `Sample`.
         drafter: proposes tokens.
         whole_cache: whether finished rows read padding until the cache holds as many of their columns as of the longest
             row, static.
@@ -116,6 +116,7 @@ class Assisted(Strategy[AssistedState]):
     stopping_criteria: tuple[StoppingCriterion, ...] = ()
     num_return_sequences: int = field(default=1, metadata={"static": True})
     outputs: tuple[str, ...] = field(default=(), metadata={"static": True})
+    vocab_shards: int = field(default=1, metadata={"static": True})
     whole_cache: bool = field(default=False, metadata={"static": True})
 
     @property
@@ -190,6 +191,7 @@ class Assisted(Strategy[AssistedState]):
             ~read.reshape(-1),
             warpers,
             "logprobs" in self.outputs,
+            self.vocab_shards,
         )
         tokens, log_p, invalid = (array.reshape(rows, columns) for array in choice)
 
@@ -269,7 +271,9 @@ class Assisted(Strategy[AssistedState]):
             processors, tokens, logits[:, None], lengths, jnp.ones((rows, 1), bool), own[: len(processors)]
         )
         step = (lengths - state.prompt_length)[:, None]
-        choice = choose(logits, scores[:, 0], state.keys, step, jnp.zeros(rows, bool), warpers, with_log_p=True)
+        choice = choose(
+            logits, scores[:, 0], state.keys, step, jnp.zeros(rows, bool), warpers, True, self.vocab_shards
+        )
         after = iter(_after(stacked, jnp.ones(rows, jnp.int32)))
         # Host processors and warpers have no states.
         states = tuple(next(after, ()) if not each.on_host else () for each in self.processors)

@@ -98,6 +98,7 @@ class BeamSearch(Strategy[BeamState]):
         num_beams: C, static.
         num_candidates: W, static: the candidates of a prompt, which finish or keep running.
         outputs: the arrays to record at every step, static: "scores", "logits", "parents".
+        vocab_shards: static. The number of devices that the vocabulary is sharded over; see `blocked_top_k`.
     """
 
     eos: EosCriterion
@@ -113,6 +114,7 @@ class BeamSearch(Strategy[BeamState]):
     num_beams: int = field(default=2, metadata={"static": True})
     num_candidates: int = field(default=4, metadata={"static": True})
     outputs: tuple[str, ...] = field(default=(), metadata={"static": True})
+    vocab_shards: int = field(default=1, metadata={"static": True})
 
     @property
     def branches(self) -> int:
@@ -206,21 +208,22 @@ class BeamSearch(Strategy[BeamState]):
         running = state.running
         vocab_size = scores.shape[1]
         step = state.cur_len - state.prompt_length
-        # [B * C, V] -> [B, C * V]: index i of a row is token i % V after beam i // V.
+        # Of [B, C, V], index i of a row is token i % V after beam i // V.
         totals = scores.reshape(*running.scores.shape, vocab_size) + running.scores[:, :, None]
-        totals = totals.reshape(len(running.scores), -1)
+        prompts = jnp.arange(len(totals))[:, None]
         if state.keys is None:
-            values, indices, invalid = blocked_top_k(totals, self.num_candidates)
+            values, indices, invalid = blocked_top_k(totals, self.num_candidates, self.vocab_shards)
         else:
             # The key of a prompt and the index in [C * V] tell the continuations of different beams apart.
-            noise = gumbel(state.keys, step, jnp.broadcast_to(jnp.arange(totals.shape[1]), totals.shape))
-            _, indices, invalid = blocked_top_k(totals + noise, self.num_candidates)
+            numbers = jnp.broadcast_to(jnp.arange(totals[0].size).reshape(totals[0].shape), totals.shape)
+            noise = gumbel(state.keys, step, numbers)
+            _, indices, invalid = blocked_top_k(totals + noise, self.num_candidates, self.vocab_shards)
             # They come in the order of their noisy totals; transformers sorts its samples by score.
-            sampled = jnp.take_along_axis(totals, indices, axis=1)
+            sampled = totals[prompts, indices // vocab_size, indices % vocab_size]
             values, order = lax.top_k(sampled, self.num_candidates)
             indices = jnp.take_along_axis(indices, order, axis=1)
         sources, tokens = indices // vocab_size, indices % vocab_size
-        rows = jnp.arange(len(sources))[:, None] * self.num_beams + sources
+        rows = prompts * self.num_beams + sources
         return running.extend(sources, tokens, values, rows, state.cur_len, step), sources, invalid
 
     def _finish(self, candidates: Beams, state: BeamState) -> Beams:

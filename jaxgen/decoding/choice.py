@@ -16,7 +16,7 @@ from jax import lax
 from jaxgen.base import LogitsProcessor, step_buffers
 from jaxgen.decoding.gumbel import gumbel
 from jaxgen.processors.logits_process import TopK, TopP, Warper
-from jaxgen.processors.top_k import blocked_argmax, blocked_top_k, to_blocks
+from jaxgen.processors.top_k import blocked_argmax, blocked_top_k, row_maxima
 from jaxgen.pytree import pytree
 
 WINDOW = 64  # candidates of a sample; more than the usual top_k of 50
@@ -66,6 +66,7 @@ def choose(
     finished: jax.Array,
     warpers: Warpers | None = None,
     with_log_p: bool = False,
+    vocab_shards: int = 1,
 ) -> Choice:
     """One token per row: of equal scores the one with the lowest id.
 
@@ -77,6 +78,7 @@ def choose(
         finished: bool [N]. Rows that may get any token.
         warpers: applied only to the candidates if these are certain to hold the sample.
         with_log_p: whether log-probabilities are needed.
+        vocab_shards: the number of devices that V is sharded over, static.
     """
 
     def pick(scores: jax.Array, token_ids: jax.Array | None = None) -> Choice:
@@ -100,14 +102,14 @@ def choose(
         choice = pick(scores)
         if keys is None:
             return choice
-        return choice._replace(invalid=choice.invalid | ~jnp.isfinite(to_blocks(logits).max(axis=(1, 2))))
+        return choice._replace(invalid=choice.invalid | ~jnp.isfinite(row_maxima(logits, vocab_shards)))
 
     def pick_from_all(scores: jax.Array) -> Choice:
         for warper in (warpers.top_k, *warpers.others):
             scores = warper.warp(scores)
         return pick(scores)
 
-    candidates = _candidates(scores, warpers.top_k, warpers.others, finished)
+    candidates = _candidates(scores, warpers.top_k, warpers.others, finished, vocab_shards)
     choice = lax.cond(
         candidates.complete,
         lambda: pick(candidates.scores, candidates.token_ids),
@@ -142,7 +144,9 @@ class _Candidates:
     invalid: jax.Array
 
 
-def _candidates(scores: jax.Array, top_k: TopK, warpers: list[Warper], finished: jax.Array) -> _Candidates:
+def _candidates(
+    scores: jax.Array, top_k: TopK, warpers: list[Warper], finished: jax.Array, vocab_shards: int
+) -> _Candidates:
     """Warps only the W highest scores, and tells whether they were enough.
 
     They are enough if top_k is at most W and no token outside has the same score as the last one inside, or if all
@@ -163,7 +167,7 @@ def _candidates(scores: jax.Array, top_k: TopK, warpers: list[Warper], finished:
     top_p = nucleus.top_p
     limited = top_k.top_k <= window
 
-    values, token_ids, invalid = blocked_top_k(scores, window)
+    values, token_ids, invalid = blocked_top_k(scores, window, vocab_shards)
     # The k-th highest score; only used if top_k is within the window.
     last = lax.dynamic_slice_in_dim(values, jnp.clip(top_k.top_k, 1, window) - 1, 1, axis=1)
     edge = values[:, -1:]

@@ -82,6 +82,7 @@ class ContrastiveSearch(Strategy[ContrastiveState]):
         penalty_alpha: float32 [], in [0, 1].
         top_k: C, static: the candidates of a step.
         outputs: the arrays to record at every step, static: "scores", "logits", "chosen".
+        vocab_shards: static. The number of devices that the vocabulary is sharded over; see `blocked_top_k`.
     """
 
     eos: EosCriterion
@@ -92,6 +93,7 @@ class ContrastiveSearch(Strategy[ContrastiveState]):
     stopping_criteria: tuple[StoppingCriterion, ...] = ()
     top_k: int = field(default=4, metadata={"static": True})
     outputs: tuple[str, ...] = field(default=(), metadata={"static": True})
+    vocab_shards: int = field(default=1, metadata={"static": True})
 
     @property
     def branches(self) -> int:
@@ -176,7 +178,7 @@ class ContrastiveSearch(Strategy[ContrastiveState]):
     def _propose(self, logits: jax.Array, scores: jax.Array, state: ContrastiveState) -> ContrastiveState:
         """The state with the C most likely next tokens, by the scores of the last column, float32 [N, V]."""
         scores, states = process(self.processors, state.sequences, scores, state.cur_len, state.processors)
-        highest, tokens, invalid = blocked_top_k(scores, self.top_k)
+        highest, tokens, invalid = blocked_top_k(scores, self.top_k, self.vocab_shards)
         values = {"scores": scores, "logits": logits, "chosen": state.chosen}
         return replace(
             state,

@@ -102,6 +102,7 @@ class GroupBeamSearch(Strategy[GroupState]):
         num_beam_groups: static; divides C.
         num_candidates: W, static: the candidates of a group, which finish or keep running.
         outputs: the arrays to record at every step, static: "scores", "logits", "parents".
+        vocab_shards: static. The number of devices that the vocabulary is sharded over; see `blocked_top_k`.
     """
 
     eos: EosCriterion
@@ -119,6 +120,7 @@ class GroupBeamSearch(Strategy[GroupState]):
     num_beam_groups: int = field(default=2, metadata={"static": True})
     num_candidates: int = field(default=4, metadata={"static": True})
     outputs: tuple[str, ...] = field(default=(), metadata={"static": True})
+    vocab_shards: int = field(default=1, metadata={"static": True})
 
     @property
     def branches(self) -> int:
@@ -205,9 +207,9 @@ class GroupBeamSearch(Strategy[GroupState]):
             self.processors, sequences, scores.reshape(-1, vocab_size), state.cur_len, group.processors
         )
         scores = scores.reshape(-1, size, vocab_size)
-        # [B, group_size * V]: index i of a row is token i % V after beam i // V of the group.
-        totals = (scores + running.scores[:, :, None]).reshape(len(scores), -1)
-        values, indices, invalid = blocked_top_k(totals, self.num_candidates)
+        # Of [B, group_size, V], index i of a row is token i % V after beam i // V of the group.
+        totals = scores + running.scores[:, :, None]
+        values, indices, invalid = blocked_top_k(totals, self.num_candidates, self.vocab_shards)
         sources, tokens = indices // vocab_size, indices % vocab_size
         ends = (tokens[:, :, None] == self.eos.eos_token_id[None, None]).any(axis=2)
         tokens = jnp.where(ends, self.last_token, tokens)

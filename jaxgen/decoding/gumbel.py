@@ -29,14 +29,15 @@ def row_keys(key: jax.Array, prompts: int, copies: int) -> jax.Array:
 
 
 def gumbel(keys: jax.Array, step: jax.Array, token_ids: jax.Array) -> jax.Array:
-    """Standard Gumbel noise, float32 [N, W], with a Threefry block for each key, step and token id.
+    """Standard Gumbel noise, float32 of the shape of `token_ids`, with a Threefry block for each key, step and token id.
 
     Args:
         keys: uint32 [N, 2].
         step: int32 []. The number of tokens generated so far.
-        token_ids: int32 [N, W], or for beams indices into [C * V].
+        token_ids: int32 [N, W], or for beams [B, C, V]: indices into C * V.
     """
-    bits = _threefry(keys[:, :1], keys[:, 1:], step.astype(jnp.uint32), token_ids.astype(jnp.uint32))
+    key_0, key_1 = (keys[:, word].reshape(-1, *[1] * (token_ids.ndim - 1)) for word in (0, 1))
+    bits = _threefry(key_0, key_1, step.astype(jnp.uint32), token_ids.astype(jnp.uint32))
     # The largest noise decides, so it comes from the smallest `uniform`, where float32 has the most values. At 1 the
     # noise would be -inf.
     uniform = jnp.minimum((bits.astype(jnp.float32) + 0.5) * 2.0**-32, 1 - 2.0**-24)

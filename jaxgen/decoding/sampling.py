@@ -71,6 +71,7 @@ class Sample(Strategy[SampleState]):
         stopping_criteria: the caller's own, called with (input_ids, scores, cur_len) after each token.
         num_return_sequences: static.
         outputs: the arrays to record at every step, static: "scores", "logits", "logprobs".
+        vocab_shards: static. The number of devices that the vocabulary is sharded over; see `blocked_top_k`.
     """
 
     eos: EosCriterion
@@ -81,6 +82,7 @@ class Sample(Strategy[SampleState]):
     stopping_criteria: tuple[StoppingCriterion, ...] = ()
     num_return_sequences: int = field(default=1, metadata={"static": True})
     outputs: tuple[str, ...] = field(default=(), metadata={"static": True})
+    vocab_shards: int = field(default=1, metadata={"static": True})
 
     @property
     def copies(self) -> int:
@@ -113,7 +115,9 @@ class Sample(Strategy[SampleState]):
         states, count = state.processors, len(processors)
         scores, new_states = process(processors, state.sequences, scores, state.cur_len, states[:count])
         step, with_log_p = state.cur_len - state.prompt_length, "logprobs" in self.outputs
-        tokens, log_p, invalid = choose(logits, scores, state.keys, step, state.finished, warpers, with_log_p)
+        tokens, log_p, invalid = choose(
+            logits, scores, state.keys, step, state.finished, warpers, with_log_p, self.vocab_shards
+        )
         recorded = self._record(logits, scores, tokens, log_p, state)
 
         # After `_record`, which needs the chosen tokens and not padding.

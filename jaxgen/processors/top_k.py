@@ -7,28 +7,58 @@ from jax import lax
 _BLOCK = 64  # scores per block
 
 
-def blocked_top_k(scores: jax.Array, count: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def blocked_top_k(scores: jax.Array, count: int, shards: int = 1) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The `count` highest scores of each row.
+
+    Devices that share the vocabulary find the highest of their own scores first, and exchange only these:
+
+    ```
+    scores of a row, 2 shards   7 1 9 3 | 8 2 4 6      count = 2
+    highest of each shard           9 7 | 8 6          of columns 2 0 | 4 7
+    highest of the row              9 8                of columns 2 4
+    ```
+
+    Args:
+        scores: [N, V], or [N, C, V] of which the highest of all C * V are found.
+        count: at least 1.
+        shards: static. The number of devices that V is sharded over; it must divide V.
+
+    Returns:
+        The scores in descending order and their indices in V or C * V, each [N, count], and bool [N] rows that are
+        invalid: with a NaN, an infinity or no finite score.
+    """
+    rows = len(scores)
+    if shards == 1:
+        values, indices, maxima = _highest(scores.reshape(rows, -1), count)
+        return values, indices, ~jnp.isfinite(maxima)
+    parts = _parts(scores, shards)  # [N, T, V / T] or [N, C, T, V / T]
+    size = parts.shape[-1]
+    values, indices, maxima = _highest(parts, min(count, size))
+    indices += jnp.arange(0, parts[0].size, size, dtype=indices.dtype).reshape(*parts.shape[1:-1], 1)
+    # With the parts as the last axis, XLA exchanges these few scores once, and not in rounds of a distributed sort.
+    values, indices = (jnp.moveaxis(each, -1, 1).reshape(rows, -1) for each in (values, indices))
+    values, best = _top_k(values, count)
+    indices = jnp.take_along_axis(indices, best, axis=1)
+    return values, indices, ~jnp.isfinite(maxima.reshape(rows, -1).max(axis=1))
+
+
+def _highest(scores: jax.Array, count: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The `count` highest scores [..., V] and their indices, each [..., count], and the highest [...], or a NaN.
 
     They are in the `count` blocks with the highest maxima, so most of the vocabulary is read only once. The barriers
     keep XLA from computing the scores again for each use, and the maxima of blocks again for the maximum of a row.
-
-    Returns:
-        The scores in descending order and their column indices, each [N, count], and bool [N] rows that are invalid:
-        with a NaN, an infinity or no finite score.
     """
     scores = lax.optimization_barrier(scores)
     blocks = to_blocks(scores)
-    maxima = lax.optimization_barrier(blocks.max(axis=2))
-    invalid = ~jnp.isfinite(maxima.max(axis=1))
-    if blocks.shape[1] <= 2 * count:
-        return *_top_k(scores, count), invalid
+    maxima = lax.optimization_barrier(blocks.max(axis=-1))
+    if blocks.shape[-2] <= 2 * count:
+        return *_top_k(scores, count), maxima.max(axis=-1)
     _, best = lax.top_k(maxima, count)
-    # Block b holds columns 64 * b to 64 * b + 63; both arrays are [N, count * 64], block after block.
-    columns = best[:, :, None] * _BLOCK + jnp.arange(_BLOCK)[None, None]
-    values = jnp.take_along_axis(blocks, best[:, :, None], axis=1).reshape(len(scores), -1)
+    # Block b holds columns 64 * b to 64 * b + 63; both arrays are [..., count * 64], block after block.
+    columns = (best[..., None] * _BLOCK + jnp.arange(_BLOCK)).reshape(*best.shape[:-1], -1)
+    values = jnp.take_along_axis(blocks, best[..., None], axis=-2).reshape(*best.shape[:-1], -1)
     values, indices = _top_k(values, count)
-    return values, jnp.take_along_axis(columns.reshape(len(scores), -1), indices, axis=1), invalid
+    return values, jnp.take_along_axis(columns, indices, axis=-1), maxima.max(axis=-1)
 
 
 def _top_k(scores: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
@@ -59,7 +89,20 @@ def blocked_argmax(scores: jax.Array) -> jax.Array:
     return lax.platform_dependent(scores, cpu=by_blocks, default=at_once)
 
 
+def row_maxima(scores: jax.Array, shards: int = 1) -> jax.Array:
+    """float32 [N]: the highest of the scores [N, V] of each row, or a NaN. See `blocked_top_k` about `shards`."""
+    if shards == 1:
+        return to_blocks(scores).max(axis=(1, 2))
+    return to_blocks(_parts(scores, shards)).max(axis=(1, 2, 3))
+
+
 def to_blocks(scores: jax.Array) -> jax.Array:
-    """float32 [N, V] -> [N, V / 64, 64], padded with -inf."""
-    rows, columns = scores.shape
-    return jnp.pad(scores, ((0, 0), (0, -columns % _BLOCK)), constant_values=-jnp.inf).reshape(rows, -1, _BLOCK)
+    """float32 [..., V] -> [..., V / 64, 64], padded with -inf."""
+    *leading, columns = scores.shape
+    padding = [(0, 0)] * len(leading) + [(0, -columns % _BLOCK)]
+    return jnp.pad(scores, padding, constant_values=-jnp.inf).reshape(*leading, -1, _BLOCK)
+
+
+def _parts(scores: jax.Array, shards: int) -> jax.Array:
+    """[..., V] -> [..., T, V / T], each part on one device."""
+    return scores.reshape(*scores.shape[:-1], shards, -1)

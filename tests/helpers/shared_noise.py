@@ -31,7 +31,7 @@ def _hash(step: Any, row: Any, column: Any, module: Any) -> Any:
 
 def gumbel(keys: jax.Array, step: jax.Array, columns: jax.Array) -> jax.Array:
     """In the place of `jaxgen.decoding.gumbel.gumbel`."""
-    rows = jnp.arange(len(keys), dtype=jnp.uint32)[:, None]
+    rows = jnp.arange(len(keys), dtype=jnp.uint32).reshape(-1, *[1] * (columns.ndim - 1))
     x = _hash(step.astype(jnp.uint32), rows, columns.astype(jnp.uint32), jnp)
     # -log of (x + 1/2) / 2^32, from whichever end keeps float32 exact.
     low, high = ((each.astype(jnp.float32) + 0.5) * 2.0**-32 for each in (x, ~x))

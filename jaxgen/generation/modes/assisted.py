@@ -71,6 +71,7 @@ class AssistedMode(SamplingMode):
             stopping_criteria=parts.stopping_criteria,
             num_return_sequences=self.config.num_return_sequences,
             outputs=parts.recorded,
+            vocab_shards=parts.vocab_shards,
             whole_cache=self.config.return_dict_in_generate and self.config.use_cache,
         )
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import jax
 import numpy as np
 
-from jaxgen.base import Cache, LogitsProcessor, Model, Strategy
+from jaxgen.base import Cache, LogitsProcessor, Model, Strategy, tensor_shards
 from jaxgen.buckets import bucket
 from jaxgen.generation.config.decode_config import DecodeConfig
 from jaxgen.generation.outputs import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput, GenerateOutput
@@ -45,6 +45,12 @@ class Parts:
     request: Request
     inputs: Inputs
     has_eos: bool
+
+    @property
+    def vocab_shards(self) -> int:
+        """The number of devices that V is sharded over: 1 if they do not divide it, as each then has all of it."""
+        shards = tensor_shards(self.model.mesh)
+        return 1 if self.vocab_size % shards else shards
 
 
 @dataclass(frozen=True)

@@ -39,4 +39,5 @@ class BeamSearchMode(BeamsMode):
             num_beams=self.num_beams,
             num_candidates=self.candidates_per_beam * self.num_beams,
             outputs=parts.recorded,
+            vocab_shards=parts.vocab_shards,
         )

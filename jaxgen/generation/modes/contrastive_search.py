@@ -86,6 +86,7 @@ class ContrastiveSearchMode(Mode):
             stopping_criteria=parts.stopping_criteria,
             top_k=min(self.config.merged.top_k, parts.vocab_size),
             outputs=parts.recorded,
+            vocab_shards=parts.vocab_shards,
         )
 
     def attended_steps(self, fetched: Mapping[str, np.ndarray], rows: int, steps: int) -> list[np.ndarray]:

@@ -74,4 +74,5 @@ class GroupBeamSearchMode(BeamsMode):
             num_beam_groups=self.num_beam_groups,
             num_candidates=self.candidates_per_beam * self.rows_per_processor,
             outputs=parts.recorded,
+            vocab_shards=parts.vocab_shards,
         )

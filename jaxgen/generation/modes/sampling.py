@@ -29,4 +29,5 @@ class SamplingMode(Mode):
             stopping_criteria=parts.stopping_criteria,
             num_return_sequences=self.config.num_return_sequences,
             outputs=parts.recorded,
+            vocab_shards=parts.vocab_shards,
         )
