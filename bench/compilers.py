@@ -285,12 +285,17 @@ class Instruction:
 
     def sent_around(self, devices: int) -> float:
         """Bytes that a device of a ring sends: an all-reduce is a reduce-scatter and an all-gather."""
+        if self.operation.startswith("collective-permute"):
+            return self.sent
         rounds = 2 if self.operation.removesuffix("-start") == "all-reduce" else 1
         return rounds * self.sent * (devices - 1) / devices
 
 
 def loop_body(text: str) -> list[Instruction]:
-    """Everything that the body of the program's loop runs, fusions included."""
+    """Everything that the body of the program's loop runs, fusions included, and what inner loops repeat, repeated.
+
+    A compiler for TPUs may turn a product and its collective into an inner loop, which multiplies while it sends.
+    """
     computations: dict[str, list[str]] = {}
     lines: list[str] = []
     for line in text.splitlines():
@@ -301,21 +306,24 @@ def loop_body(text: str) -> list[Instruction]:
     inner = {
         name for each in computations.values() for line in each for name in re.findall(r"calls=%?([\w.\-]+)", line)
     }
-    bodies = [
-        body
+    loops = {
+        body: (name, condition)
         for name, each in computations.items()
         if name not in inner
         for line in each
-        for body in re.findall(r" while\(.*body=%?([\w.\-]+)", line)
-    ]
+        for condition, body in re.findall(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)", line)
+    }
+    bodies = [body for body, (name, _) in loops.items() if name not in loops]
     if len(bodies) != 1:
         raise ValueError(f"the decode is one loop, but the program has {len(bodies)}")
-    pending, reached = bodies, set()
+    pending, reached = [(bodies[0], 1)], {}  # each computation, and how often it runs in a step
     while pending:
-        name = pending.pop()
+        name, times = pending.pop()
         if name not in reached:
-            reached.add(name)
-            pending += re.findall(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)", "\n".join(computations[name]))
+            reached[name] = times
+            for called in re.findall(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)", "\n".join(computations[name])):
+                again = rounds(computations[loops[called][1]], computations[called]) if called in loops else 1
+                pending.append((called, times * again))
     # A fusion in a fusion, such as one that reads a weight in another layout, has no memory of its own.
     nested = {
         name for each in inner for name in re.findall(r"calls=%?([\w.\-]+)", "\n".join(computations.get(each, [])))
@@ -325,14 +333,49 @@ def loop_body(text: str) -> list[Instruction]:
         if match := re.match(r"(?:ROOT )?%?[\w.\-]+ = (.*?) ([a-z][\w\-]*)\(%?[\w.\-]*", line):
             arrays = re.findall(r"(\w+\[[\d,]*\])(\{[^}]*\})?", match[1])
             cycles = re.search(r'"estimated_cycles":"(\d+)"', line)
-            found.append(
-                Instruction(
-                    match[2],
-                    tuple((shape, "S(" not in layout and place not in nested) for shape, layout in arrays),
-                    int(cycles[1]) if cycles else 0,
-                )
+            instruction = Instruction(
+                match[2],
+                tuple((shape, "S(" not in layout and place not in nested) for shape, layout in arrays),
+                int(cycles[1]) if cycles else 0,
             )
+            found += [instruction] * reached[place]
     return found
+
+
+def rounds(condition: list[str], body: list[str]) -> int:
+    """How often a loop runs that counts from 0 to a constant by steps of a constant; 1 for loops of other kinds.
+
+    ```
+    condition   %n = constant(8)   %i = get-tuple-element(%state), index=4   ROOT %more = compare(%i, %n), direction=LT
+    body        %step = constant(2)   %next = add(%i, %step)   ROOT %state = tuple(%a, %b, %c, %d, %next)
+    ```
+    """
+
+    def values(lines: list[str]) -> dict[str, str]:
+        """What each name stands for, as "add(%i, %step), ..."."""
+        matches = (re.match(r"(?:ROOT )?%?([\w.\-]+) = .*? ([a-z][\w\-]*\(.*)", line) for line in lines)
+        return {match[1]: match[2] for match in matches if match}
+
+    def constant(name: str, known: dict[str, str]) -> int | None:
+        match = re.match(r"constant\((\d+)\)", known.get(name, ""))
+        return int(match[1]) if match else None
+
+    def operands(value: str) -> list[str]:
+        return re.findall(r"%([\w.\-]+)", value[: value.index(")")])
+
+    outside, inside = values(condition), values(body)
+    compared = next((value for value in outside.values() if value.startswith("compare(") and "LT" in value), None)
+    result = next((value for value in inside.values() if value.startswith("tuple(")), None)
+    if compared is None or result is None:
+        return 1
+    counter, end = operands(compared)
+    index = re.search(r"index=(\d+)", outside.get(counter, ""))
+    limit = constant(end, outside)
+    if index is None or limit is None:
+        return 1
+    following = inside.get(operands(result)[int(index[1])], "")
+    steps = [constant(name, inside) for name in operands(following)] if following.startswith("add(") else []
+    return next((limit // step for step in steps if step), 1)
 
 
 def moves(body: list[Instruction], smallest: int) -> list[str]:

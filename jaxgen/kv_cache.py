@@ -47,6 +47,8 @@ class KVCache:
             None if the model does not measure distances in columns, as sliding windows do.
         memory: of an encoder-decoder model, what the decoder sees of the source; None for other models.
         room: static, see `reserve`.
+        copies: static. How often each key-value head is in `layers`, one copy after the other. On a mesh with more
+            devices than heads, each device has a copy of one head, and K above is all copies.
     """
 
     layers: tuple[tuple[jax.Array, jax.Array], ...]
@@ -56,6 +58,7 @@ class KVCache:
     columns: jax.Array | None = None
     memory: Memory | None = None
     room: int = field(default=0, metadata={"static": True})
+    copies: int = field(default=1, metadata={"static": True})
 
     @property
     def branches(self) -> int:
@@ -75,19 +78,22 @@ class KVCache:
         head_dim: int,
         dtype: jax.typing.DTypeLike,
         windowed: bool = False,
+        copies: int = 1,
     ) -> Self:
         # Zeros, not `jnp.empty`: since jax 0.11 the latter is uninitialised memory, which can hold NaN.
-        shape = (*without_ones(rows, heads), slots, head_dim)
+        shape = (*without_ones(rows, heads * copies), slots, head_dim)
         return cls(
             layers=tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(layers)),
             valid=jnp.zeros((rows, slots), bool),
             length=jnp.zeros((), jnp.int32),
             position=jnp.zeros((rows,), jnp.int32),
             columns=jnp.full((slots,), _FREE, jnp.int32) if windowed else None,
+            copies=copies,
         )
 
     def placed(self, mesh: Mesh, rows: int, heads: int) -> Self:
         """The cache sharded over a mesh: rows over its axis "data", heads over "tensor" if it divides them."""
+        heads *= self.copies
         # One axis per dimension that the arrays have: N and K of size 1 are left out of them.
         heads_axis = "tensor" if heads % tensor_shards(mesh) == 0 else None
         axes = [axis for axis, size in zip((rows_axis(mesh, rows), heads_axis), (rows, heads), strict=True) if size > 1]
@@ -165,9 +171,12 @@ class KVCache:
     def update(self, layer: int, keys: jax.Array, values: jax.Array) -> tuple[Self, jax.Array, jax.Array]:
         """Writes the [N, K, T, H] keys and values of one layer into the slots that `extend` made room for.
 
+        Each head comes once, and is written as often as the cache has it.
+
         Returns:
             The cache, and all keys and values of the layer as in `layers`.
         """
+        keys, values = (self._copied(each) for each in (keys, values))
         rows, heads, columns, head_dim = keys.shape
         batch = without_ones(rows, heads)
         start = self.length - columns
@@ -268,6 +277,7 @@ class KVCache:
             position=jnp.zeros(len(rows), jnp.int32),  # not known here
             columns=None if self.columns is None else jnp.where(numbers < length, numbers, _FREE),
             memory=self._memory_of(rows),
+            copies=self.copies,
         )
 
     def branch(self, branches: int) -> "BranchedCache":
@@ -279,21 +289,24 @@ class KVCache:
             position=jnp.repeat(self.position[:, None], branches, axis=1),
             columns=self.columns,
             memory=self.memory,
+            copies=self.copies,
         )
 
     def ragged(self) -> "RaggedCache":
         """This cache with rows that advance at different speeds; see `RaggedCache`."""
         columns = None if self.columns is None else jnp.broadcast_to(self.columns[None], self.valid.shape)
-        return RaggedCache(self.layers, self.valid, self.length, self.position, columns, self.memory)
+        return RaggedCache(
+            self.layers, self.valid, self.length, self.position, columns, self.memory, copies=self.copies
+        )
 
     @property
     def num_layers(self) -> int:
         return len(self.layers)
 
     def with_layers(self, layers: tuple[tuple[jax.Array, jax.Array], ...]) -> Self:
-        """The same cache with other keys and values, each [N, K, S, H] even where N or K is 1."""
+        """The same cache with other keys and values, each [N, K, S, H] even where N or K is 1, with each head once."""
         shaped = tuple(
-            (keys.reshape(old_keys.shape), values.reshape(old_values.shape))
+            (self._copied(keys).reshape(old_keys.shape), self._copied(values).reshape(old_values.shape))
             for (old_keys, old_values), (keys, values) in zip(self.layers, layers, strict=True)
         )
         return replace(self, layers=shaped)
@@ -304,10 +317,14 @@ class KVCache:
         return replace(self, layers=self.layers[index : index + 1], memory=memory)
 
     def layer(self, index: int) -> tuple[jax.Array, jax.Array]:
-        """One layer's keys and values, each [N, K, S, H] even where N or K is 1."""
+        """One layer's keys and values, each [N, K, S, H] even where N or K is 1, with each head once."""
         keys, values = self.layers[index]
         shape = (len(self.valid), -1, *keys.shape[-2:])
-        return keys.reshape(shape), values.reshape(shape)
+        return keys.reshape(shape)[:, :: self.copies], values.reshape(shape)[:, :: self.copies]
+
+    def _copied(self, array: jax.Array) -> jax.Array:
+        """[N, K, T, H] with every head as often as in `layers`: heads a b -> a a b b."""
+        return array if self.copies == 1 else jnp.repeat(array, self.copies, axis=1)
 
 
 def _padded(array: jax.Array, slots: int) -> jax.Array:

@@ -86,6 +86,20 @@ def test_dimensions_of_size_one_are_left_out_of_the_arrays(rows: int, heads: int
     np.testing.assert_array_equal(full[:, :, :2], new)
 
 
+def test_heads_that_are_there_several_times_are_written_and_read_once() -> None:
+    """The copies of a head lie side by side, whatever the cache becomes."""
+    cache = KVCache.zeros(1, ROWS, SLOTS, HEADS, HEAD_DIM, jnp.float32, copies=2)
+    cache, _, _ = cache.extend(jnp.ones((ROWS, SLOTS), bool))
+    new = jnp.arange(ROWS * HEADS * SLOTS * HEAD_DIM, dtype=jnp.float32).reshape(ROWS, HEADS, SLOTS, HEAD_DIM)
+    cache, keys, _ = cache.update(0, new, -new)
+    np.testing.assert_array_equal(keys, np.repeat(new, 2, axis=1))
+    chosen = jnp.broadcast_to(jnp.arange(SLOTS), (ROWS, SLOTS))
+    selected = cache.select(jnp.arange(ROWS), chosen, jnp.ones((ROWS, SLOTS), bool), jnp.int32(SLOTS))
+    for each in (cache, cache.grow(9), cache.branch(2), cache.ragged(), cache.take(jnp.arange(ROWS)), selected):
+        np.testing.assert_array_equal(each.layer(0)[0][:, :, :SLOTS], new)
+    np.testing.assert_array_equal(cache.with_layers(((-new, new),)).layers[0][1], keys)
+
+
 # ---- Windows ----
 
 

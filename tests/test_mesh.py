@@ -53,14 +53,20 @@ def run(folder: Path, config: dict[str, Any], calls: list[tuple[int, int, dict[s
 
 
 def run_on_meshes(folder: Path, calls: list[tuple[int, int, dict[str, Any]]]) -> None:
+    on_eight_devices("meshes.py", str(folder), json.dumps(calls))
+
+
+def on_eight_devices(script: str, *arguments: str) -> str:
+    """What the script prints."""
     flags = f"--xla_force_host_platform_device_count=8 {os.environ['XLA_FLAGS']}"
-    command = [sys.executable, str(HELPERS / "meshes.py"), str(folder), json.dumps(calls)]
+    command = [sys.executable, str(HELPERS / script), *arguments]
     environment = os.environ | {
         "XLA_FLAGS": flags,
         "PYTHONPATH": os.pathsep.join([str(HELPERS.parents[1]), str(HELPERS)]),
     }
     ended = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr[-5000:]
+    return ended.stdout
 
 
 def test_tokens_are_the_same_on_every_mesh_of_eight_devices(tmp_path: Path) -> None:
@@ -124,11 +130,30 @@ def test_a_mesh_that_jax_made_is_taken(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("key_value_heads", [pytest.param(1, marks=pytest.mark.sweep), 2])
-def test_fewer_key_value_heads_than_devices_leave_the_cache_whole_and_no_weights(
+def test_with_fewer_key_value_heads_than_devices_each_device_has_a_copy_of_one(
     key_value_heads: int, tmp_path: Path
 ) -> None:
     calls: list[tuple[int, int, dict[str, Any]]] = [(1, 8, {}), (2, 4, {"num_beams": 3, "rows": 3}), (1, 2, {})]
+    calls += [(2, 4, {"again": True}), (1, 4, {"assisted": True, "rows": 3})]
+    calls += [(1, 8, {"penalty_alpha": 0.6, "top_k": 3})]
     run(tmp_path, SPREAD | {"num_key_value_heads": key_value_heads}, [*calls, (2, 4, {"quantize": "int8"})])
+
+
+def test_a_step_exchanges_neither_a_vocabulary_nor_a_cache() -> None:
+    """With copies of key-value heads, and whatever chooses the tokens."""
+    calls: dict[str, dict[str, Any]] = {
+        "greedy": {},
+        "samples": {"do_sample": True, "key": 1},
+        "beams": {"num_beams": 3},
+        "sampled beams": {"num_beams": 2, "do_sample": True, "key": 1, "top_k": 0},
+        "groups": {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5},
+        "contrastive": {"penalty_alpha": 0.6, "top_k": 4},
+    }
+    config = SPREAD | {"num_key_value_heads": 2, "vocab_size": 65_536}
+    found = json.loads(on_eight_devices("collectives.py", json.dumps(config), json.dumps(calls)))
+    assert found.keys() == calls.keys()
+    # A device has 8,192 entries of the vocabulary, and 256 numbers per row of a layer's keys for as few slots as 32.
+    assert max(found.values()) < 2048, found
 
 
 @pytest.mark.parametrize(("key", "value"), [("intermediate_size", 42)])

@@ -271,9 +271,7 @@ class Assisted(Strategy[AssistedState]):
             processors, tokens, logits[:, None], lengths, jnp.ones((rows, 1), bool), own[: len(processors)]
         )
         step = (lengths - state.prompt_length)[:, None]
-        choice = choose(
-            logits, scores[:, 0], state.keys, step, jnp.zeros(rows, bool), warpers, True, self.vocab_shards
-        )
+        choice = choose(logits, scores[:, 0], state.keys, step, jnp.zeros(rows, bool), warpers, True, self.vocab_shards)
         after = iter(_after(stacked, jnp.ones(rows, jnp.int32)))
         # Host processors and warpers have no states.
         states = tuple(next(after, ()) if not each.on_host else () for each in self.processors)

@@ -29,7 +29,7 @@ def row_keys(key: jax.Array, prompts: int, copies: int) -> jax.Array:
 
 
 def gumbel(keys: jax.Array, step: jax.Array, token_ids: jax.Array) -> jax.Array:
-    """Standard Gumbel noise, float32 of the shape of `token_ids`, with a Threefry block for each key, step and token id.
+    """Standard Gumbel noise for each of `token_ids`, float32, with a Threefry block for each key, step and token id.
 
     Args:
         keys: uint32 [N, 2].

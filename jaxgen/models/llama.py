@@ -12,9 +12,10 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxgen.base import Intermediates, no_mesh, tensor_shards
+from jaxgen.base import Intermediates, no_mesh, rows_axis, tensor_shards
 from jaxgen.kv_cache import KVCache
 from jaxgen.models import config_keys, rope
 from jaxgen.models.decode_attention import BLOCK, fits
@@ -249,8 +250,21 @@ def _check_geometry(settings: Mapping[str, Any]) -> None:
 
 
 def attention_shards(config: LlamaConfig, shards: int) -> int:
-    """The devices that heads are spread over, of `shards`: just one if there are too few key-value heads for all."""
+    """The devices, of `shards`, that queries, keys and values are computed on: 1 if it does not divide the heads."""
     return shards if config.num_key_value_heads % shards == 0 else 1
+
+
+def head_copies(config: LlamaConfig, shards: int) -> int:
+    """How often each key-value head is in the cache: on a mesh with more devices than heads, once on each device.
+
+    ```
+    device                0      1      2      3        2 key-value heads, 8 query heads, 2 copies
+    key-value head        a      a      b      b
+    query heads          0 1    2 3    4 5    6 7
+    ```
+    """
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    return shards // kv_heads if shards % kv_heads == 0 and heads % shards == 0 else 1
 
 
 class Attention(nnx.Module):
@@ -269,7 +283,7 @@ class Attention(nnx.Module):
         )
 
     def __call__(
-        self, x: jax.Array, cos: jax.Array, sin: jax.Array, mask: jax.Array, cache: KVCache, one_device: bool
+        self, x: jax.Array, cos: jax.Array, sin: jax.Array, mask: jax.Array, cache: KVCache, mesh: Mesh | None
     ) -> tuple[jax.Array, KVCache, Callable[[], jax.Array]]:
         """[N, T, D] -> [N, T, D], the cache, and a function that computes the attention weights [N, Q, T, S].
 
@@ -278,21 +292,30 @@ class Attention(nnx.Module):
             cos, sin: [N, T, H].
             mask: bool [N, T, S].
             cache: the cache of this layer only.
-            one_device: whether nothing is sharded.
+            mesh: of the model; None if nothing is sharded.
         """
         rows, columns, _ = x.shape
         kv_heads, head_dim = self.config.num_key_value_heads, self.config.head_dim
         heads = self.config.num_attention_heads
         # [N, T, (Q + 2K) * H] -> [N, Q + 2K, T, H], then q [N, Q, ...], k and v [N, K, ...] along axis 1.
         qkv = self.qkv_proj(x).reshape(rows, columns, -1, head_dim).transpose(0, 2, 1, 3)
-        queries, keys, values = unfuse(qkv, (heads, kv_heads, kv_heads), self.shards, axis=1)
+        sizes = heads, kv_heads, kv_heads
+        if mesh is not None and cache.copies > 1:
+            # Every device takes its heads from all of them. XLA would share out the fused heads as they come, and then
+            # exchange whole keys and values at every step.
+            whole = NamedSharding(mesh, PartitionSpec(rows_axis(mesh, rows)))
+            parts = unfuse(lax.with_sharding_constraint(qkv, whole), sizes, self.shards, axis=1)
+            queries, keys, values = lax.with_sharding_constraint(parts, whole)
+        else:
+            queries, keys, values = unfuse(qkv, sizes, self.shards, axis=1)
         if self.q_norm is not None and self.k_norm is not None:
             queries, keys = self.q_norm(queries), self.k_norm(keys)
         queries, keys = (rope.rotate(each, cos[:, None], sin[:, None]) for each in (queries, keys))
         cache, keys, values = cache.update(0, keys, values)
-        # Query head g of group k is head k * G + g: [N, Q, T, H] -> [N, K, G, T, H] -> [N, T, Q * H].
-        queries = queries.reshape(rows, kv_heads, heads // kv_heads, columns, head_dim)
-        attended, weights = attend(queries, keys, values, mask, kernel=one_device)
+        # Query head g of group k is head k * G + g: [N, Q, T, H] -> [N, K, G, T, H] -> [N, T, Q * H]. The heads of a
+        # group are shared out among the copies of its key-value head.
+        queries = queries.reshape(rows, kv_heads * cache.copies, -1, columns, head_dim)
+        attended, weights = attend(queries, keys, values, mask, kernel=mesh is None)
         attended = attended.transpose(0, 3, 1, 2, 4).reshape(rows, columns, -1)
         return self.o_proj(attended), cache, lambda: weights().reshape(rows, heads, columns, -1)
 
@@ -326,10 +349,10 @@ class Layer(nnx.Module):
         self.mlp = MLP(config, rngs, shards)
 
     def __call__(
-        self, x: jax.Array, cos: jax.Array, sin: jax.Array, mask: jax.Array, cache: KVCache, one_device: bool
+        self, x: jax.Array, cos: jax.Array, sin: jax.Array, mask: jax.Array, cache: KVCache, mesh: Mesh | None
     ) -> tuple[jax.Array, KVCache, Callable[[], jax.Array]]:
         """As `Attention`."""
-        attended, cache, weights = self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, one_device)
+        attended, cache, weights = self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, mesh)
         x = x + attended
         return x + self.mlp(self.post_attention_layernorm(x)), cache, weights
 
@@ -337,7 +360,7 @@ class Layer(nnx.Module):
 # Jitted, so that it is traced once and not for each layer. With a compiled program in the cache, tracing is most of the
 # time to the first token (135M: 0.7 -> 0.1 s). Inlined, since XLA:CPU takes 1.5 times as long to compile a program that
 # calls a function 30 times.
-@partial(jax.jit, static_argnames=("one_device", "with_weights"), inline=True)
+@partial(jax.jit, static_argnames=("mesh", "with_weights"), inline=True)
 def _run(
     layer: Layer,
     x: jax.Array,
@@ -345,11 +368,11 @@ def _run(
     sin: jax.Array,
     mask: jax.Array,
     cache: KVCache,
-    one_device: bool,
+    mesh: Mesh | None,
     with_weights: bool,
 ) -> tuple[jax.Array, KVCache, jax.Array | None]:
     """A layer, with its attention weights [N, Q, T, S] if `with_weights`."""
-    x, cache, weights = layer(x, cos, sin, mask, cache, one_device)
+    x, cache, weights = layer(x, cos, sin, mask, cache, mesh)
     return x, cache, weights() if with_weights else None
 
 
@@ -375,8 +398,12 @@ class Llama(LanguageModel):
 
     @property
     def cache_bytes_per_token(self) -> int:
-        config = self.config
-        return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * self.dtype.itemsize
+        config, heads = self.config, self.config.num_key_value_heads * self._head_copies
+        return 2 * config.num_hidden_layers * heads * config.head_dim * self.dtype.itemsize
+
+    @property
+    def _head_copies(self) -> int:
+        return head_copies(self.config, tensor_shards(self.mesh))
 
     def intermediates_bytes(self, name: str, columns: int, slots: int) -> int:
         """See `base.Model.intermediates_bytes`."""
@@ -428,7 +455,8 @@ class Llama(LanguageModel):
     def make_cache(self, rows: int, slots: int) -> KVCache:
         config, windowed = self.config, self.config.sliding_window is not None
         heads = config.num_key_value_heads
-        cache = KVCache.zeros(config.num_hidden_layers, rows, slots, heads, config.head_dim, self.dtype, windowed)
+        sizes = config.num_hidden_layers, rows, slots, heads, config.head_dim
+        cache = KVCache.zeros(*sizes, self.dtype, windowed, self._head_copies)
         return cache if self.mesh is None else cache.placed(self.mesh, rows, heads)
 
     def hidden_states(
@@ -452,7 +480,7 @@ class Llama(LanguageModel):
             # A cache of one layer, so that all layers have the same types and `_run` is traced once.
             layer_cache = cache.of_layer(number)
             x, layer_cache, weights = _run(
-                *(layer, x, cos, sin, masks[kind], layer_cache, self.mesh is None, "attentions" in intermediates)
+                *(layer, x, cos, sin, masks[kind], layer_cache, self.mesh, "attentions" in intermediates)
             )
             pairs += layer_cache.layers
             hidden_states.append(x)

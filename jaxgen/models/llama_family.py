@@ -9,7 +9,7 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxgen.base import tensor_shards
 from jaxgen.models.family import Family, ForwardPass, Gguf
 from jaxgen.models.layers import columns_at_once
-from jaxgen.models.llama import Dialect, Llama, LlamaConfig, attention_shards, unread_keys
+from jaxgen.models.llama import Dialect, Llama, LlamaConfig, attention_shards, head_copies, unread_keys
 from jaxgen.models.partition import partition_of
 
 # Memory at the peak of attention, in units of the prompt's float32 scores. A CPU also holds their exponentials; a TPU
@@ -34,7 +34,7 @@ def like_llama(dialect: Dialect, gguf: Gguf[LlamaConfig] | None = None) -> Famil
             ".self_attn.masked_bias": None,
         },
         partition=partition,
-        cache_shards=attention_shards,
+        cache_shards=cache_shards,
         activation_bytes=activation_bytes,
         describe=describe,
         gguf=gguf,
@@ -62,8 +62,8 @@ def partition(config: LlamaConfig, mesh: Mesh | AbstractMesh) -> Callable[[str],
 
     Weights [out, in] that produce heads or MLP units, and the embedding and the head [V, D], are sharded by rows.
     Weights that consume heads or units are sharded by columns. All others are replicated. If the axis does not divide
-    the key-value heads, every device computes all heads and holds the whole cache, but only a share of the columns of
-    attention's weights, which take 144 GB in a 405B.
+    the key-value heads, every device gets the queries, keys and values of all heads, but has only a share of the
+    columns of attention's weights, which take 144 GB in a 405B. See `head_copies` for what it attends to.
 
     Raises:
         ValueError: if the axis does not divide the units.
@@ -102,20 +102,27 @@ def _inverse_frequencies(config: LlamaConfig) -> np.ndarray:
     return np.asarray(config.rope.inverse_frequencies(1))
 
 
+def cache_shards(config: LlamaConfig, shards: int) -> int:
+    """See `Family.cache_shards`: a copy of a head on another device saves nothing."""
+    copies = head_copies(config, shards)
+    return attention_shards(config, shards) if copies == 1 else shards // copies
+
+
 def activation_bytes(config: LlamaConfig, forward: ForwardPass) -> int:
     """See `Family.activation_bytes`: the larger of attention and MLP of a layer, plus the residual stream.
 
     On several devices it is also what they add up, and the sum.
     """
     rows, columns, item, platform = forward.rows, forward.columns, forward.itemsize, forward.platform
-    head_shards = attention_shards(config, forward.shards)
+    qkv_shards = attention_shards(config, forward.shards)
+    head_shards = qkv_shards if head_copies(config, forward.shards) == 1 else forward.shards
     if columns < forward.slots:  # a step, in which everything but the scores is negligible
         return 2 * (4 * rows * config.num_attention_heads // head_shards * columns * forward.slots)
     # Sharded, XLA:GPU allocates the scores of all heads on each device.
     shards = 1 if platform == "gpu" else head_shards
     scores = 4 * rows * config.num_attention_heads // shards * columns_at_once(columns) * columns
     heads = config.num_attention_heads + 2 * config.num_key_value_heads
-    qkv = item * rows * columns * heads * config.head_dim // head_shards
+    qkv = item * rows * columns * heads * config.head_dim // qkv_shards
     hidden = item * rows * columns * config.hidden_size
     units = item * rows * columns * config.intermediate_size // forward.shards
     # Gate and up, and their product, the input of down.

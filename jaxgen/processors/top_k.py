@@ -1,10 +1,14 @@
 """Top-k and argmax over large vocabularies, from the maxima of blocks instead of by sorting."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 _BLOCK = 64  # scores per block
+
+TopK = Callable[[jax.Array, int], tuple[jax.Array, jax.Array]]
 
 
 def blocked_top_k(scores: jax.Array, count: int, shards: int = 1) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -29,11 +33,11 @@ def blocked_top_k(scores: jax.Array, count: int, shards: int = 1) -> tuple[jax.A
     """
     rows = len(scores)
     if shards == 1:
-        values, indices, maxima = _highest(scores.reshape(rows, -1), count)
+        values, indices, maxima = _highest(scores.reshape(rows, -1), count, _top_k)
         return values, indices, ~jnp.isfinite(maxima)
     parts = _parts(scores, shards)  # [N, T, V / T] or [N, C, T, V / T]
     size = parts.shape[-1]
-    values, indices, maxima = _highest(parts, min(count, size))
+    values, indices, maxima = _highest(parts, min(count, size), _sorted)
     indices += jnp.arange(0, parts[0].size, size, dtype=indices.dtype).reshape(*parts.shape[1:-1], 1)
     # With the parts as the last axis, XLA exchanges these few scores once, and not in rounds of a distributed sort.
     values, indices = (jnp.moveaxis(each, -1, 1).reshape(rows, -1) for each in (values, indices))
@@ -42,7 +46,7 @@ def blocked_top_k(scores: jax.Array, count: int, shards: int = 1) -> tuple[jax.A
     return values, indices, ~jnp.isfinite(maxima.reshape(rows, -1).max(axis=1))
 
 
-def _highest(scores: jax.Array, count: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _highest(scores: jax.Array, count: int, top_k: TopK) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The `count` highest scores [..., V] and their indices, each [..., count], and the highest [...], or a NaN.
 
     They are in the `count` blocks with the highest maxima, so most of the vocabulary is read only once. The barriers
@@ -52,12 +56,12 @@ def _highest(scores: jax.Array, count: int) -> tuple[jax.Array, jax.Array, jax.A
     blocks = to_blocks(scores)
     maxima = lax.optimization_barrier(blocks.max(axis=-1))
     if blocks.shape[-2] <= 2 * count:
-        return *_top_k(scores, count), maxima.max(axis=-1)
-    _, best = lax.top_k(maxima, count)
+        return *top_k(scores, count), maxima.max(axis=-1)
+    _, best = top_k(maxima, count)
     # Block b holds columns 64 * b to 64 * b + 63; both arrays are [..., count * 64], block after block.
     columns = (best[..., None] * _BLOCK + jnp.arange(_BLOCK)).reshape(*best.shape[:-1], -1)
     values = jnp.take_along_axis(blocks, best[..., None], axis=-2).reshape(*best.shape[:-1], -1)
-    values, indices = _top_k(values, count)
+    values, indices = top_k(values, count)
     return values, jnp.take_along_axis(columns, indices, axis=-1), maxima.max(axis=-1)
 
 
@@ -66,6 +70,13 @@ def _top_k(scores: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     # both arrays makes it crash if scores are sharded over devices (jax 0.10).
     values, indices = lax.top_k(scores, count)
     return lax.optimization_barrier(values), lax.optimization_barrier(indices)
+
+
+def _sorted(scores: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """As `_top_k`, by a sort, of which XLA leaves each row on its device. For a TopK, XLA:GPU first gathers all rows."""
+    indices = lax.broadcasted_iota(jnp.int32, scores.shape, scores.ndim - 1)
+    values, indices = lax.sort((-scores, indices), num_keys=1)
+    return -values[..., :count], indices[..., :count]
 
 
 def blocked_argmax(scores: jax.Array) -> jax.Array:

@@ -57,6 +57,8 @@ SCALED = "tests/checkpoint/test_float8.py::test_weights_larger_than_a_block_have
 MERGED = "tests/convert/test_lora.py::test_a_weight_larger_than_a_block_gets_the_product_of_its_own_rows"
 META = "tests/convert/test_pickles.py::test_what_meta_does_not_say_follows_from_the_sizes_of_the_model"
 SOURCES, FAMILY = "tests/generation/test_encoder_decoder.py::test_", "jaxgen/models/encoder_decoder/"
+EXCHANGED = "tests/test_mesh.py::test_a_step_exchanges_neither_a_vocabulary_nor_a_cache"
+COPIES = "tests/test_kv_cache.py::test_heads_that_are_there_several_times_are_written_and_read_once"
 LONG = "test_logits_of_a_long_source_and_a_long_text_equal_those_of_torch"
 
 MUTANTS = [
@@ -616,6 +618,35 @@ MUTANTS = [
         "if not shards:",
         "tests/convert/test_convert.py::test_parameters_are_spread_over_files_of_bounded_size",
     ),
+    Mutant(
+        TOP_K,
+        "blocked_top_k, several shards",
+        "jnp.arange(0, parts[0].size, size, dtype=indices.dtype)",
+        "jnp.zeros(parts[0].size // size, indices.dtype)",
+        "tests/processors/test_top_k.py::test_the_highest_of_all_shards_are_among_the_highest_of_each",
+    ),
+    Mutant(
+        TOP_K,
+        "blocked_top_k, several shards, what is exchanged",
+        "_highest(parts, min(count, size), _sorted)",
+        "_highest(parts, min(count, size), _top_k)",
+        EXCHANGED,
+    ),
+    Mutant(
+        "jaxgen/generation/modes/base.py",
+        "Parts.vocab_shards, on a mesh",
+        "return 1 if self.vocab_size % shards else shards",
+        "return 1",
+        EXCHANGED,
+    ),
+    Mutant(
+        CACHE,
+        "KVCache.layer, with copies of heads",
+        "keys.reshape(shape)[:, :: self.copies]",
+        "keys.reshape(shape)",
+        COPIES,
+    ),
+    Mutant(CACHE, "KVCache.ragged, with copies of heads", "self.memory, copies=self.copies\n", "self.memory\n", COPIES),
     Mutant("convert/pickles.py", "_meta_config, 128,000 entries", "rows >= 128_000", "rows >= 32_000", META),
     Mutant("convert/pickles.py", "_meta_config, 16 or 28 layers", "in (16, 28)", "in (28,)", META),
 ]

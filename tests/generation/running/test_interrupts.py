@@ -58,9 +58,8 @@ def test_an_interrupt_can_be_passed_on_to_the_next_context() -> None:
     interrupts = Interrupts()
     with interrupts.held_back(passed_on=True):
         press()
-    with interrupts.held_back():
-        with pytest.raises(KeyboardInterrupt):
-            interrupts.raise_pending()
+    with interrupts.held_back(), pytest.raises(KeyboardInterrupt):
+        interrupts.raise_pending()
     assert not interrupts.pending
 
 
