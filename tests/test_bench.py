@@ -343,6 +343,37 @@ def test_what_a_loop_sends_is_read_from_its_text() -> None:
     assert [each.sent for each in loop_body(LOOP) if each.sent] == [4 * 32 + 2 * 16, 4 * 8]
 
 
+INNER = """
+%ring (state: (s32[], f32[2])) -> (s32[], f32[2]) {
+  %state.1 = (s32[], f32[2]{0}) parameter(0)
+  %two = s32[] constant(2)
+  %number = s32[] get-tuple-element(%state.1), index=0
+  %part = f32[2]{0} get-tuple-element(%state.1), index=1
+  %passed = (f32[2]{0}, f32[2]{0}) collective-permute-start(%part)
+  %next = s32[] add(%number, %two)
+  ROOT %state.2 = (s32[], f32[2]{0}) tuple(%next, %part)
+}
+
+%unfinished (state: (s32[], f32[2])) -> pred[] {
+  %limit = s32[] constant(8)
+  %state.3 = (s32[], f32[2]{0}) parameter(0)
+  %number.1 = s32[] get-tuple-element(%state.3), index=0
+  ROOT %less = pred[] compare(%number.1, %limit), direction=LT
+}
+
+%body ("""
+
+
+def test_what_an_inner_loop_sends_counts_as_often_as_it_runs() -> None:
+    inside = "  %small = f32[2]{0} copy(%other)\n"
+    loop = "  %inner = (s32[], f32[2]{0}) while(%start), condition=%unfinished, body=%ring\n"
+    text = LOOP.replace("\n%body (", INNER).replace(inside, inside + loop)
+    sent = [each.sent for each in loop_body(text) if each.operation == "collective-permute-start"]
+    assert sent == [8] * 4  # from 0 to 8 by twos
+    unknown = [each.sent for each in loop_body(text.replace("constant(8)", "parameter(1)")) if each.sent == 8]
+    assert unknown == [8]
+
+
 def test_the_cycles_that_a_compiler_expects_are_read_from_the_text() -> None:
     assert [(each.operation, each.cycles) for each in loop_body(LOOP) if each.cycles] == [("fusion", 350)]
 

@@ -8,8 +8,6 @@ from jax import lax
 
 _BLOCK = 64  # scores per block
 
-TopK = Callable[[jax.Array, int], tuple[jax.Array, jax.Array]]
-
 
 def blocked_top_k(scores: jax.Array, count: int, shards: int = 1) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The `count` highest scores of each row.
@@ -46,7 +44,9 @@ def blocked_top_k(scores: jax.Array, count: int, shards: int = 1) -> tuple[jax.A
     return values, indices, ~jnp.isfinite(maxima.reshape(rows, -1).max(axis=1))
 
 
-def _highest(scores: jax.Array, count: int, top_k: TopK) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _highest(
+    scores: jax.Array, count: int, top_k: Callable[[jax.Array, int], tuple[jax.Array, jax.Array]]
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The `count` highest scores [..., V] and their indices, each [..., count], and the highest [...], or a NaN.
 
     They are in the `count` blocks with the highest maxima, so most of the vocabulary is read only once. The barriers
@@ -73,7 +73,7 @@ def _top_k(scores: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
 
 
 def _sorted(scores: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-    """As `_top_k`, by a sort, of which XLA leaves each row on its device. For a TopK, XLA:GPU first gathers all rows."""
+    """As `_top_k`, by a sort: XLA leaves its rows on their devices. For a TopK, XLA:GPU first gathers all rows."""
     indices = lax.broadcasted_iota(jnp.int32, scores.shape, scores.ndim - 1)
     values, indices = lax.sort((-scores, indices), num_keys=1)
     return -values[..., :count], indices[..., :count]
