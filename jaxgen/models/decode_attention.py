@@ -92,7 +92,9 @@ def decode_attention(
         row, head, share = (pl.program_id(axis) for axis in range(3))
         number = jnp.arange(padded)
         inside = number < used
-        own_queries = triton.load(queries.at[row, head, pl.ds(0, padded)], mask=inside[:, None], other=0.0)
+        # Indices and not a slice, which may not end behind the array, as those of masked rows do.
+        places = number[:, None], jnp.arange(head_dim)[None]
+        own_queries = triton.load(queries.at[row, head, *places], mask=inside[:, None], other=0.0)
         each = (count[row] + shares - 1) // shares
         start = first[row] + share * each
         end = jnp.minimum(start + each, first[row] + count[row])
@@ -121,10 +123,10 @@ def decode_attention(
         attended, highest, total = lax.fori_loop(start, end, with_block, nothing)
         if not sums:
             attended = attended / jnp.where(total > 0, total, 1)[:, None]
-        where = (row, head, pl.ds(0, padded)) if not sums else (row, head, share, pl.ds(0, padded))
-        triton.store(out.at[where], attended.astype(out.dtype), mask=inside[:, None])
+        where = (row, head) if not sums else (row, head, share)
+        triton.store(out.at[*where, *places], attended.astype(out.dtype), mask=inside[:, None])
         for ref, value in zip(sums, (highest, total), strict=False):
-            triton.store(ref.at[where], value, mask=inside)
+            triton.store(ref.at[*where, number], value, mask=inside)
 
     call = partial(
         pl.pallas_call,

@@ -103,11 +103,18 @@ class Int8:
 
     def _outlier_product(self, x: jax.Array) -> jax.Array:
         """The outlier columns' part of the product, [..., in] -> float32 [..., out]."""
-        return lax.platform_dependent(x, tpu=self._outlier_product_on_tpu, default=self._outlier_product_of_gathered)
+        return lax.platform_dependent(
+            x,
+            cpu=lambda x: self._outlier_product_of_gathered(x, jnp.float32),  # XLA:CPU lacks some products of bfloat16
+            tpu=self._outlier_product_on_tpu,
+            default=self._outlier_product_of_gathered,
+        )
 
-    def _outlier_product_of_gathered(self, x: jax.Array) -> jax.Array:
-        outliers = self.outliers.astype(x.dtype)
-        return jnp.einsum("...i,oi->...o", x[..., self.columns], outliers, preferred_element_type=jnp.float32)
+    def _outlier_product_of_gathered(self, x: jax.Array, dtype: jax.typing.DTypeLike | None = None) -> jax.Array:
+        """In a dtype that holds every number of x, by default its own."""
+        dtype = x.dtype if dtype is None else dtype
+        selected, outliers = x[..., self.columns].astype(dtype), self.outliers.astype(x.dtype).astype(dtype)
+        return jnp.einsum("...i,oi->...o", selected, outliers, preferred_element_type=jnp.float32)
 
     def _outlier_product_on_tpu(self, x: jax.Array) -> jax.Array:
         """Two products in the matrix unit, the first of which selects the columns.

@@ -144,7 +144,7 @@ def test_int8_is_a_byte_per_weight_a_scale_per_row_and_a_few_columns_in_full() -
 @pytest.mark.parametrize("tensor", [1, 2])
 def test_int4_is_counted_as_each_device_of_a_mesh_holds_it(tensor: int) -> None:
     found = plan("2-layer", quantize="int4", device="l4", mesh=(1, tensor))
-    mesh = jax.sharding.AbstractMesh((tensor,), ("tensor",))
+    mesh = jax.sharding.AbstractMesh((tensor,), ("tensor",), axis_types=(jax.sharding.AxisType.Auto,))
     config, (family, parsed, _) = SHAPES["2-layer"], parse_config(SHAPES["2-layer"], None)
     model = jax.eval_shape(lambda: jaxgen.from_config(config, quantize="int4"))
     shards = _random_shardings(family, parsed, np.dtype("float32"), "int4", mesh)
