@@ -92,7 +92,7 @@ def decode_attention(
         row, head, share = (pl.program_id(axis) for axis in range(3))
         number = jnp.arange(padded)
         inside = number < used
-        # Indices and not a slice, which may not end behind the array, as those of masked rows do.
+        # Array indices, because JAX 0.12 refuses a slice that extends past the array, as the masked rows do.
         places = number[:, None], jnp.arange(head_dim)[None]
         own_queries = triton.load(queries.at[row, head, *places], mask=inside[:, None], other=0.0)
         each = (count[row] + shares - 1) // shares
