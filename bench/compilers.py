@@ -81,6 +81,7 @@ class Case:
     new_tokens: int
     num_beams: int = 1
     quantize: str | None = None
+    cache_backend: str | None = None
 
 
 CASES = [
@@ -91,11 +92,15 @@ CASES = [
     Case("v5e", "8b", (1, 1), 8, 128, 128, quantize="int8"),
     Case("v5e", "8b", (1, 1), 1, 128, 128, quantize="int4"),
     Case("v5e", "8b", (1, 1), 8, 128, 128, quantize="int4"),
+    Case("v5e", "8b", (1, 1), 8, 1024, 1024, quantize="int8"),
+    Case("v5e", "8b", (1, 1), 8, 1024, 1024, quantize="int8", cache_backend="int8"),
     Case("v5e", "8b", (1, 8), 16, 1024, 1024),
     Case("v5e", "8b", (32, 8), 512, 1024, 1024),
     Case("v6e", "8b", (1, 1), 1, 512, 512),
     Case("v6e", "8b", (1, 1), 16, 1024, 1024),
     Case("v6e", "8b", (1, 1), 64, 512, 512),
+    Case("v6e", "8b", (1, 1), 64, 512, 512, cache_backend="int8"),
+    Case("v6e", "8b", (1, 1), 64, 512, 512, cache_backend="fp8"),
     Case("v6e", "8b", (1, 1), 4, 1024, 256, num_beams=4),
     Case("v6e", "70b", (1, 8), 16, 512, 512),
     Case("v5p", "8b", (1, 1), 16, 1024, 1024),
@@ -107,6 +112,9 @@ CASES = [
     Case("h200", "1b", (1, 1), 16, 1024, 1024),
     Case("h200", "8b", (1, 1), 1, 1024, 1024),
     Case("h200", "8b", (1, 1), 16, 1024, 1024),
+    Case("h200", "8b", (1, 1), 64, 512, 512),
+    Case("h200", "8b", (1, 1), 64, 512, 512, cache_backend="int8"),
+    Case("h200", "8b", (1, 1), 64, 512, 512, cache_backend="fp8"),
     Case("h200", "8b", (2, 4), 64, 1024, 1024),
     Case("h200", "70b", (1, 4), 16, 512, 512),
     Case("h200", "405b", (1, 8), 16, 512, 512),
@@ -159,6 +167,7 @@ def examine(case: Case, found: Any) -> dict[str, Any]:
         device=case.target,
         mesh=case.mesh,
         quantize=case.quantize,
+        cache_backend=case.cache_backend,
     )
     figures: dict[str, Any] = {
         "dtype": "bfloat16",
@@ -174,7 +183,7 @@ def examine(case: Case, found: Any) -> dict[str, Any]:
         shardings = prefill.output_shardings[0]
         state = jax.tree.map(placed, lowered.out_info[0], shardings)
         figures["prefill_temp_bytes"] = prefill.memory_analysis().temp_size_in_bytes
-        cache = [array for layer in state.cache.layers for array in layer]
+        cache = jax.tree.leaves(state.cache.layers)
         shares = [math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize for array in cache]
         advance, figures["decode_compile_s"] = timed(
             loop.advance.lower(model, state, call.strategy, placed(np.int32(1), everywhere), ())
@@ -233,6 +242,8 @@ def programs(case: Case, found: Any) -> tuple[Any, Call, NamedSharding]:
         small = jax.eval_shape(lambda model: quantised_model(model, case.quantize), model)
         model = jax.tree.map(lambda leaf: placed(leaf, everywhere), small)
     options = {"max_new_tokens": case.new_tokens, "num_beams": case.num_beams}
+    if case.cache_backend is not None:
+        options |= {"cache_implementation": "quantized", "cache_config": {"backend": case.cache_backend}}
     calls = []
 
     def lowered(model: Any) -> None:

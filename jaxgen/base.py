@@ -184,6 +184,7 @@ class Call:
         prefill: the inputs of the prompt's forward pass; None if they are the prompt's tokens.
         source: of an encoder-decoder model, the input of its encoder; None for other models, and if the cache that the
             call continues holds what the decoder needs of it.
+        cache_backend: static. How a new cache is quantised; None if it is not, and for a cache that the call continues.
     """
 
     prompt: Prompt
@@ -191,6 +192,7 @@ class Call:
     slots: int = field(metadata={"static": True})
     prefill: Prefill | None = None
     source: Source | None = None
+    cache_backend: str | None = field(default=None, metadata={"static": True})
 
     @property
     def guidance_scale(self) -> jax.Array | None:
@@ -244,6 +246,15 @@ class Cache(Protocol):
 
     def with_layers(self, layers: tuple[tuple[jax.Array, jax.Array], ...]) -> Self:
         """The same cache with other keys and values: one pair per layer, each [N, K, S, H]."""
+        ...
+
+    @property
+    def backend(self) -> str | None:
+        """How keys and values are quantised; None if they are in the model's dtype."""
+        ...
+
+    def quantized(self, backend: str) -> Self:
+        """This empty cache, to be written with quantised keys and values: "int8" or "fp8"."""
         ...
 
     def grow(self, slots: int) -> Self:

@@ -14,7 +14,8 @@ numbers: a weight of 0 times NaN is NaN, and masking the values at each step cos
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Self
+from functools import partial
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxgen.base import rows_axis, tensor_shards
 from jaxgen.encoder_memory import Memory, without_ones
 from jaxgen.pytree import pytree
+from jaxgen.quantized_array import BACKENDS, QuantizedArray, dequantized, mapped
+
+Array = jax.Array | QuantizedArray
 
 _FREE = -(1 << 30)  # in `columns`: a slot without a column; so low that no `skip` raises it to a real column
 
@@ -39,25 +43,25 @@ class KVCache:
 
     Attributes:
         layers: one (keys, values) pair per layer, each [N, K, S, H] without dimensions N or K of size 1, in the model's
-            dtype. Keys are rotated.
+            dtype or quantised. Keys are rotated.
         valid: bool [N, S]. Slots that later columns may attend to.
         length: int32 []. The number of slots written so far, which is also the next slot to write.
         position: int32 [N]. Position id of each row's next token.
         columns: int32 [S]. The column of the text in each slot, up to a constant; a far lower number in free slots.
             None if the model does not measure distances in columns, as sliding windows do.
         memory: of an encoder-decoder model, what the decoder sees of the source; None for other models.
-        room: static, see `reserve`.
+        room: static, see `reserve`; None unless the next forward pass reads the whole prompt.
         copies: static. How often each key-value head is in `layers`, one copy after the other. On a mesh with more
             devices than heads, each device has a copy of one head, and K above is all copies.
     """
 
-    layers: tuple[tuple[jax.Array, jax.Array], ...]
+    layers: tuple[tuple[Array, Array], ...]
     valid: jax.Array
     length: jax.Array
     position: jax.Array
     columns: jax.Array | None = None
     memory: Memory | None = None
-    room: int = field(default=0, metadata={"static": True})
+    room: int | None = field(default=None, metadata={"static": True})
     copies: int = field(default=1, metadata={"static": True})
 
     @property
@@ -168,29 +172,46 @@ class KVCache:
         #   columns   2  3  4  3  4  5  6        d is 1 column after c, not 3
         return self if self.columns is None else replace(self, columns=self.columns + columns)
 
-    def update(self, layer: int, keys: jax.Array, values: jax.Array) -> tuple[Self, jax.Array, jax.Array]:
+    def update(self, layer: int, keys: jax.Array, values: jax.Array) -> tuple[Self, Array, Array]:
         """Writes the [N, K, T, H] keys and values of one layer into the slots that `extend` made room for.
 
         Each head comes once, and is written as often as the cache has it.
 
         Returns:
-            The cache, and all keys and values of the layer as in `layers`.
+            The cache, and all keys and values of the layer as in `layers`; in the pass that reads a whole prompt these
+            are its own, as they were given.
         """
         keys, values = (self._copied(each) for each in (keys, values))
-        rows, heads, columns, head_dim = keys.shape
+        rows, heads, columns, _ = keys.shape
         batch = without_ones(rows, heads)
         start = self.length - columns
-        # Slots are the last axis but one of [N, K, S, H], whether or not N and K are left out.
-        all_keys, all_values = (
-            lax.dynamic_update_slice_in_dim(old, new.reshape(*batch, columns, head_dim), start, axis=-2)
-            for old, new in zip(self.layers[layer], (keys, values), strict=True)
-        )
-        written = all_keys, all_values
-        if self.room > 0:
-            written = tuple(_padded(array, self.slots + self.room) for array in written)
+
+        def squeezed(array: jax.Array) -> jax.Array:
+            return array.reshape(*batch, *array.shape[2:])
+
+        def write(old: jax.Array, new: jax.Array) -> jax.Array:
+            # Slots are the last axis but one of [N, K, S, H], whether or not N and K are left out.
+            return lax.dynamic_update_slice_in_dim(old, squeezed(new), start, axis=-2)
+
+        def written(old: Array, new: jax.Array) -> Array:
+            return mapped(write, old, old.quantized(new) if isinstance(old, QuantizedArray) else new)
+
+        def first(old: Array, new: jax.Array) -> Array:
+            """The prompt fills the cache. It may set the scale of all later columns."""
+            if isinstance(old, QuantizedArray):
+                return mapped(squeezed, old.of(new, self.valid[:, None, :, None]))
+            return write(old, new)
+
+        news, olds, room = (keys, values), self.layers[layer], self.room
+        if room is None:
+            pair = all_keys, all_values = tuple(map(written, olds, news))
+        else:
+            pair, (all_keys, all_values) = tuple(map(first, olds, news)), map(squeezed, news)
+        if room:
+            pair = _each(lambda array: _padded(array, self.slots + room), pair)
             # Or XLA would pad all layers after the last one, and the prompt would be there twice.
-            written, all_keys, all_values = lax.optimization_barrier((written, all_keys, all_values))
-        layers = (*self.layers[:layer], written, *self.layers[layer + 1 :])
+            pair, all_keys, all_values = lax.optimization_barrier((pair, all_keys, all_values))
+        layers = (*self.layers[:layer], pair, *self.layers[layer + 1 :])
         return replace(self, layers=layers), all_keys, all_values
 
     def reserve(self, slots: int) -> Self:
@@ -202,8 +223,8 @@ class KVCache:
         extra = slots - self.slots
         return replace(
             self,
-            room=0,
-            layers=tuple((_padded(keys, slots), _padded(values, slots)) for keys, values in self.layers),
+            room=None,
+            layers=_each(lambda array: _padded(array, slots), self.layers),
             # `valid` has one more axis in a cache with branches.
             valid=jnp.pad(self.valid, (*[(0, 0)] * (self.valid.ndim - 1), (0, extra))),
             columns=None
@@ -217,7 +238,7 @@ class KVCache:
         for pair in self.layers:
             # Without the memory, which does not grow and would be copied.
             grown = grow(replace(self, layers=(pair,), memory=None), slots)
-            for array in pair:
+            for array in jax.tree.leaves(pair):
                 array.delete()
             layers += grown.layers
         return replace(grown, layers=tuple(layers), memory=self.memory)
@@ -236,7 +257,7 @@ class KVCache:
 
         return replace(
             self,
-            layers=tuple((take(keys), take(values)) for keys, values in self.layers),
+            layers=_each(take, self.layers),
             valid=self.valid[rows],
             position=self.position[rows],
             memory=self._memory_of(rows),
@@ -271,7 +292,7 @@ class KVCache:
 
         numbers = jnp.arange(slots.shape[1], dtype=jnp.int32)
         return KVCache(
-            layers=tuple((select(keys), select(values)) for keys, values in self.layers),
+            layers=_each(select, self.layers),
             valid=valid,
             length=jnp.asarray(length, jnp.int32),
             position=jnp.zeros(len(rows), jnp.int32),  # not known here
@@ -303,6 +324,18 @@ class KVCache:
     def num_layers(self) -> int:
         return len(self.layers)
 
+    @property
+    def backend(self) -> str | None:
+        """See `base.Cache.backend`."""
+        first = self.layers[0][0]
+        return next((name for name, kind in BACKENDS.items() if isinstance(first, kind)), None)
+
+    def quantized(self, backend: str) -> Self:
+        """See `base.Cache.quantized`."""
+        kind = BACKENDS[backend]
+        layers = tuple((kind.of(dequantized(keys)), kind.of(dequantized(values))) for keys, values in self.layers)
+        return replace(self, layers=layers)
+
     def with_layers(self, layers: tuple[tuple[jax.Array, jax.Array], ...]) -> Self:
         """The same cache with other keys and values, each [N, K, S, H] even where N or K is 1, with each head once."""
         shaped = tuple(
@@ -318,13 +351,18 @@ class KVCache:
 
     def layer(self, index: int) -> tuple[jax.Array, jax.Array]:
         """One layer's keys and values, each [N, K, S, H] even where N or K is 1, with each head once."""
-        keys, values = self.layers[index]
+        keys, values = map(dequantized, self.layers[index])
         shape = (len(self.valid), -1, *keys.shape[-2:])
         return keys.reshape(shape)[:, :: self.copies], values.reshape(shape)[:, :: self.copies]
 
     def _copied(self, array: jax.Array) -> jax.Array:
         """[N, K, T, H] with every head as often as in `layers`: heads a b -> a a b b."""
         return array if self.copies == 1 else jnp.repeat(array, self.copies, axis=1)
+
+
+def _each(function: Callable[[jax.Array], jax.Array], arrays: Any) -> Any:
+    """A pytree of arrays [..., S, H], quantised or not, after a function of each; see `quantized_array.mapped`."""
+    return jax.tree.map(partial(mapped, function), arrays, is_leaf=lambda node: isinstance(node, QuantizedArray))
 
 
 def _padded(array: jax.Array, slots: int) -> jax.Array:
@@ -418,7 +456,7 @@ class BranchedCache(KVCache):
         slots = jnp.arange(self.valid.shape[2])[None, None]
         return replace(
             self,
-            layers=tuple((keep(keys), keep(values)) for keys, values in self.layers),
+            layers=_each(keep, self.layers),
             # All branches attend to the same slots before `start`, unless there was a `reorder`.
             valid=(self.valid & (slots < start)) | (slots == start),
             length=start + 1,

@@ -21,7 +21,7 @@ import jaxgen.base
 
 ROOT = Path(__file__).parent.parent
 STRATEGIES = {"sampling", "assisted", "beam_search", "group_beam_search", "contrastive_search"}
-GROUND_FLOOR = {"base", "buckets", "exchange", "lazy", "pytree", "version"}
+GROUND_FLOOR = {"base", "buckets", "exchange", "lazy", "pytree", "quantized_array", "version"}
 # What each part of the package imports besides the ground floor. Nobody imports who stands below.
 MAY_IMPORT: dict[str, set[str]] = {
     "base": {"pytree"},
@@ -29,6 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "exchange": set(),
     "lazy": set(),
     "pytree": set(),
+    "quantized_array": {"pytree"},
     "version": set(),
     "encoder_memory": set(),
     "kv_cache": {"encoder_memory"},

@@ -263,6 +263,15 @@ def test_continuing_prints_what_a_kept_cache_chunks_and_kept_programs_save(run: 
     assert figures[1]["with"] < figures[1]["without"] and len(printed) == 4
 
 
+def test_caches_in_eight_bits_are_timed_and_measured_beside_the_models_dtype(run: Any) -> None:
+    options = ("--shape", "2-layer", "--batch", "2", "--columns", "16", "--steps", "2")
+    lines, figures = run("quantized_cache.py", *options)
+    assert len(lines) == 1 + len(figures) == 4
+    plain, int8, fp8 = figures
+    assert plain["kl"] == 0 < int8["kl"] < fp8["kl"]
+    assert plain["cache_bytes"] > int8["cache_bytes"] > fp8["cache_bytes"]
+
+
 def test_converting_is_compared_with_copying(run: Any) -> None:
     printed, (figures,) = run("converting.py", "--layers", "1")
     assert [line.split()[0] for line in printed[1:]] == ["copy", "convert", "back"]

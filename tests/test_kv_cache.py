@@ -207,3 +207,55 @@ def test_branches_work_without_dimensions_of_size_one(rows: int, heads: int) -> 
     cache, _, _ = cache.update(0, new, new)
     kept = cache.keep(jnp.full(rows, 2)).layer(0)[0]
     np.testing.assert_array_equal(kept[:, :, 0], new[:, :, 2])
+
+
+# ---- Quantised ----
+
+
+def numbers(*shape: int, seed: int = 0) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def read(backend: str | None, rows: int, heads: int) -> KVCache:
+    """A cache after a prompt of four columns, with room for two more."""
+    cache = KVCache.zeros(1, rows, 4, heads, HEAD_DIM, jnp.float32)
+    cache = (cache if backend is None else cache.quantized(backend)).reserve(SLOTS)
+    mask = jnp.asarray(np.arange(4) >= np.arange(rows)[:, None])
+    cache, _, _ = cache.extend(mask)
+    cache, keys, _ = cache.update(0, numbers(rows, heads, 4, HEAD_DIM), numbers(rows, heads, 4, HEAD_DIM, seed=1))
+    assert isinstance(keys, jax.Array), "the prompt attends to itself as it is"
+    return cache.grow(SLOTS)
+
+
+@pytest.mark.parametrize("backend", ["int8", "fp8"])
+@pytest.mark.parametrize(("rows", "heads"), [(2, 3), (1, 3), (2, 1), (1, 1)])
+def test_a_quantised_cache_does_to_its_numbers_what_a_plain_one_does(backend: str, rows: int, heads: int) -> None:
+    quantized = read(backend, rows, heads)
+    assert (quantized.backend, quantized.grow(9).backend, quantized.slots) == (backend, backend, SLOTS)
+    plain = read(None, rows, heads).with_layers((quantized.layer(0),))
+    assert plain.backend is None
+    new = numbers(rows, heads, 2, HEAD_DIM, seed=2), numbers(rows, heads, 2, HEAD_DIM, seed=3)
+    # What the quantised cache makes of the new columns.
+    rounded = [old.quantized(each).dequantized() for old, each in zip(quantized.layers[0], new, strict=True)]
+    last = jnp.full(rows, 1, jnp.int32)
+    order = jnp.broadcast_to(jnp.array([1, 3, 0, 2, 5, 4]), (rows, SLOTS))
+    valid = jnp.ones((rows, SLOTS), bool)
+
+    def every_way(cache: KVCache, new: list[jax.Array]) -> list[KVCache]:
+        longer, _, _ = cache.extend(jnp.ones((rows, 2), bool))
+        longer, _, _ = longer.update(0, *new)
+        branched, _, _ = cache.branch(2).extend(jnp.ones((rows, 2), bool))
+        branched, _, _ = branched.update(0, *new)
+        return [
+            longer,
+            longer.grow(9),
+            longer.repeat(2),
+            longer.select(jnp.arange(rows)[::-1], order, valid, jnp.int32(5)),
+            longer.ragged().drop_last(last).squeezed(),
+            branched.keep(last),
+        ]
+
+    for ours, theirs in zip(every_way(quantized, [*new]), every_way(plain, rounded), strict=True):
+        assert ours.backend == backend
+        for found, expected in zip(ours.layer(0), theirs.layer(0), strict=True):
+            np.testing.assert_array_equal(found, expected)

@@ -20,6 +20,8 @@ HELPERS = Path(__file__).parent / "helpers"
 WIDE = {"hidden_size": 64, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 8, "vocab_size": 64}
 SPREAD = CONFIG | WIDE | {"intermediate_size": 48, "num_hidden_layers": 1, "attention_bias": True, "mlp_bias": True}
 
+INT8: dict[str, Any] = {"cache_implementation": "quantized", "cache_config": {"backend": "int8"}}
+FP8: dict[str, Any] = {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}}
 GREEDY: list[tuple[int, int, dict[str, Any]]] = [
     (1, 8, {}),
     *((data, 1, {"rows": 5}) for data in (2, 8)),  # more rows than devices, and fewer
@@ -44,6 +46,8 @@ MORE: list[tuple[int, int, dict[str, Any]]] = [
     (1, 8, {"prompt_lookup_num_tokens": 3, "rows": 5}),
     (2, 4, {"prefill_chunk_size": 4, "rows": 9}),
     (4, 2, {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "rows": 7}),
+    (4, 2, FP8),
+    (2, 4, INT8 | {"num_beams": 3, "rows": 3}),
 ]
 
 
@@ -135,7 +139,7 @@ def test_with_fewer_key_value_heads_than_devices_each_device_has_a_copy_of_one(
 ) -> None:
     calls: list[tuple[int, int, dict[str, Any]]] = [(1, 8, {}), (2, 4, {"num_beams": 3, "rows": 3}), (1, 2, {})]
     calls += [(2, 4, {"again": True}), (1, 4, {"assisted": True, "rows": 3})]
-    calls += [(1, 8, {"penalty_alpha": 0.6, "top_k": 3})]
+    calls += [(1, 8, {"penalty_alpha": 0.6, "top_k": 3}), (2, 4, INT8)]
     run(tmp_path, SPREAD | {"num_key_value_heads": key_value_heads}, [*calls, (2, 4, {"quantize": "int8"})])
 
 
@@ -148,6 +152,7 @@ def test_a_step_exchanges_neither_a_vocabulary_nor_a_cache() -> None:
         "sampled beams": {"num_beams": 2, "do_sample": True, "key": 1, "top_k": 0},
         "groups": {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5},
         "contrastive": {"penalty_alpha": 0.6, "top_k": 4},
+        "a cache in int8": INT8,
     }
     config = SPREAD | {"num_key_value_heads": 2, "vocab_size": 65_536}
     found = json.loads(on_eight_devices("collectives.py", json.dumps(config), json.dumps(calls)))

@@ -42,6 +42,13 @@ class StateCache:
         return self.valid.shape[-1]
 
     @property
+    def backend(self) -> None:
+        return None
+
+    def quantized(self, backend: str) -> "StateCache":
+        raise ValueError(f"a state has no keys to hold in {backend}")
+
+    @property
     def num_layers(self) -> int:
         return 0
 
@@ -221,3 +228,6 @@ def test_a_state_is_no_cache_to_be_looked_into(model: Recurrent) -> None:
     assert len(cache) == 0 and cache.get_seq_length() == 5
     with pytest.raises(ValueError, match="a state cannot be cut into columns"):
         jaxgen.generate(model, [[*row, 0, 0, 0] for row in PROMPTS], cache=cache, max_new_tokens=2)
+    with pytest.raises(ValueError, match="a state has no keys to hold in int8"):
+        int8 = {"cache_implementation": "quantized", "cache_config": {"backend": "int8"}}
+        jaxgen.generate(model, PROMPTS, max_new_tokens=3, **int8)

@@ -198,6 +198,7 @@ def _add_plan_options(parser: argparse.ArgumentParser) -> None:
         help="like MODEL, what drafts tokens for it; or int8 or int4, for such a copy of it",
     )
     parser.add_argument("--num-assistant-tokens", type=int, metavar="N", help="tokens of a draft (default: 20)")
+    parser.add_argument("--cache-backend", choices=["int8", "fp8"], help="plan for a quantised cache")
     parser.add_argument(
         "--device", metavar="KIND", help="v5e, v6e, v5p, h100, h200, a100-80g, a100-40g or l4; default: the local one"
     )

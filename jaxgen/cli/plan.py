@@ -25,6 +25,7 @@ def run(arguments: argparse.Namespace) -> int:
         revision=arguments.revision,
         assistant_model=arguments.assistant,
         num_assistant_tokens=arguments.num_assistant_tokens,
+        cache_backend=arguments.cache_backend,
     )
     if arguments.json:
         print(json.dumps(_record(planned) | {"suggestions": [_record(other) for other in planned.suggestions]}))
@@ -63,7 +64,7 @@ def _lines(planned: Plan) -> dict[str, str]:
         if each
         else planned.device,
         "weights": byte_count(planned.weights) + each,
-        "cache": byte_count(planned.cache) + each,
+        "cache": byte_count(planned.cache) + each + (f", in {planned.cache_backend}" if planned.cache_backend else ""),
         **({"source": byte_count(planned.source) + each} if planned.source else {}),
         **_assistant(planned, each),
         "temporaries": f"{byte_count(planned.prefill_temporaries)} for the prompt, "

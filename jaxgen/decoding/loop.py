@@ -176,13 +176,16 @@ def _read(
     intermediates = tuple(name for name in intermediates if name not in ENCODER_INTERMEDIATES)
     if prefill is None or prefill.past is None:
         cache: Cache = model.make_cache(call.model_rows, call.prompt_slots)
+        if call.cache_backend is not None:
+            cache = cache.quantized(call.cache_backend)
+        if prefill is None or prefill.chunk is None:
+            cache = cache.reserve(slots)
     else:
         cache = prefill.past
     if call.source is not None:
         cache, encoded = cast(EncoderDecoderModel, model).read(cache, call.source, of_encoder)
     if prefill is None:
         mask = call.prompt.attention_mask.astype(bool)
-        cache = cache.reserve(slots)
         logits, cache, computed = model.extend(cache, call.prompt.input_ids, mask, None, intermediates)
     elif (size := prefill.chunk) is None:
         cache = cache if prefill.padding is None else cache.skip(prefill.padding)

@@ -71,6 +71,11 @@ def _refuse_inputs_of_other_models(model: Model, model_inputs: Mapping[str, obje
 
 def _refuse_with_encoder(config: DecodeConfig) -> None:
     """Raises a ValueError for a field that does not go with an encoder."""
+    if config.cache_backend is not None:
+        raise ValueError(
+            "`cache_implementation`='quantized' does not go with an encoder-decoder model, as in transformers. Leave "
+            "it out."
+        )
     if config.merged.guidance_scale not in (None, 1):
         raise ValueError(
             f"`guidance_scale`={config.merged.guidance_scale!r} does not go with an encoder-decoder model, as in "
@@ -100,7 +105,9 @@ def build_call(model: Model, request: Request, mode: Mode, inputs: Inputs) -> Pr
     host = HostFunctions()
     strategy = _strategy(model, request, mode, inputs, stop, logits_processor, host)
     prompt, source = _source(prompt, prefill, mode.config, inputs)
-    call = Call(prompt, strategy, mode.text_slots(prompt.input_ids.shape[1], new_tokens), prefill, source)
+    slots = mode.text_slots(prompt.input_ids.shape[1], new_tokens)
+    backend = mode.config.cache_backend if inputs.past is None else None
+    call = Call(prompt, strategy, slots, prefill, source, backend)
     return PreparedCall(
         model=model,
         call=call,
@@ -169,6 +176,16 @@ def _fitted(config: DecodeConfig, inputs: Inputs) -> DecodeConfig:
         )
     if not config.use_cache and config.prefill_chunk_size is not None:
         raise ValueError("Cannot use prefill chunking without a cache. Leave out `use_cache` or `prefill_chunk_size`.")
+    if config.cache_backend is not None and config.prefill_chunk_size is not None:
+        raise ValueError(
+            f"`prefill_chunk_size`={config.prefill_chunk_size} cannot be combined with a quantised cache, whose first "
+            "pass reads the whole prompt. Leave out one of them."
+        )
+    if config.cache_backend == "fp8" and config.merged.guidance_scale not in (None, 1):
+        raise ValueError(
+            f"`guidance_scale`={config.merged.guidance_scale} cannot be combined with a cache in fp8, because "
+            "transformers does not quantise the cache of the negative prompt. Use the backend 'int8'."
+        )
     if not config.use_cache and inputs.position_ids is not None:
         steps = np.diff(inputs.position_ids, axis=1)
         if inputs.attention_mask.all() and (steps != 1).any():

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import jax
 import numpy as np
 
 from jaxgen.base import Call, Model
@@ -68,6 +69,20 @@ class PreparedCall:
     def prompt_length(self) -> int:
         """The number of columns of the caller's prompt, P."""
         return self.inputs.input_ids.shape[1]
+
+    @property
+    def cache_bytes_per_token(self) -> int:
+        """The bytes of a cache slot of one row, over all layers."""
+        past = None if self.call.prefill is None else self.call.prefill.past
+        backend = self.call.cache_backend if past is None else past.backend
+        if backend is None:
+            return self.model.cache_bytes_per_token
+
+        def size(slots: int) -> int:
+            cache = jax.eval_shape(lambda: self.model.make_cache(1, slots).quantized(backend))
+            return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+
+        return size(2) - size(1)
 
     @property
     def cache_slots(self) -> int:

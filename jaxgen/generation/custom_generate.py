@@ -117,6 +117,7 @@ def check_custom_generate(prepared: PreparedCall, request: Request) -> None:
         "streamer": request.streamer is not None,
         "output_logprobs": request.output_logprobs,
         "max_time": prepared.config.max_time is not None,
+        "cache_implementation": prepared.config.cache_backend is not None,
         "guidance_scale": prepared.config.merged.guidance_scale not in (None, 1),
     }
     for name, given in unheeded.items():

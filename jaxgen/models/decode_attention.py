@@ -18,14 +18,21 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxgen.quantized_array import Int8Array, QuantizedArray
+
+Array = jax.Array | QuantizedArray
+
 BLOCK = 64  # slots; a cache for the kernel has whole blocks
 _MOST_QUERIES = 64  # of a group: its heads times the columns, which are beams, or the drafts of an assisted step
 _PROGRAMS = 264  # two for each multiprocessor of an H100
 
 
 @cache
-def installed() -> bool:
-    """Whether JAX can compile for NVIDIA GPUs, and if it runs on one, whether that one multiplies bfloat16."""
+def installed(capability: float = 8.0) -> bool:
+    """Whether JAX can compile for NVIDIA GPUs, and if it runs on one, whether that has so much compute capability.
+
+    8.0 multiplies bfloat16.
+    """
     if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
         return False
     try:
@@ -33,16 +40,16 @@ def installed() -> bool:
     except ImportError:
         return False
     device = jax.local_devices()[0]
-    return device.platform != "gpu" or float(device.compute_capability) >= 8.0
+    return device.platform != "gpu" or float(device.compute_capability) >= capability
 
 
-def fits(queries: int, slots: int, head_dim: int, dtype: Any) -> bool:
+def fits(queries: int, slots: int, head_dim: int, dtype: Any, float8: bool = False) -> bool:
     """Whether the kernel can compute the attention of so many queries per group over so many slots.
 
     It is for half precision, and reads whole blocks. Triton wants sizes that are powers of two.
     """
     return (
-        installed()
+        installed(8.9 if float8 else 8.0)  # older ones cannot convert these numbers
         and dtype in (jnp.bfloat16, jnp.float16)
         and queries <= _MOST_QUERIES
         and slots % BLOCK == 0
@@ -51,7 +58,7 @@ def fits(queries: int, slots: int, head_dim: int, dtype: Any) -> bool:
 
 
 def decode_attention(
-    queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array, scale: float, *, interpret: bool = False
+    queries: jax.Array, keys: Array, values: Array, mask: jax.Array, scale: float, *, interpret: bool = False
 ) -> jax.Array:
     """As `layers.attend`, for a few columns.
 
@@ -65,7 +72,8 @@ def decode_attention(
 
     Args:
         queries: [N, K, G, T, H], with G * T of at most 64.
-        keys, values: [N, K, S, H].
+        keys, values: [N, K, S, H]. Those in eight bits are widened in registers. The scales of columns multiply the
+            scores and the weights.
         mask: bool [N, T, S]. A column that attends to no slot gets zeros.
         scale: of the products of queries and keys.
         interpret: for tests, on any device.
@@ -78,6 +86,10 @@ def decode_attention(
 
     rows, heads, group, columns, head_dim = queries.shape
     slots, used = keys.shape[2], group * columns
+    quantized = [each for each in (keys, values) if isinstance(each, QuantizedArray)]
+    stored, scales = [each.values for each in quantized] or [keys, values], [each.scales for each in quantized]
+    num_scales, by_column = len(scales), isinstance(keys, Int8Array)
+    scales = [each if by_column else each.reshape(1) for each in scales]
     # Triton wants powers of two, and at least 16 rows in a product.
     padded = max(16, 1 << (used - 1).bit_length())
     shares = 1
@@ -88,7 +100,8 @@ def decode_attention(
     block_size = BLOCK // 2 if shares == 1 else BLOCK
     first, count = _blocks_in_use(mask, block_size)
 
-    def kernel(queries: Any, keys: Any, values: Any, mask: Any, first: Any, count: Any, out: Any, *sums: Any) -> None:
+    def kernel(queries: Any, keys: Any, values: Any, mask: Any, first: Any, count: Any, *others: Any) -> None:
+        scales, (out, *sums) = others[:num_scales], others[num_scales:]
         row, head, share = (pl.program_id(axis) for axis in range(3))
         number = jnp.arange(padded)
         inside = number < used
@@ -106,13 +119,22 @@ def decode_attention(
                 allowed = mask[row, 0, part][None]
             else:
                 allowed = mask[row, (number % columns)[:, None], (block * block_size + jnp.arange(block_size))[None]]
-            own_values = values[row, head, part]
-            scores = triton.dot(own_queries, keys[row, head, part].T) * scale
+            own_keys, own_values = (each[row, head, part] for each in (keys, values))
+            if scales and not by_column:
+                own_keys, own_values = (
+                    each.astype(jnp.float32) * factor[0]
+                    for each, factor in zip((own_keys, own_values), scales, strict=True)
+                )
+            own_keys, own_values = (each.astype(queries.dtype) for each in (own_keys, own_values))
+            scores = triton.dot(own_queries, own_keys.T) * scale
+            if by_column:
+                scores = scores * scales[0][row, head, part][None]
             scores = jnp.where(allowed, scores, -jnp.inf)
             higher = jnp.maximum(highest, scores.max(axis=1))
             finite = jnp.maximum(higher, jnp.finfo(jnp.float32).min)  # -inf minus -inf would be NaN
             weights, before = jnp.exp(scores - finite[:, None]), jnp.exp(highest - finite)
-            weighted = triton.dot(weights.astype(own_values.dtype), own_values)
+            factors = weights * scales[1][row, head, part][None] if by_column else weights
+            weighted = triton.dot(factors.astype(own_values.dtype), own_values)
             return attended * before[:, None] + weighted, higher, total * before + weights.sum(axis=1)
 
         nothing = (
@@ -136,7 +158,7 @@ def decode_attention(
         compiler_params=None if interpret else triton.CompilerParams(num_warps=4, num_stages=3),
         name="decode_attention",
     )
-    inputs = (queries.reshape(rows, heads, used, head_dim), keys, values, mask, first, count)
+    inputs = (queries.reshape(rows, heads, used, head_dim), *stored, mask, first, count, *scales)
     if shares == 1:
         out = call(out_shape=jax.ShapeDtypeStruct((rows, heads, used, head_dim), queries.dtype))(*inputs)
         return out.reshape(queries.shape)

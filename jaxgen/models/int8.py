@@ -4,7 +4,7 @@ Only weights are quantised; activations keep their precision. The scale of a row
 the weights, so that the weights are read as bytes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import EllipsisType, ModuleType
 
@@ -79,18 +79,9 @@ class Int8:
         A TPU has a unit for such products. With casts, a single row goes to the vector unit instead (8B on a v5e,
         estimated: 64 -> 13 ms a step).
 
-        Each row of `x` becomes two rows of bytes, a coarse and a fine one. XLA:CPU also multiplies two rows faster than
-        one. The coarse row is in units of 1/127 of the largest entry, and the fine row is the remainder in 1/254 of
-        that unit: 15 bits, more than bfloat16 has.
         """
-        rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-        unit = jnp.maximum(jnp.abs(rows).max(axis=1, keepdims=True), jnp.finfo(jnp.float32).tiny) / 127
-        coarse = jnp.round(rows / unit)
-        fine = jnp.round((rows / unit - coarse) * 254)
-        both = jnp.concatenate([coarse, fine]).astype(jnp.int8)
-        products = self._multiply(both, jnp.int32).astype(jnp.float32)
-        coarse_products, fine_products = jnp.split(products, 2)
-        y = (coarse_products + fine_products / 254) * unit * self.scales[None]
+        rows = x.reshape(-1, x.shape[-1])
+        y = as_bytes(rows, lambda rows: self._multiply(rows, jnp.int32)) * self.scales[None]
         return (y.reshape(*x.shape[:-1], -1) + self._outlier_product(x)).astype(x.dtype)
 
     def _values_of_rows(self, ids: jax.Array) -> jax.Array:
@@ -128,6 +119,22 @@ class Int8:
         outliers = self.outliers.astype(x.dtype)
         y = jnp.einsum("mc,oc->mo", selected, outliers, preferred_element_type=jnp.float32)
         return y[: len(rows)].reshape(*x.shape[:-1], -1)
+
+
+def as_bytes(rows: jax.Array, multiply: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """float32 [..., M, out]: `multiply` of rows [..., M, in], a linear function of int8 with results in int32.
+
+    Each row becomes two rows of bytes, a coarse and a fine one. XLA:CPU also multiplies two rows faster than one. The
+    coarse row is in units of 1/127 of the largest entry, and the fine row is the remainder in 1/254 of that unit: 15
+    bits, more than bfloat16 has.
+    """
+    rows = rows.astype(jnp.float32)
+    unit = jnp.maximum(jnp.abs(rows).max(axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny) / 127
+    coarse = jnp.round(rows / unit)
+    fine = jnp.round((rows / unit - coarse) * 254)
+    products = multiply(jnp.concatenate([coarse, fine], axis=-2).astype(jnp.int8)).astype(jnp.float32)
+    coarse_products, fine_products = jnp.split(products, 2, axis=-2)
+    return (coarse_products + fine_products / 254) * unit
 
 
 def outlier_columns(columns: int) -> int:

@@ -120,6 +120,7 @@ class Plan:
         assistant_model: name or folder of the assistant, "int8" or "int4"; None without one.
         assistant_weights: bytes.
         assistant_cache: bytes, at about its full size, with what it keeps of the sources.
+        cache_backend: how the model's cache is quantised; None if it is in `dtype`.
         suggestions: plans that would fit, if this one does not.
     """
 
@@ -149,6 +150,7 @@ class Plan:
     assistant_model: str | None = None
     assistant_weights: int = 0
     assistant_cache: int = 0
+    cache_backend: str | None = None
     suggestions: tuple["Plan", ...] = ()
 
     @property
@@ -172,6 +174,7 @@ def plan(
     revision: str | None = None,
     assistant_model: str | Path | None = None,
     num_assistant_tokens: int | None = None,
+    cache_backend: str | None = None,
 ) -> Plan:
     """Whether a call fits in memory, and if it does not, what would. Reads only configs and headers.
 
@@ -192,6 +195,7 @@ def plan(
         revision: as in `load`.
         assistant_model: like `model`, what drafts tokens for it; or "int8" or "int4", for a copy of it in that.
         num_assistant_tokens: as in `generate`; 20 by default.
+        cache_backend: how the model's cache is quantised, the `backend` of `cache_config` in `generate`.
 
     Returns:
         The memory and time of the call. If it does not fit, `suggestions` holds, for each kind of change that is enough
@@ -227,7 +231,10 @@ def plan(
     drafted = 0 if assistant_model is None else drafted
 
     def sizes_of(name: str, source: Source | None) -> _Call:
-        return _Call.of(name, source, prompt_tokens, new_tokens, num_beams, num_return_sequences, dtype, drafted)
+        return _Call.of(
+            *(name, source, prompt_tokens, new_tokens, num_beams, num_return_sequences, dtype, drafted),
+            cache_backend if name == str(model) else None,
+        )
 
     call = sizes_of(str(model), source)
     if assistant_model in QUANTIZATIONS:
@@ -360,6 +367,7 @@ class _Call:
         num_return_sequences: int,
         dtype: jax.typing.DTypeLike | None,
         drafted: int,
+        cache_backend: str | None,
     ) -> "_Call":
         if source is None:
             model, own_dtype = abstract(SHAPES[name]), weights_dtype(SHAPES[name].get("dtype", "float32"))
@@ -370,6 +378,8 @@ class _Call:
         options = {"max_new_tokens": new_tokens, "num_beams": num_beams, "num_return_sequences": num_return_sequences}
         if num_beams == 1 and num_return_sequences > 1:
             options["do_sample"] = True
+        if cache_backend is not None:
+            options |= {"cache_implementation": "quantized", "cache_config": {"backend": cache_backend}}
         if model.is_encoder_decoder:
             _check_positions(model, prompt_tokens, new_tokens)
             # Any ids do; a checkpoint need not say where texts begin.
@@ -385,7 +395,7 @@ class _Call:
             strategy, (rows, columns) = prepared.call.strategy, prepared.call.prompt.input_ids.shape
             source = prepared.inputs.source
             tokens = strategy.cache_slots(prepared.prompt_length, new_tokens)
-            sizes.update(slot_bytes=model.cache_bytes_per_token, prompt_rows=rows, columns=columns)
+            sizes.update(slot_bytes=prepared.cache_bytes_per_token, prompt_rows=rows, columns=columns)
             sizes.update(slots=prepared.cache_slots, tokens=tokens, step_columns=strategy.columns)
             if strategy.columns > 1:  # a cache with rows of their own lengths grows while less than an eighth is free
                 enough = (size.slots for size in cache_sizes(prepared, 0) if size.slots * 7 // 8 >= tokens)
@@ -404,6 +414,7 @@ class _Call:
             new_tokens=new_tokens,
             num_beams=num_beams,
             num_return_sequences=num_return_sequences,
+            cache_backend=cache_backend,
         )
         return cls(plan, model.config, leaves, target, **sizes, assistant=None)
 

@@ -86,6 +86,10 @@ SHOWN_BY = {
     "position_ids": "generation/test_continuing.py::test_positions_of_the_callers_own_equal_transformers",
     "prefill_chunk_size": "generation/test_continuing.py::test_a_prompt_read_in_chunks_gives_the_same_tokens",
     "use_cache": "generation/test_outputs.py::test_use_cache_false_changes_no_token_and_returns_no_cache",
+    **dict.fromkeys(
+        ["cache_implementation", "cache_config"],
+        "generation/test_quantized_cache.py::test_tokens_with_a_cache_in_fp8_equal_transformers",
+    ),
     "token_healing": "generation/prompt/test_token_healing.py::test_healed_prompts_and_what_follows_equal_transformers",
     "penalty_alpha": "decoding/test_contrastive_search.py::test_sequences_are_those_of_transformers_4_41",
     "inputs": "generation/test_api.py::test_prompts_come_as_lists_or_arrays_of_any_integer_type_under_either_name",

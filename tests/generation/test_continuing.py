@@ -241,8 +241,9 @@ def test_one_prefix_serves_every_prompt_and_its_columns_are_read_once(model: Any
     )
 
 
-def test_a_prefix_of_512_columns_saves_most_of_the_prefill_of_16_prompts(model: Any) -> None:
-    prefix, own = RNG.integers(3, 97, (1, 512)), RNG.integers(3, 97, (16, 32))
+def test_a_prefix_of_240_columns_saves_most_of_the_prefill_of_16_prompts(model: Any) -> None:
+    """So few columns that attention has no loop over blocks, whose body XLA would count once."""
+    prefix, own = RNG.integers(3, 97, (1, 240)), RNG.integers(3, 97, (16, 8))
     cache = first(model, prefix, None, max_new_tokens=1).cache
     whole = np.concatenate([np.repeat(prefix, 16, axis=0), own], axis=1)
 

@@ -13,6 +13,7 @@ from prepared import prepared
 import jaxgen
 from jaxgen.generation.running import driver
 from jaxgen.models import decode_attention, layers, llama
+from jaxgen.quantized_array import Float8Array, Int8Array
 
 # N, K, G, T, S, H. Few rows share the slots among several programs, many rows do not.
 SIZES = [
@@ -49,6 +50,16 @@ def test_the_kernel_computes_the_attention_of_other_devices(sizes: tuple[int, ..
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
     if sizes[0] > 1:
         assert not ours[0].any()  # that row attends to no slot
+
+
+@pytest.mark.parametrize("kind", [Int8Array, Float8Array])
+@pytest.mark.parametrize("sizes", SIZES[:2], ids=str)
+def test_the_kernel_widens_eight_bits_in_place(sizes: tuple[int, ...], kind: Any) -> None:
+    queries, *pair, mask = case(sizes, jnp.float32, "ragged")
+    pair = [kind.of(each) for each in pair]
+    ours = decode_attention.decode_attention(queries, *pair, mask, 0.2, interpret=True)
+    theirs, _ = layers.attend(queries, *(each.dequantized() for each in pair), mask, 0.2)
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
 def test_the_kernel_rounds_as_other_devices_do() -> None:
@@ -96,7 +107,8 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def interpreted(*arguments: Any) -> jax.Array:
         return decode_attention.decode_attention(*arguments, interpret=True)
 
-    def fits(queries: int, slots: int, head_dim: int, dtype: Any) -> bool:
+    def fits(queries: int, slots: int, head_dim: int, dtype: Any, float8: bool = False) -> bool:
+        del head_dim, dtype, float8
         return queries <= 64 and slots % decode_attention.BLOCK == 0
 
     jax.clear_caches()
@@ -109,8 +121,14 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.parametrize(
     "arguments",
-    [{}, {"num_beams": 3, "num_return_sequences": 2}, {"prompt_lookup_num_tokens": 3}],
-    ids=["greedy", "beams", "assisted"],
+    [
+        {},
+        {"num_beams": 3, "num_return_sequences": 2},
+        {"prompt_lookup_num_tokens": 3},
+        {"cache_implementation": "quantized", "cache_config": {"backend": "int8"}},
+        {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}, "num_beams": 2},
+    ],
+    ids=["greedy", "beams", "assisted", "int8", "beams in fp8"],
 )
 def test_tokens_are_those_of_other_devices(arguments: dict[str, Any], request: pytest.FixtureRequest) -> None:
     config = {
@@ -146,7 +164,7 @@ def test_attention_over_several_devices_does_without_the_kernel(monkeypatch: pyt
 def test_the_kernel_is_left_out_where_it_does_not_fit(
     sizes: tuple[int, int, int], dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decode_attention, "installed", lambda: True)
+    monkeypatch.setattr(decode_attention, "installed", lambda capability=8.0: True)
     assert decode_attention.fits(4, 64, 64, jnp.dtype("bfloat16"))
     assert not decode_attention.fits(*sizes, jnp.dtype(dtype))
 

@@ -1,6 +1,7 @@
 """Norms, products and attention: each form gives the numbers of the plain one, and has derivatives."""
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from flax import nnx
 
 from jaxgen.models import layers
 from jaxgen.models.layers import Embed, Linear, RMSNorm, attend, columns_at_once, product, unfuse
+from jaxgen.quantized_array import Int8Array
 
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
 
@@ -118,13 +120,18 @@ def test_up_to_256_columns_and_those_that_are_no_multiple_of_128_have_their_scor
     ]  # fmt: skip
 
 
+def test_on_a_cpu_a_block_of_few_heads_has_more_columns() -> None:
+    shapes = [(1, 3, 3, 8192, 64), (1, 8, 4, 8192, 128), (2, 3, 3, 512, 64), (1, 3, 3, 384, 64), (1, 3, 3, 300, 64)]
+    assert [layers._block_on_cpu(shape) for shape in shapes] == [256, 128, 128, 128, 300]
+
+
 @jax.jit
 def both(*arrays: Any) -> Any:
     attended, weights = attend(*arrays)
     return attended, weights()
 
 
-@pytest.mark.parametrize(("columns", "heads"), [(1, 2), (256, 2), (300, 2), (384, 2), (384, 1)])
+@pytest.mark.parametrize(("columns", "heads"), [(1, 2), (256, 2), (300, 2), (384, 2), (384, 1), (512, 2)])
 def test_attention_over_any_number_of_columns_is_that_of_the_formula(columns: int, heads: int) -> None:
     """With slots before the columns, as behind a kept cache, and one column that may look nowhere."""
     rng = np.random.default_rng(columns)
@@ -224,3 +231,24 @@ def test_derivatives_of_a_left_padded_batch_are_finite_and_hold_no_nan_on_the_wa
         derivative = jax.jit(DERIVATIVES[kind])(model, jax.tree.map(jnp.ones_like, model))
     assert all(np.isfinite(each).all() for each in jax.tree.leaves(derivative))
     assert any(np.any(np.asarray(each) != 0) for each in jax.tree.leaves(derivative))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.__name__)
+@pytest.mark.parametrize("columns", [1, 5, 40])
+@pytest.mark.parametrize(("rows", "heads", "group"), [(2, 3, 4), (1, 3, 2), (2, 1, 7), (1, 1, 1)])
+def test_attention_to_int8_is_attention_to_the_numbers_that_it_stands_for(
+    rows: int, heads: int, group: int, columns: int, dtype: Any
+) -> None:
+    rng = np.random.default_rng(columns)
+    batch = [size for size in (rows, heads) if size > 1]
+    queries = jnp.asarray(rng.standard_normal((rows, heads, group, columns, 16)), dtype)
+    keys, values = (Int8Array.of(jnp.asarray(rng.standard_normal((*batch, 64, 16)), dtype)) for _ in range(2))
+    mask = jnp.asarray(rng.random((rows, columns, 64)) < 0.7).at[0, 0].set(False)
+    attended, weights = jax.jit(lambda *arrays: [attend(*arrays)[0], attend(*arrays)[1]()])(queries, keys, values, mask)
+    assert attended.dtype == weights.dtype == dtype
+    # Dequantised in float32: the scales are never rounded to the dtype.
+    wide = [replace(each, dtype=jnp.dtype(jnp.float32)).dequantized() for each in (keys, values)]
+    expected, expected_weights = attend(queries.astype(jnp.float32), *wide, mask)
+    tolerance = 1e-4 + 3 * rounding(dtype)
+    np.testing.assert_allclose(attended.astype(jnp.float32), expected, atol=tolerance)
+    np.testing.assert_allclose(weights.astype(jnp.float32), expected_weights(), atol=tolerance)

@@ -37,6 +37,7 @@ RULES, DRIVER, CACHE = (
     "jaxgen/generation/running/driver.py",
     "jaxgen/kv_cache.py",
 )
+QUANTIZED = "jaxgen/quantized_array.py"
 TENSORS, WRITING = "jaxgen/checkpoint/safetensors_file.py", "convert/writing.py"
 KERNEL, KERNELS = "jaxgen/models/decode_attention.py", "tests/models/test_decode_attention.py::test_"
 REAL = "tests/test_real_sizes.py::test_"
@@ -66,16 +67,23 @@ MUTANTS = [
     Mutant(
         LAYERS,
         "attend, over 256 columns",
-        "attend_block, queries).astype(values.dtype)",
-        "attend_block, 0 * queries).astype(values.dtype)",
+        "return lax.fori_loop(0, columns // block, replaced, queries)",
+        "return lax.fori_loop(0, columns // block, replaced, 0 * queries)",
         f"{GREEDY}[1000 ids, 300 columns]",
     ),
     Mutant(
         LAYERS,
         "attend, over 256 columns on a kept cache",
-        "attend_block, queries).astype(values.dtype)",
-        "attend_block, queries if keys.shape[-2] == columns else 0 * queries).astype(values.dtype)",
+        "replaced, queries)",
+        "replaced, queries if keys.shape[-2] == columns else 0 * queries)",
         f"{REAL}four_hundred_columns_on_a_kept_cache_of_three_hundred_give_the_tokens_of_the_whole",
+    ),
+    Mutant(
+        LAYERS,
+        "_block_on_cpu, few heads",
+        "return 256 if columns % 256 == 0",
+        "return 192 if columns % 256 == 0",
+        f"{ATTENTION}[512-2]",
     ),
     Mutant(
         LAYERS,
@@ -353,6 +361,50 @@ MUTANTS = [
     ),
     Mutant(
         KERNEL,
+        "decode_attention, the scale of fp8",
+        "each.astype(jnp.float32) * factor[0]",
+        "each.astype(jnp.float32)",
+        f"{KERNELS}the_kernel_widens_eight_bits_in_place[(3, 2, 4, 1, 256, 64)-Float8Array]",
+    ),
+    Mutant(
+        QUANTIZED,
+        "Int8Array.mapped",
+        "scales = function(*(each.scales[..., None] for each in arrays))[..., 0]",
+        "scales = self.scales",
+        "tests/test_quantized_array.py::test_moving_slots_moves_their_scales",
+    ),
+    Mutant(
+        QUANTIZED,
+        "Float8Array.of, padding",
+        "(sizes if valid is None else jnp.where(valid, sizes, 0))",
+        "sizes",
+        "tests/test_quantized_array.py::test_only_columns_that_count_set_the_scale_of_fp8",
+    ),
+    Mutant(
+        QUANTIZED,
+        "Float8Array.quantized, numbers above the prompt's",
+        "jnp.clip(array.astype(jnp.float32) / self.scales, -self.LARGEST, self.LARGEST)",
+        "array.astype(jnp.float32) / self.scales",
+        "tests/test_quantized_array.py::"
+        "test_fp8_holds_the_numbers_of_transformers_also_where_new_columns_are_too_large",
+    ),
+    Mutant(
+        CACHE,
+        "update, columns after the prompt",
+        "old.quantized(new) if isinstance(old, QuantizedArray) else new",
+        "old.of(new) if isinstance(old, QuantizedArray) else new",
+        "tests/test_kv_cache.py::test_a_quantised_cache_does_to_its_numbers_what_a_plain_one_does",
+    ),
+    Mutant(
+        CACHE,
+        "update, what the prompt attends to",
+        "(all_keys, all_values) = tuple(map(first, olds, news)), map(squeezed, news)",
+        "(all_keys, all_values) = tuple(map(first, olds, news)), map(dequantized, map(first, olds, news))",
+        "tests/generation/test_quantized_cache.py::"
+        "test_tokens_with_a_cache_in_int8_are_those_of_a_cache_that_rounds_so[greedy]",
+    ),
+    Mutant(
+        KERNEL,
         "decode_attention, the last block",
         "after_last - first, 0)",
         "after_last - first - 1, 0)",
@@ -382,8 +434,8 @@ MUTANTS = [
     Mutant(
         "jaxgen/decoding/loop.py",
         "_read, room for a prompt's layers",
-        "        cache = cache.reserve(slots)\n",
-        "",
+        "            cache = cache.reserve(slots)\n",
+        "            pass\n",
         "tests/generation/running/test_memory.py::test_each_layer_of_a_prompt_is_written_where_it_will_stay",
     ),
     Mutant(
@@ -424,8 +476,8 @@ MUTANTS = [
     Mutant(
         DRIVER,
         "cache_sizes, negligible slots of several rows",
-        "// (rows * model.cache",
-        "// (model.cache",
+        "// (rows * prepared.cache",
+        "// (prepared.cache",
         f"{RESERVED}[2-sizes1]",
     ),
     Mutant(

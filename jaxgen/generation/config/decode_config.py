@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ import numpy as np
 from jaxgen.generation.config.fields import FLAGS
 from jaxgen.generation.config.validators import integer, number, positive, token_id, token_ids
 from jaxgen.generation.user_warnings import warn_caller
+from jaxgen.quantized_array import BACKENDS
 
 if TYPE_CHECKING:
     from jaxgen.lazy import GenerationConfig
@@ -31,6 +33,7 @@ class DecodeConfig:
         pad_token_id: None if not set: some warnings of transformers depend on that. `fill_token_id` applies the
             default.
         max_time: seconds; None for no limit.
+        cache_backend: how the cache is quantised, "int8" or "fp8"; None for the model's dtype.
         outputs: which of "scores", "logits", "attentions", "hidden_states" to return.
         merged: the merged GenerationConfig, for fields that only processors and decoding modes read.
     """
@@ -48,6 +51,7 @@ class DecodeConfig:
     stop_strings: tuple[str, ...]
     use_cache: bool
     prefill_chunk_size: int | None
+    cache_backend: str | None
     return_dict_in_generate: bool
     outputs: tuple[str, ...]
     merged: "GenerationConfig"
@@ -150,10 +154,40 @@ def freeze(merged: "GenerationConfig", has_default_max_length: bool) -> DecodeCo
         stop_strings=_stop_strings(merged.stop_strings),
         use_cache=use_cache,
         prefill_chunk_size=positive("prefill_chunk_size", merged.prefill_chunk_size),
+        cache_backend=_cache_backend(merged, use_cache),
         return_dict_in_generate=bool(merged.return_dict_in_generate),
         outputs=outputs,
         merged=merged,
     )
+
+
+# These differ in how torch allocates them.
+_OTHER_CACHES = (None, "dynamic", "static", "hybrid", "hybrid_chunked", "sliding_window")
+
+
+def _cache_backend(merged: "GenerationConfig", use_cache: bool) -> str | None:
+    if merged.cache_implementation in _OTHER_CACHES:
+        return None
+    if merged.cache_implementation != "quantized":
+        raise ValueError(
+            f"`cache_implementation`={merged.cache_implementation!r} is not supported: the cache is on the model's "
+            "device. Leave it out, or pass 'quantized' for a smaller cache."
+        )
+    if not use_cache:
+        return None
+    options = merged.cache_config or {}
+    if not isinstance(options, Mapping):
+        raise ValueError(f"`cache_config`={options!r} must be a dict, such as `{{'backend': 'int8'}}`.")
+    backend = options.get("backend", "quanto")
+    if backend not in BACKENDS:
+        raise ValueError(
+            f"`cache_config`={options!r} asks for the backend {backend!r} (transformers' default is 'quanto'), but "
+            "jaxgen has 'fp8', which is that of transformers, and 'int8', which is more exact. Pass "
+            "`cache_config={'backend': 'int8'}`."
+        )
+    if others := [name for name, value in options.items() if name != "backend" and value is not None]:
+        raise ValueError(f"`cache_config` has {others}, which the backend {backend!r} does not have. Leave them out.")
+    return backend
 
 
 _LONGEST_STOP_STRING = 1000  # every step compares as many of the last tokens as the longest string may have

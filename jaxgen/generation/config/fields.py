@@ -4,7 +4,7 @@ The configuration, the command line, docs/arguments.md and the keyword types of 
 import JAX or transformers, because `jaxgen --help` reads it and should be fast.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypedDict, get_args, get_type_hints
 
 if TYPE_CHECKING:
@@ -346,6 +346,25 @@ class GenerationFields(TypedDict, total=False):
             "it again at every step.",
         ),
     ]
+    cache_implementation: Annotated[
+        Literal[None, "dynamic", "static", "hybrid", "hybrid_chunked", "sliding_window", "quantized"],
+        Field(
+            "other rules",
+            'with "quantized", the cache has 8 bits per number; see `cache_config`',
+            note="All other values mean the same cache, in the model's dtype and on its device. Cannot be combined "
+            "with `prefill_chunk_size`, `custom_generate` or an encoder.",
+        ),
+    ]
+    cache_config: Annotated[
+        Mapping[str, object] | None,
+        Field(
+            "other rules",
+            'for a quantised cache: `{"backend": "int8"}`, or `{"backend": "fp8"}` as in transformers',
+            note='"int8" is jaxgen\'s own and more exact: a scale for each column of a head. "fp8" has one scale for '
+            "the keys of a layer and one for its values, which the tokens of the prompts set; in transformers, padding "
+            "sets it too. It cannot be combined with assisted decoding, as in transformers, or with `guidance_scale`.",
+        ),
+    ]
 
     return_dict_in_generate: Annotated[
         bool | None,
@@ -455,10 +474,6 @@ class GenerationFields(TypedDict, total=False):
     use_mtp: Annotated[
         Literal[None, False], Field("refused", "drafts tokens with extra heads of the model (multi-token prediction)")
     ]
-    cache_implementation: Annotated[
-        Literal[None, "dynamic", "hybrid", "hybrid_chunked", "sliding_window", "static"],
-        Field("refused", "chooses an offloaded or quantised cache; jaxgen has one kind, in the device's memory"),
-    ]
     is_assistant: Annotated[Literal[None, False], Field("refused", "marks the assistant of assisted decoding")]
     dola_layers: Annotated[
         Literal[None], Field("refused", "contrasts the logits of layers (DoLa); transformers 5 moved it to the Hub")
@@ -473,10 +488,6 @@ class GenerationFields(TypedDict, total=False):
     compile_config: Annotated[object, Field("no effect", "is about torch.compile; jaxgen compiles every call")]
     disable_compile: Annotated[bool | None, Field("no effect", "is about torch.compile; jaxgen compiles every call")]
     max_cache_len: Annotated[int | None, Field("no effect", "sizes a static cache; jaxgen's cache grows with the text")]
-    cache_config: Annotated[
-        object,
-        Field("no effect", "is about quantised caches, which only `cache_implementation` asks for"),
-    ]
     continuous_batching_config: Annotated[
         object, Field("no effect", "is about `generate_batch`; transformers' `generate` ignores it too")
     ]

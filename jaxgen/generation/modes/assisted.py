@@ -16,6 +16,7 @@ from jaxgen.generation.config.fields import FIELDS
 from jaxgen.generation.config.validators import integer, number, positive
 from jaxgen.generation.modes.base import Parts
 from jaxgen.generation.modes.sampling import SamplingMode
+from jaxgen.generation.prompt.inputs import Inputs
 from jaxgen.generation.translation import translation
 from jaxgen.generation.user_warnings import warn_once
 
@@ -59,6 +60,14 @@ class AssistedMode(SamplingMode):
                 "tokens per step. Leave out one of them."
             )
         return super().recorded(intermediates, logprobs)
+
+    def check_inputs(self, inputs: Inputs) -> None:
+        if self.config.cache_backend == "fp8":
+            raise ValueError(
+                "Assisted decoding requires a cache that can be cropped to restore the states after draft "
+                "verification, which a cache in fp8 is not in transformers. Use the backend 'int8'."
+            )
+        super().check_inputs(inputs)
 
     def build(self, parts: Parts) -> Assisted:
         return Assisted(

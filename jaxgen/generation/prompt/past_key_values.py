@@ -146,7 +146,13 @@ class PastKeyValues(Sequence[Layer]):
             np.int32(length),
         )
         # Compared as shapes, before anything is computed.
-        expected: Any = jax.eval_shape(lambda: model.make_cache(rows, slots))
+        backend = self._cache.backend
+
+        def empty() -> Any:
+            cache = model.make_cache(rows, slots)
+            return cache if backend is None else cache.quantized(backend)
+
+        expected = jax.eval_shape(empty)
         selected = jax.eval_shape(_select, self._cache, *arguments)
         if model.is_encoder_decoder and selected.memory is not None:
             expected = replace(expected, memory=selected.memory)  # of any length

@@ -112,7 +112,7 @@ def cache_sizes(prepared: PreparedCall, weights: int) -> Generator[CacheSize]:
         return
     enough = min(max_size, strategy.cache_slots(prompt_slots, max_passes + 1))
     rows = prepared.call.model_rows * strategy.copies
-    negligible = weights // 64 // (rows * model.cache_bytes_per_token)
+    negligible = weights // 64 // (rows * prepared.cache_bytes_per_token)
     passes, never_grows = 0, "attentions" in prepared.intermediates  # their buffers are as wide as the cache
     while True:
         needed = max(strategy.cache_slots(prompt_slots, passes + 2), negligible, _FEWEST_SLOTS)

@@ -14,7 +14,7 @@ def check_memory(prepared: PreparedCall) -> None:
     rows, steps = call.model_rows * call.strategy.copies, call.slots - call.prompt.input_ids.shape[1]
     needed = {
         "the weights": _bytes(model, call.strategy),
-        "the cache": rows * cache_slots * model.cache_bytes_per_token,
+        "the cache": rows * cache_slots * prepared.cache_bytes_per_token,
     }
     if size := call.strategy.bytes_of_caches(call.prompt, steps):
         needed["the cache of the assistant"] = size
