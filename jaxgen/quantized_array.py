@@ -101,7 +101,9 @@ class Float8Array(QuantizedArray):
     def of(cls, array: jax.Array, valid: jax.Array | None = None) -> Self:
         sizes = jnp.abs(array.astype(jnp.float32))
         largest = (sizes if valid is None else jnp.where(valid, sizes, 0)).max(initial=0)
-        scale = jnp.maximum(largest / cls.LARGEST, jnp.finfo(jnp.float32).tiny)
+        # XLA replaces a division by a constant by a product, which rounds otherwise. To it, this divisor is none.
+        divisor = jnp.where(jnp.isnan(largest), 1, cls.LARGEST)
+        scale = jnp.maximum(largest / divisor, jnp.finfo(jnp.float32).tiny)
         return cls(array, scale, array.dtype).quantized(array)
 
     def quantized(self, array: jax.Array) -> Self:

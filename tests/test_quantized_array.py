@@ -48,6 +48,15 @@ def test_fp8_holds_the_numbers_of_transformers_also_where_new_columns_are_too_la
     np.testing.assert_array_equal(-both.astype(np.float32), theirs[1])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.__name__)
+def test_compiled_the_scale_of_fp8_has_the_bits_of_a_division(dtype: object) -> None:
+    """Not of a product with 1/448, which differs for half of all numbers, and then every number of the cache does."""
+    given = jnp.asarray(np.random.default_rng(0).normal(size=(300, 4, 8)), dtype)
+    found = jax.jit(jax.vmap(Float8Array.of))(given)
+    largest = np.abs(np.asarray(given, np.float32)).max(axis=(1, 2))
+    np.testing.assert_array_equal(found.scales, largest / np.float32(448))
+
+
 def test_only_columns_that_count_set_the_scale_of_fp8() -> None:
     given = array(2, 3, 5, 16)
     valid = jnp.asarray(np.arange(5) >= 2)[None, None, :, None]

@@ -19,6 +19,7 @@ from jaxgen.pytree import pytree
 Array = jax.Array | np.ndarray
 
 _ROWS = 4096  # of a matrix that are in float32 at a time
+_FEW_ROWS = 256  # of activations that a TPU multiplies as bytes
 
 
 @pytree
@@ -66,7 +67,9 @@ class Int8:
 
     def product(self, x: jax.Array) -> jax.Array:
         """x @ self.T, [..., in] -> [..., out]."""
-        return lax.platform_dependent(x, cpu=self._product_of_bytes, tpu=self._product_of_bytes, default=self._product)
+        # On a TPU the products of many rows in int32 would take more memory than everything else in a prefill.
+        on_tpu = self._product_of_bytes if x.size // x.shape[-1] <= _FEW_ROWS else self._product
+        return lax.platform_dependent(x, cpu=self._product_of_bytes, tpu=on_tpu, default=self._product)
 
     def _product(self, x: jax.Array) -> jax.Array:
         # On a GPU the compiler fuses this cast into the product, so that memory traffic is in bytes.

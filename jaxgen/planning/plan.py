@@ -31,6 +31,7 @@ from jaxgen.models.family import Config, Family, ForwardPass
 from jaxgen.models.int4 import GROUP, group_count
 from jaxgen.models.int8 import is_quantised, outlier_columns
 from jaxgen.planning.shapes import SHAPES
+from jaxgen.quantized_array import BACKENDS
 
 _GIB = 1 << 30
 _MOST_DEVICES = 256  # of a suggested mesh
@@ -224,6 +225,8 @@ def plan(
             f"`mesh`={mesh!r} must be two positive integers: the devices for rows, and for heads and MLP units."
         )
     check_quantize(quantize)
+    if cache_backend not in (None, *BACKENDS):
+        raise ValueError(f"`cache_backend`={cache_backend!r} must be one of {[*BACKENDS]}, or None.")
     if device is not None and device not in _DEVICES:
         raise ValueError(f"`device`={device!r} is not known; it may be one of {[*_DEVICES]}.")
     target = _local_device() if device is None else _usable(_DEVICES[device])

@@ -100,14 +100,17 @@ def recorded() -> list[Any]:
     for file in sorted((Path(__file__).parents[2] / "bench" / "results").glob("*-compilers.jsonl")):
         for row in map(json.loads, file.read_text().splitlines()):
             sizes = (row["batch"], row["prompt_tokens"], row["new_tokens"])
-            options = {"mesh": tuple(row["mesh"]), "num_beams": row["num_beams"], "quantize": row.get("quantize")}
+            options = {"mesh": tuple(row["mesh"]), "num_beams": row["num_beams"]}
+            options |= {name: row.get(name) for name in ("quantize", "cache_backend")}
             rows[row["target"], row["shape"], sizes, *options.values()] = (
                 row["total_bytes"] if not row["refused"] else None
             )
     return [pytest.param(*case, total, id=" ".join(map(str, case))) for case, total in rows.items() if total]
 
 
-@pytest.mark.parametrize(("device", "shape", "sizes", "mesh", "num_beams", "quantize", "total"), recorded())
+@pytest.mark.parametrize(
+    ("device", "shape", "sizes", "mesh", "num_beams", "quantize", "cache_backend", "total"), recorded()
+)
 def test_the_whole_on_accelerators_is_what_their_compilers_said_within_10_percent(
     device: str,
     shape: str,
@@ -115,9 +118,11 @@ def test_the_whole_on_accelerators_is_what_their_compilers_said_within_10_percen
     mesh: tuple[int, int],
     num_beams: int,
     quantize: str | None,
+    cache_backend: str | None,
     total: int,
 ) -> None:
     options: dict[str, Any] = {"num_beams": num_beams, "dtype": "bfloat16", "quantize": quantize}
+    options |= {"cache_backend": cache_backend}
     assert plan(shape, *sizes, device=device, mesh=mesh, **options).total == pytest.approx(total, rel=0.1)
 
 
@@ -128,6 +133,20 @@ def test_each_device_of_a_mesh_has_its_share() -> None:
     assert (eight.weights - norms) * 8 == one.weights - norms
     spread = plan("8b", 17, device="v5p", mesh=(4, 2))
     assert spread.rows == 4 * 6, "each of four devices has a bucket of rows"
+
+
+def test_a_cache_in_eight_bits_is_counted_with_its_scales() -> None:
+    wide, int8, fp8 = (
+        plan("8b", 64, device="h200", dtype="bfloat16", cache_backend=each) for each in (None, "int8", "fp8")
+    )
+    columns = wide.rows * wide.slots
+    assert wide.cache == columns * 2 * 32 * 8 * 128 * 2
+    # A byte for each number and four for each column of a head, and one that says whether the column counts.
+    assert int8.cache == columns * (2 * 32 * 8 * (128 + 4) + 1)
+    assert fp8.cache == columns * (2 * 32 * 8 * 128 + 1)
+    assert int8.cache_backend == "int8" and int8.step_ms < wide.step_ms
+    with pytest.raises(ValueError, match=r"`cache_backend`='int2' must be one of \['int8', 'fp8'\]"):
+        plan("8b", cache_backend="int2")
 
 
 def test_int8_is_a_byte_per_weight_a_scale_per_row_and_a_few_columns_in_full() -> None:

@@ -175,11 +175,11 @@ def _cache_backend(merged: "GenerationConfig", use_cache: bool) -> str | None:
         )
     if not use_cache:
         return None
-    options = merged.cache_config or {}
+    options = {} if merged.cache_config is None else merged.cache_config
     if not isinstance(options, Mapping):
         raise ValueError(f"`cache_config`={options!r} must be a dict, such as `{{'backend': 'int8'}}`.")
     backend = options.get("backend", "quanto")
-    if backend not in BACKENDS:
+    if not isinstance(backend, str) or backend not in BACKENDS:
         raise ValueError(
             f"`cache_config`={options!r} asks for the backend {backend!r} (transformers' default is 'quanto'), but "
             "jaxgen has 'fp8', which is that of transformers, and 'int8', which is more exact. Pass "
