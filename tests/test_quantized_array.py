@@ -37,7 +37,8 @@ def test_fp8_holds_the_numbers_of_transformers_also_where_new_columns_are_too_la
     if not hasattr(cache_utils, "Fp8QuantizedLayer"):
         pytest.skip("this transformers has no cache in fp8")
     layer = cache_utils.Fp8QuantizedLayer()
-    prompt, new = array(2, 3, 5, 16, dtype=dtype), 7 * array(2, 3, 1, 16, dtype=dtype, seed=1)
+    prompt, new = array(2, 3, 5, 16, dtype=dtype), array(2, 3, 1, 16, dtype=dtype, seed=1)
+    new = new.at[0, 0, 0, :2].set(jnp.array([3, -1.05], dtype) * jnp.abs(prompt).max())
     target = getattr(torch, prompt.dtype.name)
     tensors = [torch.tensor(np.asarray(each, np.float32)).to(target) for each in (prompt, new)]
     layer.update(tensors[0], -tensors[0])

@@ -400,8 +400,7 @@ MUTANTS = [
         "update, what the prompt attends to",
         "(all_keys, all_values) = tuple(map(first, olds, news)), map(squeezed, news)",
         "(all_keys, all_values) = tuple(map(first, olds, news)), map(dequantized, map(first, olds, news))",
-        "tests/generation/test_quantized_cache.py::"
-        "test_tokens_with_a_cache_in_int8_are_those_of_a_cache_that_rounds_so[greedy]",
+        "tests/test_kv_cache.py::test_a_quantised_cache_does_to_its_numbers_what_a_plain_one_does",
     ),
     Mutant(
         KERNEL,
