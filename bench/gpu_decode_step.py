@@ -47,7 +47,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "graph of the body": {"xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN"},
     "cublas": {"xla_gpu_enable_triton_gemm": False},
     "no graph": {"xla_gpu_enable_command_buffer": ""},
+    "cache in int8": {},
+    "cache in fp8": {},
 }
+CACHE_BACKENDS = {"cache in int8": "int8", "cache in fp8": "fp8"}
 # Weights, batch, options: the most telling first, and int8 last, since there is not always room for both weights.
 # `whole_calls` come after the first few, so that a short run has them too.
 VARIANTS_BEFORE_CALLS = 6
@@ -58,6 +61,8 @@ VARIANTS = [
     ("bfloat16", 1, "attention of XLA"),
     ("bfloat16", 64, "no split"),
     ("bfloat16", 8, "default"),
+    ("bfloat16", 64, "cache in int8"),
+    ("bfloat16", 64, "cache in fp8"),
     ("bfloat16", 1, "no split"),
     ("bfloat16", 8, "attention of XLA"),
     ("bfloat16", 8, "no split"),
@@ -102,7 +107,7 @@ def main() -> None:
             say(arguments, what="failed", **figures, error=f"{type(error).__name__}: {str(error)[:400]}")
             continue
         tokens = step.pop("tokens")
-        floor_ms = (step_bytes(model) + batch * arguments.slots * model.cache_bytes_per_token) / read * 1e3
+        floor_ms = (step_bytes(model) + step["cache_bytes"]) / read * 1e3
         say(
             arguments,
             what="step",
@@ -137,7 +142,7 @@ def step_bytes(model: Any) -> int:
 def timed_step(arguments: argparse.Namespace, model: Any, batch: int, options: str, profiled: bool) -> dict[str, Any]:
     """The figures of one program; chunks are timed four times, after two short ones that warm it up."""
     on_gpu = jax.default_backend() == "gpu"
-    strategy, state = started(model, batch, arguments)
+    strategy, state = started(model, batch, arguments, CACHE_BACKENDS.get(options))
     step = jax.jit(
         lambda model, state, strategy, steps: loop._advance(model, state, strategy, steps),
         donate_argnums=1,
@@ -174,6 +179,7 @@ def timed_step(arguments: argparse.Namespace, model: Any, batch: int, options: s
         "range_ms": [min(times), max(times)],
         "dispatch_share": statistics.median(shares),
         "compile_s": compile_s,
+        "cache_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(state.cache.layers)),
         "tokens": np.asarray(inner.sequences[:, arguments.columns : arguments.columns + 16]),
     }
     if profiled:
@@ -186,10 +192,12 @@ def timed_step(arguments: argparse.Namespace, model: Any, batch: int, options: s
     return figures
 
 
-def started(model: Any, batch: int, arguments: argparse.Namespace) -> tuple[Any, Any]:
+def started(model: Any, batch: int, arguments: argparse.Namespace, backend: str | None) -> tuple[Any, Any]:
     """The strategy of a greedy call, and its state as after a prompt, whose keys and values are random numbers."""
     prompts = random_prompts(model.vocab_size, batch, arguments.columns)
     options = {"max_new_tokens": arguments.slots - arguments.columns, "eos_token_id": None}
+    if backend is not None:
+        options |= {"cache_implementation": "quantized", "cache_config": {"backend": backend}}
     request = Request(inputs=prompts, keywords={**options, "attention_mask": np.ones_like(prompts)})
     call = build_call(model, request, *read_request(model, request)).call
     shapes = jax.eval_shape(lambda model: loop._prefill(model, call, cache_slots=arguments.slots), model)
@@ -197,10 +205,13 @@ def started(model: Any, batch: int, arguments: argparse.Namespace) -> tuple[Any,
     @jax.jit
     def make(key: jax.Array) -> Any:
         def leaf(path: Any, shape: Any) -> jax.Array:
+            own = jax.random.fold_in(key, zlib.crc32(jax.tree_util.keystr(path).encode()))
+            if shape.dtype == jnp.int8:  # of a cache, whose scales are about 1
+                return jax.random.randint(own, shape.shape, -2, 3, shape.dtype)
             if not jnp.issubdtype(shape.dtype, jnp.floating):
                 return jnp.zeros(shape.shape, shape.dtype)
-            own = jax.random.fold_in(key, zlib.crc32(jax.tree_util.keystr(path).encode()))
-            return jax.random.normal(own, shape.shape, shape.dtype)
+            narrow = shape.dtype.itemsize == 1
+            return jax.random.normal(own, shape.shape, jnp.float32 if narrow else shape.dtype).astype(shape.dtype)
 
         state = jax.tree_util.tree_map_with_path(leaf, shapes)
         length = jnp.int32(arguments.columns)
