@@ -46,10 +46,11 @@ def rounding_cache(layers: int) -> Any:
     return Cache(layers=[Rounding() for _ in range(layers)])
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("way", WAYS)
 def test_tokens_with_a_cache_in_fp8_equal_transformers(model: Any, twin: Any, way: str, rows: int) -> None:
-    torch = pytest.importorskip("torch")
+    import torch
     from transformers import cache_utils
 
     if not hasattr(cache_utils, "Fp8QuantizedLayer"):
@@ -59,9 +60,11 @@ def test_tokens_with_a_cache_in_fp8_equal_transformers(model: Any, twin: Any, wa
     np.testing.assert_array_equal(jaxgen.generate(model, IDS[:rows], **given), theirs)
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize("way", WAYS)
 def test_tokens_with_a_cache_in_int8_are_those_of_a_cache_that_rounds_so(model: Any, twin: Any, way: str) -> None:
-    torch = pytest.importorskip("torch")
+    import torch
+
     given, cache = {**PLAIN, **WAYS[way]}, rounding_cache(twin.config.num_hidden_layers)
     theirs = twin.generate(
         torch.tensor(IDS), attention_mask=torch.tensor(PADDED), **given, **{lazy.cache_name(): cache}
