@@ -20,7 +20,7 @@ from jaxgen.generation.request import Request
 _SLOTS = 1024
 
 # Arguments of `generate` that cannot be combined with a kept cache.
-APART = ("guidance_scale", "penalty_alpha", "token_healing", "use_cache")
+APART = ("guidance_scale", "penalty_alpha", "token_healing", "use_cache", "cache_implementation")
 
 Message = dict[str, Any]  # `role`, `content`, and other keys that a chat template may read
 Decode = Callable[[PreparedCall], tuple[GenerateOutput, int]]

@@ -216,7 +216,8 @@ def test_beams_and_models_without_a_template_are_refused(
 ) -> None:
     assert main(["chat", "--model", str(chat_folder), "--num-beams", "2"]) == 1
     assert "a chat shows one answer" in capsys.readouterr().err
-    for option in (["--guidance-scale", "2"], ["--penalty-alpha", "0.6", "--top-k", "4"], ["--no-use-cache"]):
+    apart = (["--guidance-scale", "2"], ["--penalty-alpha", "0.6", "--top-k", "4"], ["--no-use-cache"])
+    for option in (*apart, ["--cache-implementation", "quantized"]):
         assert main(["chat", "--model", str(chat_folder), *option]) == 1
         assert "a chat continues its cache" in capsys.readouterr().err
     assert main(["chat"]) == 1
