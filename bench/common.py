@@ -113,6 +113,11 @@ def continued(model: Any, prompts: np.ndarray, new_tokens: int, **kwargs: Any) -
     return jaxgen.generate(model, prompts, attention_mask=mask, max_new_tokens=new_tokens, eos_token_id=None, **kwargs)
 
 
+def cache_options(backend: str | None) -> dict[str, Any]:
+    """The arguments of `generate` for a cache that is quantised in this way; none for None."""
+    return {} if backend is None else {"cache_implementation": "quantized", "cache_config": {"backend": backend}}
+
+
 def bandwidth(mesh: Mesh | None = None) -> float:
     """Bytes per second that the device, or a whole mesh, can read: the faster of a sum and a product with a vector.
 

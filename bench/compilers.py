@@ -26,7 +26,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from common import record
+from common import cache_options, record
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -241,9 +241,7 @@ def programs(case: Case, found: Any) -> tuple[Any, Call, NamedSharding]:
     if case.quantize is not None:  # on one device
         small = jax.eval_shape(lambda model: quantised_model(model, case.quantize), model)
         model = jax.tree.map(lambda leaf: placed(leaf, everywhere), small)
-    options = {"max_new_tokens": case.new_tokens, "num_beams": case.num_beams}
-    if case.cache_backend is not None:
-        options |= {"cache_implementation": "quantized", "cache_config": {"backend": case.cache_backend}}
+    options = {"max_new_tokens": case.new_tokens, "num_beams": case.num_beams, **cache_options(case.cache_backend)}
     calls = []
 
     def lowered(model: Any) -> None:

@@ -29,7 +29,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
-from common import bandwidth, continued, random_prompts, record, varied
+from common import bandwidth, cache_options, continued, random_prompts, record, varied
 
 import jaxgen
 from jaxgen.decoding import loop
@@ -195,9 +195,7 @@ def timed_step(arguments: argparse.Namespace, model: Any, batch: int, options: s
 def started(model: Any, batch: int, arguments: argparse.Namespace, backend: str | None) -> tuple[Any, Any]:
     """The strategy of a greedy call, and its state as after a prompt, whose keys and values are random numbers."""
     prompts = random_prompts(model.vocab_size, batch, arguments.columns)
-    options = {"max_new_tokens": arguments.slots - arguments.columns, "eos_token_id": None}
-    if backend is not None:
-        options |= {"cache_implementation": "quantized", "cache_config": {"backend": backend}}
+    options = {"max_new_tokens": arguments.slots - arguments.columns, "eos_token_id": None, **cache_options(backend)}
     request = Request(inputs=prompts, keywords={**options, "attention_mask": np.ones_like(prompts)})
     call = build_call(model, request, *read_request(model, request)).call
     shapes = jax.eval_shape(lambda model: loop._prefill(model, call, cache_slots=arguments.slots), model)

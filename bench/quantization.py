@@ -12,6 +12,8 @@ trained on one kind of text says little about a real one.
 
 import argparse
 import statistics
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,23 +101,29 @@ def divergences(folder: Path) -> dict[str, dict[str, Any]]:
     wide, tokenizer = jaxgen.load(folder, dtype="float32"), AutoTokenizer.from_pretrained(folder)
     texts = {text: [written(wide, tokenizer, text, begin) for begin in begins] for text, begins in TEXTS.items()}
     expected = {text: [log_probabilities(wide, *each) for each in several] for text, several in texts.items()}
-    found: dict[str, dict[str, Any]] = {}
-    for kind, options in KINDS.items():
-        model = jaxgen.load(folder, **options)
-        moved = {
-            text: np.concatenate(
-                [
-                    distances(log_p, log_probabilities(model, *each))
-                    for log_p, each in zip(expected[text], texts[text], strict=True)
-                ],
-                axis=1,
-            )
-            for text in texts
-        }
-        kl_by_text = {text: float(kl.mean()) for text, (kl, _) in moved.items()}
-        kl, other = np.concatenate([*moved.values()], axis=1).mean(axis=1)
-        found[kind] = {"kl": float(kl), "kl_by_text": kl_by_text, "other_token": float(other)}
-    return found
+    return {
+        kind: divergence(texts, expected, partial(log_probabilities, jaxgen.load(folder, **options)))
+        for kind, options in KINDS.items()
+    }
+
+
+def divergence(
+    texts: dict[str, list[tuple[np.ndarray, int]]],
+    expected: dict[str, list[jax.Array]],
+    log_probabilities: Callable[[np.ndarray, int], jax.Array],
+) -> dict[str, Any]:
+    """The mean KL of all tokens from the expected log-probabilities, that of each kind of text, and how often the top
+    token differs."""
+    moved = {
+        kind: np.concatenate(
+            [distances(log_p, log_probabilities(*each)) for log_p, each in zip(expected[kind], several, strict=True)],
+            axis=1,
+        )
+        for kind, several in texts.items()
+    }
+    kl, other = np.concatenate([*moved.values()], axis=1).mean(axis=1)
+    by_kind = {kind: float(kl.mean()) for kind, (kl, _) in moved.items()}
+    return {"kl": float(kl), "kl_by_text": by_kind, "other_token": float(other)}
 
 
 def written(model: Any, tokenizer: Any, kind: str, begin: str) -> tuple[np.ndarray, int]:

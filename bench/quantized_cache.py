@@ -4,8 +4,9 @@
 
 The model's dtype, int8 and fp8 take turns. Each step continues a kept cache of `--columns` columns; its time is that of
 a call of some steps minus that of a call of one, divided by their number.
-The divergence is KL, in nats per token, from the cache in the model's dtype, of the tokens of texts after their prompts
-(those of `quantization.py`, of `--model`); beside it, how often the top token differs.
+The divergence is KL, in nats per token, from the same model with a cache in its own dtype. It is measured with
+`--model` on the texts of `quantization.py`, over the tokens after each prompt. The next column says how often the top
+token differs.
 """
 
 import argparse
@@ -17,11 +18,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from common import continued, positive, random_prompts, record, step_times, varied
-from quantization import TEXTS, distances, written
+from common import cache_options, continued, positive, random_prompts, record, step_times, varied
+from quantization import TEXTS, divergence, written
 from transformers import AutoTokenizer
 
 import jaxgen
+from jaxgen.base import empty_cache
 from jaxgen.planning.shapes import SHAPES
 
 BACKENDS = (None, "int8", "fp8")
@@ -53,7 +55,7 @@ def main() -> None:
         steps = step_times(calls, arguments.steps, arguments.repeats)
         for backend in BACKENDS:
             shares = [mine / wide for mine, wide in zip(steps[backend], steps[None], strict=True)]
-            held = jax.eval_shape(partial(empty, model, batch, arguments.columns, backend))
+            held = jax.eval_shape(partial(empty_cache, model, batch, arguments.columns, backend))
             figures = {
                 "shape": arguments.shape,
                 "dtype": arguments.dtype,
@@ -75,38 +77,20 @@ def main() -> None:
             record(arguments.json, figures | {"steps": arguments.steps, "repeats": arguments.repeats})
 
 
-def empty(model: Any, rows: int, slots: int, backend: str | None) -> Any:
-    cache = model.make_cache(rows, slots)
-    return cache if backend is None else cache.quantized(backend)
-
-
 def kept(model: Any, prompts: np.ndarray, backend: str | None) -> Any:
     """The cache after the prompts."""
-    options = {} if backend is None else {"cache_implementation": "quantized", "cache_config": {"backend": backend}}
-    return continued(model, prompts, 1, return_dict_in_generate=True, **options).cache
+    return continued(model, prompts, 1, return_dict_in_generate=True, **cache_options(backend)).cache
 
 
 def divergences(folder: Path, dtype: str) -> dict[str | None, dict[str, Any]]:
-    """Of the model with each cache from itself with a cache in its dtype: means, and the KL for each kind of text."""
+    """Of the model with each cache from itself with a cache in its dtype; see `quantization.divergence`."""
     model, tokenizer = jaxgen.load(folder, dtype=dtype), AutoTokenizer.from_pretrained(folder)
     texts = {kind: [written(model, tokenizer, kind, begin) for begin in begins] for kind, begins in TEXTS.items()}
-    found: dict[str | None, dict[str, Any]] = {}
     expected = {kind: [log_probabilities(model, *each, None) for each in several] for kind, several in texts.items()}
-    for backend in BACKENDS:
-        moved = {
-            kind: np.concatenate(
-                [
-                    distances(log_p, log_probabilities(model, *each, backend))
-                    for log_p, each in zip(expected[kind], texts[kind], strict=True)
-                ],
-                axis=1,
-            )
-            for kind in texts
-        }
-        kl, other = np.concatenate([*moved.values()], axis=1).mean(axis=1)
-        by_kind = {kind: float(kl.mean()) for kind, (kl, _) in moved.items()}
-        found[backend] = {"kl": float(kl), "kl_by_text": by_kind, "other_token": float(other)}
-    return found
+    return {
+        backend: divergence(texts, expected, lambda *text, backend=backend: log_probabilities(model, *text, backend))
+        for backend in BACKENDS
+    }
 
 
 @partial(jax.jit, static_argnums=(2, 3))
@@ -117,7 +101,7 @@ def log_probabilities(model: Any, texts: jax.Array, prompt_tokens: int, backend:
     """
     rows, columns = texts.shape
     mask, rest = jnp.ones(texts.shape, bool), slice(prompt_tokens, None)
-    cache = empty(model, rows, prompt_tokens, backend).reserve(columns)
+    cache = empty_cache(model, rows, prompt_tokens, backend).reserve(columns)
     _, cache, _ = model.extend(cache, texts[:, :prompt_tokens], mask[:, :prompt_tokens])
     logits, _, _ = model.extend(
         cache.grow(columns), texts[:, rest], mask[:, rest], logits_to_keep=columns - prompt_tokens

@@ -453,6 +453,12 @@ class Model(Protocol[AnyCache]):
         ...
 
 
+def empty_cache(model: Model[AnyCache], rows: int, slots: int, backend: str | None) -> AnyCache:
+    """A cache of the model, quantised if there is a backend."""
+    cache = model.make_cache(rows, slots)
+    return cache if backend is None else cache.quantized(backend)
+
+
 class EncoderDecoderModel(Model[AnyCache], Protocol):
     """A language model that continues a text given a source, which its encoder reads once."""
 

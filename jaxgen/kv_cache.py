@@ -25,9 +25,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxgen.base import rows_axis, tensor_shards
 from jaxgen.encoder_memory import Memory, without_ones
 from jaxgen.pytree import pytree
-from jaxgen.quantized_array import BACKENDS, QuantizedArray, dequantized, mapped
-
-Array = jax.Array | QuantizedArray
+from jaxgen.quantized_array import BACKENDS, Array, QuantizedArray, dequantized, mapped
 
 _FREE = -(1 << 30)  # in `columns`: a slot without a column; so low that no `skip` raises it to a real column
 

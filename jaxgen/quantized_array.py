@@ -1,4 +1,4 @@
-"""Keys or values of the KV cache in eight bits: half the bytes of bfloat16, and a quarter of those of float32."""
+"""Keys or values of the KV cache in eight bits. They take half the memory of bfloat16, or a quarter of float32."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -118,16 +118,18 @@ class Float8Array(QuantizedArray):
         return (self.values.astype(jnp.float32) * self.scales).astype(self.dtype)
 
 
+Array = jax.Array | QuantizedArray
+
 # By the name of the backend in `cache_config`.
 BACKENDS: dict[str, type[QuantizedArray]] = {"int8": Int8Array, "fp8": Float8Array}
 
 
-def mapped(function: Callable[..., jax.Array], *arrays: jax.Array | QuantizedArray) -> jax.Array | QuantizedArray:
+def mapped(function: Callable[..., jax.Array], *arrays: Array) -> Array:
     """`function` of arrays [..., S, H], quantised or not; see `QuantizedArray.mapped`."""
     quantized = [array for array in arrays if isinstance(array, QuantizedArray)]
     return quantized[0].mapped(function, *quantized[1:]) if quantized else function(*arrays)
 
 
-def dequantized(array: jax.Array | QuantizedArray) -> jax.Array:
+def dequantized(array: Array) -> jax.Array:
     """The array itself unless it is quantised."""
     return array.dequantized() if isinstance(array, QuantizedArray) else array

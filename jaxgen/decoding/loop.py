@@ -37,6 +37,7 @@ from jaxgen.base import (
     RaggedCache,
     Strategy,
     StrategyState,
+    empty_cache,
     no_mesh,
 )
 from jaxgen.decoding.columns import extend_by_columns
@@ -175,9 +176,7 @@ def _read(
     of_encoder = tuple(name for name in intermediates if name in ENCODER_INTERMEDIATES)
     intermediates = tuple(name for name in intermediates if name not in ENCODER_INTERMEDIATES)
     if prefill is None or prefill.past is None:
-        cache: Cache = model.make_cache(call.model_rows, call.prompt_slots)
-        if call.cache_backend is not None:
-            cache = cache.quantized(call.cache_backend)
+        cache: Cache = empty_cache(model, call.model_rows, call.prompt_slots, call.cache_backend)
         if prefill is None or prefill.chunk is None:
             cache = cache.reserve(slots)
     else:

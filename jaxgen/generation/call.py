@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import jax
 import numpy as np
 
-from jaxgen.base import Call, Model
+from jaxgen.base import Call, Model, empty_cache
 from jaxgen.buckets import bucket
 from jaxgen.generation.config.decode_config import DecodeConfig
 from jaxgen.generation.modes.base import Mode
@@ -79,7 +79,7 @@ class PreparedCall:
             return self.model.cache_bytes_per_token
 
         def size(slots: int) -> int:
-            cache = jax.eval_shape(lambda: self.model.make_cache(1, slots).quantized(backend))
+            cache = jax.eval_shape(lambda: empty_cache(self.model, 1, slots, backend))
             return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
 
         return size(2) - size(1)

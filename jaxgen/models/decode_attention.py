@@ -18,9 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxgen.quantized_array import Int8Array, QuantizedArray
-
-Array = jax.Array | QuantizedArray
+from jaxgen.quantized_array import Array, Int8Array, QuantizedArray
 
 BLOCK = 64  # slots; a cache for the kernel has whole blocks
 _MOST_QUERIES = 64  # of a group: its heads times the columns, which are beams, or the drafts of an assisted step

@@ -81,7 +81,6 @@ class Int8:
 
         A TPU has a unit for such products. With casts, a single row goes to the vector unit instead (8B on a v5e,
         estimated: 64 -> 13 ms a step).
-
         """
         rows = x.reshape(-1, x.shape[-1])
         y = as_bytes(rows, lambda rows: self._multiply(rows, jnp.int32)) * self.scales[None]

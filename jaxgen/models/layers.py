@@ -19,9 +19,7 @@ from jax import lax
 from jaxgen.base import as_last
 from jaxgen.models.decode_attention import decode_attention, fits
 from jaxgen.models.int8 import Int8, as_bytes
-from jaxgen.quantized_array import Float8Array, Int8Array, QuantizedArray, dequantized, mapped
-
-Array = jax.Array | QuantizedArray
+from jaxgen.quantized_array import Array, Float8Array, Int8Array, dequantized, mapped
 
 # By their names in a config.json.
 ACTIVATIONS = {

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgen import lazy
-from jaxgen.base import Cache, Model, no_mesh
+from jaxgen.base import Cache, Model, empty_cache, no_mesh
 
 Layer = tuple[jax.Array, jax.Array]  # keys and values
 
@@ -146,13 +146,7 @@ class PastKeyValues(Sequence[Layer]):
             np.int32(length),
         )
         # Compared as shapes, before anything is computed.
-        backend = self._cache.backend
-
-        def empty() -> Any:
-            cache = model.make_cache(rows, slots)
-            return cache if backend is None else cache.quantized(backend)
-
-        expected = jax.eval_shape(empty)
+        expected: Any = jax.eval_shape(lambda: empty_cache(model, rows, slots, self._cache.backend))
         selected = jax.eval_shape(_select, self._cache, *arguments)
         if model.is_encoder_decoder and selected.memory is not None:
             expected = replace(expected, memory=selected.memory)  # of any length
