@@ -1,11 +1,12 @@
-"""Where the time of a decode step goes on a GPU, and which options of its compiler pay: one run of about six minutes.
+"""Where the time of a decode step goes on a GPU, and which options of its compiler pay: one run of about ten minutes.
 
     PYTHONPATH=. XLA_PYTHON_CLIENT_MEM_FRACTION=0.6 python bench/gpu_decode_step.py OUT --seconds 300
     PYTHONPATH=. python bench/gpu_decode_step.py OUT --shape 2-layer --steps 4 --columns 128 --slots 256   # rehearsal
 
 Makes the weights on the device, and states as after a prompt of `--columns` tokens, so that no prefill is compiled.
-Then it times `advance` itself, with the compiler options of each variant, the most telling variants first; among them
-whole calls of `generate`, one with a `max_time`; and at the end calls of transformers on torch, if both are installed.
+First it times attention of a prompt. Then it times `advance` itself, with the compiler options of each variant, the most
+telling variants first; among them whole calls of `generate`, one with a `max_time`; and at the end calls of transformers
+on torch, if both are installed.
 Each figure is appended to OUT/figures.jsonl at once: a variant that fails, or a run cut short, costs nothing else.
 Shares are those of the bandwidth measured in the same run; `dispatch_share` is how much of the time of a chunk passes
 before its dispatch returns; `same_tokens` compares with the first variant of that batch (random weights in bfloat16: a
@@ -22,6 +23,7 @@ import subprocess
 import tempfile
 import time
 import zlib
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -35,8 +37,7 @@ import jaxgen
 from jaxgen.decoding import loop
 from jaxgen.generation.build import build_call, read_request
 from jaxgen.generation.request import Request
-from jaxgen.models import layers
-from jaxgen.models.int8 import quantised
+from jaxgen.models import int4, int8, layers
 from jaxgen.planning.shapes import SHAPES
 
 # Beside those that `advance` has.
@@ -51,30 +52,38 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "cache in fp8": {},
 }
 CACHE_BACKENDS = {"cache in int8": "int8", "cache in fp8": "fp8"}
-# Weights, batch, options: the most telling first, and int8 last, since there is not always room for both weights.
-# `whole_calls` come after the first few, so that a short run has them too.
-VARIANTS_BEFORE_CALLS = 6
+# Weights, batch, options: the most telling first, and quantised weights last, since there is not always room for two
+# kinds. `whole_calls` come after the first few, so that a short run has them too.
+VARIANTS_BEFORE_CALLS = 8
 VARIANTS = [
     ("bfloat16", 64, "default"),
-    ("bfloat16", 64, "attention of XLA"),
-    ("bfloat16", 1, "default"),
-    ("bfloat16", 1, "attention of XLA"),
     ("bfloat16", 64, "no split"),
+    ("bfloat16", 1, "default"),
+    ("bfloat16", 1, "no split"),
     ("bfloat16", 8, "default"),
+    ("bfloat16", 8, "no split"),
     ("bfloat16", 64, "cache in int8"),
     ("bfloat16", 64, "cache in fp8"),
-    ("bfloat16", 1, "no split"),
+    ("int8", 1, "default"),
+    ("int8", 64, "default"),
+    ("int4", 1, "default"),
+    ("int4", 64, "default"),
+    ("bfloat16", 64, "attention of XLA"),
+    ("bfloat16", 1, "attention of XLA"),
     ("bfloat16", 8, "attention of XLA"),
-    ("bfloat16", 8, "no split"),
     ("bfloat16", 64, "cublas"),
     ("bfloat16", 1, "graph of the body"),
     ("bfloat16", 1, "cublas"),
     ("bfloat16", 1, "no graph"),
-    ("int8", 1, "default"),
-    ("int8", 64, "default"),
 ]
-PROFILED = {("bfloat16", 1, "default"), ("bfloat16", 64, "default"), ("int8", 1, "default")}
+PROFILED = {
+    *(("bfloat16", 1, "default"), ("bfloat16", 64, "cache in int8")),
+    *(("int8", 1, "default"), ("int4", 1, "default")),
+}
+QUANTISED = {"int8": int8.quantised, "int4": int4.quantised}
 PROFILED_STEPS = 4
+# Rows and columns of prompts whose attention is timed, with the heads of the shape.
+PROMPTS = [(1, 2048), (16, 512), (1, 8192)]
 
 
 def main() -> None:
@@ -90,13 +99,15 @@ def main() -> None:
     until = time.monotonic() + arguments.seconds
     read = bandwidth()
     say(arguments, what="machine", bandwidth=read, driver=driver())
-    weights, model = "bfloat16", jaxgen.from_config(varied(arguments.shape), dtype="bfloat16")
+    attention_of_prompts(arguments)
+    weights, model = "", None
     first_tokens: dict[int, np.ndarray] = {}
     for number, (kind, batch, options) in enumerate(VARIANTS):
         if number == VARIANTS_BEFORE_CALLS:
             whole_calls(arguments, model, until)
         if kind != weights:
-            weights, model = kind, jax.tree.map(jax.jit(quantised, donate_argnums=0), model)
+            model = None  # there may not be room for both
+            weights, model = kind, made(arguments.shape, kind)
         if time.monotonic() > until:
             say(arguments, what="out of time", weights=kind, batch=batch, options=options)
             break
@@ -118,6 +129,11 @@ def main() -> None:
             same_tokens=float((tokens == first_tokens.setdefault(batch, tokens)).mean()),
         )
     transformers_calls(arguments, until)
+
+
+def made(shape: str, weights: str) -> Any:
+    model = jaxgen.from_config(varied(shape), dtype="bfloat16")
+    return jax.tree.map(jax.jit(QUANTISED[weights], donate_argnums=0), model) if weights in QUANTISED else model
 
 
 def say(arguments: argparse.Namespace, **figures: Any) -> None:
@@ -192,6 +208,35 @@ def timed_step(arguments: argparse.Namespace, model: Any, batch: int, options: s
     return figures
 
 
+def attention_of_prompts(arguments: argparse.Namespace, layers_in_turn: int = 4) -> None:
+    """Of a layer, by XLA and by the kernel, which on other devices are the same."""
+    config = varied(arguments.shape)
+    heads, kv_heads, dtype = config["num_attention_heads"], config["num_key_value_heads"], jnp.dtype("bfloat16")
+    head_dim = config.get("head_dim", config["hidden_size"] // heads)
+    for rows, columns in PROMPTS:
+        columns = min(columns, arguments.slots * 8)
+        queries = random_array(np.uint32(0), (rows, kv_heads, heads // kv_heads, columns, head_dim), dtype)
+        pair = [random_array(np.uint32(seed), (rows, kv_heads, columns, head_dim), dtype) for seed in (1, 2)]
+        mask = jnp.broadcast_to(jnp.tri(columns, dtype=bool), (rows, columns, columns))
+        for kernel in (False, True):
+
+            @jax.jit
+            def several(queries: jax.Array, *arrays: jax.Array, kernel: bool = kernel) -> jax.Array:
+                for _ in range(layers_in_turn):
+                    queries, _ = layers.attend(queries, *arrays, kernel=kernel)
+                return queries
+
+            arrays = (queries, *pair, mask)
+            jax.block_until_ready(several(*arrays))
+            taken = []
+            for _ in range(5):
+                start = time.perf_counter()
+                jax.block_until_ready(several(*arrays))
+                taken.append((time.perf_counter() - start) / layers_in_turn * 1e3)
+            figures = {"shape": arguments.shape, "batch": rows, "columns": columns, "kernel": kernel}
+            say(arguments, what="attention of a prompt", **figures, layer_ms=statistics.median(taken))
+
+
 def started(model: Any, batch: int, arguments: argparse.Namespace, backend: str | None) -> tuple[Any, Any]:
     """The strategy of a greedy call, and its state as after a prompt, whose keys and values are random numbers."""
     prompts = random_prompts(model.vocab_size, batch, arguments.columns)
@@ -200,30 +245,34 @@ def started(model: Any, batch: int, arguments: argparse.Namespace, backend: str 
     call = build_call(model, request, *read_request(model, request)).call
     shapes = jax.eval_shape(lambda model: loop._prefill(model, call, cache_slots=arguments.slots), model)
 
-    @jax.jit
-    def make(key: jax.Array) -> Any:
-        def leaf(path: Any, shape: Any) -> jax.Array:
-            own = jax.random.fold_in(key, zlib.crc32(jax.tree_util.keystr(path).encode()))
-            if shape.dtype == jnp.int8:  # of a cache, whose scales are about 1
-                return jax.random.randint(own, shape.shape, -2, 3, shape.dtype)
-            if not jnp.issubdtype(shape.dtype, jnp.floating):
-                return jnp.zeros(shape.shape, shape.dtype)
-            narrow = shape.dtype.itemsize == 1
-            return jax.random.normal(own, shape.shape, jnp.float32 if narrow else shape.dtype).astype(shape.dtype)
+    def leaf(path: Any, shape: Any) -> jax.Array:
+        return random_array(np.uint32(zlib.crc32(jax.tree_util.keystr(path).encode())), shape.shape, shape.dtype)
 
-        state = jax.tree_util.tree_map_with_path(leaf, shapes)
-        length = jnp.int32(arguments.columns)
-        cache = dataclasses.replace(
-            state.cache,
-            length=length,
-            position=jnp.full_like(state.cache.position, length),
-            valid=jnp.broadcast_to(jnp.arange(arguments.slots) < length, state.cache.valid.shape),
-        )
-        tokens = jnp.arange(len(state.inner.tokens), dtype=jnp.int32) + 5
-        inner = dataclasses.replace(state.inner, cur_len=length, prompt_length=length, tokens=tokens)
-        return dataclasses.replace(state, cache=cache, inner=inner)
+    state = jax.tree_util.tree_map_with_path(leaf, shapes)
+    cache = dataclasses.replace(
+        state.cache,
+        length=jnp.int32(arguments.columns),
+        position=jnp.full_like(state.cache.position, arguments.columns),
+        valid=jnp.zeros_like(state.cache.valid).at[:, : arguments.columns].set(True),
+    )
+    inner = dataclasses.replace(
+        state.inner,
+        cur_len=jnp.int32(arguments.columns),
+        prompt_length=jnp.int32(arguments.columns),
+        tokens=jnp.arange(len(state.inner.tokens), dtype=jnp.int32) + 5,
+    )
+    return call.strategy, dataclasses.replace(state, cache=cache, inner=inner)
 
-    return call.strategy, make(jax.random.key(batch, impl="rbg"))
+
+@partial(jax.jit, static_argnames=("shape", "dtype"))
+def random_array(seed: np.uint32, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """Zeros unless it is of a cache; compiled once for all layers."""
+    key = jax.random.key(seed, impl="rbg")
+    if dtype == jnp.int8:  # whose scales are about 1
+        return jax.random.randint(key, shape, -2, 3, dtype)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        return jnp.zeros(shape, dtype)
+    return jax.random.normal(key, shape, jnp.float32 if dtype.itemsize == 1 else dtype).astype(dtype)
 
 
 def kernels(work: Any) -> dict[str, list[float]]:

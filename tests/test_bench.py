@@ -429,8 +429,9 @@ def test_the_run_for_a_gpu_can_be_rehearsed_without_one(tmp_path: Path, monkeypa
     monkeypatch.setattr(sys, "argv", ["gpu_decode_step.py", str(tmp_path), *options])
     runpy.run_path(str(BENCH / "gpu_decode_step.py"), run_name="__main__")
     figures = [json.loads(line) for line in (tmp_path / "figures.jsonl").read_text().splitlines()]
-    assert {each["what"] for each in figures} == {"machine", "step", "call", "call of transformers"}
+    kinds = {"machine", "attention of a prompt", "step", "call", "call of transformers"}
+    assert {each["what"] for each in figures} == kinds
     steps = [each for each in figures if each["what"] == "step"]
-    exact = [each for each in steps if each["weights"] != "int8" and "cache" not in each["options"]]
+    exact = [each for each in steps if each["weights"] == "bfloat16" and "cache" not in each["options"]]
     assert all(each["same_tokens"] == 1 for each in exact)
     assert {each["options"] for each in steps} >= {"cache in int8", "cache in fp8"}

@@ -26,19 +26,23 @@ _PROGRAMS = 264  # two for each multiprocessor of an H100
 
 
 @cache
-def installed(capability: float = 8.0) -> bool:
-    """Whether JAX can compile for NVIDIA GPUs, and if it runs on one, whether that has so much compute capability.
-
-    8.0 multiplies bfloat16.
-    """
+def installed() -> bool:
+    """Whether JAX can compile kernels for NVIDIA GPUs; if it runs on one, for this one."""
     if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
         return False
     try:
         from jax.experimental.pallas import triton  # noqa: F401
     except ImportError:
         return False
+    capability = compute_capability()
+    return capability is None or capability >= 8.0  # older ones do not multiply bfloat16
+
+
+@cache
+def compute_capability() -> float | None:
+    """Of the GPU that JAX runs on; None without one, when programs are compiled for another machine."""
     device = jax.local_devices()[0]
-    return device.platform != "gpu" or float(device.compute_capability) >= capability
+    return float(device.compute_capability) if device.platform == "gpu" else None
 
 
 def fits(queries: int, slots: int, head_dim: int, dtype: Any, float8: bool = False) -> bool:
@@ -46,9 +50,10 @@ def fits(queries: int, slots: int, head_dim: int, dtype: Any, float8: bool = Fal
 
     It is for half precision, and reads whole blocks. Triton wants sizes that are powers of two.
     """
+    if not installed() or (float8 and (compute_capability() or 8.9) < 8.9):  # older ones cannot convert these numbers
+        return False
     return (
-        installed(8.9 if float8 else 8.0)  # older ones cannot convert these numbers
-        and dtype in (jnp.bfloat16, jnp.float16)
+        dtype in (jnp.bfloat16, jnp.float16)
         and queries <= _MOST_QUERIES
         and slots % BLOCK == 0
         and head_dim in (32, 64, 128, 256)

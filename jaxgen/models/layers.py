@@ -19,6 +19,7 @@ from jax import lax
 from jaxgen.base import as_last
 from jaxgen.models.decode_attention import decode_attention, fits
 from jaxgen.models.int8 import Int8, as_bytes
+from jaxgen.models.prompt_attention import prompt_attention, tile_for
 from jaxgen.quantized_array import Array, Float8Array, Int8Array, dequantized, mapped
 
 # By their names in a config.json.
@@ -178,10 +179,7 @@ def attend(
     bias: Bias | None = None,
     kernel: bool = False,
 ) -> tuple[jax.Array, Callable[[], jax.Array]]:
-    """Grouped-query attention with float32 scores and softmax. A long prompt is computed in blocks of columns.
-
-    The G heads of a group and the T columns are the rows of one product with the group's keys. So keys and values are
-    not repeated.
+    """Grouped-query attention with float32 scores and softmax.
 
     Args:
         queries: [N, K, G, T, H].
@@ -190,29 +188,71 @@ def attend(
         mask: bool [N, T, S]. A column that attends to no slot gets zeros, as in torch's scaled_dot_product_attention.
         scale: of the products of queries and keys, by default H ** -0.5.
         bias: added to the scores.
-        kernel: whether few columns may be computed by `decode_attention`, where that fits. It would gather arrays that
-            are sharded.
+        kernel: whether a GPU may compute it with `decode_attention` and `prompt_attention`, where these fit. They would
+            gather arrays that are sharded.
 
     Returns:
         [N, K, G, T, H], and a function that computes the attention weights, [N, K, G, T, S].
     """
     factor = float(queries.shape[-1] ** -0.5) if scale is None else scale
+    arrays = queries, keys, values, mask
+    attended, weights = _attend_by_xla(*arrays, factor, bias)
+    if kernel and bias is None and (by_kernel := _kernel_for_gpus(queries, keys, factor)) is not None:
+        attended = lax.platform_dependent(*arrays, cuda=by_kernel, default=lambda *_: attended)
+    return attended, weights
+
+
+def _kernel_for_gpus(queries: jax.Array, keys: Array, scale: float) -> Callable[..., jax.Array] | None:
+    """A kernel for such queries and keys, a function of `attend`'s first four arguments. It has a gradient."""
+    rows, heads, group, columns, head_dim = queries.shape
+    slots = keys.shape[-2]
+
+    def heads_apart(array: Array) -> Array:
+        return mapped(lambda array: array.reshape(rows, heads, slots, -1), array)
+
+    def of_step(queries: jax.Array, keys: Array, values: Array, mask: jax.Array) -> jax.Array:
+        return decode_attention(queries, heads_apart(keys), heads_apart(values), mask, scale)
+
+    tile = tile_for(group, columns, slots, head_dim, keys.dtype)
+
+    def of_prompt(queries: jax.Array, keys: Array, values: Array, mask: jax.Array) -> jax.Array:
+        assert tile is not None
+        wide_keys, wide_values = dequantized(heads_apart(keys)), dequantized(heads_apart(values))
+        return prompt_attention(queries, wide_keys, wide_values, mask, scale, tile)
+
+    if fits(group * columns, slots, head_dim, keys.dtype, isinstance(keys, Float8Array)):
+        kernel = of_step
+    elif tile is not None:
+        kernel = of_prompt
+    else:
+        return None
+
+    # Loops of Pallas have no derivative; that of XLA's attention is the same.
+    differentiable = jax.custom_jvp(kernel)
+
+    @differentiable.defjvp
+    def _(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
+        def by_xla(queries: jax.Array, keys: Array, values: Array, mask: jax.Array) -> jax.Array:
+            return _attend_by_xla(queries, keys, values, mask, scale, None)[0]
+
+        return differentiable(*primals), jax.jvp(by_xla, primals, tangents)[1]
+
+    return differentiable
+
+
+def _attend_by_xla(
+    queries: jax.Array, keys: Array, values: Array, mask: jax.Array, factor: float, bias: Bias | None
+) -> tuple[jax.Array, Callable[[], jax.Array]]:
+    """As `attend`. A long prompt is computed in blocks of columns.
+
+    The G heads of a group and the T columns are the rows of one product with the group's keys. So keys and values are
+    not repeated.
+    """
     columns, block = queries.shape[3], columns_at_once(queries.shape[3])
-    stored, float8 = (keys, values), isinstance(keys, Float8Array)
     if columns > _INT8_COLUMNS or not isinstance(keys, Int8Array):
         keys, values = dequantized(keys), dequantized(values)
     if block == columns:
-        attended, weights = _attend_at_once(queries, keys, values, mask, factor, bias and bias(0, columns))
-        rows, heads, group, _, _ = queries.shape
-        slots, head_dim = keys.shape[-2:]
-        if kernel and bias is None and fits(group * columns, slots, head_dim, keys.dtype, float8):
-
-            def by_kernel(keys: Array, values: Array) -> jax.Array:
-                whole = partial(mapped, lambda array: array.reshape(rows, heads, slots, -1))
-                return decode_attention(queries, whole(keys), whole(values), mask, factor)
-
-            attended = lax.platform_dependent(*stored, cuda=by_kernel, default=lambda *_: attended)
-        return attended, weights
+        return _attend_at_once(queries, keys, values, mask, factor, bias and bias(0, columns))
 
     # Blocks of queries, each with all keys: memory for the scores of 128 columns instead of T. Each block replaces its
     # queries. `lax.map` would write to another array, and XLA fills one per layer with zeros at the start (8B, 16

@@ -1,13 +1,12 @@
 """The kernel for a GPU's decode steps, computed by Pallas' interpreter, beside the attention of other devices."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import lax
+from interpreted import gpu_kernels
 from prepared import prepared
 
 import jaxgen
@@ -96,29 +95,6 @@ def test_the_kernel_under_vmap() -> None:
     np.testing.assert_allclose(both[1], both[0][::-1], atol=1e-6)
 
 
-@pytest.fixture
-def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every program as if for a GPU, as far as attention is concerned, with Pallas' interpreter in its place."""
-    original = lax.platform_dependent
-
-    def platform_dependent(*operands: Any, cuda: Any = None, **branches: Any) -> Any:
-        return original(*operands, **branches) if cuda is None else cuda(*operands)
-
-    def interpreted(*arguments: Any) -> jax.Array:
-        return decode_attention.decode_attention(*arguments, interpret=True)
-
-    def fits(queries: int, slots: int, head_dim: int, dtype: Any, float8: bool = False) -> bool:
-        del head_dim, dtype, float8
-        return queries <= 64 and slots % decode_attention.BLOCK == 0
-
-    jax.clear_caches()
-    monkeypatch.setattr(layers.lax, "platform_dependent", platform_dependent)
-    monkeypatch.setattr(layers, "decode_attention", interpreted)
-    monkeypatch.setattr(layers, "fits", fits)
-    yield
-    jax.clear_caches()
-
-
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -130,7 +106,7 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     ],
     ids=["greedy", "beams", "assisted", "int8", "beams in fp8"],
 )
-def test_tokens_are_those_of_other_devices(arguments: dict[str, Any], request: pytest.FixtureRequest) -> None:
+def test_tokens_are_those_of_other_devices(arguments: dict[str, Any]) -> None:
     config = {
         **{"model_type": "mistral", "vocab_size": 96, "hidden_size": 64, "intermediate_size": 64, "head_dim": 16},
         **{"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.4},
@@ -144,8 +120,8 @@ def test_tokens_are_those_of_other_devices(arguments: dict[str, Any], request: p
         prompts, mask = prompts[:1].repeat(2, axis=1), mask[:1].repeat(2, axis=1)
     options = {"attention_mask": mask, "max_new_tokens": 24, "pad_token_id": 0, "eos_token_id": None, **arguments}
     expected = jaxgen.generate(model, prompts, **options)
-    request.getfixturevalue("on_gpu")
-    np.testing.assert_array_equal(jaxgen.generate(model, prompts, **options), expected)
+    with gpu_kernels():
+        np.testing.assert_array_equal(jaxgen.generate(model, prompts, **options), expected)
 
 
 def test_attention_over_several_devices_does_without_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,7 +140,7 @@ def test_attention_over_several_devices_does_without_the_kernel(monkeypatch: pyt
 def test_the_kernel_is_left_out_where_it_does_not_fit(
     sizes: tuple[int, int, int], dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decode_attention, "installed", lambda capability=8.0: True)
+    monkeypatch.setattr(decode_attention, "installed", lambda: True)
     assert decode_attention.fits(4, 64, 64, jnp.dtype("bfloat16"))
     assert not decode_attention.fits(*sizes, jnp.dtype(dtype))
 

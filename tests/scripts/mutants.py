@@ -39,6 +39,7 @@ RULES, DRIVER, CACHE = (
 )
 QUANTIZED = "jaxgen/quantized_array.py"
 TENSORS, WRITING = "jaxgen/checkpoint/safetensors_file.py", "convert/writing.py"
+PROMPTS, OF_PROMPTS = "jaxgen/models/prompt_attention.py", "tests/models/test_prompt_attention.py::test_"
 KERNEL, KERNELS = "jaxgen/models/decode_attention.py", "tests/models/test_decode_attention.py::test_"
 REAL = "tests/test_real_sizes.py::test_"
 DRAWN = f"{REAL}draws_from_fifty_thousand_tokens_equal_transformers_with_the_same_noise"
@@ -401,6 +402,48 @@ MUTANTS = [
         "(all_keys, all_values) = tuple(map(first, olds, news)), map(squeezed, news)",
         "(all_keys, all_values) = tuple(map(first, olds, news)), map(dequantized, map(first, olds, news))",
         "tests/test_kv_cache.py::test_a_quantised_cache_does_to_its_numbers_what_a_plain_one_does",
+    ),
+    Mutant(
+        PROMPTS,
+        "prompt_attention, masked tiles after the whole ones",
+        "first + index, after_whole + index - before)",
+        "first + index, after_whole + index)",
+        f"{OF_PROMPTS}the_kernel_computes_the_attention_of_other_devices[(2, 2, 4, 64, 64, 32, 16, 16)-padded]",
+    ),
+    Mutant(
+        PROMPTS,
+        "prompt_attention, the column of a query",
+        "query % tile.columns)[:, None]",
+        "query // group)[:, None]",
+        f"{OF_PROMPTS}the_kernel_computes_the_attention_of_other_devices[(2, 2, 4, 64, 64, 32, 16, 16)-causal]",
+    ),
+    Mutant(
+        PROMPTS,
+        "prompt_attention, whole tiles with holes behind them",
+        "jnp.where(~all_ & (number >= whole[..., None]), number, count)",
+        "jnp.where(~some & (number >= whole[..., None]), number, count)",
+        f"{OF_PROMPTS}the_kernel_computes_the_attention_of_other_devices[(2, 2, 4, 64, 64, 32, 16, 16)-causal]",
+    ),
+    Mutant(
+        PROMPTS,
+        "prompt_attention, tiles that are excluded",
+        "end = jnp.where(some, number + 1, 0).max(axis=2)",
+        "end = jnp.full(some.shape[:2], count)",
+        f"{OF_PROMPTS}tiles_that_no_column_attends_to_are_not_read[causal]",
+    ),
+    Mutant(
+        PROMPTS,
+        "prompt_attention, earlier tiles relative to the highest score",
+        "jnp.exp2(highest - finite)",
+        "jnp.exp2(0 * finite)",
+        f"{OF_PROMPTS}the_kernel_computes_the_attention_of_other_devices[(2, 2, 4, 64, 64, 32, 16, 16)-causal]",
+    ),
+    Mutant(
+        "jaxgen/models/layers.py",
+        "attend, the derivative of a kernel",
+        "    differentiable = jax.custom_jvp(kernel)",
+        "    return kernel\n    differentiable = jax.custom_jvp(kernel)",
+        f"{OF_PROMPTS}the_derivative_is_that_of_other_devices",
     ),
     Mutant(
         KERNEL,

@@ -1,0 +1,46 @@
+"""The kernels for GPUs on any device, computed by Pallas' interpreter."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import pytest
+from jax import lax
+
+from jaxgen.models import decode_attention, layers, prompt_attention
+
+
+@contextmanager
+def gpu_kernels() -> Iterator[None]:
+    """Every program as if for a GPU, as far as attention is concerned; small enough tiles for short prompts."""
+    original = lax.platform_dependent
+
+    def platform_dependent(*operands: Any, cuda: Any = None, **branches: Any) -> Any:
+        return original(*operands, **branches) if cuda is None else cuda(*operands)
+
+    def of_step(*arguments: Any) -> jax.Array:
+        return decode_attention.decode_attention(*arguments, interpret=True)
+
+    def of_prompt(*arguments: Any) -> jax.Array:
+        return prompt_attention.prompt_attention(*arguments, interpret=True)
+
+    def fits(queries: int, slots: int, head_dim: int, dtype: Any, float8: bool = False) -> bool:
+        del head_dim, dtype, float8
+        return queries <= 8 and slots % decode_attention.BLOCK == 0
+
+    def tile_for(group: int, columns: int, slots: int, head_dim: int, dtype: Any) -> Any:
+        del head_dim, dtype
+        tile = prompt_attention.Tile(math.gcd(columns, 8), math.gcd(slots, 16), stages=1)
+        return tile if tile.columns * group >= 4 and tile.slots >= 4 else None
+
+    jax.clear_caches()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layers.lax, "platform_dependent", platform_dependent)
+        patch.setattr(layers, "decode_attention", of_step)
+        patch.setattr(layers, "prompt_attention", of_prompt)
+        patch.setattr(layers, "fits", fits)
+        patch.setattr(layers, "tile_for", tile_for)
+        yield
+    jax.clear_caches()
