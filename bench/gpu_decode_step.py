@@ -4,9 +4,9 @@
     PYTHONPATH=. python bench/gpu_decode_step.py OUT --shape 2-layer --steps 4 --columns 128 --slots 256   # rehearsal
 
 Makes the weights on the device, and states as after a prompt of `--columns` tokens, so that no prefill is compiled.
-First it times attention of a prompt. Then it times `advance` itself, with the compiler options of each variant, the most
-telling variants first; among them whole calls of `generate`, one with a `max_time`; and at the end calls of transformers
-on torch, if both are installed.
+First it times attention of a prompt. Then it times `advance` itself, with the compiler options of each variant, the
+most telling variants first; among them whole calls of `generate`, one with a `max_time`; and at the end calls of
+transformers on torch, if both are installed.
 Each figure is appended to OUT/figures.jsonl at once: a variant that fails, or a run cut short, costs nothing else.
 Shares are those of the bandwidth measured in the same run; `dispatch_share` is how much of the time of a chunk passes
 before its dispatch returns; `same_tokens` compares with the first variant of that batch (random weights in bfloat16: a
@@ -105,12 +105,12 @@ def main() -> None:
     for number, (kind, batch, options) in enumerate(VARIANTS):
         if number == VARIANTS_BEFORE_CALLS:
             whole_calls(arguments, model, until)
-        if kind != weights:
-            model = None  # there may not be room for both
-            weights, model = kind, made(arguments.shape, kind)
         if time.monotonic() > until:
             say(arguments, what="out of time", weights=kind, batch=batch, options=options)
             break
+        if kind != weights:
+            model = None  # there may not be room for both
+            weights, model = kind, made(arguments.shape, kind)
         figures = {"shape": arguments.shape, "weights": kind, "batch": batch, "options": options}
         try:
             step = timed_step(arguments, model, batch, options, (kind, batch, options) in PROFILED)
