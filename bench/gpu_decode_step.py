@@ -208,33 +208,46 @@ def timed_step(arguments: argparse.Namespace, model: Any, batch: int, options: s
     return figures
 
 
-def attention_of_prompts(arguments: argparse.Namespace, layers_in_turn: int = 4) -> None:
-    """Of a layer, by XLA and by the kernel, which on other devices are the same."""
+def attention_of_prompts(arguments: argparse.Namespace, in_turn: int = 4) -> None:
+    """Milliseconds of a layer: by XLA, by the kernel, and by cuDNN, which is faster only without a mask."""
     config = varied(arguments.shape)
     heads, kv_heads, dtype = config["num_attention_heads"], config["num_key_value_heads"], jnp.dtype("bfloat16")
     head_dim = config.get("head_dim", config["hidden_size"] // heads)
+
+    def by_cudnn(queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array | None) -> jax.Array:
+        flat, *pair = (each.swapaxes(1, 2) for each in (queries.reshape(len(keys), heads, -1, head_dim), keys, values))
+        mask = None if mask is None else mask[:, None]
+        attended = jax.nn.dot_product_attention(flat, *pair, mask=mask, is_causal=True, implementation="cudnn")
+        return attended.swapaxes(1, 2).reshape(queries.shape)
+
+    ways: dict[str, Any] = {
+        "xla": lambda *arrays: layers.attend(*arrays)[0],
+        "kernel": lambda *arrays: layers.attend(*arrays, kernel=True)[0],
+    }
+    if jax.default_backend() == "gpu":
+        ways |= {"cudnn": lambda *arrays: by_cudnn(*arrays[:3], None), "cudnn with a mask": by_cudnn}
     for rows, columns in PROMPTS:
-        columns = min(columns, arguments.slots * 8)
+        columns = min(columns, 8 * arguments.slots)
         queries = random_array(np.uint32(0), (rows, kv_heads, heads // kv_heads, columns, head_dim), dtype)
         pair = [random_array(np.uint32(seed), (rows, kv_heads, columns, head_dim), dtype) for seed in (1, 2)]
         mask = jnp.broadcast_to(jnp.tri(columns, dtype=bool), (rows, columns, columns))
-        for kernel in (False, True):
+        for name, way in ways.items():
 
             @jax.jit
-            def several(queries: jax.Array, *arrays: jax.Array, kernel: bool = kernel) -> jax.Array:
-                for _ in range(layers_in_turn):
-                    queries, _ = layers.attend(queries, *arrays, kernel=kernel)
+            def several(queries: jax.Array, *others: jax.Array, way: Any = way) -> jax.Array:
+                for _ in range(in_turn):
+                    queries = way(queries, *others)
                 return queries
 
-            arrays = (queries, *pair, mask)
-            jax.block_until_ready(several(*arrays))
-            taken = []
-            for _ in range(5):
+            def call(arrays: Any = (queries, *pair, mask), several: Any = several) -> float:
                 start = time.perf_counter()
                 jax.block_until_ready(several(*arrays))
-                taken.append((time.perf_counter() - start) / layers_in_turn * 1e3)
-            figures = {"shape": arguments.shape, "batch": rows, "columns": columns, "kernel": kernel}
-            say(arguments, what="attention of a prompt", **figures, layer_ms=statistics.median(taken))
+                return (time.perf_counter() - start) / in_turn * 1e3
+
+            call()
+            figures = {"shape": arguments.shape, "batch": rows, "columns": columns, "by": name}
+            layer_ms = statistics.median(call() for _ in range(5))
+            say(arguments, what="attention of a prompt", **figures, layer_ms=layer_ms)
 
 
 def started(model: Any, batch: int, arguments: argparse.Namespace, backend: str | None) -> tuple[Any, Any]:

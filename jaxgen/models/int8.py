@@ -92,7 +92,16 @@ class Int8:
 
     def _multiply(self, rows: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
         """rows @ values.T, [rows, in] -> [rows, out] in this dtype."""
-        return jnp.einsum("mi,oi->mo", rows, self.values.astype(rows.dtype), preferred_element_type=dtype)
+
+        def at_once(rows: jax.Array) -> jax.Array:
+            return jnp.einsum("mi,oi->mo", rows, self.values.astype(rows.dtype), preferred_element_type=dtype)
+
+        if len(rows) > 1:
+            return at_once(rows)
+        # The compiler for GPUs multiplies eight rows faster than one (both products of an MLP of an 8B on an H200: 62
+        # instead of 86 us, and 92 in bfloat16).
+        padding = (0, 7), (0, 0)
+        return lax.platform_dependent(rows, cuda=lambda rows: at_once(jnp.pad(rows, padding))[:1], default=at_once)
 
     def _outlier_product(self, x: jax.Array) -> jax.Array:
         """The outlier columns' part of the product, [..., in] -> float32 [..., out]."""

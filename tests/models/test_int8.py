@@ -88,6 +88,16 @@ def test_a_product_is_that_of_the_wide_weights(rows: int, form: str) -> None:
     assert (np.abs(found - expected) <= bound).all()
 
 
+@pytest.mark.parametrize(("rows", "multiplied"), [(1, 8), (2, 2)])
+def test_a_gpu_multiplies_a_single_row_as_eight(rows: int, multiplied: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, x = quantised(jnp.asarray(matrix())), jnp.asarray(RNG.standard_normal((rows, 64)), jnp.float32)
+    elsewhere = weight._product(x)
+    exported = jax.export.export(jax.jit(weight.product), platforms=["cuda"])(x)
+    assert f"tensor<{multiplied}x40xf32>" in exported.mlir_module()
+    monkeypatch.setattr("jax.lax.platform_dependent", lambda *args, cuda=None, default, **_: (cuda or default)(*args))
+    np.testing.assert_allclose(weight._product(x), elsewhere, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("shape", [(64,), (1, 1, 64), (3, 5, 64)], ids=str)
 def test_outlier_columns_are_multiplied_alike_on_all_platforms(shape: tuple[int, ...]) -> None:
     weight, x = quantised(jnp.asarray(matrix())), jnp.asarray(RNG.standard_normal(shape), jnp.float32)

@@ -404,6 +404,13 @@ MUTANTS = [
         "tests/test_kv_cache.py::test_a_quantised_cache_does_to_its_numbers_what_a_plain_one_does",
     ),
     Mutant(
+        "jaxgen/models/int8.py",
+        "Int8._multiply, a single row on a GPU",
+        "padding = (0, 7), (0, 0)",
+        "padding = (0, 0), (0, 0)",
+        "tests/models/test_int8.py::test_a_gpu_multiplies_a_single_row_as_eight[1-8]",
+    ),
+    Mutant(
         PROMPTS,
         "prompt_attention, masked tiles after the whole ones",
         "first + index, after_whole + index - before)",
