@@ -20,6 +20,7 @@ from jax import lax
 
 from jaxgen.models.decode_attention import compute_capability, installed
 
+_FEWEST_COLUMNS = 64  # fewer, such as many beams, would be too few programs to fill a GPU
 # Compute capabilities of GPUs for servers, which have 160 KB of shared memory and more; others have 100 KB.
 _LARGE = (8.0, 9.0, 10.0, 10.3)
 
@@ -43,7 +44,9 @@ def tile_for(group: int, columns: int, slots: int, head_dim: int, dtype: Any) ->
 
     It is for half precision and for whole tiles, and Triton wants sizes that are powers of two.
     """
-    if not installed() or dtype not in (jnp.bfloat16, jnp.float16) or head_dim not in (32, 64, 128, 256):
+    if columns < _FEWEST_COLUMNS or dtype not in (jnp.bfloat16, jnp.float16) or head_dim not in (32, 64, 128, 256):
+        return None
+    if not installed():
         return None
     large = compute_capability() in (None, *_LARGE)
     rows = 128 if large and head_dim < 256 else 64  # queries of a tile: columns times heads

@@ -151,7 +151,7 @@ def test_attention_over_several_devices_does_without_the_kernel(monkeypatch: pyt
         assert ("pallas_call" in jaxpr) == kernel
 
 
-# G, T, S, H. The padded rows of a tile are a power of two; 100 columns have no such tile.
+# G, T, S, H. A tile divides the columns and the slots, which 100 slots do not allow; 16 columns may be beams.
 @pytest.mark.parametrize(
     ("sizes", "tile"),
     [
@@ -161,7 +161,8 @@ def test_attention_over_several_devices_does_without_the_kernel(monkeypatch: pyt
         ((4, 96, 96, 128), Tile(32, 32, 3)),
         ((4, 512, 512, 256), Tile(16, 32, 3)),
         ((4, 100, 100, 128), None),
-        ((1, 8, 64, 128), None),
+        ((1, 72, 72, 128), None),
+        ((8, 16, 2048, 128), None),
         ((4, 64, 64, 80), None),
     ],
 )
