@@ -423,6 +423,28 @@ def _grouped_int8(spec: str, rows: jax.Array, shared: Int8Array) -> jax.Array:
     return lax.platform_dependent(rows, shared.values, cpu=bytes_by_bytes, default=cast)
 
 
+def tokens_at_once(tokens: int) -> int:
+    """The block size of `by_tokens`: how many of so many tokens a CPU computes at a time."""
+    return next((size for size in (512, 384, 256) if tokens > size and tokens % size == 0), tokens)
+
+
+def by_tokens(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    """`function` of x, [N, T, D] -> [N, T, D], which computes each token from itself; on a CPU block by block.
+
+    What it computes in between then stays in the CPU's caches (the MLP of a layer of a 135M over 8192 tokens takes 0.24
+    instead of 0.35 s), and is not there for all tokens at once.
+    """
+    tokens = x.shape[0] * x.shape[1]
+    block = tokens_at_once(tokens)
+    if block == tokens:
+        return function(x)
+
+    def in_blocks(x: jax.Array) -> jax.Array:
+        return lax.map(function, x.reshape(-1, 1, block, x.shape[-1])).reshape(x.shape)
+
+    return lax.platform_dependent(x, cpu=in_blocks, default=function)
+
+
 class HostOnly:
     """A static value that does not affect a model's programs. All instances are equal: a new one compiles nothing."""
 

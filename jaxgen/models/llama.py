@@ -20,7 +20,7 @@ from jaxgen.kv_cache import KVCache
 from jaxgen.models import config_keys, rope
 from jaxgen.models.decode_attention import BLOCK, fits
 from jaxgen.models.language_model import LanguageModel
-from jaxgen.models.layers import ACTIVATIONS, Embed, Linear, RMSNorm, attend, unfuse
+from jaxgen.models.layers import ACTIVATIONS, Embed, Linear, RMSNorm, attend, by_tokens, unfuse
 from jaxgen.models.rope import Rope
 
 # The values of `layer_types`.
@@ -353,8 +353,12 @@ class Layer(nnx.Module):
     ) -> tuple[jax.Array, KVCache, Callable[[], jax.Array]]:
         """As `Attention`."""
         attended, cache, weights = self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, mesh)
+
+        def with_mlp(x: jax.Array) -> jax.Array:
+            return x + self.mlp(self.post_attention_layernorm(x))
+
         x = x + attended
-        return x + self.mlp(self.post_attention_layernorm(x)), cache, weights
+        return with_mlp(x) if mesh is not None else by_tokens(with_mlp, x), cache, weights
 
 
 # Jitted, so that it is traced once and not for each layer. With a compiled program in the cache, tracing is most of the

@@ -8,7 +8,7 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from jaxgen.base import tensor_shards
 from jaxgen.models.family import Family, ForwardPass, Gguf
-from jaxgen.models.layers import columns_at_once
+from jaxgen.models.layers import columns_at_once, tokens_at_once
 from jaxgen.models.llama import Dialect, Llama, LlamaConfig, attention_shards, head_copies, unread_keys
 from jaxgen.models.partition import partition_of
 
@@ -124,7 +124,8 @@ def activation_bytes(config: LlamaConfig, forward: ForwardPass) -> int:
     heads = config.num_attention_heads + 2 * config.num_key_value_heads
     qkv = item * rows * columns * heads * config.head_dim // qkv_shards
     hidden = item * rows * columns * config.hidden_size
-    units = item * rows * columns * config.intermediate_size // forward.shards
+    tokens = tokens_at_once(rows * columns) if platform == "cpu" and forward.shards == 1 else rows * columns
+    units = item * tokens * config.intermediate_size // forward.shards
     # Gate and up, and their product, the input of down.
     mlp = 3 * units
     attention = int(_SCORE_BUFFERS[platform] * scores) + (0 if platform == "cpu" else qkv)
