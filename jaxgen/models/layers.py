@@ -17,6 +17,7 @@ from flax import nnx
 from jax import lax
 
 from jaxgen.base import as_last
+from jaxgen.models import prompt_attention_tpu
 from jaxgen.models.decode_attention import decode_attention, fits
 from jaxgen.models.int8 import Int8, as_bytes
 from jaxgen.models.prompt_attention import prompt_attention, tile_for
@@ -188,8 +189,8 @@ def attend(
         mask: bool [N, T, S]. A column that attends to no slot gets zeros, as in torch's scaled_dot_product_attention.
         scale: of the products of queries and keys, by default H ** -0.5.
         bias: added to the scores.
-        kernel: whether a GPU may compute it with `decode_attention` and `prompt_attention`, where these fit. They would
-            gather arrays that are sharded.
+        kernel: whether a GPU may compute it with `decode_attention` and `prompt_attention`, and a TPU with
+            `prompt_attention_tpu`, where these fit. They would gather arrays that are sharded.
 
     Returns:
         [N, K, G, T, H], and a function that computes the attention weights, [N, K, G, T, S].
@@ -197,15 +198,18 @@ def attend(
     factor = float(queries.shape[-1] ** -0.5) if scale is None else scale
     arrays = queries, keys, values, mask
     attended, weights = _attend_by_xla(*arrays, factor, bias)
-    if kernel and bias is None and (by_kernel := _kernel_for_gpus(queries, keys, factor)) is not None:
-        attended = lax.platform_dependent(*arrays, cuda=by_kernel, default=lambda *_: attended)
+    if kernel and bias is None and (kernels := _kernels(queries, keys, values, factor)):
+        by_xla = partial(_attended_by_xla, scale=factor)
+        # Called within the branch: what is outside takes part in the gradient of every branch.
+        attended = lax.platform_dependent(*arrays, **kernels, default=by_xla)
     return attended, weights
 
 
-def _kernel_for_gpus(queries: jax.Array, keys: Array, scale: float) -> Callable[..., jax.Array] | None:
-    """A kernel for such queries and keys, a function of `attend`'s first four arguments. It has a gradient."""
+def _kernels(queries: jax.Array, keys: Array, values: Array, scale: float) -> dict[str, Callable[..., jax.Array]]:
+    """The kernels for such arrays, by platform: functions of `attend`'s first four arguments."""
     rows, heads, group, columns, head_dim = queries.shape
     slots = keys.shape[-2]
+    tile = tile_for(group, columns, slots, head_dim, keys.dtype)
 
     def heads_apart(array: Array) -> Array:
         return mapped(lambda array: array.reshape(rows, heads, slots, -1), array)
@@ -213,31 +217,39 @@ def _kernel_for_gpus(queries: jax.Array, keys: Array, scale: float) -> Callable[
     def of_step(queries: jax.Array, keys: Array, values: Array, mask: jax.Array) -> jax.Array:
         return decode_attention(queries, heads_apart(keys), heads_apart(values), mask, scale)
 
-    tile = tile_for(group, columns, slots, head_dim, keys.dtype)
-
     def of_prompt(queries: jax.Array, keys: Array, values: Array, mask: jax.Array) -> jax.Array:
         assert tile is not None
         wide_keys, wide_values = dequantized(heads_apart(keys)), dequantized(heads_apart(values))
         return prompt_attention(queries, wide_keys, wide_values, mask, scale, tile)
 
+    def of_prompt_on_tpu(queries: jax.Array, keys: Array, values: Array, mask: jax.Array) -> jax.Array:
+        wide_keys, wide_values = dequantized(heads_apart(keys)), dequantized(heads_apart(values))
+        return prompt_attention_tpu.prompt_attention_tpu(queries, wide_keys, wide_values, mask, scale)
+
+    kernels = {}
     if fits(group * columns, slots, head_dim, keys.dtype, isinstance(keys, Float8Array)):
-        kernel = of_step
+        kernels["cuda"] = of_step
     elif tile is not None:
-        kernel = of_prompt
-    else:
-        return None
+        kernels["cuda"] = of_prompt
+    long = columns_at_once(columns) < columns and queries.dtype == keys.dtype == values.dtype
+    if long and prompt_attention_tpu.fits(queries.shape, slots, queries.dtype):
+        kernels["tpu"] = of_prompt_on_tpu
+    return {platform: _differentiable(kernel, scale) for platform, kernel in kernels.items()}
 
-    # Loops of Pallas have no derivative; that of XLA's attention is the same.
-    differentiable = jax.custom_jvp(kernel)
 
-    @differentiable.defjvp
+def _differentiable(kernel: Callable[..., jax.Array], scale: float) -> Callable[..., jax.Array]:
+    """The kernel with the derivative of XLA's attention. Loops of Pallas have none."""
+    function = jax.custom_jvp(kernel)
+
+    @function.defjvp
     def _(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
-        def by_xla(queries: jax.Array, keys: Array, values: Array, mask: jax.Array) -> jax.Array:
-            return _attend_by_xla(queries, keys, values, mask, scale, None)[0]
+        return function(*primals), jax.jvp(partial(_attended_by_xla, scale=scale), primals, tangents)[1]
 
-        return differentiable(*primals), jax.jvp(by_xla, primals, tangents)[1]
+    return function
 
-    return differentiable
+
+def _attended_by_xla(queries: jax.Array, keys: Array, values: Array, mask: jax.Array, scale: float) -> jax.Array:
+    return _attend_by_xla(queries, keys, values, mask, scale, None)[0]
 
 
 def _attend_by_xla(
@@ -276,7 +288,8 @@ def _attend_by_xla(
     attended = lax.platform_dependent(
         *(queries, keys, values, mask),
         cpu=by_blocks(_attend_in_parts, _block_on_cpu(queries.shape)),
-        default=by_blocks(at_once, block),
+        # Checkpointed, so that a gradient has the scores of one block in memory, too.
+        default=by_blocks(jax.checkpoint(at_once), block),
     )
 
     def weights() -> jax.Array:
@@ -425,7 +438,7 @@ def _grouped_int8(spec: str, rows: jax.Array, shared: Int8Array) -> jax.Array:
 
 def tokens_at_once(tokens: int) -> int:
     """The block size of `by_tokens`: how many of so many tokens a CPU computes at a time."""
-    return next((size for size in (512, 384, 256) if tokens > size and tokens % size == 0), tokens)
+    return next((size for size in (512, 384, 256) if tokens % size == 0), tokens) if tokens > 512 else tokens
 
 
 def by_tokens(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:

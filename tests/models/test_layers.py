@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import jaxgen
 from jaxgen.models import layers
 from jaxgen.models.layers import Embed, Linear, RMSNorm, attend, columns_at_once, product, unfuse
 from jaxgen.quantized_array import Int8Array
@@ -252,3 +253,28 @@ def test_attention_to_int8_is_attention_to_the_numbers_that_it_stands_for(
     tolerance = 1e-4 + 3 * rounding(dtype)
     np.testing.assert_allclose(attended.astype(jnp.float32), expected, atol=tolerance)
     np.testing.assert_allclose(weights.astype(jnp.float32), expected_weights(), atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("shape", "block"), [((1, 512), 512), ((1, 1024), 512), ((3, 256), 384), ((2, 384), 384), ((1, 640), 640)]
+)
+def test_a_cpu_computes_many_tokens_in_blocks_that_stay_in_its_caches(shape: tuple[int, int], block: int) -> None:
+    x, seen = jnp.asarray(np.random.default_rng(0).normal(size=(*shape, 4)), jnp.float32), set()
+
+    def function(x: jax.Array) -> jax.Array:
+        seen.add(x.shape[:2])
+        return jnp.cumsum(x, axis=2)
+
+    lowered = jax.jit(lambda x: layers.by_tokens(function, x)).trace(x)
+    for platform in ("cpu", "cuda"):
+        in_blocks = "stablehlo.while" in lowered.lower(lowering_platforms=(platform,)).as_text()
+        assert in_blocks == (platform == "cpu" and block < shape[0] * shape[1])
+    assert min(seen, key=np.prod) == (shape if block == shape[0] * shape[1] else (1, block))
+    np.testing.assert_array_equal(layers.by_tokens(function, x), function(x))
+
+
+def test_the_mlp_of_a_long_prompt_is_computed_in_blocks() -> None:
+    config = {"model_type": "llama", "vocab_size": 32, "hidden_size": 16, "intermediate_size": 4096}
+    model = jaxgen.from_config(config | {"num_hidden_layers": 1, "num_attention_heads": 2})
+    compiled = jax.jit(lambda model, ids: model(ids)).lower(model, jnp.ones((1, 2048), jnp.int32)).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * 2048 * 4096, "as much as the units of all tokens"

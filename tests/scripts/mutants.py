@@ -39,6 +39,7 @@ RULES, DRIVER, CACHE = (
 )
 QUANTIZED = "jaxgen/quantized_array.py"
 TENSORS, WRITING = "jaxgen/checkpoint/safetensors_file.py", "convert/writing.py"
+ON_TPU, OF_TPUS = "jaxgen/models/prompt_attention_tpu.py", "tests/models/test_prompt_attention_tpu.py::test_"
 PROMPTS, OF_PROMPTS = "jaxgen/models/prompt_attention.py", "tests/models/test_prompt_attention.py::test_"
 KERNEL, KERNELS = "jaxgen/models/decode_attention.py", "tests/models/test_decode_attention.py::test_"
 REAL = "tests/test_real_sizes.py::test_"
@@ -409,6 +410,48 @@ MUTANTS = [
         "padding = (0, 7), (0, 0)",
         "padding = (0, 0), (0, 0)",
         "tests/models/test_int8.py::test_a_gpu_multiplies_a_single_row_as_eight[1-8]",
+    ),
+    Mutant(
+        ON_TPU,
+        "prompt_attention_tpu, the mask of a block",
+        "pl.when(kind == _SOME)(lambda: add(True))",
+        "pl.when(kind == _SOME)(lambda: add(False))",
+        f"{OF_TPUS}the_kernel_computes_the_attention_of_other_devices[(2, 2, 4, 384, 384, 64)-causal]",
+    ),
+    Mutant(
+        ON_TPU,
+        "prompt_attention_tpu, whole blocks",
+        "jnp.where(every.all(axis=3), _ALL",
+        "jnp.where(some.all(axis=3), _ALL",
+        f"{OF_TPUS}the_kernel_computes_the_attention_of_other_devices[(2, 1, 12, 384, 1024, 32)-ragged]",
+    ),
+    Mutant(
+        ON_TPU,
+        "prompt_attention_tpu, slots after the last",
+        "allowed &= lax.broadcasted_iota(jnp.int32, (1, 1, part), 2) < left",
+        "allowed &= left > 0",
+        f"{OF_TPUS}the_kernel_computes_the_attention_of_other_devices[(3, 1, 1, 512, 700, 64)-causal]",
+    ),
+    Mutant(
+        ON_TPU,
+        "prompt_attention_tpu, earlier blocks relative to the highest score",
+        "total[...] * before + weights",
+        "total[...] + weights",
+        f"{OF_TPUS}the_kernel_computes_the_attention_of_other_devices[(1, 2, 7, 384, 1100, 128)-causal]",
+    ),
+    Mutant(
+        ON_TPU,
+        "prompt_attention_tpu, blocks that are not needed",
+        "return lax.cummax(numbers, axis=2)",
+        "return numbers",
+        f"{OF_TPUS}blocks_that_the_kernel_does_not_need_are_not_read",
+    ),
+    Mutant(
+        "jaxgen/models/llama.py",
+        "Layer, the MLP of many tokens",
+        "if mesh is not None else by_tokens(with_mlp, x), cache",
+        ", cache",
+        "tests/models/test_layers.py::test_the_mlp_of_a_long_prompt_is_computed_in_blocks",
     ),
     Mutant(
         PROMPTS,
