@@ -49,8 +49,8 @@ def cos_sin(rope: Rope, positions: jax.Array, dtype: jax.typing.DTypeLike) -> tu
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Rotates [..., H] by angles [..., H]. Dimensions i and i + H/2 are a pair, as in Hugging Face checkpoints."""
     wide, cos, sin = (each.astype(jnp.float32) for each in (x, cos, sin))
-    # (x, y) -> (x cos - y sin, y cos + x sin). Turned before it is widened: a TPU pads halves of H to whole registers in
-    # memory, and these are smaller (8B, 8 prompts of 1024 tokens on a v6e: 611 instead of 814 MB of temporaries).
+    # (x, y) -> (x cos - y sin, y cos + x sin). It is turned before it is widened, since a TPU pads halves of H to whole
+    # registers in memory (8B, 8 prompts of 1024 tokens on a v6e: 611 instead of 814 MB of temporaries).
     first, second = jnp.split(x, 2, axis=-1)
     turned = jnp.concatenate([-second, first], axis=-1).astype(jnp.float32)
     return (wide * cos + turned * sin).astype(x.dtype)
