@@ -1,4 +1,4 @@
-"""The kernels for GPUs on any device, computed by Pallas' interpreter."""
+"""For tests of attention's kernels: random arrays, and the kernels for GPUs on any device by Pallas' interpreter."""
 
 import math
 from collections.abc import Iterator
@@ -6,10 +6,21 @@ from contextlib import contextmanager
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax import lax
 
 from jaxgen.models import decode_attention, layers, prompt_attention
+
+
+def queries_keys_values(sizes: tuple[int, ...], dtype: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """[N, K, G, T, H] and twice [N, K, S, H] for N, K, G, T, S, H."""
+    rows, heads, group, columns, slots, head_dim = sizes
+    random = np.random.default_rng(slots)
+    shapes = [(rows, heads, group, columns, head_dim), *[(rows, heads, slots, head_dim)] * 2]
+    queries, keys, values = (jnp.asarray(random.normal(size=shape), dtype) for shape in shapes)
+    return queries, keys, values
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from interpreted import gpu_kernels
+from interpreted import gpu_kernels, queries_keys_values
 from prepared import prepared
 
 import jaxgen
@@ -25,19 +25,15 @@ SIZES = [
 
 
 def case(sizes: tuple[int, ...], dtype: Any, masks: str) -> tuple[jax.Array, ...]:
-    rows, heads, group, columns, slots, head_dim = sizes
+    rows, _, _, columns, slots, _ = sizes
     random = np.random.default_rng(slots)
-    queries, keys, values = (
-        jnp.asarray(random.normal(size=shape), dtype)
-        for shape in [(rows, heads, group, columns, head_dim), *[(rows, heads, slots, head_dim)] * 2]
-    )
     mask = np.zeros((rows, columns, slots), bool)
     for row in range(rows):
         start, end = sorted(random.integers(0, slots + 1, 2)) if masks == "ragged" else (slots // 2, slots // 2 + 30)
         mask[row, :, start:end] = random.random((columns, end - start)) < (0.7 if masks == "ragged" else 1)
     if rows > 1:
         mask[0] = False
-    return queries, keys, values, jnp.asarray(mask)
+    return *queries_keys_values(sizes[:6], dtype), jnp.asarray(mask)
 
 
 @pytest.mark.parametrize("masks", ["ragged", "window"])

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from interpreted import gpu_kernels
+from interpreted import gpu_kernels, queries_keys_values
 
 import jaxgen
 from jaxgen.models import decode_attention, layers, prompt_attention
@@ -24,12 +24,8 @@ MASKS = ["causal", "padded", "window", "ragged"]
 
 
 def case(sizes: tuple[int, ...], dtype: Any, masks: str) -> tuple[jax.Array, ...]:
-    rows, heads, group, columns, slots, head_dim, *_ = sizes
+    rows, _, _, columns, slots, *_ = sizes
     random = np.random.default_rng(slots)
-    queries, keys, values = (
-        jnp.asarray(random.normal(size=shape), dtype)
-        for shape in [(rows, heads, group, columns, head_dim), *[(rows, heads, slots, head_dim)] * 2]
-    )
     # The columns are the last of the slots.
     column, slot = np.arange(slots - columns, slots)[:, None], np.arange(slots)[None]
     mask = np.repeat((slot <= column)[None], rows, axis=0)
@@ -41,7 +37,7 @@ def case(sizes: tuple[int, ...], dtype: Any, masks: str) -> tuple[jax.Array, ...
         mask = random.random(mask.shape) < 0.3
         mask[:, :, : slots // 2] |= random.random((rows, columns, 1)) < 0.8
         mask[-1, columns // 2 :] = False
-    return queries, keys, values, jnp.asarray(mask)
+    return *queries_keys_values(sizes[:6], dtype), jnp.asarray(mask)
 
 
 @pytest.mark.parametrize("masks", MASKS)

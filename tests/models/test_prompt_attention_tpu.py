@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from interpreted import queries_keys_values
 from jax import lax
 
 import jaxgen
@@ -25,12 +26,8 @@ SIZES = [
 
 def case(sizes: tuple[int, ...], dtype: Any, masks: str) -> tuple[jax.Array, ...]:
     """Row 0 has padding on the left and, as every row, columns that attend to no slot; the last row has only these."""
-    rows, heads, group, columns, slots, head_dim = sizes
+    rows, _, _, columns, slots, _ = sizes
     random = np.random.default_rng(slots)
-    queries, keys, values = (
-        jnp.asarray(random.normal(size=shape), dtype)
-        for shape in [(rows, heads, group, columns, head_dim), *[(rows, heads, slots, head_dim)] * 2]
-    )
     distances = np.arange(columns)[:, None] + max(0, slots - columns - 20) - np.arange(slots)
     mask = np.broadcast_to(distances >= 0, (rows, columns, slots)).copy()
     if masks == "window":
@@ -42,7 +39,7 @@ def case(sizes: tuple[int, ...], dtype: Any, masks: str) -> tuple[jax.Array, ...
     mask[:, 40:50] = False
     if rows > 1:
         mask[-1] = False
-    return queries, keys, values, jnp.asarray(mask)
+    return *queries_keys_values(sizes[:6], dtype), jnp.asarray(mask)
 
 
 @pytest.mark.parametrize("masks", ["causal", "window", "ragged"])
