@@ -103,6 +103,9 @@ def decode_attention(
     block_size = BLOCK // 2 if shares == 1 else BLOCK
     first, count = _blocks_in_use(mask, block_size)
 
+    # Products of half precision are exact, whatever `jax_default_matmul_precision` is. Triton does not know all values.
+    dot = partial(triton.dot, precision=lax.Precision.DEFAULT)
+
     def kernel(queries: Any, keys: Any, values: Any, mask: Any, first: Any, count: Any, *others: Any) -> None:
         scales, (out, *sums) = others[:num_scales], others[num_scales:]
         row, head, share = (pl.program_id(axis) for axis in range(3))
@@ -129,7 +132,7 @@ def decode_attention(
                     for each, factor in zip((own_keys, own_values), scales, strict=True)
                 )
             own_keys, own_values = (each.astype(queries.dtype) for each in (own_keys, own_values))
-            scores = triton.dot(own_queries, own_keys.T) * scale
+            scores = dot(own_queries, own_keys.T) * scale
             if by_column:
                 scores = scores * scales[0][row, head, part][None]
             scores = jnp.where(allowed, scores, -jnp.inf)
@@ -137,7 +140,7 @@ def decode_attention(
             finite = jnp.maximum(higher, jnp.finfo(jnp.float32).min)  # -inf minus -inf would be NaN
             weights, before = jnp.exp(scores - finite[:, None]), jnp.exp(highest - finite)
             factors = weights * scales[1][row, head, part][None] if by_column else weights
-            weighted = triton.dot(factors.astype(own_values.dtype), own_values)
+            weighted = dot(factors.astype(own_values.dtype), own_values)
             return attended * before[:, None] + weighted, higher, total * before + weights.sum(axis=1)
 
         nothing = (

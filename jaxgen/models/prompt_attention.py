@@ -12,6 +12,7 @@ As `decode_attention`, it is optional: where it is missing, attention is compute
 """
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -105,6 +106,8 @@ def prompt_attention(
     padded = 1 << (used - 1).bit_length()
     tiles = columns // tile.columns
 
+    dot = partial(triton.dot, precision=lax.Precision.DEFAULT)  # as in `decode_attention`
+
     def kernel(queries: Any, keys: Any, values: Any, mask: Any, spans: Any, out: Any) -> None:
         # The last tiles, which have most slots, come first, so that none of them is left for the end.
         number, head, row = tiles - 1 - pl.program_id(0), pl.program_id(1), pl.program_id(2)
@@ -120,7 +123,7 @@ def prompt_attention(
             attended, highest, total = so_far
             part = pl.ds(block * tile.slots, tile.slots)
             # Exponentials to the base 2 are one instruction.
-            scores = triton.dot(own_queries, keys[row, head, part].T) * (scale * math.log2(math.e))
+            scores = dot(own_queries, keys[row, head, part].T) * (scale * math.log2(math.e))
             if masked:
                 slot = (block * tile.slots + jnp.arange(tile.slots))[None]
                 allowed = triton.load(mask.at[row, column, slot], mask=inside, other=False)
@@ -128,7 +131,7 @@ def prompt_attention(
             higher = jnp.maximum(highest, scores.max(axis=1))
             finite = jnp.maximum(higher, jnp.finfo(jnp.float32).min)  # -inf minus -inf would be NaN
             weights, before = jnp.exp2(scores - finite[:, None]), jnp.exp2(highest - finite)
-            weighted = triton.dot(weights.astype(values.dtype), values[row, head, part])
+            weighted = dot(weights.astype(values.dtype), values[row, head, part])
             return attended * before[:, None] + weighted, higher, total * before + weights.sum(axis=1)
 
         def with_masked_tile(index: jax.Array, so_far: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -174,7 +177,7 @@ def _spans(mask: jax.Array, tile: Tile) -> jax.Array:
     tiles = mask.reshape(rows, columns // tile.columns, tile.columns, slots // tile.slots, tile.slots)
     some, all_ = tiles.any(axis=(2, 4)), tiles.all(axis=(2, 4))
     count = some.shape[2]
-    number = jnp.arange(count, dtype=jnp.int32)
+    number = jnp.arange(count, dtype=jnp.int32)[None, None]
     first = jnp.where(some, number, count).min(axis=2)
     end = jnp.where(some, number + 1, 0).max(axis=2)
     whole = jnp.minimum(jnp.where(all_, number, count).min(axis=2), end)

@@ -12,11 +12,12 @@ slot. Both are experimental in JAX, so nothing depends on the kernel: where it i
 """
 
 import importlib.util
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 _LANES = 128  # numbers in a row of a TPU's register
@@ -61,15 +62,24 @@ def _columns_of_block(group: int, columns: int) -> int:
     return next(sizes, 0)
 
 
+def _precision(dtype: Any) -> lax.Precision:
+    """The one of the two that kernels know which is not less than `jax_default_matmul_precision`."""
+    fast = dtype == jnp.bfloat16 or jax.config.jax_default_matmul_precision in (None, "default", "fastest", "bfloat16")
+    return lax.Precision.DEFAULT if fast else lax.Precision.HIGHEST
+
+
 def prompt_attention_tpu(
     queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array, scale: float, *, interpret: bool = False
 ) -> jax.Array:
-    """As `layers.attend`, for many columns. It has no gradient.
+    """As `layers.attend`, for many columns.
 
     ```
-    columns 0 1    1 1 . . | . . . . | . . . .      blocks of 2 columns and 4 slots
-    columns 2 3    1 1 1 1 | . . . . | . . . .      2 of 9 are computed with their mask, and 2 without
-    columns 4 5    1 1 1 1 | 1 1 . . | . . . .
+    column 0    1 . . . | . . . . | . . . .      blocks of 2 columns and 4 slots
+           1    1 1 . . | . . . . | . . . .
+           2    1 1 1 . | . . . . | . . . .      3 of 9 blocks are computed with their mask, 1 without, 5 not at all
+           3    1 1 1 1 | . . . . | . . . .
+           4    1 1 1 1 | 1 . . . | . . . .
+           5    1 1 1 1 | 1 1 . . | . . . .
     ```
 
     Args:
@@ -90,6 +100,8 @@ def prompt_attention_tpu(
     part = min(_SLOTS, slots + -slots % _LANES)
     grid = rows, heads, columns // size, pl.cdiv(slots, part)
 
+    product = partial(jnp.einsum, preferred_element_type=jnp.float32, precision=_precision(queries.dtype))
+
     def place(row: Any, block: Any, number: Any) -> Any:
         return (row * grid[2] + block) * grid[3] + number
 
@@ -105,7 +117,7 @@ def prompt_attention_tpu(
         def add(masked: bool) -> None:
             # The queries of a group share keys, values and mask: one product with G * T rows.
             own_queries, own_values = queries[...].reshape(group * size, head_dim), values[...]
-            scores = jnp.einsum("mh,sh->ms", own_queries, keys[...], preferred_element_type=jnp.float32) * scale
+            scores = product("mh,sh->ms", own_queries, keys[...]) * scale
             if masked:
                 allowed = mask[...].astype(jnp.int32)[None] != 0
                 if slots % part:  # the last block extends past the slots, where anything may be, even NaN
@@ -115,7 +127,7 @@ def prompt_attention_tpu(
                 scores = jnp.where(allowed, scores.reshape(group, size, part), -jnp.inf).reshape(scores.shape)
             higher = jnp.maximum(highest[...], scores.max(axis=1, keepdims=True))
             weights, before = jnp.exp(scores - wide(higher, part)), jnp.exp(highest[...] - higher)
-            weighted = jnp.dot(weights.astype(own_values.dtype), own_values, preferred_element_type=jnp.float32)
+            weighted = product("ms,sh->mh", weights.astype(own_values.dtype), own_values)
             highest[...] = higher
             total[...] = total[...] * before + weights.sum(axis=1, keepdims=True)
             attended[...] = attended[...] * wide(before, head_dim) + weighted
@@ -133,11 +145,13 @@ def prompt_attention_tpu(
             divisor = jnp.where(total[...] > 0, total[...], 1)
             out[...] = (attended[...] / wide(divisor, head_dim)).astype(out.dtype).reshape(out.shape)
 
+    zero = np.int32(0)  # of Python it would have 64 bits under JAX's x64
+
     def of_queries(row: Any, head: Any, block: Any, *_: Any) -> tuple[Any, ...]:
-        return row, head, 0, block, 0
+        return row, head, zero, block, zero
 
     def of_slots(row: Any, head: Any, block: Any, number: Any, _kinds: Any, slots: Any, _mask: Any) -> tuple[Any, ...]:
-        return row, head, slots[place(row, block, number)], 0
+        return row, head, slots[place(row, block, number)], zero
 
     def of_mask(row: Any, head: Any, block: Any, number: Any, _kinds: Any, _slots: Any, mask: Any) -> tuple[Any, ...]:
         return row, block, mask[place(row, block, number)]

@@ -120,6 +120,14 @@ def test_tokens_are_those_of_other_devices(arguments: dict[str, Any]) -> None:
         np.testing.assert_array_equal(jaxgen.generate(model, prompts, **options), expected)
 
 
+def test_products_of_half_precision_are_exact_whatever_precision_jax_is_asked_for() -> None:
+    arrays = case(SIZES[0], jnp.bfloat16, "ragged")
+    with jax.default_matmul_precision("BF16_BF16_F32_X6"):  # which Triton does not know
+        jaxpr = str(jax.make_jaxpr(lambda: decode_attention.decode_attention(*arrays, 0.2, interpret=True))())
+    assert "precision=(Precision.DEFAULT, Precision.DEFAULT)" in jaxpr
+    assert "X6" not in jaxpr
+
+
 def test_attention_over_several_devices_does_without_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """It would gather the cache on each of them."""
     monkeypatch.setattr(layers, "fits", lambda *sizes: True)

@@ -1,5 +1,6 @@
 """The kernel for prompts on a GPU, computed by Pallas' interpreter, beside the attention of other devices."""
 
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -136,6 +137,26 @@ def test_tokens_are_those_of_other_devices(arguments: dict[str, Any]) -> None:
     with gpu_kernels(), mock.patch.object(layers, "prompt_attention", wraps=layers.prompt_attention) as kernel:
         np.testing.assert_array_equal(jaxgen.generate(model, prompts, **options), expected)
         assert kernel.called
+
+
+def test_products_of_half_precision_are_exact_whatever_precision_jax_is_asked_for() -> None:
+    arrays = case(SIZES[0], jnp.bfloat16, "padded")
+    with jax.default_matmul_precision("BF16_BF16_F32_X6"):  # which Triton does not know
+        jaxpr = str(
+            jax.make_jaxpr(lambda: prompt_attention.prompt_attention(*arrays, 0.2, Tile(16, 16, 2), interpret=True))()
+        )
+    assert "precision=(Precision.DEFAULT, Precision.DEFAULT)" in jaxpr
+    assert "X6" not in jaxpr
+
+
+def test_settings_of_jax_do_not_stop_the_kernel() -> None:
+    arrays = case(SIZES[0], jnp.bfloat16, "padded")
+    kernel = partial(prompt_attention.prompt_attention, scale=0.2, tile=Tile(16, 16, 2))
+    expected = kernel(*arrays, interpret=True)
+    for setting in (jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"), jax.enable_x64(True)):
+        with setting:
+            assert kernel(*arrays, interpret=True).dtype == jnp.bfloat16
+            np.testing.assert_array_equal(kernel(*arrays, interpret=True), expected)
 
 
 def test_attention_over_several_devices_does_without_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """The kernel for a TPU's long prompts, computed by Pallas' interpreter, beside the attention of other devices."""
 
+import re
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -92,6 +93,37 @@ def test_blocks_that_the_kernel_does_not_need_are_not_read() -> None:
     assert kinds == [[0, 1, 2, 0], [2, 0, 0, 1], [0, 0, 0, 0], [0, 0, 0, 1]]  # none, some, all
     assert own_slots == [[1, 1, 2, 2], [0, 0, 0, 3], [0, 0, 0, 0], [3, 3, 3, 3]]
     assert own_mask == [[1, 1, 1, 1], [3, 3, 3, 3], [0, 0, 0, 0], [3, 3, 3, 3]]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "asked", "used"),
+    [
+        ("float32", None, "DEFAULT"),
+        ("float32", "bfloat16", "DEFAULT"),
+        ("float32", "tensorfloat32", "HIGHEST"),  # kernels have nothing in between
+        ("float32", "F32_F32_F32", "HIGHEST"),
+        ("bfloat16", "highest", "DEFAULT"),  # products of bfloat16 are exact
+    ],
+)
+def test_products_are_as_precise_as_jax_is_asked_to_be(dtype: str, asked: str | None, used: str) -> None:
+    arrays = case((2, 1, 2, 384, 384, 32), dtype, "causal")
+    kernel = partial(prompt_attention_tpu.prompt_attention_tpu, scale=0.2, interpret=True)
+    with jax.default_matmul_precision(asked):
+        jaxpr = str(jax.make_jaxpr(kernel)(*arrays))
+    assert {*re.findall(r"precision=\(Precision\.(\w+), Precision\.\w+\)", jaxpr)} == {used}
+
+
+def test_settings_of_jax_do_not_stop_the_kernel() -> None:
+    arrays = case((2, 1, 2, 384, 384, 32), "bfloat16", "causal")
+    kernel = partial(prompt_attention_tpu.prompt_attention_tpu, scale=0.2)
+    expected = kernel(*arrays, interpret=True)
+    for setting in (jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"), jax.enable_x64(True)):
+        with setting:
+            np.testing.assert_array_equal(kernel(*arrays, interpret=True), expected)
+            jaxpr = jax.make_jaxpr(kernel)(*arrays)
+        (equation,) = (each for each in jaxpr.eqns if each.primitive.name == "pallas_call")
+        for block in equation.params["grid_mapping"].block_mappings:  # Mosaic takes no other indices
+            assert {str(index.dtype) for index in block.index_map_jaxpr.out_avals} == {"int32"}
 
 
 def test_the_kernel_under_vmap() -> None:
