@@ -64,7 +64,8 @@ def _columns_of_block(group: int, columns: int) -> int:
 
 def _precision(dtype: Any) -> lax.Precision:
     """The one of the two that kernels know which is not less than `jax_default_matmul_precision`."""
-    fast = dtype == jnp.bfloat16 or jax.config.jax_default_matmul_precision in (None, "default", "fastest", "bfloat16")
+    asked = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
+    fast = dtype == jnp.bfloat16 or asked in (None, "default", "fastest", "bfloat16")
     return lax.Precision.DEFAULT if fast else lax.Precision.HIGHEST
 
 
