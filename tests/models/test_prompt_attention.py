@@ -115,10 +115,8 @@ def test_the_derivative_is_that_of_other_devices() -> None:
     "arguments",
     [
         {},
-        {"num_beams": 2},
         {"prefill_chunk_size": 16},
         {"guidance_scale": 2.0},
-        {"cache_implementation": "quantized", "cache_config": {"backend": "int8"}},
     ],
     ids=str,
 )

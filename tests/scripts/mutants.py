@@ -491,8 +491,8 @@ MUTANTS = [
     Mutant(
         "jaxgen/models/layers.py",
         "attend, the derivative of a kernel",
-        "    differentiable = jax.custom_jvp(kernel)",
-        "    return kernel\n    differentiable = jax.custom_jvp(kernel)",
+        "    function = jax.custom_jvp(kernel)",
+        "    return kernel\n    function = jax.custom_jvp(kernel)",
         f"{OF_PROMPTS}the_derivative_is_that_of_other_devices",
     ),
     Mutant(
