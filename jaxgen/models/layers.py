@@ -207,6 +207,8 @@ def attend(
 
 def _kernels(queries: jax.Array, keys: Array, values: Array, scale: float) -> dict[str, Callable[..., jax.Array]]:
     """The kernels for such arrays, by platform: functions of `attend`'s first four arguments."""
+    if not queries.dtype == keys.dtype == values.dtype:
+        return {}
     rows, heads, group, columns, head_dim = queries.shape
     slots = keys.shape[-2]
     tile = tile_for(group, columns, slots, head_dim, keys.dtype)
@@ -231,8 +233,7 @@ def _kernels(queries: jax.Array, keys: Array, values: Array, scale: float) -> di
         kernels["cuda"] = of_step
     elif tile is not None:
         kernels["cuda"] = of_prompt
-    long = columns_at_once(columns) < columns and queries.dtype == keys.dtype == values.dtype
-    if long and prompt_attention_tpu.fits(queries.shape, slots, queries.dtype):
+    if columns_at_once(columns) < columns and prompt_attention_tpu.fits(queries.shape, slots, queries.dtype):
         kernels["tpu"] = of_prompt_on_tpu
     return {platform: _differentiable(kernel, scale) for platform, kernel in kernels.items()}
 
