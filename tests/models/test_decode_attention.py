@@ -137,6 +137,16 @@ def test_attention_over_several_devices_does_without_the_kernel(monkeypatch: pyt
         assert ("pallas_call" in jaxpr) == kernel
 
 
+@pytest.mark.parametrize("kind", [Int8Array, Float8Array])
+def test_a_quantised_cache_has_the_kernel_and_arrays_of_two_dtypes_have_none(
+    kind: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layers, "fits", lambda *sizes: True)
+    queries, keys, values, _ = case(SIZES[0], jnp.bfloat16, "ragged")
+    assert layers._kernels(queries, kind.of(keys), kind.of(values), 0.2).keys() == {"cuda"}
+    assert not layers._kernels(queries.astype(jnp.float16), kind.of(keys), kind.of(values), 0.2)
+
+
 @pytest.mark.parametrize(
     ("sizes", "dtype"),
     [((4, 64, 64), "float32"), ((65, 64, 64), "bfloat16"), ((4, 100, 64), "bfloat16"), ((4, 64, 80), "bfloat16")],
