@@ -177,7 +177,7 @@ def prompt_attention_tpu(
 
 
 def _blocks(mask: jax.Array, size: int, part: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """What the kernel has to know of each block of bool [N, T, S] before it reads the block, as int32 [blocks].
+    """Describes each block of bool [N, T, S] to the kernel before the block is read, as int32 [blocks].
 
     Returns:
         How many of its pairs may attend; and the blocks of slots and of the mask to have on the chip for it. Where

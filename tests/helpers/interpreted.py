@@ -24,12 +24,24 @@ def queries_keys_values(sizes: tuple[int, ...], dtype: Any) -> tuple[jax.Array, 
 
 
 @contextmanager
-def gpu_kernels() -> Iterator[None]:
-    """Every program as if for a GPU, as far as attention is concerned; small enough tiles for short prompts."""
+def as_if_on(platform: str) -> Iterator[pytest.MonkeyPatch]:
+    """Attention takes its branch for "cuda" or "tpu" on any device. Yields a patch, to replace the kernels with."""
     original = lax.platform_dependent
 
-    def platform_dependent(*operands: Any, cuda: Any = None, **branches: Any) -> Any:
-        return original(*operands, **branches) if cuda is None else cuda(*operands)
+    def platform_dependent(*operands: Any, **branches: Any) -> Any:
+        branch = branches.pop(platform, None)
+        return original(*operands, **branches) if branch is None else branch(*operands)
+
+    jax.clear_caches()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layers.lax, "platform_dependent", platform_dependent)
+        yield patch
+    jax.clear_caches()
+
+
+@contextmanager
+def gpu_kernels() -> Iterator[None]:
+    """Every program as if for a GPU, as far as attention is concerned; small enough tiles for short prompts."""
 
     def of_step(*arguments: Any) -> jax.Array:
         return decode_attention.decode_attention(*arguments, interpret=True)
@@ -46,12 +58,9 @@ def gpu_kernels() -> Iterator[None]:
         tile = prompt_attention.Tile(math.gcd(columns, 8), math.gcd(slots, 16), stages=1)
         return tile if tile.columns * group >= 4 and tile.slots >= 4 else None
 
-    jax.clear_caches()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layers.lax, "platform_dependent", platform_dependent)
+    with as_if_on("cuda") as patch:
         patch.setattr(layers, "decode_attention", of_step)
         patch.setattr(layers, "prompt_attention", of_prompt)
         patch.setattr(layers, "fits", fits)
         patch.setattr(layers, "tile_for", tile_for)
         yield
-    jax.clear_caches()

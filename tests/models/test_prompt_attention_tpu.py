@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from interpreted import queries_keys_values
-from jax import lax
+from interpreted import as_if_on, queries_keys_values
 
 import jaxgen
 from jaxgen.models import layers, prompt_attention_tpu
@@ -134,23 +133,18 @@ def test_the_kernel_under_vmap() -> None:
 
 
 @pytest.fixture
-def on_tpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]:
+def on_tpu() -> Iterator[list[tuple[int, ...]]]:
     """Every program as if for a TPU, with Pallas' interpreter in its place. Yields the shapes of the queries."""
-    original, kernel, seen = lax.platform_dependent, prompt_attention_tpu.prompt_attention_tpu, []
-
-    def platform_dependent(*operands: Any, tpu: Any = None, **branches: Any) -> Any:
-        return original(*operands, **branches) if tpu is None else tpu(*operands)
+    kernel, seen = prompt_attention_tpu.prompt_attention_tpu, []
 
     def interpreted(queries: jax.Array, *arguments: Any) -> jax.Array:
         seen.append(queries.shape)
         return kernel(queries, *arguments, interpret=True)
 
-    jax.clear_caches()
-    monkeypatch.setattr(layers.lax, "platform_dependent", platform_dependent)
-    monkeypatch.setattr(prompt_attention_tpu, "prompt_attention_tpu", interpreted)
-    monkeypatch.setattr(prompt_attention_tpu, "installed", lambda: True)
-    yield seen
-    jax.clear_caches()
+    with as_if_on("tpu") as patch:
+        patch.setattr(prompt_attention_tpu, "prompt_attention_tpu", interpreted)
+        patch.setattr(prompt_attention_tpu, "installed", lambda: True)
+        yield seen
 
 
 def test_gradients_are_those_of_other_devices(request: pytest.FixtureRequest) -> None:
