@@ -25,7 +25,7 @@ def queries_keys_values(sizes: tuple[int, ...], dtype: Any) -> tuple[jax.Array, 
 
 @contextmanager
 def as_if_on(platform: str) -> Iterator[pytest.MonkeyPatch]:
-    """Attention takes its branch for "cuda" or "tpu" on any device. Yields a patch, to replace the kernels with."""
+    """Attention takes its branch for "cuda" or "tpu" on any device. Yields a patch to replace kernels with."""
     original = lax.platform_dependent
 
     def platform_dependent(*operands: Any, **branches: Any) -> Any:
