@@ -5,8 +5,8 @@ scores in registers and skips the tiles that the mask excludes: in a causal prom
 and sliding windows. A layer of an 8B takes 0.13 instead of 0.95 ms for 2048 tokens on an H200, and 1.3 instead of 12 ms
 for 8192.
 
-cuDNN's flash attention, behind `jax.nn.dot_product_attention`, takes 0.10 ms for 2048 tokens without padding. A batch is
-padded on the left, which cuDNN takes only as a mask added to the scores, and then it needs 0.17 ms.
+cuDNN's flash attention, behind `jax.nn.dot_product_attention`, takes 0.10 ms for 2048 tokens without padding. A batch
+is padded on the left, which cuDNN takes only as a mask added to the scores, and then it needs 0.17 ms.
 
 As `decode_attention`, it is optional: where it is missing, attention is computed by XLA.
 """
